@@ -1,0 +1,161 @@
+"""Strict configuration: YAML and `key=value` settings checked by one pydantic model, with errors that name file and key.
+
+study = load("studies/demo.yaml", Study, ["cells.seeds=[0]"])
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from base.errors import RequestError, nearest
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error. Every file format of the project is a subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load(path: str | Path, model: type[M], overrides: Sequence[str] = ()) -> M:
+    """Read a YAML file, apply `key=value` settings (OmegaConf dot-list) and check it.
+
+    Raises:
+        RequestError: no such file, not YAML, a malformed setting, or anything that the model refuses.
+    """
+    return parse(load_tree(path, overrides), model, str(path))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The YAML file with its settings applied, as plain data, before any model has seen it."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = Path(path).read_text()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RequestError("no such file", where=str(path)) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RequestError(f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
+    if not isinstance(tree, dict):
+        raise RequestError("expected a mapping of keys to values", where=str(path))
+    for setting in overrides:
+        key, equals, text_value = setting.partition("=")
+        if not equals or not key:
+            raise RequestError(f"'{setting}' is not a setting", hint="settings are key=value, for instance cells.seeds=[0,1]")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text_value}"]))["value"]  # type: ignore[index, call-overload]
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise RequestError(f"cannot read the value '{text_value}'", where=f"setting {key}") from error
+        _assign(tree, key, value)
+    return tree
+
+
+def _assign(tree: dict[str, Any], key: str, value: object) -> None:
+    # OmegaConf.update cannot address a list entry by name; `pretrain.simclr.seeds` is what people type.
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = _entry(node, part, ".".join(parents[: depth + 1]))
+            continue
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise RequestError("has no keys below it", where=f"setting {'.'.join(parents[: depth + 1])}")
+    if isinstance(node, list):
+        _entry(node, last, key)
+        node[next(i for i, item in enumerate(node) if str(i) == last or _name(item) == last)] = value
+    else:
+        node[last] = value
+
+
+def _name(item: object) -> str | None:
+    return item.get("name") if isinstance(item, dict) else None
+
+
+def _entry(items: list[Any], part: str, where: str) -> Any:
+    for i, item in enumerate(items):
+        if str(i) == part or _name(item) == part:
+            return item
+    names = [str(_name(item) or i) for i, item in enumerate(items)]
+    raise RequestError(f"no entry '{part}'", where=f"setting {where}", hint=f"entries: {', '.join(names)}")
+
+
+def parse(data: Any, model: type[M], where: str) -> M:
+    """Check plain data against a model; every problem is reported at once, each with its key.
+
+    Raises:
+        RequestError: with the file, the keys, and the nearest right name of an unknown key.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(detail, model) for detail in error.errors()]
+    raise RequestError("; ".join(problems), where=where)
+
+
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and ("[" in part or part[:1].isupper()))]
+    key = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        close = nearest(str(location[-1]), _field_names(model))
+        return f"unknown key '{key}'" + (f", did you mean '{close}'?" if close else "")
+    if detail["type"] == "missing":
+        return f"missing key '{key}'"
+    message = detail["msg"].removeprefix("Value error, ")
+    shown = json.dumps(detail["input"], default=str)
+    return f"{key}: {message}" if len(shown) > 80 or detail["type"] == "value_error" else f"{key}: {message}, got {shown}"
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    """Names of all keys in the model and in the models below it."""
+    names: set[str] = set()
+    pending, seen = [model], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for name, field in current.model_fields.items():
+            names.add(field.alias or name)
+            pending += _models_in(field.annotation)
+    return names
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. Models are dumped by alias."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def to_yaml(value: BaseModel) -> str:
+    """The resolved configuration as it is written beside results."""
+    import yaml
+
+    return yaml.safe_dump(value.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)

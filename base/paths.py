@@ -1,0 +1,71 @@
+"""Where things are: the project's own YAML files from ROOT (never from the working directory), users' paths made absolute."""
+
+import os
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from base.errors import RequestError, unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Kind = Literal["card", "task", "recipe", "study"]
+FOLDERS: dict[str, Path] = {
+    "card": ROOT / "datasets",
+    "task": ROOT / "finetune" / "tasks",
+    "recipe": ROOT / "pretrain" / "recipes",
+    "study": ROOT / "studies",
+}
+
+
+def is_url(path: str) -> bool:
+    """True for `s3://...` and the like; a local path is not a URL here."""
+    return "://" in path
+
+
+def absolute(path: str, base: str | Path | None = None) -> str:
+    """The path made absolute against `base` (default: the caller's directory); URLs are left alone."""
+    if is_url(path):
+        return path.rstrip("/")
+    return os.path.abspath(os.path.join(base or os.getcwd(), os.path.expanduser(path)))
+
+
+def names(kind: Kind) -> list[str]:
+    """Names of the files of a kind, without suffix: `simclr/small`, `dxc14`."""
+    folder = FOLDERS[kind]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def named(kind: Kind, name: str) -> Path:
+    """The file of a card, task, recipe or study: one of ours by name, or a user's own by its path ending in .yaml.
+
+    Raises:
+        RequestError: unknown name (with the nearest right one), or no such file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise RequestError(f"no such {kind} file", where=name)
+        return path
+    path = FOLDERS[kind] / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown(kind, name, names(kind))
+    return path
+
+
+@cache
+def revision() -> str:
+    """`git describe --always --dirty` where .git stands, else ALLOGRAFT_REVISION, else `unknown`."""
+    if (ROOT / ".git").exists():
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return os.environ.get("ALLOGRAFT_REVISION", "unknown")
+
+
+def timestamp() -> str:
+    """Now, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,157 @@
+"""Reading and writing anywhere fsspec reaches, so that nothing half-written is ever trusted.
+
+Locally a file is written beside its place and renamed into it; an object store's PUT is atomic by itself. A folder is complete
+when the file named last stands in it.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from base.errors import WorkError
+from base.paths import is_url
+
+COMMIT = "COMMIT"
+T = TypeVar("T")
+
+
+def _fs(url: str) -> tuple[Any, str]:
+    # Looked up at each call and never kept: an s3fs instance carried into a forked child does not work there. fsspec caches by process.
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False} if url.startswith("s3://") else {}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def _guard(act: Callable[[], T], url: str) -> T:
+    try:
+        return act()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise WorkError("no space left on the device", where=url, hint="free some space and run the same command again") from error
+        if isinstance(error, PermissionError) and not isinstance(error, FileNotFoundError):
+            raise WorkError(f"not allowed to write ({error.strerror or error})", where=url) from error
+        raise
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` and the parts below it."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(url: str) -> bool:
+    """True when a file or folder stands there."""
+    if not is_url(url):
+        return os.path.exists(url)
+    fs, path = _fs(url)
+    return bool(fs.exists(path))
+
+
+def listing(url: str) -> list[str]:
+    """Names directly below a folder, sorted; empty when there is no such folder. Files being written are left out."""
+    if not is_url(url):
+        found = os.listdir(url) if os.path.isdir(url) else []
+    else:
+        fs, path = _fs(url)
+        try:
+            found = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False) if entry.rstrip("/") != path.rstrip("/")]
+        except FileNotFoundError:
+            found = []
+    return sorted(name for name in found if not name.startswith(".tmp-"))
+
+
+def read_bytes(url: str) -> bytes:
+    """All bytes of a file; FileNotFoundError when there is none."""
+    if not is_url(url):
+        return Path(url).read_bytes()
+    fs, path = _fs(url)
+    return bytes(fs.cat_file(path))
+
+
+def read_json(url: str) -> Any:
+    """A JSON file as plain data."""
+    return json.loads(read_bytes(url))
+
+
+def put(url: str, data: bytes | str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        WorkError: the disk is full, or writing is not allowed.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    if is_url(url):
+        fs, path = _fs(url)
+        _guard(lambda: fs.pipe_file(path, raw), url)
+        return
+    _guard(lambda: _write_and_rename(url, lambda temporary: Path(temporary).write_bytes(raw)), url)
+
+
+def put_file(local: str | Path, url: str) -> None:
+    """Copy a local file to its place, whole or not at all."""
+    if is_url(url):
+        fs, path = _fs(url)
+        _guard(lambda: fs.put_file(str(local), path), url)
+        return
+    _guard(lambda: _write_and_rename(url, lambda temporary: shutil.copyfile(local, temporary)), url)
+
+
+def _write_and_rename(target: str, write: Callable[[str], object]) -> None:
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def put_dir(local: str | Path, url: str, last: Sequence[str] = ()) -> None:
+    """Copy a folder's files; those named in `last` go last and in that order, so that they can serve as the mark of completeness."""
+    root = Path(local)
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    for name in [name for name in files if name not in last] + [name for name in last if name in files]:
+        put_file(root / name, join(url, name))
+
+
+def get_file(url: str, local: str | Path) -> None:
+    """Copy a file to a local place, whole or not at all; FileNotFoundError when there is none."""
+    if is_url(url):
+        fs, path = _fs(url)
+        _write_and_rename(os.path.abspath(local), lambda temporary: fs.get_file(path, temporary))
+    else:
+        _write_and_rename(os.path.abspath(local), lambda temporary: shutil.copyfile(url, temporary))
+
+
+def get_dir(url: str, local: str | Path) -> None:
+    """Copy a folder's files to a local folder."""
+    if is_url(url):
+        fs, path = _fs(url)
+        for found in fs.find(path):
+            get_file(join(url, found[len(path) :]), Path(local) / found[len(path) :].lstrip("/"))
+    else:
+        for file in Path(url).rglob("*"):
+            if file.is_file() and not file.name.startswith(".tmp-"):
+                get_file(str(file), Path(local) / file.relative_to(url))
+
+
+def remove(url: str) -> None:
+    """Remove a file or a folder with all below it; nothing happens when there is none."""
+    if not exists(url):
+        return
+    if is_url(url):
+        fs, path = _fs(url)
+        fs.rm(path, recursive=True)
+    elif os.path.isdir(url):
+        shutil.rmtree(url)
+    else:
+        os.remove(url)
