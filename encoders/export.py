@@ -1,0 +1,260 @@
+"""The published form of an encoder: a folder that plain timm loads, in a Python that never heard of Allograft.
+
+    sha256 = export(encoder, "out/export", name="simclr", method="simclr", lineage=[...], data=[...], revision="1a2b3c", image_size=96)
+    info = read_export("out/export")                             # ExportInfo; info.sha256 == sha256
+    timm.create_model("local-dir:out/export", pretrained=True)   # what consumers do
+
+Files: `config.json` (timm's layout), `model.safetensors` (fp32, no prefix, batch-norm statistics included), `README.md` (model card),
+`allograft.json` (provenance; ExportInfo), `golden.safetensors` (a phantom as stored pixels, as preprocessed tensor, and its features).
+
+The sha256 that identifies an encoder is `weights.sha256_of` its tensors; that of the file stands beside it in `allograft.json`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from base.config import Strict, parse
+from base.errors import RequestError, WorkError
+from encoders.build import Encoder, build
+from encoders.weights import State, load_into, load_local, sha256_of, timm_pretrained
+
+GOLDEN_SEED = 0
+
+
+class ExportInfo(Strict):
+    """`allograft.json`. `labelled_datasets`: datasets whose labels any step of the lineage has seen."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str
+    method: str
+    architecture: str
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    sha256: str
+    file_sha256: str
+    lineage: list[dict[str, Any]]
+    labelled_datasets: list[str]
+    data: list[dict[str, Any]]
+    licence: str
+    revision: str
+    torch: str
+    timm: str
+
+
+def export(
+    encoder: Encoder,
+    dir: str | Path,
+    *,
+    name: str,
+    method: str,
+    lineage: list[dict[str, Any]],
+    data: list[dict[str, Any]],
+    revision: str,
+    image_size: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labelled: Sequence[str] = (),
+) -> str:
+    """Write the folder and return `sha256_of` the tensors in it.
+
+    Args:
+        lineage: the steps that led here, oldest first; a step's `labelled` lists the datasets whose labels it used.
+        data: a dict a dataset, with `dataset`, `digest`, `licence`.
+        mean, std: of pixels scaled to 0..1; the encoder's own unless given.
+        labelled: datasets whose labels the last step used, where the lineage does not say so already.
+    """
+    import timm
+    from safetensors.torch import save_file
+
+    place = Path(dir)
+    place.mkdir(parents=True, exist_ok=True)
+    mean, std = tuple(mean or encoder.mean), tuple(std or encoder.std)
+    state = _plain(encoder.net.state_dict())
+    # A fresh network, so that wrappers, memory layouts and replaced norms of training leave no trace in the golden numbers.
+    fresh = build(encoder.architecture, encoder.in_chans, mean, std)
+    fresh.net.load_state_dict(state, strict=True)
+    save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
+    save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"threads": "1", "torch": torch.__version__})
+    licence = "; ".join(sorted({str(entry["licence"]) for entry in data if entry.get("licence")})) or "unknown"
+    info = ExportInfo(
+        name=name,
+        method=method,
+        architecture=encoder.architecture,
+        in_chans=encoder.in_chans,
+        mean=mean,
+        std=std,
+        image_size=image_size,
+        sha256=sha256_of(state),
+        file_sha256=hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest(),
+        lineage=lineage,
+        labelled_datasets=sorted({*labelled, *(item for step in lineage for item in step.get("labelled", ()))}),
+        data=data,
+        licence=licence,
+        revision=revision,
+        torch=torch.__version__,
+        timm=timm.__version__,
+    )
+    (place / "config.json").write_text(json.dumps(_timm_config(fresh, info), indent=2) + "\n")
+    (place / "README.md").write_text(_card(info))
+    (place / "allograft.json").write_text(json.dumps(info.model_dump(mode="json", by_alias=True), indent=2) + "\n")
+    return info.sha256
+
+
+def export_published(tag: str, dir: str | Path, *, revision: str, file: str | None = None) -> str:
+    """Weights that timm publishes, converted once into an export like our own; returns `sha256_of` their tensors.
+
+    Args:
+        file: a local copy of the published weights, where there is no network.
+
+    Raises:
+        RequestError: timm has no such tag.
+        WorkError: they could not be fetched.
+    """
+    found = timm_pretrained(tag, file)
+    encoder = build(found.architecture, len(found.mean), found.mean, found.std)
+    load_into(encoder.net, found.state)
+    source = f"timm:{tag}"
+    step = {"name": source, "method": source, "sha256": sha256_of(found.state)}
+    data = [{"dataset": tag.partition(".")[2], "digest": "not ours", "licence": found.licence}]
+    return export(encoder, dir, name=source, method=source, lineage=[step], data=data, revision=revision, image_size=found.image_size)
+
+
+def read_export(dir: str | Path, verify: bool = True) -> ExportInfo:
+    """What `allograft.json` says; with `verify`, the tensors are hashed and compared.
+
+    Raises:
+        RequestError: no export there.
+        WorkError: the tensors are not those that were exported.
+    """
+    file = Path(dir) / "allograft.json"
+    if not file.is_file():
+        raise RequestError("no exported encoder here", where=str(file))
+    info = parse(json.loads(file.read_text()), ExportInfo, str(file))
+    if verify and sha256_of(load_local(dir)) != info.sha256:
+        raise WorkError("the weights are not those that were exported", where=str(Path(dir) / "model.safetensors"))
+    return info
+
+
+def golden(encoder: Encoder, image_size: int) -> dict[str, Tensor]:
+    """A phantom as stored pixels u8 BCHW, as the preprocessed float tensor, and its features z_BD (eval mode, one thread)."""
+    from shards import phantoms
+
+    draw = phantoms.chest if encoder.in_chans == 1 else phantoms.fundus
+    image = torch.from_numpy(draw(GOLDEN_SEED, 0, image_size).image)
+    pixels = (image[None, None] if image.ndim == 2 else image.permute(2, 0, 1)[None]).contiguous()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        encoder.eval()
+        with torch.inference_mode():
+            preprocessed = encoder.normalise(pixels)
+            return {"pixels": pixels, "preprocessed": preprocessed.clone(), "features": encoder.net(preprocessed).clone()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain(state: State) -> State:
+    """Contiguous copies on the CPU; floating-point tensors as fp32."""
+    return {
+        name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).cpu().contiguous().clone()
+        for name, tensor in state.items()
+    }
+
+
+def _timm_config(encoder: Encoder, info: ExportInfo) -> dict[str, Any]:
+    """timm's config.json. `pretrained_cfg` is written whole: the architecture's defaults would claim somebody else's weights and paper."""
+    shape = [info.in_chans, info.image_size, info.image_size]
+    declared: Any = encoder.net.pretrained_cfg
+    return {
+        "architecture": info.architecture,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "global_pool": "avg",
+        "model_args": {"in_chans": info.in_chans},
+        "pretrained_cfg": {
+            "tag": f"allograft_{info.name}",
+            "license": info.licence,
+            "origin_url": "",
+            "description": f"{info.method}, tensors sha256 {info.sha256}, Allograft revision {info.revision}",
+            "paper_ids": [],
+            "custom_load": False,
+            "input_size": shape,
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": list(info.mean),
+            "std": list(info.std),
+            "num_classes": 0,
+            "pool_size": None,
+            # Facts of the network's shape, which timm needs for another number of channels or a fresh head.
+            "first_conv": declared["first_conv"],
+            "classifier": declared["classifier"],
+        },
+    }
+
+
+def _card(info: ExportInfo) -> str:
+    steps = "\n".join(f"{i}. " + ", ".join(f"{key}: {value}" for key, value in step.items()) for i, step in enumerate(info.lineage, 1))
+    data = "\n".join("* " + ", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in info.data)
+    channels = {1: "1 (grey)", 3: "3 (RGB)"}.get(info.in_chans, str(info.in_chans))
+    return f"""---
+license: other
+library_name: timm
+tags: [medical-imaging, feature-extraction, allograft]
+---
+# {info.name}
+
+An image encoder: `{info.architecture}`, trained with `{info.method}`, without a classifier.
+Channels: {channels}. Trained at {info.image_size} px.
+
+Preprocessing: 8-bit pixels, antialiased bilinear resize to a square, divided by 255, then mean {list(info.mean)} and standard deviation
+{list(info.std)} per channel.
+
+## Use
+
+```python
+import timm
+encoder = timm.create_model("local-dir:PATH", pretrained=True)                  # features
+classifier = timm.create_model("local-dir:PATH", pretrained=True, num_classes=5)  # with a fresh head
+```
+
+## Check that your preprocessing is right
+
+```python
+import timm, torch
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+golden = load_file("PATH/golden.safetensors")  # pixels (u8), preprocessed, features
+encoder = timm.create_model("local-dir:PATH", pretrained=True).eval()
+print((encoder(golden["preprocessed"]) - golden["features"]).abs().max())
+```
+
+0 with torch {info.torch} on the same kind of processor, within 1e-5 otherwise. Put `golden["pixels"]` through your own
+preprocessing and compare with `golden["preprocessed"]` before anything else.
+
+## Lineage
+
+{steps or "trained from random weights"}
+
+Datasets whose labels were used: {", ".join(info.labelled_datasets) or "none"}.
+
+## Data
+
+{data or "none"}
+
+Terms of the data: {info.licence}. Not a medical device: for research.
+
+## Provenance
+
+tensors sha256 `{info.sha256}`, file sha256 `{info.file_sha256}`, Allograft revision `{info.revision}`, torch {info.torch}, timm {info.timm}
+"""

@@ -1,0 +1,192 @@
+"""Weights: where they come from, how they are put into a network, and proof that they were.
+
+    state = load_local("OUT/pretrain/simclr-.../export")       # a folder or a .safetensors file
+    report = load_into(encoder.net, state)                      # Loaded(loaded, missing, unexpected, reshaped, prefix)
+    sha256_of(encoder.net.state_dict()) == sha256_of(state)     # the transplant is real
+
+Nothing here unpickles. A checkpoint that fits less than 95 % of the network's tensors is refused with the table of what did not fit:
+a wrong key prefix loads nothing and trains from random without a word in most code.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import RequestError, WorkError, unknown
+
+State = dict[str, Tensor]
+ENOUGH = 0.95
+log = logging.getLogger(__name__)
+
+# Longest first where one begins another. MoCo and PCL: module.encoder_q.; InfoMin, InsDis, PIRL: module.encoder.; SwAV and kin: module.
+PREFIXES = ("module.encoder_q.", "module.encoder.", "module.backbone.", "module.", "encoder_q.", "encoder.", "backbone.", "net.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of each tensor. `reshaped`: the first convolution, adapted to another number of input channels."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    prefix: str = ""
+
+    def table(self) -> str:
+        """Counts and the first names of each kind, for an error or a log line."""
+        rows = [f"loaded {len(self.loaded)}" + (f" (prefix '{self.prefix}' removed)" if self.prefix else "")]
+        for kind in ("missing", "unexpected", "reshaped"):
+            names = getattr(self, kind)
+            if names:
+                rows.append(f"{kind} {len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+        return "; ".join(rows)
+
+
+def sha256_of(state: Mapping[str, Tensor]) -> str:
+    """64 hex digits over names (sorted), dtypes, shapes and bytes of all tensors: independent of file format and memory layout."""
+    whole = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        whole.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def load_local(path: str | Path) -> State:
+    """Tensors of a `.safetensors` file, or of `model.safetensors` in a folder.
+
+    Raises:
+        RequestError: nothing there, or a pickle.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    place = Path(path)
+    file = place / "model.safetensors" if place.is_dir() else place
+    if not file.is_file():
+        raise RequestError("no weights here", where=str(file), hint="expected an exported encoder's folder or a .safetensors file")
+    if file.suffix != ".safetensors":
+        raise RequestError(f"'{file.suffix}' files are not read: they can run code", where=str(file), hint="convert it to .safetensors")
+    try:
+        return dict(load_file(str(file)))
+    except SafetensorError as error:
+        raise RequestError(f"not a safetensors file ({error})", where=str(file)) from error
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that timm publishes, and the preprocessing and terms they came with."""
+
+    state: State
+    architecture: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    licence: str
+
+
+def timm_pretrained(tag: str, file: str | None = None) -> Published:
+    """The weights that timm knows as `tag` (`resnet18.a1_in1k`), without classifier, by timm's own loading code.
+
+    Args:
+        file: a local copy of those weights instead of the download.
+
+    Raises:
+        RequestError: timm has no such tag.
+        WorkError: the download failed.
+    """
+    import timm
+
+    from encoders.cuts import family
+
+    architecture = tag.partition(".")[0]
+    family(architecture)
+    known = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag not in known:
+        raise unknown("published weights", tag, known)
+    overlay = {"file": file} if file else None
+    try:
+        net = timm.create_model(tag, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        raise WorkError(
+            f"could not load '{tag}' ({type(error).__name__}: {error})", hint="fetch it once where there is a network"
+        ) from error
+    cfg: dict[str, Any] = net.pretrained_cfg
+    return Published(
+        state=dict(net.state_dict()),
+        architecture=architecture,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        image_size=int(cfg["input_size"][-1]),
+        licence=str(cfg.get("license") or "unknown"),
+    )
+
+
+def adapt_input(weight_OIHW: Tensor, in_chans: int) -> Tensor:
+    """A first convolution for 1 instead of 3 input channels, or 3 instead of 1.
+
+    Summed over the channels (3 to 1), or repeated and divided by 3 (1 to 3): the output on a grey image, and on its copy in three
+    channels, is the same, as long as the normalisation does not differ between the channels.
+
+    Raises:
+        RequestError: any other pair of channels.
+    """
+    have = weight_OIHW.shape[1]
+    if have == in_chans:
+        return weight_OIHW
+    if have == 3 and in_chans == 1:
+        return weight_OIHW.sum(dim=1, keepdim=True)
+    if have == 1 and in_chans == 3:
+        return weight_OIHW.repeat(1, 3, 1, 1) / 3
+    raise RequestError(f"cannot adapt a first convolution of {have} input channels to {in_chans}")
+
+
+def load_into(net: nn.Module, state: Mapping[str, Tensor], allow_partial: bool = False) -> Loaded:
+    """Copy tensors into the network, whatever prefix they were saved under, and say what became of each.
+
+    `num_batches_tracked` counters are not counted for or against (old checkpoints lack them).
+
+    Raises:
+        WorkError: less than 95 % of the network's tensors were found, unless `allow_partial`.
+    """
+    target = net.state_dict()
+    prefix = _prefix(target, state)
+    source = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    first = next((name for name, tensor in target.items() if tensor.ndim == 4), None)
+    ready: State = {}
+    reshaped: list[str] = []
+    for name, wanted in target.items():
+        tensor = source.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape == wanted.shape:
+            ready[name] = tensor
+        elif name == first and tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]:
+            ready[name] = adapt_input(tensor, wanted.shape[1])
+            reshaped.append(name)
+    counted = [name for name in target if not name.endswith("num_batches_tracked")]
+    report = Loaded(
+        loaded=tuple(ready),
+        missing=tuple(name for name in counted if name not in ready),
+        unexpected=tuple(name for name in state if name.removeprefix(prefix) not in ready or not name.startswith(prefix)),
+        reshaped=tuple(reshaped),
+        prefix=prefix,
+    )
+    found = 1 - len(report.missing) / len(counted)
+    if found < ENOUGH and not allow_partial:
+        raise WorkError(f"only {found:.0%} of the network's tensors are in these weights ({report.table()})")
+    net.load_state_dict(ready, strict=False)
+    if prefix or report.missing or reshaped:
+        log.warning("weights: %s", report.table())
+    return report
+
+
+def _prefix(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The known prefix under which most of the network's tensors stand in the state; none when it makes no difference."""
+    return max(("", *PREFIXES), key=lambda prefix: sum(prefix + name in state for name in target))

@@ -1,0 +1,115 @@
+"""The export is what consumers get: plain timm must reproduce the golden features without anything of ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from base.errors import RequestError, WorkError
+from encoders.build import build
+from encoders.export import export, export_published, read_export
+from encoders.weights import load_local, sha256_of
+
+CONSUMER = """
+import sys, timm, torch
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+place = sys.argv[1]
+golden = load_file(place + "/golden.safetensors")
+encoder = timm.create_model("local-dir:" + place, pretrained=True).eval()
+print((encoder(golden["preprocessed"]) - golden["features"]).abs().max().item())
+cfg = encoder.pretrained_cfg
+mine = (golden["pixels"].float() / 255 - torch.tensor(cfg["mean"]).view(1, -1, 1, 1)) / torch.tensor(cfg["std"]).view(1, -1, 1, 1)
+print((mine - golden["preprocessed"]).abs().max().item())
+ours = ("base", "shards", "encoders", "engine", "analysis", "finetune", "pretrain", "cluster")
+print([name for name in sys.modules if name.split(".")[0] in ours])
+print(timm.create_model("local-dir:" + place, pretrained=True, num_classes=5)(golden["preprocessed"]).shape[1])
+"""
+
+
+def trained(in_chans: int) -> torch.nn.Module:
+    """An encoder whose batch-norm statistics have moved, in the memory layout of training."""
+    encoder = build("test_resnet", in_chans, seed=1).to(memory_format=torch.channels_last).train()
+    with torch.no_grad():
+        encoder(torch.randint(0, 256, (8, in_chans, 32, 32), dtype=torch.uint8))
+    return encoder
+
+
+def write(encoder: torch.nn.Module, place: Path) -> str:
+    return export(
+        encoder,  # type: ignore[arg-type]
+        place,
+        name="simclr",
+        method="simclr",
+        lineage=[
+            {"name": "simclr", "method": "simclr", "labelled": []},
+            {"name": "sup", "method": "supervised", "labelled": ["nih-cxr14"]},
+        ],
+        data=[{"dataset": "phantom-chest", "digest": "0" * 64, "licence": "CC0"}],
+        revision="abc1234",
+        image_size=48,
+    )
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_plain_timm_reproduces_the_golden_features_to_the_bit(tmp_path: Path, in_chans: int) -> None:
+    place = tmp_path / "export"
+    write(trained(in_chans), place)
+    # -I: no environment, no current directory, no user site; a checkout that is installed editable is shut out by the check of modules.
+    out = subprocess.run([sys.executable, "-I", "-c", CONSUMER, str(place)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    difference, preprocessing, ours, classes = out.stdout.splitlines()
+    assert float(difference) == 0.0
+    assert float(preprocessing) < 1e-6
+    assert ours == "[]"
+    assert classes == "5"
+
+
+def test_the_export_holds_the_encoder_and_says_where_it_comes_from(tmp_path: Path) -> None:
+    encoder = trained(1)
+    sha256 = write(encoder, tmp_path)
+    state = load_local(tmp_path)
+    assert sha256 == sha256_of(state) == sha256_of(encoder.net.state_dict())  # type: ignore[arg-type, union-attr]
+    assert state["bn1.running_mean"].abs().max() > 0  # batch-norm statistics are part of it
+    assert not any(name.startswith(("net.", "module.", "fc.")) for name in state)
+    info = read_export(tmp_path)
+    assert (info.sha256, info.architecture, info.in_chans, info.image_size) == (sha256, "test_resnet", 1, 48)
+    assert info.labelled_datasets == ["nih-cxr14"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    assert (cfg["tag"], cfg["license"], cfg["num_classes"], cfg["input_size"]) == ("allograft_simclr", "CC0", 0, [1, 48, 48])
+    assert "in1k" not in json.dumps(config)  # nothing of the architecture's published weights
+    assert load_file(str(tmp_path / "golden.safetensors"))["pixels"].dtype == torch.uint8
+    card = (tmp_path / "README.md").read_text()
+    assert all(word in card for word in ("simclr", "nih-cxr14", sha256, "golden.safetensors", "CC0"))
+
+
+def test_same_encoder_same_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(trained(1), tmp_path / name)
+    for file in ("config.json", "model.safetensors", "golden.safetensors", "README.md", "allograft.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_changed_weights_and_missing_exports_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no exported encoder"):
+        read_export(tmp_path)
+    write(trained(1), tmp_path / "a")
+    write(build("test_resnet", 1, seed=7), tmp_path / "b")
+    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    with pytest.raises(WorkError, match="not those that were exported"):
+        read_export(tmp_path / "a")
+
+
+def test_published_weights_become_an_export(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    whole = timm.create_model("test_resnet", num_classes=1000)
+    save_file(whole.state_dict(), str(tmp_path / "weights.safetensors"))
+    sha256 = export_published("test_resnet.r160_in1k", tmp_path / "out", revision="abc", file=str(tmp_path / "weights.safetensors"))
+    info = read_export(tmp_path / "out")
+    assert (info.sha256, info.method, info.mean, info.in_chans) == (sha256, "timm:test_resnet.r160_in1k", (0.5, 0.5, 0.5), 3)
