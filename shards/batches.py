@@ -1,0 +1,144 @@
+"""A batch, and how it is read: positions of the order in, one shared uint8 tensor of views out. Training and evaluation share it.
+
+A worker reads, decodes and writes the views of a batch into one shared tensor; a grey image travels as one channel of bytes, a twelfth of
+three float32 channels. torch's DataLoader hands batches over in order whichever worker is first.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from base.errors import AllograftError, RequestError
+from shards.corpus import Corpus, Sample, targets
+from shards.views import ViewsConfig, make
+
+NO_MASK = 255  # class index of every pixel of a sample that has no mask, in a batch of others that have one
+
+
+class Batch(NamedTuple):
+    """A rank's part of a step.
+
+    index_B: int64, id of the sample (in a mixture plus the sizes of the corpora before; -1 = padding).
+    views: u8 (B, C, H, W), one tensor a view.
+    target_BL, mask_BL: float32; target 0 or 1, mask 1 where the label is known; None when no label was asked for.
+    seg_BHW: u8 class indices, NO_MASK where the sample has no mask; None for two views and for data without masks.
+    valid_B: bool, False = padding (evaluation only).
+    """
+
+    index_B: torch.Tensor
+    views: list[torch.Tensor]
+    target_BL: torch.Tensor | None
+    mask_BL: torch.Tensor | None
+    seg_BHW: torch.Tensor | None
+    valid_B: torch.Tensor
+
+
+class Parts(NamedTuple):
+    """What a worker hands over: two shared tensors at most (each costs a file descriptor), the rest small arrays."""
+
+    index_B: np.ndarray
+    pixels_VBCHW: torch.Tensor
+    target_BL: np.ndarray | None
+    mask_BL: np.ndarray | None
+    seg_BHW: torch.Tensor | None
+    valid_B: np.ndarray
+
+    def batch(self) -> Batch:
+        return Batch(
+            torch.from_numpy(self.index_B),
+            list(self.pixels_VBCHW),
+            None if self.target_BL is None else torch.from_numpy(self.target_BL),
+            None if self.mask_BL is None else torch.from_numpy(self.mask_BL),
+            self.seg_BHW,
+            torch.from_numpy(self.valid_B),
+        )
+
+
+class BatchReader(Dataset[Parts | AllograftError]):
+    """Reads batches of (global id, epoch); id -1 is padding. Shared by training and evaluation."""
+
+    def __init__(self, corpora: Sequence[Corpus], views: ViewsConfig, labels: Sequence[str], seed: int) -> None:
+        self.corpora, self.views, self.labels, self.seed = list(corpora), views, list(labels), seed
+        self.starts = np.concatenate([[0], np.cumsum([len(corpus) for corpus in corpora])]).astype(np.int64)
+        self.channels = corpora[0].channels
+        if any(corpus.channels != self.channels for corpus in corpora):
+            found = ", ".join(f"{corpus.manifest.dataset} {corpus.channels}" for corpus in corpora)
+            raise RequestError(f"the datasets of a mixture must have the same channels: {found}", where="data")
+        self.with_masks = views.kind != "two" and any(corpus.has_masks for corpus in corpora)
+
+    def sample(self, i: int) -> Sample:
+        source = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.corpora[source].read(i - int(self.starts[source]), seg=self.with_masks, text=bool(self.labels))
+
+    def __getitems__(self, order: tuple[np.ndarray, np.ndarray]) -> Parts | AllograftError:
+        try:
+            return self.read(*order)
+        except AllograftError as error:
+            return error  # raised again by `batches`: DataLoader would turn it into a page of traceback
+
+    def read(self, id_B: np.ndarray, epoch_B: np.ndarray) -> Parts:
+        """The batch of those samples in the views of those epochs."""
+        count, size, shared = len(id_B), self.views.size, torch.utils.data.get_worker_info() is not None
+        pixels = _empty((self.views.views, count, self.channels, size, size), shared)
+        masks = _empty((count, size, size), shared) if self.with_masks else None
+        out_VBCHW, out_seg = pixels.numpy(), None if masks is None else masks.numpy()
+        labels: list[dict[str, int | None]] = []
+        for b, (i, epoch) in enumerate(zip(id_B.tolist(), epoch_B.tolist(), strict=True)):
+            if i < 0:
+                out_VBCHW[:, b] = 0
+                labels.append({})
+                if out_seg is not None:
+                    out_seg[b] = NO_MASK
+                continue
+            sample = self.sample(i)
+            views, moved = make(sample.image, sample.seg, self.views, (self.seed, epoch, i))
+            for v, view_HWC in enumerate(views):
+                out_VBCHW[v, b] = view_HWC.transpose(2, 0, 1)
+            if out_seg is not None:
+                out_seg[b] = NO_MASK if moved is None else moved
+            labels.append(sample.labels)
+        target_BL, mask_BL = targets(labels, self.labels) if self.labels else (None, None)
+        return Parts(id_B, pixels, target_BL, mask_BL, masks, id_B >= 0)
+
+    def batches(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Batch]:
+        """Read in this process (workers=0) or by that many others."""
+        if workers == 0:
+            cv2.setNumThreads(1)  # images are small: OpenCV's own threads cost more than they give, and fight with torch's
+            for order in orders:
+                yield self.read(*order).batch()
+            return
+        loader: Any = DataLoader(
+            self, batch_sampler=_Stream(orders), num_workers=workers, collate_fn=_same, prefetch_factor=2, worker_init_fn=_start_worker
+        )
+        for parts in loader:
+            if isinstance(parts, AllograftError):
+                raise parts
+            yield parts.batch()
+
+
+class _Stream(Sampler[Any]):
+    """A one-off stream of orders in the shape that DataLoader asks for."""
+
+    def __init__(self, orders: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.orders = orders
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.orders
+
+
+def _same(parts: Any) -> Any:
+    return parts
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(1)
+
+
+def _empty(shape: tuple[int, ...], shared: bool) -> torch.Tensor:
+    # Memory that is shared from the start spares a worker the copy of each batch.
+    tensor = torch.empty(shape, dtype=torch.uint8)
+    return tensor.share_memory_() if shared else tensor

@@ -1,0 +1,247 @@
+"""The training stream: equal for any number of workers and ranks and after a seek; evaluation once each; damage is named."""
+
+import hashlib
+import io
+import itertools
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from tiny_corpus import picture, write
+
+from base.errors import RequestError, WorkError
+from shards.corpus import Corpus, targets
+from shards.evaluate import decode_all, eval_batches
+from shards.loader import NO_MASK, Batch, TrainLoader
+from shards.views import ViewsConfig, resize, resize_mask
+
+TWO = ViewsConfig(kind="two", size=24)
+ONE = ViewsConfig(kind="one", size=24)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("masked"), (20, 15), masks=True, suffix="png", dataset="masked", splits=["train", "test"])
+
+
+def stream(url: str, world: int, workers: int, start: int, steps: int, exact: bool = False) -> tuple[str, str]:
+    """sha256 of the ids and of the pixels of the global batches, put together from all ranks."""
+    ranks = [
+        TrainLoader([Corpus(url)], None, TWO, 16, seed=1, rank=r, world=world, workers=workers, exact_epoch=exact).batches(start)
+        for r in range(world)
+    ]
+    ids, pixels = hashlib.sha256(), hashlib.sha256()
+    for _ in range(steps):
+        parts = [next(rank) for rank in ranks]
+        ids.update(torch.cat([part.index_B for part in parts]).numpy().tobytes())
+        for v in range(2):
+            pixels.update(torch.cat([part.views[v] for part in parts]).numpy().tobytes())
+    return ids.hexdigest(), pixels.hexdigest()
+
+
+@pytest.mark.parametrize("start", [0, 5, 17])
+def test_the_stream_is_the_same_for_all_worlds_and_workers(url: str, start: int) -> None:
+    # 6 steps an epoch: the first stretch crosses into the second epoch.
+    expected = stream(url, 1, 0, start, 8)
+    for world, workers in itertools.product((1, 2, 4), (0, 1, 2)):
+        if workers and world == 4:
+            continue  # four loaders with workers each are only more of the same
+        assert stream(url, world, workers, start, 8) == expected, (world, workers)
+
+
+def test_a_seek_continues_the_stream(url: str) -> None:
+    walked = [batch.index_B for batch in itertools.islice(TrainLoader([Corpus(url)], None, TWO, 16, seed=1).batches(0), 20)]
+    for start in (3, 6, 19):
+        batch = next(TrainLoader([Corpus(url)], None, TWO, 16, seed=1).batches(start))
+        assert torch.equal(batch.index_B, walked[start])
+    assert stream(url, 1, 0, 4, 9, exact=True) == stream(url, 2, 1, 4, 9, exact=True)
+
+
+def test_a_batch_has_the_promised_shapes(url: str) -> None:
+    loader = TrainLoader([Corpus(url)], None, TWO, 16, seed=0)
+    batch = next(loader.batches(0))
+    assert [view.shape for view in batch.views] == [(16, 1, 24, 24)] * 2
+    assert all(view.dtype == torch.uint8 for view in batch.views)
+    assert not torch.equal(batch.views[0], batch.views[1])
+    assert batch.index_B.dtype == torch.int64
+    assert batch.index_B.tolist() == loader.ids(0).tolist()
+    assert batch.target_BL is not None
+    assert batch.target_BL.shape == (16, 2)
+    assert batch.target_BL.dtype == torch.float32
+    assert batch.seg_BHW is None
+    assert batch.valid_B.all()
+    assert loader.steps_per_epoch == 6
+
+
+def test_views_change_from_epoch_to_epoch(url: str) -> None:
+    by_id: dict[int, list[torch.Tensor]] = {}
+    for batch in itertools.islice(TrainLoader([Corpus(url)], None, ONE, 50, seed=0).batches(0), 4):
+        for i, view in zip(batch.index_B.tolist(), batch.views[0], strict=True):
+            by_id.setdefault(i, []).append(view)
+    assert all(len(views) == 2 and not torch.equal(*views) for views in by_id.values())
+
+
+def test_unknown_and_uncertain_labels_are_masked(url: str) -> None:
+    batch = next(TrainLoader([Corpus(url)], None, ONE, 100, seed=0).batches(0))
+    assert batch.target_BL is not None
+    assert batch.mask_BL is not None
+    i = batch.index_B
+    for place in range(2):
+        raw = (i // 4**place) % 4  # 0, 1, uncertain, unknown
+        assert torch.equal(batch.mask_BL[:, place], (raw < 2).float())
+        assert torch.equal(batch.target_BL[:, place], (raw == 1).float())
+
+
+def test_a_mixture_joins_labels_by_name(url: str, tmp_path: Path) -> None:
+    other = write(tmp_path, (20,), dataset="other", labels=["b", "c"])
+    loader = TrainLoader([Corpus(url), Corpus(other)], None, ONE, 120, seed=0)
+    assert loader.labels == ["a", "b", "c"]
+    batch = next(loader.batches(0))
+    assert batch.mask_BL is not None
+    assert sorted(batch.index_B.tolist()) == list(range(120))
+    assert not batch.mask_BL[batch.index_B < 100, 2].any()
+    assert not batch.mask_BL[batch.index_B >= 100, 0].any()
+    assert batch.mask_BL[batch.index_B >= 100, 2].sum() == 12  # four each of 0, 1, -1, None, 0
+    assert TrainLoader([Corpus(url), Corpus(other)], None, ONE, 8, seed=0, labels=["c"]).labels == ["c"]
+    assert next(TrainLoader([Corpus(url)], None, ONE, 8, seed=0, labels=[]).batches(0)).target_BL is None
+    with pytest.raises(RequestError, match="unknown label 'cc'"):
+        TrainLoader([Corpus(url), Corpus(other)], None, ONE, 8, seed=0, labels=["cc"])
+
+
+def test_samples_and_records_say_the_same(url: str) -> None:
+    corpus = Corpus(url)
+    records = corpus.records()
+    assert len(corpus) == len(records) == 100
+    for i in (0, 39, 40, 99):
+        sample = corpus[i]
+        assert (sample.id, sample.labels, sample.patient, sample.meta) == tuple(records[i])
+        assert sample.meta == {"age": i}
+        assert np.abs(sample.image.astype(int) - picture(i, 40)).mean() < 5
+    with pytest.raises(IndexError):
+        corpus[100]
+    target_NL, mask_NL = targets([record.labels for record in records], ["a", "missing"])
+    assert mask_NL[:, 1].sum() == 0
+    assert target_NL.sum() == 25
+
+
+def test_stock_webdataset_reads_the_same_samples(url: str) -> None:
+    corpus = Corpus(url)
+    stock = list(webdataset.WebDataset(sorted(str(path) for path in Path(url).glob("*.tar")), shardshuffle=False))
+    assert [sample["__key__"] for sample in stock] == corpus.keys()
+
+
+def test_colour_is_rgb_and_stays_three_channels(tmp_path: Path) -> None:
+    corpus = Corpus(write(tmp_path, (6,), channels=3, suffix="png"))
+    assert np.array_equal(corpus[3].image, picture(3, 40, 3))
+    batch = next(TrainLoader([corpus], None, TWO, 6, seed=0).batches(0))
+    assert batch.views[0].shape == (6, 3, 24, 24)
+
+
+def test_masks_come_with_one_view_and_with_evaluation(masked: str) -> None:
+    corpus = Corpus(masked)
+    batch = next(TrainLoader([corpus], None, ONE.model_copy(update={"blur_p": 0.0, "jitter_p": 0.0}), 20, seed=0).batches(0))
+    assert batch.seg_BHW is not None
+    lacking = batch.index_B % 7 == 0
+    assert (batch.seg_BHW[lacking] == NO_MASK).all()
+    assert (batch.seg_BHW[~lacking] <= 1).all()
+    assert next(TrainLoader([corpus], None, TWO, 20, seed=0).batches(0)).seg_BHW is None
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 16), (2, 16), (3, 7), (4, 64)])
+def test_evaluation_sees_each_sample_once(url: str, world: int, batch: int) -> None:
+    ranks = [list(eval_batches(Corpus(url), 24, batch, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = torch.cat([b.index_B[b.valid_B] for batches in ranks for b in batches])
+    assert sorted(seen.tolist()) == list(range(100))
+    assert all((b.index_B[~b.valid_B] == -1).all() and len(b.index_B) == batch for batches in ranks for b in batches)
+
+
+def test_decoded_evaluation_equals_the_batches(masked: str) -> None:
+    corpus = Corpus(masked, splits=("train", "test"))
+    decoded = decode_all(corpus, 24)
+    batches: list[Batch] = list(eval_batches(corpus, 24, 35))
+    assert np.array_equal(decoded.images, batches[0].views[0].numpy())
+    assert decoded.seg is not None
+    assert batches[0].seg_BHW is not None
+    assert np.array_equal(decoded.seg, batches[0].seg_BHW.numpy())
+    assert batches[0].target_BL is not None
+    assert np.array_equal(decoded.target, batches[0].target_BL.numpy())
+    sample = corpus[5]
+    assert sample.seg is not None
+    assert np.array_equal(decoded.images[5], resize(sample.image, 24).transpose(2, 0, 1))
+    assert np.array_equal(decoded.seg[5], resize_mask(sample.seg, 24))
+    assert decoded.ids == corpus.keys()
+    assert decoded.meta[34] == {"age": 34}
+
+
+def test_damage_is_named_with_shard_and_key(tmp_path: Path) -> None:
+    url = write(tmp_path, (5,))
+    tar = tmp_path / "tiny-train-00000.tar"
+    corpus = Corpus(url)
+    corpus[0]  # the whole file has been checked; what follows is damage while in use
+    with tarfile.open(tar) as members:
+        name = members.getmembers()[6].name
+        at = members.getmembers()[6].offset_data
+    data = bytearray(tar.read_bytes())
+    data[at + 60] ^= 1
+    tar.write_bytes(bytes(data))
+    with pytest.raises(WorkError, match=rf"tiny-train-00000.tar: {name.split('.')[0]}.*checksum of its image"):
+        corpus[3]
+    assert corpus[2].id == 2
+    with pytest.raises(WorkError, match="shard is damaged"):
+        Corpus(url)[2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_does_not_decode_stops_the_stream(tmp_path: Path, workers: int) -> None:
+    import tiny_corpus
+
+    original = tiny_corpus._parts
+    try:
+        tiny_corpus._parts = lambda i, *rest: original(i, *rest) | ({"jpg": b"no image"} if i == 3 else {})
+        url = write(tmp_path, (5,))
+    finally:
+        tiny_corpus._parts = original
+    with pytest.raises(
+        WorkError, match=r"^\S+tiny-train-00000.tar: tiny-[0-9a-f]{20}: the sample cannot be read: the image does not decode"
+    ):
+        next(TrainLoader([Corpus(url)], None, TWO, 5, seed=0, workers=workers).batches(0))
+
+
+def test_requests_that_cannot_be_met_are_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="cannot be shared by 3 workers"):
+        TrainLoader([Corpus(url)], None, TWO, 16, seed=0, world=3)
+    with pytest.raises(RequestError, match="no split"):
+        Corpus(url, splits=("test",))
+    with pytest.raises(RequestError, match="allograft pack"):
+        Corpus(str(tmp_path))
+    colour = write(tmp_path / "colour", (4,), channels=3, dataset="colour")
+    with pytest.raises(RequestError, match="same channels: tiny 1, colour 3"):
+        TrainLoader([Corpus(url), Corpus(colour)], None, TWO, 4, seed=0)
+
+
+def test_closing_the_stream_stops_its_workers(url: str) -> None:
+    batches = TrainLoader([Corpus(url)], None, TWO, 16, seed=0, workers=2).batches(0)
+    next(batches)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    before = set(children.read_text().split())
+    del batches
+    assert len(before - set(children.read_text().split())) >= 2
+
+
+def test_a_corpus_survives_pickling(url: str) -> None:
+    import pickle
+
+    corpus = Corpus(url)
+    first = corpus[0]
+    again = pickle.load(io.BytesIO(pickle.dumps(corpus)))
+    assert np.array_equal(again[0].image, first.image)

@@ -1,0 +1,180 @@
+"""Views: their distribution, their masks, and that the key alone decides."""
+
+import math
+import random
+
+import cv2
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from tiny_corpus import picture
+
+from shards.views import ViewsConfig, _crop, _crop_box, _kernel, _light, _to_level, augment, make, resize, resize_mask
+
+PLAIN = {"jitter_p": 0.0, "blur_p": 0.0, "flip": False}
+IDENTITY = ViewsConfig(kind="one", size=32, crop_scale=(1, 1), crop_ratio=(1, 1), jitter_p=0.0, blur_p=0.0, flip=False)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 70), (32, 32), (20, 20), (40, 20)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_randomness_a_view_is_the_evaluation_resize(shape: tuple[int, int], channels: int) -> None:
+    image = cv2.resize(picture(1, 128, channels), shape).reshape(shape[1], shape[0], channels)
+    expected = resize(image, 32)
+    assert expected.shape == (32, 32, channels)
+    assert np.array_equal(make(image, None, IDENTITY, (0,))[0][0], expected)
+    assert np.array_equal(make(image, None, IDENTITY.model_copy(update={"kind": "eval"}), (9,))[0][0], expected)
+
+
+def test_the_evaluation_resize_averages_areas() -> None:
+    checks = np.indices((64, 64)).sum(0).astype(np.uint8)[:, :, None] % 2 * 255
+    assert np.unique(resize(checks, 16)).size == 1  # an aliasing resize shows black, white or stripes
+    assert abs(int(resize(checks, 16)[0, 0, 0]) - 127) <= 1
+
+
+def test_crops_have_the_promised_areas_aspects_and_places() -> None:
+    cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.2, 0.8), crop_ratio=(0.75, 4 / 3))
+    boxes = np.array([_crop_box(1000, 1000, cfg, random.Random(i)) for i in range(4000)], dtype=float)
+    x, y, w, h = boxes.T
+    area, aspect = w * h / 1e6, w / h
+    assert area.min() >= 0.199
+    assert area.max() <= 0.801
+    # A share is uniform: its deciles are evenly spaced. Near the upper end an aspect of 4/3 still fits (0.8 * 4/3 > 1 does not by 3 %).
+    assert np.abs(np.quantile(area, np.linspace(0.1, 0.9, 9)) - np.linspace(0.26, 0.74, 9)).max() < 0.02
+    assert abs(np.log(aspect).mean()) < 0.01
+    assert aspect.min() >= 0.749
+    assert aspect.max() <= 1.336
+    free_x, free_y = x / np.maximum(1000 - w, 1), y / np.maximum(1000 - h, 1)
+    assert abs(free_x.mean() - 0.5) < 0.02
+    assert abs(free_y.mean() - 0.5) < 0.02
+    assert np.all((x >= 0) & (y >= 0) & (x + w <= 1000) & (y + h <= 1000))
+
+
+def test_aspect_is_relative_to_the_image() -> None:
+    cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.5, 0.5), crop_ratio=(1, 1))
+    for i in range(20):
+        _, _, w, h = _crop_box(400, 800, cfg, random.Random(i))
+        assert abs(w / h - 2) < 0.02
+
+
+def test_a_crop_from_a_halved_level_shows_the_same_place() -> None:
+    image = cv2.GaussianBlur(picture(3, 512)[:, :, 0], (0, 0), 4)[:, :, None]
+    random_ = random.Random(0)
+    cfg = ViewsConfig(kind="two", size=64, crop_scale=(0.3, 0.9))
+    for _ in range(20):
+        wanted = _crop_box(512, 512, cfg, random_)
+        (x, y, w, h), level = _to_level(wanted, image.shape, 64)
+        assert level == (1 if min(wanted[2:]) < 256 else 2)
+        assert all(0 <= a - b < 4 for a, b in zip(wanted, (x, y, w, h), strict=True))
+        fast = _crop([image], (x, y, w, h), level, 64)[:, :, 0].astype(float)
+        true = cv2.resize(image[y : y + h, x : x + w], (64, 64), interpolation=cv2.INTER_AREA).astype(float)
+        assert np.sqrt(((fast - true) ** 2).mean()) < 2.5
+
+
+def test_the_mask_moves_with_the_image() -> None:
+    cfg = ViewsConfig(kind="one", size=48, crop_scale=(0.3, 1.0), **PLAIN).model_copy(update={"flip": True})
+    inside = outside = checked = 0.0
+    for i in range(60):
+        draw = np.random.default_rng(i)
+        seg = np.zeros((128, 128), dtype=np.uint8)
+        x, y = draw.integers(10, 80, 2)
+        seg[y : y + 35, x : x + 35] = 7
+        image = np.where(seg == 7, np.uint8(250), np.uint8(20))[:, :, None]
+        views, moved = make(image, seg, cfg, (i,))
+        assert moved is not None
+        assert set(np.unique(moved)) <= {0, 7}
+        bright = views[0][:, :, 0] > 135
+        if moved.any():
+            checked += 1
+            inside += (bright & (moved == 7)).sum() / (bright | (moved == 7)).sum()
+        outside += abs(float(bright.sum()) - float((moved == 7).sum()))
+    assert checked > 40
+    assert inside / checked > 0.95
+
+
+def test_mirroring_happens_half_of_the_time_and_whole() -> None:
+    image = np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (32, 1, 1))
+    cfg = IDENTITY.model_copy(update={"flip": True})
+    flipped = [bool(make(image, None, cfg, (i,))[0][0][0, 0, 0]) for i in range(400)]
+    assert 160 < sum(flipped) < 240
+    assert np.array_equal(make(image, None, cfg, (flipped.index(True),))[0][0], image[:, ::-1])
+
+
+def test_the_key_alone_decides_and_views_differ() -> None:
+    cfg, image = ViewsConfig(kind="two", size=32), picture(0, 80)
+    one, two = make(image, None, cfg, (1, 2, 3))[0]
+    make(picture(5, 60), None, cfg, (7,))
+    again = make(image, None, cfg, (1, 2, 3))[0]
+    assert np.array_equal(one, again[0])
+    assert np.array_equal(two, again[1])
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one, make(image, None, cfg, (1, 2, 4))[0][0])
+
+
+def test_light_is_computed_in_float_and_rounded_once() -> None:
+    image = picture(2, 64)
+    exact = image.astype(np.float64)
+    for brightness, contrast, first in ((1.3, 0.7, True), (0.8, 1.4, False), (1.0, 1.2, True)):
+        step = np.clip(exact * brightness, 0, 255) if first else exact
+        step = np.clip((step - step.mean()) * contrast + step.mean(), 0, 255)
+        step = step if first else np.clip(step * brightness, 0, 255)
+        assert np.abs(_light(image, brightness, contrast, first) - step).max() <= 0.75  # half a grey level, and the mean's own rounding
+
+
+def test_the_blur_keeps_the_mean_and_reaches_its_sigma() -> None:
+    for sigma in (0.5, 1.0, 2.0):
+        kernel = _kernel(sigma)[:, 0]
+        place = np.arange(len(kernel)) - len(kernel) // 2
+        assert math.isclose(kernel.sum(), 1, abs_tol=1e-6)
+        assert 0.8 * sigma < math.sqrt((kernel * place**2).sum()) <= 1.02 * sigma
+    cfg = IDENTITY.model_copy(update={"blur_p": 1.0, "blur_sigma": (2.0, 2.0)})
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 1), dtype=np.uint8)
+    blurred = make(noise, None, cfg, (0,))[0][0]
+    assert blurred.std() < 0.3 * noise.std()
+    assert abs(blurred.mean() - noise.mean()) < 3
+
+
+def test_colour_jitter_changes_colours_and_grey_removes_them() -> None:
+    image = picture(4, 32, 3)
+    update = {"jitter_p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.5}
+    turned = make(image, None, IDENTITY.model_copy(update=update), (3,))[0][0]
+    assert np.abs(turned.astype(int) - image).mean() > 5
+    assert np.abs(turned.max(2).astype(int) - image.max(2)).mean() < 2  # hue leaves the value of HSV alone
+    grey = make(image, None, IDENTITY.model_copy(update={"grey_p": 1.0}), (0,))[0][0]
+    assert (np.ptp(grey, axis=2) == 0).all()
+
+
+def test_augmenting_decoded_arrays_is_making_views() -> None:
+    images = np.stack([picture(i, 40, 3).transpose(2, 0, 1) for i in range(5)])
+    seg = np.random.default_rng(0).integers(0, 3, (5, 40, 40), dtype=np.uint8)
+    cfg = ViewsConfig(kind="one", size=32)
+    keys = [(0, 1, i) for i in range(5)]
+    out, moved = augment(images, seg, cfg, keys)
+    assert out.shape == (5, 3, 32, 32)
+    assert moved is not None
+    for i in range(5):
+        views, mask = make(np.ascontiguousarray(images[i].transpose(1, 2, 0)), seg[i], cfg, keys[i])
+        assert np.array_equal(out[i], views[0].transpose(2, 0, 1))
+        assert mask is not None
+        assert np.array_equal(moved[i], mask)
+    assert augment(images[:, :1], None, cfg, keys)[0].shape == (5, 1, 32, 32)
+
+
+def test_masks_keep_their_classes() -> None:
+    seg = np.random.default_rng(1).integers(0, 4, (37, 53), dtype=np.uint8)
+    assert set(np.unique(resize_mask(seg, 16))) <= {0, 1, 2, 3}
+    assert np.array_equal(resize_mask(np.kron(seg[:16, :16], np.ones((3, 3), dtype=np.uint8)), 16), seg[:16, :16])
+
+
+def test_pixels_are_pinned() -> None:
+    # Whoever changes this changes what every recipe computes: raise VIEWS_VERSION in the same commit.
+    cfg = ViewsConfig(kind="two", size=8)
+    ramp = np.add.outer(np.arange(32), np.arange(32) * 5).astype(np.uint8)[:, :, None]
+    one, two = make(ramp, None, cfg, (0, 0, 0))[0]
+    assert abs(int(one.sum()) - 3306) <= 8  # OpenCV may round a pixel otherwise on another CPU
+    assert abs(int(two.sum()) - 5706) <= 8
+
+
+def test_a_wrong_configuration_is_refused() -> None:
+    for wrong in ({"crop_scale": (0.5, 0.2)}, {"crop_scale": (0.0, 1.0)}, {"blur_p": 1.5}, {"croop": 1}, {"size": 0}):
+        with pytest.raises(ValidationError):
+            ViewsConfig.model_validate({"kind": "two", "size": 32} | wrong)
