@@ -1,0 +1,210 @@
+"""The one checkpoint system: safetensors, JSON, and a COMMIT file of hashes written last, under any fsspec url.
+
+    save(url, Snapshot(step, model, optimizer, state, mine), keep=2)        # every rank calls
+    found = find_newest(url)                                                # None, or the newest one whose hashes hold
+    snapshot = load(found)
+
+    <url>/step-00000120/  model.safetensors  optimizer.safetensors  ema.safetensors (when any)  rank<r>.safetensors  state.json  COMMIT
+
+A folder without COMMIT is a save that was cut off: never read, removed by a later save. Nothing is ever unpickled. `model`, `optimizer` and
+`ema` are whole, so they load at any number of ranks; `rank<r>` holds what belongs to one process (random state, queues) and is read back
+only at the same number of ranks.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from base import storage
+from base.errors import WorkError
+from base.paths import is_url
+from engine import ranks
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds. `state` is JSON (loader position, configuration, optimiser scalars); `mine` is this rank's."""
+
+    step: int
+    model: State
+    optimizer: State
+    state: dict[str, Any]
+    mine: State = field(default_factory=dict)
+    ema: State | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint. `refused` says why newer folders were passed over (for the log)."""
+
+    url: str
+    step: int
+    refused: tuple[str, ...] = ()
+
+
+def save(url: str, snapshot: Snapshot, keep: int = 2) -> str:
+    """Write the checkpoint of `snapshot.step`; returns its url. Collective: rank 0 writes the whole files, every rank its own, COMMIT last.
+
+    Raises:
+        WorkError: the disk is full or not writable; nothing that a later run would trust is left behind.
+    """
+    place = storage.join(url, f"step-{snapshot.step:08d}")
+    if ranks.rank() == 0:
+        _uncommit(place)
+    ranks.barrier()
+    with tempfile.TemporaryDirectory(prefix="allograft-save-") as folder:
+        local = Path(folder)
+        _write(local, f"rank{ranks.rank()}", snapshot.mine)
+        if ranks.rank() == 0:
+            _write(local, "model", snapshot.model)
+            _write(local, "optimizer", snapshot.optimizer)
+            if snapshot.ema is not None:
+                _write(local, "ema", snapshot.ema)
+            described = {"schema": 1, "step": snapshot.step, "world_size": ranks.world(), **snapshot.state}
+            (local / "state.json").write_text(json.dumps(described, sort_keys=True))
+        hashes = {path.name: _sha256(path) for path in sorted(local.iterdir())}
+        for name in hashes:
+            storage.put_file(local / name, storage.join(place, name))
+    everyone = _gather(hashes)
+    if ranks.rank() == 0:
+        merged = {name: value for part in everyone for name, value in part.items()}
+        storage.put(storage.join(place, storage.COMMIT), json.dumps({"schema": 1, "step": snapshot.step, "sha256": merged}, sort_keys=True))
+        _prune(url, keep)
+    ranks.barrier()
+    return place
+
+
+def find_newest(url: str) -> Found | None:
+    """The newest checkpoint whose COMMIT stands and whose files have the hashes it names. Rank 0 looks; all ranks get its answer."""
+    answer = _search(url) if ranks.rank() == 0 else None
+    found = ranks.share([answer.url, answer.step, list(answer.refused)] if answer else None)
+    return Found(found[0], found[1], tuple(found[2])) if found else None
+
+
+def load(found: Found) -> Snapshot:
+    """Read a checkpoint on this rank, tensors on the CPU. `mine` is empty when the number of ranks has changed."""
+    with _here(found.url) as local:
+        state = json.loads((local / "state.json").read_text())
+        mine = local / f"rank{ranks.rank()}.safetensors"
+        same = state["world_size"] == ranks.world()
+        ema = local / "ema.safetensors"
+        return Snapshot(
+            step=found.step,
+            model=load_file(local / "model.safetensors"),
+            optimizer=load_file(local / "optimizer.safetensors"),
+            state=state,
+            mine=load_file(mine) if same and mine.exists() else {},
+            ema=load_file(ema) if ema.exists() else None,
+        )
+
+
+def random_state() -> State:
+    """Torch's random state of this process (numpy's and Python's global ones are used nowhere)."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: State) -> None:
+    """Inverse of `random_state`; absent entries leave the generator as it is."""
+    if "rng.cpu" in state:
+        torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+
+
+def _steps(url: str) -> list[tuple[int, str]]:
+    names = [name for name in storage.listing(url) if name.startswith("step-") and name[5:].isdigit()]
+    return sorted(((int(name[5:]), storage.join(url, name)) for name in names), reverse=True)
+
+
+def _search(url: str) -> Found | None:
+    refused: list[str] = []
+    for step, place in _steps(url):
+        problem = _problem(place)
+        if problem is None:
+            return Found(place, step, tuple(refused))
+        refused.append(f"{place}: {problem}")
+    return None
+
+
+def _problem(place: str) -> str | None:
+    """Why this folder must not be read, or None."""
+    if not storage.exists(storage.join(place, storage.COMMIT)):
+        return "not committed"
+    try:
+        hashes = storage.read_json(storage.join(place, storage.COMMIT))["sha256"]
+        with _here(place) as local:
+            for name, expected in hashes.items():
+                if not (local / name).exists():
+                    return f"{name} is missing"
+                if _sha256(local / name) != expected:
+                    return f"{name} does not have the committed hash"
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return f"unreadable COMMIT ({type(error).__name__})"
+    return None
+
+
+def _uncommit(place: str) -> None:
+    # COMMIT goes first, so that a removal cut short leaves nothing that looks whole.
+    storage.remove(storage.join(place, storage.COMMIT))
+    storage.remove(place)
+
+
+def _prune(url: str, keep: int) -> None:
+    committed = 0
+    for _, place in _steps(url):
+        if storage.exists(storage.join(place, storage.COMMIT)):
+            committed += 1
+            if committed <= max(1, keep):
+                continue
+        _uncommit(place)
+
+
+@contextmanager
+def _here(place: str) -> Iterator[Path]:
+    """The folder on the local disk: itself, or a copy."""
+    if not is_url(place):
+        yield Path(place)
+        return
+    folder = tempfile.mkdtemp(prefix="allograft-load-")
+    try:
+        storage.get_dir(place, folder)
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(local: Path, name: str, state: State) -> None:
+    try:
+        save_file(state, local / f"{name}.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise WorkError(f"cannot write the checkpoint: {error}", where=str(local), hint="free some space in TMPDIR") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _gather(value: dict[str, str]) -> list[dict[str, str]]:
+    if ranks.world() == 1:
+        return [value]
+    out: list[Any] = [None] * ranks.world()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,47 @@
+"""Speed of a run: source images per second over all ranks, and the share of time spent waiting for the loader.
+
+meter = Meter(global_batch); with meter.waiting(): batch = next(batches); ...; meter.tick(); row |= meter.read()
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Meter:
+    """Counts between two `read` calls. Under 0.1 the step is bound by the network, above it look at the loader first.
+
+    The first step is left out of the total rate: it pays for lazy imports and allocations.
+    """
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+        self._all_steps, self._first_end = 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._steps += 1
+        self._all_steps += 1
+        if self._all_steps == 1:
+            self._first_end = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """`img_per_s` and `data_wait` (0 to 1) since the last read."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        row = {"img_per_s": round(self._steps * self.global_batch / elapsed, 2), "data_wait": round(self._wait / elapsed, 4)}
+        self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
+        return row
+
+    def total(self) -> float:
+        """Images per second since the first step ended; 0 before the second."""
+        if self._all_steps < 2:
+            return 0.0
+        return (self._all_steps - 1) * self.global_batch / max(time.perf_counter() - self._first_end, 1e-9)

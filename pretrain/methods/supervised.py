@@ -1,0 +1,63 @@
+"""Supervised pretraining on the union of the corpora's labels: one linear layer, binary cross-entropy over the labels that are known.
+
+    loss = sum_{i,l} m_il * BCE(w_l . z_i + b_l, y_il) / sum_{i,l} m_il            sums over the global batch, m = 1 where known
+
+A label that a dataset does not have is unknown for its samples and costs nothing. Used from random weights, from published ones, or after
+self-supervision (continual pretraining).
+
+Official hyper-parameters, from CheXNet (Rajpurkar et al. 2017, arXiv 1711.05225), which trains on the labels of ChestX-ray14 in this way:
+DenseNet-121 from ImageNet weights, Adam (0.9, 0.999), lr 1e-3, batch 16, 224 px, horizontal flips.
+Deviations: their rate falls tenfold when the validation loss stalls and the best epoch is kept; here it falls along a cosine and the
+last weights are exported, because no step of a pretraining looks at the validation split. The mean runs over the known labels of the
+global batch.
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from base.config import Strict
+from base.errors import RequestError
+from engine.losses import entropy, masked_bce
+from pretrain.methods import Method, Output
+
+if TYPE_CHECKING:
+    from shards.loader import Batch
+
+
+class SupervisedOptions(Strict):
+    """Nothing to set: the loss has no free number."""
+
+
+class Supervised(Method):
+    """See the module's header. Legend: B images of this rank, D features, L labels."""
+
+    views: ClassVar[str] = "one"
+    labelled: ClassVar[bool] = True
+    Options: ClassVar[type[Strict]] = SupervisedOptions
+
+    def __init__(self, encoder: nn.Module, options: SupervisedOptions, labels: list[str], rates: list[float]) -> None:
+        super().__init__()
+        if not labels:
+            raise RequestError("supervised pretraining needs labels, and the datasets' cards name none", where="pretrain: data")
+        self.encoder = encoder
+        self.classifier = nn.Linear(int(encoder.num_features), len(labels))  # type: ignore[arg-type]
+        self.labels, self.rates = labels, rates
+
+    def forward(self, batch: "Batch") -> Output:
+        """views: one u8 BCHW; target_BL 0 or 1; mask_BL 1 where known."""
+        if batch.target_BL is None or batch.mask_BL is None:
+            raise RequestError("supervised pretraining needs labels, and the loader gives none", where="pretrain: data")
+        z_BD: Tensor = self.encoder(batch.views[0])
+        logits_BL: Tensor = self.classifier(z_BD)
+        with torch.autocast(logits_BL.device.type, enabled=False):
+            loss = masked_bce(logits_BL, batch.target_BL, batch.mask_BL)
+        return Output(loss, {"backbone": z_BD.detach().float()}, {})
+
+    def chance_loss(self, global_batch: int) -> float | None:
+        """Entropy of the label rates: what the best constant answer scores."""
+        return float(entropy(torch.tensor(self.rates))) if self.rates else None
+
+
+METHOD = Supervised

@@ -1,0 +1,73 @@
+"""A recipe: everything about a pretraining but the data and the architecture. One YAML file a method and preset in `pretrain/recipes/`.
+
+    recipe = load_recipe("simclr/small", {"epochs": 50, "optimizer.lr": 0.3})
+
+Presets: `smoke` shows that it runs and claims nothing, `demo` and `small` are sized for two cores, `paper` holds the official values.
+The global batch and the rate belong to the study: they are the same for any number of workers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from base.config import Strict, load_tree, parse
+from base.paths import named
+from engine.config import EngineConfig, OptimizerConfig
+from shards.views import ViewsConfig
+
+
+class Recipe(Strict):
+    """`options` are the method's own (its file in `pretrain/methods/`)."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    method: str
+    options: dict[str, Any] = Field(default={})
+    views: ViewsConfig
+    global_batch: int = Field(ge=2)
+    epochs: float = Field(gt=0)
+    max_steps: int | None = Field(default=None, ge=1)  # stop earlier, after this many updates
+    optimizer: OptimizerConfig
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    log_every_steps: int = Field(default=20, ge=1)
+    checkpoint_every_steps: int = Field(default=200, ge=0)  # 0: none, then a killed run starts again
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _engine_agrees(self) -> "Recipe":
+        self.engine()
+        if self.zero_stage and self.checkpoint_every_steps:
+            raise ValueError(
+                "checkpoints are exact at zero_stage 0 only: set checkpoint_every_steps 0 to run at a higher stage without them"
+            )
+        return self
+
+    def engine(self) -> EngineConfig:
+        """The part that the engine reads."""
+        return EngineConfig(optimizer=self.optimizer, precision=self.precision, zero_stage=self.zero_stage)
+
+
+def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name (`simclr/small`) or by the path of a YAML file, with settings by dotted key.
+
+    Raises:
+        RequestError: unknown recipe or key (with the nearest right one), or a value out of range.
+    """
+    path = named("recipe", name)
+    tree = load_tree(path)
+    for key, value in (settings or {}).items():
+        _set(tree, key.split("."), value)
+    return parse(tree, Recipe, f"recipe {name}")
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    if isinstance(value, Mapping) and isinstance(tree.get(keys[-1]), dict):
+        for inner, item in value.items():
+            _set(tree[keys[-1]], [str(inner)], item)
+    else:
+        tree[keys[-1]] = value

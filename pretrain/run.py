@@ -1,0 +1,71 @@
+"""One pretraining: a plain function of a configuration and a Context. Works in one process, under torchrun, or under Ray Train.
+
+    result = run(config, LocalContext(dir=config.out))      # None when it was asked to stop; the same call goes on where it stopped
+
+    <out>/config.yaml  metrics.jsonl  checkpoints/step-<n>/...  export/ (timm folder)  result.json (last)
+
+A run with a result is not run again. A run with a committed checkpoint resumes from the newest one, bit for bit on a CPU at the same
+number of workers. To continue from other weights is a new run: `start_from`.
+"""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from base.config import Strict
+from engine.context import Context
+from pretrain.recipe import Recipe
+from shards.views import VIEWS_VERSION
+
+# Part of every key: raise the first number when a change alters what a run computes; the pixels of views have a version of their own.
+PRETRAIN_VERSION = f"1.{VIEWS_VERSION}"
+
+
+class DataRef(Strict):
+    """A split of a packed dataset. Equal weights mean: every sample once an epoch; others are shares of the mixture."""
+
+    dataset: str
+    shards: str
+    split: str = "train"
+    digest: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class PretrainConfig(Strict):
+    """A pretraining run, resolved: nothing in it is looked up again but the shards and the weights it names."""
+
+    name: str
+    key: str
+    recipe: Recipe
+    architecture: str
+    in_chans: int = Field(ge=1)
+    data: list[DataRef] = Field(min_length=1)
+    start_from: str | None = None  # folder of an exported encoder
+    start_from_sha256: str | None = None
+    start_from_name: str | None = None
+    seed: int = 0
+    out: str
+    cache_dir: str | None = None
+    threads: int = Field(default=0, ge=0)  # 0: as torch finds it
+    workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _weights_are_named(self) -> "PretrainConfig":
+        if (self.start_from is None) != (self.start_from_sha256 is None):
+            raise ValueError("start_from and start_from_sha256 come together")
+        return self
+
+
+def run(config: PretrainConfig, ctx: Context) -> dict[str, Any] | None:
+    """Train, export, and write the result. Every rank calls it.
+
+    Returns:
+        The content of result.json on every rank, or None after `ctx.should_stop()` (a checkpoint was written).
+
+    Raises:
+        RequestError: shards that are not those of the configuration, a batch that does not divide, an unknown method or option.
+        WorkError: the loss is not finite, the storage fails.
+    """
+    from pretrain.loop import Run
+
+    return Run(config, ctx).finish()
