@@ -1,0 +1,196 @@
+"""The engine room in one process: schedules, losses, optimiser, step, checkpoints, context, speed."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+
+from base import storage
+from base.errors import RequestError
+from engine import checkpoint, losses, ranks, schedules
+from engine.checkpoint import Snapshot
+from engine.config import EngineConfig, OptimizerConfig
+from engine.context import LocalContext
+from engine.step import Engine, decay_groups, make_optimizer, rank_batch
+from engine.throughput import Meter
+
+
+@given(
+    total=st.integers(1, 500), warmup=st.integers(0, 100), final=st.floats(0, 1), shape=st.sampled_from(["cosine", "linear", "constant"])
+)
+@settings(max_examples=60, deadline=None)
+def test_schedule_warms_up_then_never_rises(total: int, warmup: int, final: float, shape: schedules.Shape) -> None:
+    values = [schedules.factor(step, total, warmup, shape, final) for step in range(total)]
+    assert all(0 <= value <= 1 + 1e-9 for value in values)
+    assert all(a <= b + 1e-12 for a, b in pairwise(values[:warmup]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(values[warmup:]))
+    if shape != "constant" and total > warmup + 1:
+        assert math.isclose(values[-1], final, abs_tol=1e-9)
+
+
+def test_masked_bce_is_the_mean_over_known_labels() -> None:
+    logits = torch.tensor([[0.3, -1.0], [2.0, 0.5]], requires_grad=True)
+    target, mask = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    terms = [math.log1p(math.exp(-0.3)), math.log1p(math.exp(-1.0)), math.log1p(math.exp(-0.5))]
+    loss = losses.masked_bce(logits, target, mask)
+    assert math.isclose(float(loss.detach()), sum(terms) / 3, rel_tol=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[1, 0] == 0
+    nothing = losses.masked_bce(logits, target, torch.zeros(2, 2))
+    assert float(nothing.detach()) == 0
+    assert math.isclose(float(losses.entropy(torch.tensor([0.5, 0.5]))), math.log(2), rel_tol=1e-6)
+
+
+def test_batch_must_divide_and_lars_needs_whole_tensors() -> None:
+    assert rank_batch(96, 4) == 24
+    with pytest.raises(RequestError, match=r"96 does not divide over 5 workers.*global_batch=95"):
+        rank_batch(96, 5)
+    with pytest.raises(ValidationError, match="silently wrong"):
+        EngineConfig(optimizer=OptimizerConfig(name="lars", lr=1.0), zero_stage=1)
+
+
+def test_no_decay_on_biases_and_norms() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    decayed, spared = decay_groups(net, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in decayed["params"]] == [4]
+    assert spared["weight_decay"] == 0
+    assert len(spared["params"]) == 3
+    for name in ("adamw", "sgd", "lars"):
+        assert make_optimizer(net, OptimizerConfig(name=name, lr=0.1)).param_groups[0]["lr"] == 0.1
+
+
+def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0) -> Engine:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    config = EngineConfig(optimizer=OptimizerConfig(name=name, lr=0.05, weight_decay=0.01, clip=1.0), zero_stage=zero_stage)
+    return Engine(net, config, rank_batch=6, warmup_steps=2, total_steps=9)
+
+
+def steps(engine: Engine, first: int, last: int) -> list[float]:
+    seen = []
+    for step in range(first, last):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        loss = (engine.forward(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        engine.step(loss, step, measure=True)
+        seen.append(float(loss.detach()))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    whole = small_engine(0, name)
+    expected = steps(whole, 0, 9)
+    first = small_engine(0, name)
+    begun = steps(first, 0, 4)
+    tensors, values = first.optimizer_state()
+    checkpoint.save(str(tmp_path), Snapshot(4, first.model_state(), tensors, {"values": values}, checkpoint.random_state()))
+    second = small_engine(1, name)
+    found = checkpoint.find_newest(str(tmp_path))
+    assert found is not None
+    snapshot = checkpoint.load(found)
+    second.module.load_state_dict(snapshot.model)
+    second.load_optimizer_state(snapshot.optimizer, snapshot.state["values"])
+    checkpoint.restore_random_state(snapshot.mine)
+    assert begun + steps(second, 4, 9) == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.model_state().values(), second.model_state().values(), strict=True))
+
+
+def test_clipping_and_rate_follow_the_configuration() -> None:
+    engine = small_engine(0)
+    x = torch.randn(6, 4)
+    norm = engine.step((engine.forward(x) * 1e3).square().mean(), 0, measure=True)
+    assert norm is not None
+    assert norm > 1
+    assert engine.rate(0) == pytest.approx(0.025)
+    assert engine.rate(8) == pytest.approx(0.0)
+
+
+def test_partitioned_states_refuse_checkpoints_and_train_the_same() -> None:
+    torch.set_num_threads(1)
+    plain, partitioned = small_engine(0), small_engine(0, zero_stage=1)
+    assert steps(plain, 0, 3) == pytest.approx(steps(partitioned, 0, 3), rel=1e-5)
+    with pytest.raises(RequestError, match="stage 0 only"):
+        partitioned.optimizer_state()
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot(step, {"w": torch.full((2,), float(step))}, {"exp_avg|w": torch.ones(2)}, {"a": 1}, {"r": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "uncommitted", "garbage"])
+def test_newest_whole_checkpoint_is_found_over_damaged_ones(tmp_path: Path, damage: str) -> None:
+    url = str(tmp_path / "c")
+    assert checkpoint.find_newest(url) is None
+    for step in (3, 12):
+        place = Path(checkpoint.save(url, snapshot(step)))
+    model = place / "model.safetensors"
+    if damage == "flip":
+        raw = bytearray(model.read_bytes())
+        raw[-1] ^= 1
+        model.write_bytes(raw)
+    elif damage == "missing":
+        model.unlink()
+    elif damage == "uncommitted":
+        (place / "COMMIT").unlink()
+    else:
+        (place / "COMMIT").write_text("{")
+    found = checkpoint.find_newest(url)
+    assert found is not None
+    assert found.step == 3
+    assert "step-00000012" in found.refused[0]
+    assert float(checkpoint.load(found).model["w"][0]) == 3
+    checkpoint.save(url, snapshot(12))  # the same step is written again, over the damaged folder
+    again = checkpoint.find_newest(url)
+    assert again is not None
+    assert again.step == 12
+
+
+def test_last_k_are_kept_on_any_storage(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "c"), "memory://engine-checkpoints"):
+        for step in range(1, 6):
+            checkpoint.save(url, snapshot(step), keep=2)
+        assert storage.listing(url) == ["step-00000004", "step-00000005"]
+        found = checkpoint.find_newest(url)
+        assert found is not None
+        loaded = checkpoint.load(found)
+        assert float(loaded.model["w"][0]) == 5
+        assert loaded.state["a"] == 1
+        assert loaded.optimizer.keys() == {"exp_avg|w"}
+        assert loaded.ema is None
+
+
+def test_random_state_survives(tmp_path: Path) -> None:
+    state = checkpoint.random_state()
+    expected = torch.rand(3)
+    checkpoint.restore_random_state(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_local_context_appends_rows_of_rank_0(tmp_path: Path) -> None:
+    LocalContext(0, 2, str(tmp_path)).report({"step": 1})
+    LocalContext(1, 2, str(tmp_path)).report({"step": 1})
+    LocalContext(0, 2, "memory://nowhere").report({"step": 1})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1}]
+    assert LocalContext().should_stop() is None
+
+
+def test_meter_counts_images_and_waiting() -> None:
+    meter = Meter(8)
+    with meter.waiting():
+        pass
+    meter.tick()
+    meter.tick()
+    row = meter.read()
+    assert row["img_per_s"] > 0
+    assert 0 <= row["data_wait"] <= 1
+    assert ranks.world() == 1

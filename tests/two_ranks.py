@@ -1,0 +1,191 @@
+"""Runs checks in two gloo processes that see different data: `two_ranks("engine", folder)` starts them and returns what rank 0 saved.
+
+Each process pays seconds of imports, so one pair does all checks of a room and writes its tensors to `<folder>/rank<r>.safetensors`.
+The same functions run in the test's own process as the reference: one rank with the whole batch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, LABELS = 8, 3
+
+
+class TinyEncoder(nn.Module):
+    """Two convolutions with norms: enough for gradients through statistics of the global batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 12
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, 2, 1, bias=False),  # a bias before a norm has no gradient but rounding
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.float() / 255).mean(dim=(2, 3))
+
+
+def batch(rank: int, world: int) -> Any:
+    """This rank's part of a batch of 8; the first half knows almost all labels, the second few, so a mean per rank would be wrong."""
+    random = np.random.default_rng(3)
+    views = [torch.from_numpy(random.integers(0, 256, (BATCH, 1, 16, 16), dtype=np.uint8)) for _ in range(2)]
+    target = torch.from_numpy(random.integers(0, 2, (BATCH, LABELS)).astype(np.float32))
+    mask = torch.ones(BATCH, LABELS)
+    mask[BATCH // 2 :, 1:] = 0
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    return SimpleNamespace(views=[v[mine] for v in views], target_BL=target[mine], mask_BL=mask[mine])
+
+
+def norm_case(rank: int, world: int) -> dict[str, Tensor]:
+    """Outputs, input and weight gradients and running statistics of every kind of norm, for this rank's part."""
+    from timm.layers import BatchNormAct2d
+
+    from engine import norm, ranks
+
+    out: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    kinds: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "2d": (nn.BatchNorm2d(5), (6, 5, 4, 3)),
+        "1d": (nn.BatchNorm1d(5), (6, 5)),
+        "plain": (nn.BatchNorm2d(5, affine=False, momentum=None), (6, 5, 4, 3)),
+        "act": (BatchNormAct2d(5, act_layer=nn.SiLU, inplace=False), (6, 5, 4, 3)),
+    }
+    for name, (layer, shape) in kinds.items():
+        whole = torch.randn(shape, generator=generator) * 3 + 50  # a mean far from 0: raw moments in float32 would fail here
+        weight = torch.randn(shape, generator=generator)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        mine = slice(rank * shape[0] // world, (rank + 1) * shape[0] // world)
+        if len(shape) == 4 and name == "act":
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        x = whole[mine].clone().requires_grad_()
+        layer = norm.convert(layer)
+        for _ in range(2):
+            y = layer(x)
+        grads = torch.autograd.grad((y.sin() * weight[mine]).sum(), [x, *layer.parameters()])
+        out |= {f"{name}.y": ranks.all_gather(y), f"{name}.dx": ranks.all_gather(grads[0])}
+        out |= {f"{name}.dw{i}": ranks.all_sum(grad) for i, grad in enumerate(grads[1:])}
+        out |= {f"{name}.{key}": value.clone() for key, value in layer.state_dict().items()}
+    return out
+
+
+def method_case(name: str, rank: int, world: int, zero_stage: int = 0) -> dict[str, Tensor]:
+    """Loss of one batch and the update by plain SGD at rate 1: its change of the weights is minus the gradient of the global loss."""
+    from engine import norm, ranks
+    from engine.config import EngineConfig, OptimizerConfig
+    from engine.step import Engine
+    from pretrain import methods, probes
+
+    torch.manual_seed(0)
+    options = {"temperature": 0.5, "output_dim": 6} if name == "simclr" else {}
+    method = methods.build(name, TinyEncoder(), options, seed=0, labels=list("abc")[:LABELS])
+    norm.convert(method)
+    method.train()
+    config = EngineConfig(optimizer=OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, schedule="constant"), zero_stage=zero_stage)
+    engine = Engine(method, config, rank_batch=BATCH // world, warmup_steps=0, total_steps=1)
+    before = engine.model_state()
+    output = engine.forward(batch(rank, world))
+    loss = ranks.all_sum(output.loss.detach()) / world
+    engine.step(output.loss, 0)
+    out = {f"{name}.loss": loss.reshape(1)}
+    for key, value in engine.model_state().items():
+        learned = value.is_floating_point() and "running" not in key
+        out[f"{name}.{key}"] = before[key] - value if learned else value
+    row = probes.measure(output.features)
+    return out | {f"{name}.probe.{key}": torch.tensor([value]) for key, value in row.items()}
+
+
+def engine_job(rank: int, world: int, folder: Path) -> None:
+    """All checks of the engine room."""
+    from safetensors.torch import save_file
+
+    from engine import checkpoint, ranks
+    from engine.checkpoint import Snapshot
+
+    ranks.start()
+    tensors = norm_case(rank, world) | method_case("simclr", rank, world) | method_case("supervised", rank, world)
+    module = nn.BatchNorm2d(3)
+    facts = {"equal": ranks.differing_buffers(module), "modules": sorted({name.split(".")[0] for name in sys.modules})}
+    with torch.no_grad():
+        module.running_mean.add_(rank)  # type: ignore[union-attr]
+    facts["apart"] = ranks.differing_buffers(module)
+    snapshot = Snapshot(4, {"w": torch.arange(3.0)}, {}, {"note": 1}, {"mine": torch.tensor([rank])})
+    checkpoint.save(str(folder / "checkpoints"), snapshot)
+    found = checkpoint.find_newest(str(folder / "checkpoints"))
+    assert found is not None
+    facts["mine"] = int(checkpoint.load(found).mine["mine"])
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"rank{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+
+
+class StopAt:
+    """A context that asks to stop once the run has reported a step; only rank 1 asks, so the ranks must agree."""
+
+    def __init__(self, rank: int, world: int, dir: Path, step: int | None) -> None:
+        self.rank, self.world_size, self.dir, self.step, self.asked = rank, world, str(dir), step, False
+
+    def report(self, row: dict[str, Any]) -> None:
+        if self.step is not None and row["step"] >= self.step and self.rank == self.world_size - 1:
+            self.asked = True
+
+    def should_stop(self) -> str | None:
+        return "test" if self.asked else None
+
+
+def pretrain_job(rank: int, world: int, folder: Path) -> None:
+    """One run undisturbed, the same stopped after step 6 and called again, for each configuration in `<folder>/configs.json`."""
+    from base.config import parse
+    from pretrain.run import PretrainConfig, run
+
+    facts = []
+    for tree in json.loads((folder / "configs.json").read_text()):
+        whole = parse(tree | {"out": str(folder / f"whole-{tree['name']}")}, PretrainConfig, "test")
+        cut = parse(tree | {"out": str(folder / f"cut-{tree['name']}")}, PretrainConfig, "test")
+        first = run(whole, StopAt(rank, world, folder, None))
+        stopped = run(cut, StopAt(rank, world, folder, 6))
+        torch.rand(7)  # whatever the process drew in between must not matter
+        second = run(cut, StopAt(rank, world, folder, None))
+        again = run(cut, StopAt(rank, world, folder, None))
+        facts.append([first, stopped, second, again])
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+
+
+def two_ranks(job: str, folder: Path, timeout: float = 240) -> None:
+    """Run a job in two processes; raises with their output when one fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    command = [sys.executable, str(Path(__file__).resolve()), job, str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    (folder / "output.txt").write_text("\n".join(outputs))
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in outputs)
+
+
+def main() -> None:
+    job, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{job}", rank=rank, world_size=2)
+    {"engine": engine_job, "pretrain": pretrain_job}[job](rank, 2, folder)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
