@@ -83,7 +83,7 @@ def export(
     fresh = build(encoder.architecture, encoder.in_chans, mean, std)
     fresh.net.load_state_dict(state, strict=True)
     save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
-    save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"threads": "1", "torch": torch.__version__})
+    save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"format": "pt"})
     licence = "; ".join(sorted({str(entry["licence"]) for entry in data if entry.get("licence")})) or "unknown"
     info = ExportInfo(
         name=name,

@@ -1,0 +1,103 @@
+"""The two files around a cell: its configuration (what is asked) and its result (what came out). Both are strict and versioned."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from base.config import Strict
+from finetune.task import Task
+
+# Raised by whoever changes a cell's numbers; it is part of every cell's key, and a golden test of one cell forces it.
+CELL_VERSION = 1
+
+
+class CellConfig(Strict):
+    """One cell, resolved: nothing in it is looked up later but shards and weights, and those are named by their digests.
+
+    Args:
+        source: the source's name in the study; with source_kind `random` the weights are drawn from (source, seed).
+        encoder_dir, encoder_sha256: the exported encoder and the hash of its tensors, with source_kind `weights`.
+        strategy: `name` and the strategy's options.
+        fraction: share of the training images, by whole patients.
+        own_source: the source has seen this dataset's labels.
+        shuffle_labels: the control: targets permuted over the training and over the validation images; the test split stays as it is.
+        role: a `trial` of a search never opens the test split.
+        out: where the result goes, a path or URL.
+    """
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    key: str
+    architecture: str
+    source: str
+    source_kind: Literal["random", "weights"]
+    source_seed: int = 0
+    encoder_dir: str | None = None
+    encoder_sha256: str | None = None
+    strategy: dict[str, Any]
+    task: Task
+    shards: str
+    manifest_digest: str
+    fraction: float = Field(1.0, gt=0, le=1)
+    resolution: int = Field(ge=16)
+    seed: int = 0
+    dtype: Literal["fp32"] = "fp32"
+    threads: int = Field(1, gt=0)
+    own_source: bool = False
+    shuffle_labels: bool = False
+    role: Literal["cell", "trial"] = "cell"
+    out: str
+    cache_dir: str | None = None
+
+
+class MetricRow(Strict):
+    """One number. `class` is a label, or empty for a mean; `value` is null where it is not defined; `n` as `predict.measure` says."""
+
+    split: Literal["val", "test"]
+    class_: str = Field(alias="class")
+    metric: str
+    unit: Literal["fraction"]
+    value: float | None
+    n: int
+
+
+class Selection(Strict):
+    """The epoch that was kept (from 1) of those that ran, and the validation metric that chose it (`loss` where that is not defined)."""
+
+    metric: str
+    value: float | None
+    epoch: int
+    epochs: int
+
+
+class Result(Strict):
+    """result.json, written last: a cell is done when it stands. params, macs: of the whole network, for one image; seconds: wall time."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    key: str
+    architecture: str
+    source: str
+    source_seed: int
+    strategy: str
+    options: dict[str, Any]
+    task: str
+    dataset: str
+    fraction: float
+    resolution: int
+    seed: int
+    own_source: bool
+    shuffle_labels: bool = False
+    metrics: list[MetricRow]
+    selection: Selection
+    train_images: int
+    params: int
+    macs: int
+    seconds: float
+    encoder_sha256: str
+    transplanted_sha256: str
+    manifest_digest: str
+    cell_version: int
+    floors: dict[str, float] = Field(default={})
+    revision: str
+    host: str
+    device: str
+    role: Literal["cell", "trial"]

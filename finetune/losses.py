@@ -1,0 +1,35 @@
+"""Losses of the three kinds of tasks. None depends on how images are grouped into batches beyond a mean over them.
+
+Legend: B batch, L labels, H W pixels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.task import Task
+
+
+def masked_bce(logits_BL: Tensor, target_BL: Tensor, known_BL: Tensor) -> Tensor:
+    """Binary cross-entropy, mean over the labels that are known; 0 when none is."""
+    loss_BL = F.binary_cross_entropy_with_logits(logits_BL, target_BL, reduction="none")
+    return (loss_BL * known_BL).sum() / known_BL.sum().clamp_min(1)
+
+
+def bce_dice(logits_BHW: Tensor, target_BHW: Tensor) -> Tensor:
+    """Binary cross-entropy plus soft Dice loss (Milletari et al. 2016, arXiv 1606.04797), each per image, then the mean over images.
+
+    Dice over the flattened batch, as often coded, makes the loss depend on which images share a batch.
+    """
+    bce_B = F.binary_cross_entropy_with_logits(logits_BHW, target_BHW, reduction="none").flatten(1).mean(1)
+    p, t = logits_BHW.sigmoid().flatten(1), target_BHW.flatten(1)
+    dice_B = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+    return (bce_B + dice_B).mean()
+
+
+def loss_of(task: Task, logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """The task's loss. `target`, `known`: float BL for labels; `target` float BHW for masks (`known` is not read)."""
+    if task.kind == "segmentation":
+        return bce_dice(logits, target)
+    if task.kind == "multiclass":
+        return F.cross_entropy(logits, target.argmax(1))
+    return masked_bce(logits, target, known)

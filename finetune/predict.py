@@ -1,0 +1,89 @@
+"""What a network says about a split, as metric rows and as the table of predictions.
+
+    rows = measure(task, arrays, logits)          # [{"split", "class", "metric", "unit", "value", "n"}]
+    table = predictions(task, arrays, logits)     # a pandas frame, one row an image
+
+Legend: N images, L labels, H W pixels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis import metrics
+from finetune.data import Arrays
+from finetune.task import Task
+
+Row = dict[str, Any]
+THRESHOLD = 0.5  # of a mask's probability
+
+
+def probabilities(task: Task, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Sigmoid, or softmax over the labels of a multiclass task."""
+    x = logits.astype(np.float64)
+    if task.kind != "multiclass":
+        return np.asarray(1 / (1 + np.exp(-np.clip(x, -500, 500))))
+    e = np.exp(x - x.max(1, keepdims=True))
+    return np.asarray(e / e.sum(1, keepdims=True))
+
+
+def _row(split: str, name: str, metric: str, value: float, n: int) -> Row:
+    return {"split": split, "class": name, "metric": metric, "unit": "fraction", "value": None if math.isnan(value) else value, "n": n}
+
+
+def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row]:
+    """Metric rows of one split.
+
+    Labels: `auroc`, `auprc` (and `auroc_within` where the card names strata) per label, n = images whose label is known; the value is None
+    where only one class is present. `<metric>_mean` over the labels that have a value, n = how many those are.
+    Masks: `dice`, the mean over images, n = images.
+    """
+    split = arrays.split
+    if task.kind == "segmentation":
+        dice = metrics.dice_per_image(logits > 0, arrays.target > 0.5)  # logit 0 is probability 0.5
+        return [_row(split, "", "dice", float(dice.mean()), len(dice))]
+    scores = probabilities(task, logits)
+    rows: list[Row] = []
+    kinds = ["auroc", "auprc"] + ["auroc_within"] * any(value is not None for value in arrays.strata)
+    for kind in kinds:
+        values: list[float] = []
+        for column, label in enumerate(task.labels):
+            known = arrays.known[:, column] > 0
+            score, target = scores[known, column], arrays.target[known, column]
+            if kind == "auroc_within":
+                value = metrics.auroc_within(score, target, [stratum for stratum, kept in zip(arrays.strata, known, strict=True) if kept])
+            else:
+                value = getattr(metrics, kind)(score, target)
+            values.append(value)
+            rows.append(_row(split, label, kind, value, int(known.sum())))
+        mean, count = metrics.mean_defined(values)
+        rows.append(_row(split, "", f"{kind}_mean", mean, count))
+    return rows
+
+
+def headline(task: Task, rows: list[Row]) -> float:
+    """The value of the task's metric; nan where it is not defined."""
+    value = next((row["value"] for row in rows if row["metric"] == task.metric and row["class"] == ""), None)
+    return float("nan") if value is None else float(value)
+
+
+def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> pd.DataFrame:
+    """Columns split, sample_id (the sample's key), patient, stratum, then target_ and score_ per label, or dice."""
+    frame: dict[str, Any] = {
+        "split": [arrays.split] * len(arrays),
+        "sample_id": list(arrays.ids),
+        "patient": list(arrays.patients),
+        "stratum": list(arrays.strata),
+    }
+    if task.kind == "segmentation":
+        frame["dice"] = metrics.dice_per_image(logits > 0, arrays.target > 0.5)
+    else:
+        scores = probabilities(task, logits)
+        for column, label in enumerate(task.labels):
+            known = arrays.known[:, column] > 0
+            frame[f"target_{label}"] = np.where(known, arrays.target[:, column], np.nan)
+            frame[f"score_{label}"] = scores[:, column]
+    return pd.DataFrame(frame)

@@ -1,0 +1,141 @@
+"""One cell: transplant, train, select on validation, open the test split once, write the result.
+
+    result = run(config, LocalContext(dir="/tmp/cell"))
+
+A plain function of its configuration: a warm worker calls it many times. Where a result stands already it is returned.
+Files go to a temporary folder and then to `config.out`, `result.json` last.
+"""
+
+import json
+import math
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base import paths, storage
+from base.config import parse, to_yaml
+from base.errors import RequestError, WorkError
+from base.seeds import seed_of
+from encoders.build import build
+from encoders.export import read_export
+from encoders.weights import State, load_local, sha256_of
+from engine.context import Context
+from finetune import data, predict
+from finetune.cell import CELL_VERSION, CellConfig, Result
+from finetune.strategies import resolve
+from finetune.train import Trainer, cost
+from finetune.transplant import EncoderSpec, Transplant
+
+RESULT = "result.json"
+
+
+def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
+    """The cell's result (Result as plain data), computed or found standing.
+
+    Raises:
+        RequestError: the task does not fit the dataset, unknown strategy or option, no such encoder.
+        WorkError: shards or weights are not those planned, the loss is not finite, or the context asked to stop.
+    """
+    where = storage.join(config.out, RESULT)
+    if storage.exists(where):
+        return _plain(parse(storage.read_json(where), Result, where))
+    torch.set_num_threads(config.threads)
+    started = time.perf_counter()
+    task = config.task
+    corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
+    if corpus.manifest.dataset != task.dataset:
+        raise RequestError(f"task {task.task} is about {task.dataset}, these shards are {corpus.manifest.dataset}", where=config.shards)
+    transplant, encoder_sha256, options = plant(config, corpus.manifest.card.channels)
+    trainer = Trainer(config, transplant)
+    with tempfile.TemporaryDirectory(prefix="cell-") as folder:
+        local = Path(folder)
+        history = trainer.fit(ctx, local / "metrics.jsonl")
+        splits = ["val"] if config.role == "trial" else ["val", "test"]
+        rows, tables = [], []
+        for split in splits:
+            # The test split is read here for the first time, with the chosen epoch's weights in place.
+            arrays = trainer.arrays(split)
+            logits = trainer.logits(split)
+            rows += predict.measure(task, arrays, logits)
+            tables.append(predict.predictions(task, arrays, logits))
+        params, macs = cost(transplant.module, corpus.manifest.card.channels, config.resolution)
+        result = Result(
+            key=config.key,
+            architecture=config.architecture,
+            source=config.source,
+            source_seed=config.source_seed,
+            strategy=str(config.strategy["name"]),
+            options=options,
+            task=task.task,
+            dataset=task.dataset,
+            fraction=config.fraction,
+            resolution=config.resolution,
+            seed=config.seed,
+            own_source=config.own_source,
+            shuffle_labels=config.shuffle_labels,
+            metrics=rows,
+            selection=history,
+            train_images=len(trainer.arrays("train")),
+            params=params,
+            macs=macs,
+            seconds=round(time.perf_counter() - started, 3),
+            encoder_sha256=encoder_sha256,
+            transplanted_sha256=transplant.sha256,
+            manifest_digest=config.manifest_digest,
+            cell_version=CELL_VERSION,
+            revision=paths.revision(),
+            host=platform.node(),
+            device=trainer.device_name,
+            role=config.role,
+        )
+        import pandas as pd
+
+        pd.concat(tables).to_parquet(local / "predictions.parquet", index=False)
+        (local / "config.yaml").write_text(to_yaml(config))
+        (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+        storage.put_dir(local, config.out, last=(RESULT,))
+    return _plain(result)
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    return result.model_dump(mode="json", by_alias=True)
+
+
+def plant(config: CellConfig, channels: int) -> tuple[Transplant, str, dict[str, Any]]:
+    """The transplant, the sha256 of the source's tensors, and the strategy's resolved options.
+
+    Raises:
+        RequestError: as `run`.
+        WorkError: the encoder is not the planned one, or what stands in the network is not what was exported.
+    """
+    make, options = resolve(config.strategy, f"cell {config.key}: strategy")
+    spec, weights = source(config, channels)
+    sha256 = sha256_of(weights)
+    if config.encoder_sha256 not in (None, sha256):
+        raise WorkError(f"the weights of '{config.source}' are not those that the cell was planned for", where=config.encoder_dir)
+    transplant = make.transplant(spec, weights, config.task, options, seed_of("cell", config.seed))
+    loaded = transplant.loaded
+    if loaded is not None and not loaded.reshaped and not loaded.missing and transplant.sha256 != sha256:
+        raise WorkError(f"the transplanted tensors are not the source's ({loaded.table()})", where=config.encoder_dir)
+    return transplant, sha256, options.model_dump(mode="json")
+
+
+def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
+    """Network and weights of the cell's source. Random weights are drawn from the source's name and the cell's seed alone."""
+    if config.source_kind == "random":
+        encoder = build(config.architecture, channels, seed=seed_of("source", config.source, config.seed))
+        return EncoderSpec(architecture=config.architecture, in_chans=channels), dict(encoder.net.state_dict())
+    if config.encoder_dir is None:
+        raise RequestError("source_kind weights needs encoder_dir", where=f"cell {config.key}")
+    info = read_export(config.encoder_dir, verify=False)  # `plant` hashes the tensors
+    if info.architecture != config.architecture:
+        raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
+    mean, std = info.mean, info.std
+    if info.in_chans != channels:
+        # Equal in every channel, or the adapted first convolution would not see what the source's saw.
+        mean, std = ((math.fsum(values) / len(values),) * channels for values in (mean, std))
+    return EncoderSpec(architecture=info.architecture, in_chans=channels, mean=mean, std=std), load_local(config.encoder_dir)

@@ -1,0 +1,182 @@
+"""Losses, heads, transplants, label fractions: each property by itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from base.errors import WorkError
+from encoders.build import build
+from encoders.weights import sha256_of
+from finetune.data import Arrays, batches, fraction_of, shuffled
+from finetune.heads import PyramidHead, UnetHead
+from finetune.losses import bce_dice, loss_of, masked_bce
+from finetune.strategies import resolve
+from finetune.task import load_task
+from finetune.transplant import EncoderSpec, Transplant
+
+CHEST, LUNGS = load_task("phantom-chest"), load_task("lxs")
+SPEC = EncoderSpec(architecture="test_resnet", in_chans=1)
+
+
+def transplanted(strategy: str, task: object = CHEST, seed: int = 0) -> tuple[Transplant, dict[str, torch.Tensor]]:
+    make, options = resolve(strategy)
+    weights = dict(build("test_resnet", 1, seed=77).net.state_dict())
+    return make.transplant(SPEC, weights, task, options, seed), weights  # type: ignore[arg-type]
+
+
+def steps(transplant: Transplant, task: object, count: int = 3) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8, generator=draw)
+    target = torch.randint(0, 2, (4, 32, 32) if task is LUNGS else (4, 3), generator=draw).float()
+    optimizer = torch.optim.SGD([{"params": group.params} for group in transplant.groups], lr=0.1)
+    transplant.module.train()
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(task, transplant.module(x), target, torch.ones_like(target)).backward()  # type: ignore[arg-type]
+        optimizer.step()
+
+
+# -- losses
+
+
+def test_masked_bce_is_the_mean_over_known_labels() -> None:
+    logits, target = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
+    known = torch.tensor([[1.0, 0, 1]] * 4 + [[0, 0, 0]])
+    by_hand = F.binary_cross_entropy_with_logits(logits[known > 0], target[known > 0])
+    torch.testing.assert_close(masked_bce(logits, target, known), by_hand)
+    assert masked_bce(logits, target, torch.zeros(5, 3)) == 0
+
+
+def test_bce_dice_does_not_depend_on_which_images_share_a_batch() -> None:
+    logits, target = torch.randn(6, 8, 8), (torch.rand(6, 8, 8) > torch.linspace(0, 1, 6).view(6, 1, 1)).float()
+    one_by_one = torch.stack([bce_dice(logits[i : i + 1], target[i : i + 1]) for i in range(6)]).mean()
+    torch.testing.assert_close(bce_dice(logits, target), one_by_one)
+    perfect = (target * 2 - 1) * 50
+    assert bce_dice(perfect, target) < 1e-3
+
+
+# -- transplants
+
+
+@pytest.mark.parametrize("task", [CHEST, LUNGS], ids=["labels", "masks"])
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+def test_the_source_is_really_in_the_network(strategy: str, task: object) -> None:
+    transplant, weights = transplanted(strategy, task)
+    assert transplant.sha256 == sha256_of(weights) == sha256_of(transplant.module.encoder.net.state_dict())
+    trainable = [parameter for parameter in transplant.module.parameters() if parameter.requires_grad]
+    grouped = [parameter for group in transplant.groups for parameter in group.params]
+    assert {id(parameter) for parameter in grouped} == {id(parameter) for parameter in trainable}
+    assert len(grouped) == len(trainable)
+    assert all((parameter.ndim > 1) == group.decay for group in transplant.groups for parameter in group.params)
+
+
+@pytest.mark.parametrize("task", [CHEST, LUNGS], ids=["labels", "masks"])
+def test_full_changes_every_tensor(task: object) -> None:
+    transplant, weights = transplanted("full", task)
+    steps(transplant, task)
+    after = transplant.module.encoder.net.state_dict()
+    assert [name for name in weights if torch.equal(weights[name], after[name])] == []
+
+
+@pytest.mark.parametrize("task", [CHEST, LUNGS], ids=["labels", "masks"])
+def test_linear_leaves_the_encoder_bit_identical_batch_norm_included(task: object) -> None:
+    transplant, weights = transplanted("linear", task)
+    head = {name: tensor.clone() for name, tensor in transplant.module.head.named_parameters()}
+    steps(transplant, task)
+    assert sha256_of(transplant.module.encoder.net.state_dict()) == sha256_of(weights)
+    assert all(parameter.grad is None for parameter in transplant.module.encoder.parameters())
+    assert all(not torch.equal(head[name], tensor) for name, tensor in transplant.module.head.named_parameters())
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    make, options = resolve("full")
+    with pytest.raises(WorkError, match="of the network's tensors"):
+        make.transplant(SPEC, {"conv1.weight": torch.zeros(1)}, CHEST, options, 0)
+
+
+def test_heads_are_drawn_from_the_seed() -> None:
+    states = [sha256_of(transplanted("full", LUNGS, seed)[0].module.head.state_dict()) for seed in (0, 0, 1)]
+    assert states[0] == states[1] != states[2]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80), (36, 52)])
+def test_masks_have_the_images_size(size: tuple[int, int]) -> None:
+    encoder = build("test_resnet", 1).eval()
+    maps = encoder.pyramid(torch.zeros(2, 1, *size, dtype=torch.uint8))
+    for head in (UnetHead(encoder.pyramid_channels, 1).eval(), PyramidHead(encoder.pyramid_channels)):
+        assert head(maps, size).shape == (2, *size)
+
+
+def test_the_pyramid_head_is_linear_in_the_features() -> None:
+    head = PyramidHead([4, 6])
+    a, b = ([torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)] for _ in range(2))
+    zero = head([torch.zeros_like(x) for x in a], (16, 16))
+    mixed = head([2 * x - 3 * y for x, y in zip(a, b, strict=True)], (16, 16))
+    torch.testing.assert_close(mixed - zero, 2 * (head(a, (16, 16)) - zero) - 3 * (head(b, (16, 16)) - zero))
+
+
+# -- data
+
+
+def arrays(patients: list[str], target: np.ndarray) -> Arrays:
+    n = len(patients)
+    ids = tuple(f"image-{i}" for i in range(n))
+    return Arrays(
+        "train",
+        np.zeros((n, 1, 4, 4), np.uint8),
+        target.astype(np.float32),
+        np.ones_like(target, np.float32),
+        tuple(patients),
+        (None,) * n,
+        ids,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 5), st.integers(20, 80))
+def test_fractions_are_nested_patient_aware_and_independent_of_file_order(seed: int, patients: int) -> None:
+    draw = np.random.default_rng(seed)
+    names = [f"p{i}" for i in draw.integers(0, patients, 200)]
+    whole = arrays(names, draw.random((200, 2)) < 0.3)
+    small, large = (fraction_of(whole, share, seed) for share in (0.1, 0.25))
+    chosen, rest = {names[i] for i in small}, {names[i] for i in set(range(200)) - set(small.tolist())}
+    assert set(small) <= set(large)
+    assert not chosen & rest
+    assert 20 <= len(small) < 20 + max(names.count(name) for name in names)
+    order = draw.permutation(200)
+    again = fraction_of(whole.take(order), 0.1, seed)
+    assert {whole.take(order).ids[i] for i in again} == {whole.ids[i] for i in small}
+
+
+def test_fractions_keep_the_mix_of_labels() -> None:
+    target = np.zeros((1000, 2))
+    target[:200, 0], target[150:250, 1] = 1, 1
+    whole = arrays([f"p{i}" for i in range(1000)], target)
+    for seed in range(5):
+        chosen = fraction_of(whole, 0.1, seed)
+        assert len(chosen) == 100
+        assert abs(whole.target[chosen].sum(0) - [20, 10]).max() <= 2
+    assert set(fraction_of(whole, 0.1, 0)) != set(fraction_of(whole, 0.1, 1))
+
+
+def test_shuffling_permutes_targets_and_nothing_else() -> None:
+    whole = arrays([f"p{i}" for i in range(50)], np.arange(50)[:, None])
+    mixed = shuffled(whole, 3)
+    assert sorted(mixed.target[:, 0]) == sorted(whole.target[:, 0])
+    assert (mixed.target != whole.target).any()
+    assert mixed.ids == whole.ids
+    np.testing.assert_array_equal(shuffled(whole, 3).target, mixed.target)
+    assert (shuffled(dataclasses.replace(whole, split="val"), 3).target != mixed.target).any()
+
+
+@given(st.integers(2, 60), st.integers(2, 9))
+def test_no_batch_has_one_image_and_each_image_comes_once(n: int, size: int) -> None:
+    parts = list(batches(np.arange(n), size))
+    assert np.concatenate(parts).tolist() == list(range(n))
+    assert min(map(len, parts)) >= 2
+    assert max(map(len, parts)) <= size + 1

@@ -1,0 +1,259 @@
+"""Whole cells on phantoms, in one process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_corpus
+import torch
+
+from base.errors import RequestError, WorkError
+from base.paths import ROOT
+from encoders.build import build
+from encoders.export import export
+from encoders.weights import load_local, sha256_of
+from engine.context import LocalContext
+from finetune import data
+from finetune.cell import CELL_VERSION, CellConfig
+from finetune.run import plant, run
+from finetune.task import load_task
+from finetune.train import Trainer
+from shards.manifest import read
+
+QUICK = ["recipe.epochs=2", "recipe.batch=32", "linear.epochs=4"]
+Make = Callable[..., CellConfig]
+
+
+@pytest.fixture
+def cell(phantom_chest: str, phantom_fundus: str, tmp_path: Path) -> Make:
+    """A cell on phantoms; keyword arguments replace its fields, `task` and `settings` resolve the task."""
+
+    def make(task: str = "phantom-chest", settings: list[str] = QUICK, **fields: Any) -> CellConfig:
+        resolved = load_task(task, settings)
+        shards = phantom_chest if resolved.dataset == "phantom-chest" else phantom_fundus
+        base: dict[str, Any] = {
+            "key": "0" * 16,
+            "architecture": "test_resnet",
+            "source": "random",
+            "source_kind": "random",
+            "strategy": {"name": "full"},
+            "task": resolved,
+            "shards": shards,
+            "manifest_digest": read(shards).digest,
+            "resolution": 32,
+            "out": str(tmp_path / "cell"),
+        }
+        return CellConfig.model_validate(base | fields)
+
+    return make
+
+
+def context(tmp_path: Path) -> LocalContext:
+    return LocalContext(dir=str(tmp_path / "context"))
+
+
+def value(result: dict[str, Any], metric: str, split: str = "test", name: str = "") -> float:
+    (row,) = [row for row in result["metrics"] if (row["metric"], row["split"], row["class"]) == (metric, split, name)]
+    return float(row["value"])
+
+
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+def test_a_cell_leaves_its_files_and_is_not_computed_twice(cell: Make, tmp_path: Path, task: str, strategy: str) -> None:
+    config = cell(task, strategy={"name": strategy})
+    result = run(config, context(tmp_path))
+    out = Path(config.out)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"}
+    assert json.loads((out / "result.json").read_text()) == result
+    assert result["transplanted_sha256"] == result["encoder_sha256"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == result["selection"]["epochs"]
+    assert {"epoch", "train_loss", f"val_{config.task.metric}", "lr", "seconds"} <= set(rows[0])
+    assert result["selection"]["value"] == max(row[f"val_{config.task.metric}"] for row in rows)
+    assert value(result, config.task.metric, "val") == result["selection"]["value"]  # the best epoch's weights made the predictions
+    table = pd.read_parquet(out / "predictions.parquet")
+    counts = read(config.shards).counts
+    assert table["split"].value_counts().to_dict() == {"val": counts["val"], "test": counts["test"]}
+    assert table["sample_id"].is_unique
+    if task == "phantom-vessels":
+        assert table.loc[table["split"] == "test", "dice"].mean() == pytest.approx(value(result, "dice"))
+    stamp = (out / "result.json").stat().st_mtime_ns
+    assert run(config, context(tmp_path)) == result
+    assert (out / "result.json").stat().st_mtime_ns == stamp
+
+
+def test_the_same_cell_gives_the_same_numbers_and_another_seed_others(cell: Make, tmp_path: Path) -> None:
+    results = [run(cell(seed=seed, out=str(tmp_path / name)), context(tmp_path)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    same = [{key: item for key, item in result.items() if key != "seconds"} for result in results]
+    assert same[0] == same[1]
+    assert same[0]["encoder_sha256"] != same[2]["encoder_sha256"]
+    assert same[0]["metrics"] != same[2]["metrics"]
+    frames = [pd.read_parquet(tmp_path / name / "predictions.parquet") for name in "ab"]
+    pd.testing.assert_frame_equal(frames[0], frames[1])
+
+
+def test_random_under_two_names_is_two_draws(cell: Make) -> None:
+    hashes = [plant(cell(source=name), 1)[1] for name in ("random", "random-b", "random")]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def exported(folder: Path, in_chans: int = 1) -> tuple[Path, str]:
+    encoder = build("test_resnet", in_chans, seed=42).train()
+    with torch.no_grad():
+        encoder(torch.randint(0, 256, (8, in_chans, 32, 32), dtype=torch.uint8))
+    facts: dict[str, Any] = {"name": "simclr", "method": "simclr", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
+    return folder, export(encoder, folder, **facts)
+
+
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+def test_what_was_exported_is_what_is_transplanted(cell: Make, tmp_path: Path, strategy: str) -> None:
+    folder, sha256 = exported(tmp_path / "export")
+    fields = {"source": "simclr", "source_kind": "weights", "encoder_dir": str(folder), "encoder_sha256": sha256}
+    config = cell(strategy={"name": strategy}, **fields)
+    transplant, found, _ = plant(config, 1)
+    assert transplant.sha256 == found == sha256 == sha256_of(load_local(folder))
+    result = run(config, context(tmp_path))
+    assert result["transplanted_sha256"] == result["encoder_sha256"] == sha256
+    with pytest.raises(WorkError, match="not those that the cell was planned for"):
+        plant(cell(**fields | {"encoder_sha256": "0" * 64}), 1)
+    with pytest.raises(RequestError, match="is a test_resnet, the cell asks for resnet18"):
+        plant(cell(**fields, architecture="resnet18"), 1)
+    # Grey weights on a colour dataset: adapted, loaded, and not claimed to be the same tensors.
+    adapted, found, _ = plant(config, 3)
+    assert adapted.loaded is not None
+    assert adapted.loaded.reshaped
+    assert adapted.sha256 != found == sha256
+
+
+def test_cached_features_give_the_predictions_of_the_whole_network(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr("finetune.train.CACHE_BYTES", limit)
+        config = cell("phantom-vessels", strategy={"name": "linear"})
+        transplant, sha256, _ = plant(config, 3)
+        trainer = Trainer(config, transplant)
+        trainer.fit(context(tmp_path), tmp_path / "log.jsonl")
+        assert bool(trainer._features) == (limit > 0)
+        assert sha256_of(transplant.module.encoder.net.state_dict()) == sha256
+        image = torch.from_numpy(trainer.arrays("test").image)
+        with torch.no_grad():
+            whole = transplant.module(image).numpy()
+        np.testing.assert_allclose(trainer.logits("test"), whole, atol=1e-4)
+        outputs.append(whole)
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+def test_the_test_split_is_read_once_and_last_and_never_in_a_trial(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_splits: list[str] = []
+    load = data.load
+
+    def recorded(url: str, digest: str, split: str, *rest: Any) -> data.Arrays:
+        read_splits.append(split)
+        return load(url, digest, split, *rest)
+
+    monkeypatch.setattr(data, "load", recorded)
+    run(cell(), context(tmp_path))
+    assert read_splits.count("test") == 1
+    read_splits.clear()
+    result = run(cell(role="trial", out=str(tmp_path / "trial")), context(tmp_path))
+    assert "test" not in read_splits
+    assert {row["split"] for row in result["metrics"]} == {"val"}
+
+
+def test_training_stops_early_and_keeps_the_best_epoch(cell: Make, tmp_path: Path) -> None:
+    config = cell(settings=["linear.epochs=400", "linear.patience=3", "linear.lr=0.01"], strategy={"name": "linear"})
+    selection = run(config, context(tmp_path))["selection"]
+    assert selection["epochs"] == selection["epoch"] + 3 < 400
+
+
+def test_shuffled_labels_leave_the_test_split_alone(cell: Make) -> None:
+    config = cell(shuffle_labels=True)
+    arrays = Trainer(config, plant(config, 1)[0]).arrays
+    honest = Trainer(cell(), plant(config, 1)[0]).arrays
+    np.testing.assert_array_equal(arrays("test").target, honest("test").target)
+    for split in ("train", "val"):
+        assert (arrays(split).target != honest(split).target).any()
+        np.testing.assert_array_equal(arrays(split).target.sum(0), honest(split).target.sum(0))
+
+
+def test_a_label_absent_from_training_and_a_test_of_one_class_do_not_crash(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = data.load
+
+    def poor(url: str, digest: str, split: str, *rest: Any) -> data.Arrays:
+        arrays = load(url, digest, split, *rest)
+        target, known = arrays.target.copy(), arrays.known.copy()
+        target[:, 0] = 0  # `texture` has no positive anywhere
+        if split == "val":
+            target[:] = 0  # nothing to select on but the loss
+        if split == "test":
+            known[:, 1] = 0  # `count` is unknown in the whole split
+        return data.replace(arrays, target=target, known=known)
+
+    monkeypatch.setattr(data, "load", poor)
+    result = run(cell(), context(tmp_path))
+    rows = {(row["class"], row["metric"]): row for row in result["metrics"] if row["split"] == "test"}
+    n = read(cell().shards).counts["test"]
+    assert rows["texture", "auroc"] | {"value": None, "n": n} == rows["texture", "auroc"]
+    assert (rows["count", "auroc"]["value"], rows["count", "auroc"]["n"]) == (None, 0)
+    assert rows["", "auroc_mean"]["n"] == 1
+    assert result["selection"]["metric"] == "loss"
+
+
+def test_bad_requests_are_refused(cell: Make, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="unknown strategy 'ful'"):
+        run(cell(strategy={"name": "ful"}), context(tmp_path))
+    with pytest.raises(RequestError, match="unknown key 'depth'"):
+        run(cell(strategy={"name": "full", "depth": 3}), context(tmp_path))
+    with pytest.raises(WorkError, match="not those that the cell was planned for"):
+        run(cell(manifest_digest="0" * 64), context(tmp_path))
+    fundus = cell("phantom-vessels")
+    with pytest.raises(RequestError, match="is about phantom-chest, these shards are phantom-fundus"):
+        run(cell(shards=fundus.shards, manifest_digest=fundus.manifest_digest), context(tmp_path))
+    with pytest.raises(RequestError, match="1 training image is too few"):
+        run(cell(fraction=0.001), context(tmp_path))
+    with pytest.raises(WorkError, match="not finite"):
+        run(cell(settings=[*QUICK, "recipe.lr=1e30", "recipe.warmup=0"]), context(tmp_path))
+    assert not Path(cell().out).exists()
+
+
+def test_a_cell_stops_when_asked_and_leaves_nothing(cell: Make, tmp_path: Path) -> None:
+    asked = context(tmp_path)
+    asked._reason = "SIGTERM"
+    with pytest.raises(WorkError, match="SIGTERM"):
+        run(cell(), asked)
+    assert not Path(cell().out).exists()
+
+
+def test_golden_numbers_of_a_cell(cell: Make, tmp_path: Path) -> None:
+    """Losses of four cells, recorded on an AVX2 CPU with one thread. They changed? Raise CELL_VERSION, then write what this test prints.
+
+    The data are noise and squares made in this folder, so that phantoms and packing may change without changing these numbers.
+    """
+    found: dict[str, Any] = {"cell_version": CELL_VERSION}
+    splits = ["train", "val", "test"]
+    for task, channels in (("phantom-chest", 1), ("phantom-vessels", 3)):
+        resolved = load_task(task, QUICK)
+        folder = tmp_path / task
+        labels = ["texture", "count", "arrangement"]
+        masks = resolved.kind == "segmentation"
+        tiny_corpus.write(
+            folder, dataset=resolved.dataset, channels=channels, masks=masks, labels=labels, splits=splits, size=48, suffix="png"
+        )
+        for strategy in ("full", "linear"):
+            name, out = f"{task} {strategy}", tmp_path / f"{task}-{strategy}"
+            fields = {"strategy": {"name": strategy}, "shards": str(folder), "manifest_digest": read(str(folder)).digest, "fraction": 0.8}
+            result = run(cell(task, **fields, out=str(out)), context(tmp_path))
+            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            found[name] = [round(row[key], 6) for row in rows for key in ("train_loss", "val_loss")]
+            found[f"{name}: params, macs, images"] = [result["params"], result["macs"], result["train_images"]]
+    print(json.dumps(found, indent=1))
+    golden = json.loads((ROOT / "tests" / "golden" / "cell_numbers.json").read_text())
+    assert found.keys() == golden.keys()
+    for name, expected in golden.items():
+        assert found[name] == pytest.approx(expected, abs=1e-4), name
