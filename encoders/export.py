@@ -122,10 +122,10 @@ def export_published(tag: str, dir: str | Path, *, revision: str, file: str | No
     found = timm_pretrained(tag, file)
     encoder = build(found.architecture, len(found.mean), found.mean, found.std)
     load_into(encoder.net, found.state)
-    source = f"timm:{tag}"
-    step = {"name": source, "method": source, "sha256": sha256_of(found.state)}
+    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
     data = [{"dataset": tag.partition(".")[2], "digest": "not ours", "licence": found.licence}]
-    return export(encoder, dir, name=source, method=source, lineage=[step], data=data, revision=revision, image_size=found.image_size)
+    name = f"timm-{tag}"
+    return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
 
 
 def read_export(dir: str | Path, verify: bool = True) -> ExportInfo:

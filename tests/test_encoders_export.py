@@ -112,4 +112,4 @@ def test_published_weights_become_an_export(tmp_path: Path) -> None:
     save_file(whole.state_dict(), str(tmp_path / "weights.safetensors"))
     sha256 = export_published("test_resnet.r160_in1k", tmp_path / "out", revision="abc", file=str(tmp_path / "weights.safetensors"))
     info = read_export(tmp_path / "out")
-    assert (info.sha256, info.method, info.mean, info.in_chans) == (sha256, "timm:test_resnet.r160_in1k", (0.5, 0.5, 0.5), 3)
+    assert (info.sha256, info.method, info.mean, info.in_chans) == (sha256, "timm", (0.5, 0.5, 0.5), 3)
