@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 COLLAPSED_STD, COLLAPSED_COSINE, COLLAPSED_RANK_SHARE, LEAST_RANK = 0.1, 0.95, 0.02, 1.5
+CONSTANT_RANK = 1.001
 AT_CHANCE, CHANCE_FACTOR = 0.99, 2.0
-FEWEST_ROWS, FEWEST_EPOCHS = 3, 2.0
+FEWEST_ROWS, FEWEST_STEPS, FEWEST_EPOCHS = 3, 50, 2.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def judge(rows: Sequence[dict[str, Any]], *, chance_loss: float | None, width: i
     collapse = _collapse(last, width, labelled)
     if collapse:
         return Verdict("collapsed", f"representation collapsed by step {last['step']} ({collapse}): lower the rate, check the temperature")
-    if len(rows) < FEWEST_ROWS or last["epoch"] < FEWEST_EPOCHS:
-        return Verdict("too short", f"{last['epoch']:.1f} epochs and {len(rows)} logged steps are too few to judge")
+    if len(rows) < FEWEST_ROWS or last["step"] < FEWEST_STEPS or last["epoch"] < FEWEST_EPOCHS:
+        return Verdict("too short", f"{last['step']} steps in {last['epoch']:.1f} epochs are too few to judge")
     recent = rows[-FEWEST_ROWS:]
     loss = sum(row["loss"] for row in recent) / len(recent)
     if chance_loss is not None and loss >= AT_CHANCE * chance_loss:
@@ -52,13 +53,11 @@ def judge(rows: Sequence[dict[str, Any]], *, chance_loss: float | None, width: i
 
 
 def _collapse(row: dict[str, Any], width: int, labelled: bool) -> str | None:
-    if row["std_ratio"] < COLLAPSED_STD and not labelled:
-        return f"spread {row['std_ratio']:.3f} is under {COLLAPSED_STD}"
-    if row["mean_cosine"] > COLLAPSED_COSINE and not labelled:
-        return f"mean cosine {row['mean_cosine']:.3f} is over {COLLAPSED_COSINE}"
-    least = LEAST_RANK if labelled else max(LEAST_RANK, COLLAPSED_RANK_SHARE * width)
     if labelled:
-        least = 1.0 + 1e-3
-    if row["rankme"] < least:
-        return f"effective rank {row['rankme']:.2f} is under {least:.2f}"
-    return None
+        return f"effective rank {row['rankme']:.2f}: every image gives the same" if row["rankme"] < CONSTANT_RANK else None
+    if row["std_ratio"] < COLLAPSED_STD:
+        return f"spread {row['std_ratio']:.3f} is under {COLLAPSED_STD}"
+    if row["mean_cosine"] > COLLAPSED_COSINE:
+        return f"mean cosine {row['mean_cosine']:.3f} is over {COLLAPSED_COSINE}"
+    least = max(LEAST_RANK, COLLAPSED_RANK_SHARE * width)
+    return f"effective rank {row['rankme']:.2f} is under {least:.2f}" if row["rankme"] < least else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base import storage
-from base.config import to_yaml
+from base.config import parse, to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import timestamp
 from base.seeds import seed_of
@@ -21,7 +21,7 @@ from engine.context import Context
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 from pretrain import health, methods, probes, publish
-from pretrain.run import PRETRAIN_VERSION, PretrainConfig
+from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
 from shards.loader import Batch, Corpus, TrainLoader, targets
 
 SECONDS_BETWEEN_PUTS = 5.0
@@ -260,7 +260,8 @@ class Run:
     @torch.no_grad()
     def _embed(self) -> tuple[Tensor, Tensor]:
         """index_N and z_ND of the whole corpus in id order, on every rank, by the network in eval mode."""
-        return torch.cat([i for i, _ in self._embedded()]), torch.cat([z for _, z in self._embedded()])
+        index, features = zip(*self._embedded(), strict=True)
+        return torch.cat(index), torch.cat(features)
 
     def _embedded(self) -> Iterator[tuple[Tensor, Tensor]]:
         from shards.loader import eval_batches
@@ -291,7 +292,8 @@ class Run:
             "workers": ranks.world(),
             "device": str(self.engine.device),
         }
-        return publish.publish(self.config, self.method, self.parent, state, licences, self.total) | facts
+        result = publish.publish(self.config, self.method, self.parent, state, licences, self.total) | facts
+        return parse(result, Result, "result.json").model_dump(mode="json", by_alias=True)
 
     def _conclude(self) -> dict[str, Any]:
         """Judge, export, write the result last. Rank 0 writes; all ranks return the same."""

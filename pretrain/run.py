@@ -8,7 +8,7 @@ A run with a result is not run again. A run with a committed checkpoint resumes 
 number of workers. To continue from other weights is a new run: `start_from`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,7 @@ class DataRef(Strict):
 class PretrainConfig(Strict):
     """A pretraining run, resolved: nothing in it is looked up again but the shards and the weights it names."""
 
+    schema_: Literal[1] = Field(1, alias="schema")
     name: str
     key: str
     recipe: Recipe
@@ -54,6 +55,47 @@ class PretrainConfig(Strict):
         if (self.start_from is None) != (self.start_from_sha256 is None):
             raise ValueError("start_from and start_from_sha256 come together")
         return self
+
+
+class Step(Strict):
+    """One run of an encoder's lineage. `labelled`: the datasets whose labels it read. `sha256`: of the encoder it exported."""
+
+    name: str
+    key: str
+    method: str
+    datasets: list[str]
+    labelled: list[str]
+    seed: int
+    steps: int
+    sha256: str | None = None
+
+
+class Result(Strict):
+    """result.json of a run. `labelled`: datasets whose labels any step of the lineage has read. `images` counts repeats."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str
+    key: str
+    method: str
+    architecture: str
+    encoder_sha256: str
+    start_from: str | None
+    start_from_sha256: str | None
+    seed: int
+    lineage: list[Step]
+    labelled: list[str]
+    steps: int
+    epochs: float
+    images: int
+    image_size: int
+    img_per_s: float
+    seconds: float
+    health: Literal["healthy", "collapsed", "not learning", "too short"]
+    why: str
+    restarts: int
+    workers: int
+    device: str
+    revision: str
 
 
 def run(config: PretrainConfig, ctx: Context) -> dict[str, Any] | None:

@@ -152,8 +152,14 @@ def pretrain_job(rank: int, world: int, folder: Path) -> None:
     from base.config import parse
     from pretrain.run import PretrainConfig, run
 
-    facts = []
+    facts: list[list[Any]] = []
     for tree in json.loads((folder / "configs.json").read_text()):
+        if tree.get("start_from") == "previous":
+            came = {
+                "start_from": str(folder / f"whole-{facts[-1][0]['name']}" / "export"),
+                "start_from_sha256": facts[-1][0]["encoder_sha256"],
+            }
+            tree |= came
         whole = parse(tree | {"out": str(folder / f"whole-{tree['name']}")}, PretrainConfig, "test")
         cut = parse(tree | {"out": str(folder / f"cut-{tree['name']}")}, PretrainConfig, "test")
         first = run(whole, StopAt(rank, world, folder, None))

@@ -1,0 +1,135 @@
+"""Whole runs on a tiny corpus: two ranks stopped and resumed against undisturbed ones, one rank against two, damaged checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_corpus import write
+from two_ranks import two_ranks
+
+from base.config import parse
+from base.errors import RequestError, WorkError
+from encoders.export import read_export
+from encoders.weights import load_local, sha256_of
+from engine.context import LocalContext
+from pretrain.recipe import load_recipe
+from pretrain.run import PretrainConfig, run
+from shards.manifest import read
+
+CLOCKS = {"seconds", "img_per_s", "data_wait"}
+
+
+def tree(method: str, shards: str, name: str, **settings: Any) -> dict[str, Any]:
+    recipe = load_recipe(f"{method}/smoke", {"epochs": 4, "keep_checkpoints": 4, **settings})
+    data = [{"dataset": "tiny", "shards": shards, "split": "train", "digest": read(shards).digest, "weight": 1.0}]
+    start = {"start_from": "previous", "start_from_sha256": "?", "start_from_name": "pretrain:simclr"} if method == "supervised" else {}
+    place = {"name": name, "key": "0" * 16, "architecture": "test_resnet", "in_chans": 1, "seed": 3, "threads": 1, "out": "?"}
+    return place | start | {"recipe": recipe.model_dump(mode="json", by_alias=True), "data": data}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in found if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    shards = write(folder / "shards")
+    (folder / "configs.json").write_text(json.dumps([tree("simclr", shards, "simclr"), tree("supervised", shards, "supervised")]))
+    two_ranks("pretrain", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "simclr"), (1, "supervised")])
+def test_stopped_and_resumed_is_bit_identical(pair: Path, number: int, name: str) -> None:
+    whole, stopped, second, again = json.loads((pair / "rank0.json").read_text())[number]
+    assert stopped is None
+    assert second == again  # a finished run is not run again
+    assert whole["encoder_sha256"] == second["encoder_sha256"]
+    assert (whole["restarts"], second["restarts"], whole["workers"]) == (0, 1, 2)
+    assert metrics(pair / f"whole-{name}") == metrics(pair / f"cut-{name}")
+    assert [row["step"] for row in metrics(pair / f"cut-{name}")] == [1, 2, 4, 6, 8, 10, 12]
+    last = [load_local(pair / f"{kind}-{name}" / "checkpoints" / "step-00000012" / "model.safetensors") for kind in ("whole", "cut")]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+    assert json.loads((pair / "rank1.json").read_text())[number] == [whole, stopped, second, again]
+
+
+def test_events_and_export_of_a_chain(pair: Path) -> None:
+    lines = [json.loads(line) for line in (pair / "cut-supervised" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines if "event" in line] == ["resumed", "health"]
+    info = read_export(pair / "cut-supervised" / "export")
+    assert [step["method"] for step in info.lineage] == ["simclr", "supervised"]
+    assert info.labelled_datasets == ["tiny"]
+    result = json.loads((pair / "cut-supervised" / "result.json").read_text())
+    assert sha256_of(load_local(pair / "cut-supervised" / "export")) == result["encoder_sha256"]
+    assert result["start_from_sha256"] == result["lineage"][0]["sha256"] == read_export(pair / "whole-simclr" / "export").sha256
+    assert result["labelled"] == ["tiny"]
+
+
+def test_one_rank_sees_the_same_run(pair: Path, tmp_path: Path) -> None:
+    """Same global batch, same rate: the first steps agree to rounding, which training then amplifies."""
+    result = one_rank(pair, tmp_path)
+    ours, theirs = metrics(tmp_path), metrics(pair / "whole-simclr")
+    assert result["workers"] == 1
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+        assert a["std_ratio"] == pytest.approx(b["std_ratio"], rel=1e-3)
+        assert a["lr"] == b["lr"]
+
+
+def one_rank(pair: Path, out: Path) -> dict[str, Any]:
+    plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(out)}
+    result = run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(out)))
+    assert result is not None
+    return result
+
+
+def test_resume_at_another_number_of_ranks_goes_on_at_the_right_sample(pair: Path, tmp_path: Path) -> None:
+    """The two-rank run's checkpoint of step 10, taken up by one rank; the newest one is damaged and passed over."""
+    out = tmp_path / "out"
+    shutil.copytree(pair / "cut-simclr", out)
+    (out / "result.json").unlink()
+    model = out / "checkpoints" / "step-00000012" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-8])
+    result = one_rank(pair, out)
+    assert result["restarts"] == 2
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "event" in line]
+    assert "committed hash" in next(row["why"] for row in events if row["event"] == "checkpoint refused")
+    assert [row["step"] for row in metrics(out)] == [1, 2, 4, 6, 8, 10, 12]
+    assert metrics(out)[-1]["loss"] == pytest.approx(metrics(pair / "whole-simclr")[-1]["loss"], rel=1e-3)
+
+
+def test_embedding_the_corpus_visits_each_sample_once_in_order(pair: Path, tmp_path: Path) -> None:
+    from pretrain.loop import Run
+
+    plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(tmp_path)}
+    one = Run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+    one._build()
+    index_N, z_ND = one._embed()
+    assert index_N.tolist() == list(range(100))
+    assert z_ND.shape == (100, one.method.encoder.num_features)
+    assert torch.isfinite(z_ND).all()
+
+
+def test_other_shards_and_wrong_views_are_refused(pair: Path, tmp_path: Path) -> None:
+    plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(tmp_path)}
+    plan["data"][0]["digest"] = "f" * 64
+    with pytest.raises(RequestError, match="digest"):
+        run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+    plan["recipe"]["views"]["kind"] = "one"
+    with pytest.raises(RequestError, match=r"simclr needs views.kind 'two'"):
+        run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -> None:
+    shards = write(tmp_path / "shards")
+    plan = tree("supervised", shards, "diverged", **{"optimizer": {"name": "sgd", "lr": 1e30, "warmup_epochs": 0}})
+    plan |= {"start_from": None, "start_from_sha256": None, "start_from_name": None, "out": str(tmp_path / "out")}
+    with pytest.raises(WorkError, match=r"not finite at step \d+ on rank \[0\]"):
+        run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
