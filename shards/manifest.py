@@ -75,7 +75,8 @@ class Manifest(Strict):
     patients: dict[str, int]
     positives: dict[str, dict[str, int]]
     quarantined: int
-    of: int | None = None  # the whole dataset's images, where this is a subset ("n of N")
+    expected: dict[str, int] = Field(default_factory=dict)  # images the card expects of this layout: a split's or the total
+    of: int | None = None  # the whole dataset's images, where the layout is a subset of it
     secret_fingerprint: str
     raw_digest: str
 
@@ -83,6 +84,13 @@ class Manifest(Strict):
     def digest(self) -> str:
         """sha256 (64 hex) of the canonical JSON: the dataset's version."""
         return digest(self.model_dump(mode="json", by_alias=True))
+
+    @property
+    def coverage(self) -> str:
+        """How much of the dataset this is, for people: "1,605 of 112,120"."""
+        whole = self.of or self.expected.get("total")
+        have = sum(self.counts.values())
+        return f"{have:,}" if whole is None else f"{have:,} of {whole:,}"
 
     def text(self) -> str:
         """The bytes of manifest.json."""

@@ -15,7 +15,7 @@ from shards.phantom_parts import FEW, MANY, Phantom, blobs, grey_values, grid, p
 
 # rank -> grey of a typical radiograph: air around the body, lungs, soft tissue, heart and spine
 GREYS = [(0.0, 0.02), (0.10, 0.06), (0.22, 0.22), (0.45, 0.42), (0.65, 0.60), (0.85, 0.78), (1.0, 0.97)]
-TEXTURE, OPACITY, NOISE = 0.055, 0.34, 0.018
+TEXTURE, OPACITY, NOISE = 0.036, 0.25, 0.018
 
 
 def chest(seed: int, index: int, size: int) -> Phantom:

@@ -15,6 +15,7 @@ import numpy as np
 
 from base.seeds import rng
 
+PHANTOM_VERSION = 1  # raised when a change moves a pixel: shards packed before are then packed again
 LABELS: tuple[str, ...] = ("texture", "count", "arrangement")
 FEW, MANY = (2, 3), (6, 8)  # opacities, ends included: label count = 0 and 1
 

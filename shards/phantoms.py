@@ -16,9 +16,9 @@ from typing import NamedTuple
 from base.errors import RequestError
 from shards.phantom_chest import chest
 from shards.phantom_fundus import fundus
-from shards.phantom_parts import LABELS, Phantom
+from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom
 
-__all__ = ["GENERATORS", "LABELS", "Phantom", "Series", "chest", "fundus", "parse_raw", "patient_of"]
+__all__ = ["GENERATORS", "LABELS", "PHANTOM_VERSION", "Phantom", "Series", "chest", "fundus", "parse_raw", "patient_of"]
 
 GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {"chest": chest, "fundus": fundus}
 _RAW = re.compile(r"phantom:(\d+)(?:@(\d+))?(?:/(\d+))?")

@@ -1,0 +1,228 @@
+"""Packing: raw files in, checked and de-identified WebDataset shards out.
+
+    manifest = pack(load_card("montgomery"), "RAW", "OUT/shards/montgomery")
+
+or in steps, when `write` is to run elsewhere (jobs and entries pickle):
+
+    jobs = plan(card, raw)                               # RequestError for everything that is wrong with the request
+    entries = [write(job, url) for job in jobs]          # each on its own; run again, it keeps what is unchanged
+    manifest = commit(card, entries, url)                # the manifest is written last
+
+One shard holds one split's samples in the order of their file names, a fixed number each, so equal input gives equal names and bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from base import storage
+from base.config import Strict, canonical_json, digest, parse
+from base.errors import RequestError, WorkError
+from base.paths import is_url
+from shards import readers
+from shards.card import SPLITS, Card, Split
+from shards.deidentify import Names
+from shards.manifest import MANIFEST, Manifest, ShardEntry, dump_index, load_index
+from shards.phantoms import PHANTOM_VERSION
+from shards.samples import index_of_tar, write_tar
+
+PACK_VERSION = 1  # raised when a change moves a byte of a shard
+QUARANTINE = "quarantine.jsonl"
+
+
+class Origin(Strict):
+    """What the manifest says of the raw files as a whole; every job carries it."""
+
+    layout: str
+    expected: dict[str, int]
+    of: int | None
+    raw_digest: str
+    secret_fingerprint: str
+
+
+class Receipt(Strict):
+    """`<shard>.entry.json`, written after a shard and its index: the proof that both are whole, and of what they were made."""
+
+    fingerprint: str
+    origin: Origin
+    entry: ShardEntry
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write."""
+
+    name: str
+    split: Split
+    raw: str
+    card: Card
+    records: tuple[readers.Record, ...]
+    origin: Origin
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides the shard's bytes; files count by size and time, as in make."""
+        phantom = PHANTOM_VERSION if self.card.phantom else 0
+        return digest(
+            [
+                PACK_VERSION,
+                phantom,
+                self.name,
+                self.card.model_dump(mode="json", by_alias=True),
+                [asdict(record) for record in self.records],
+            ]
+        )
+
+
+def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int = 1000) -> list[ShardJob]:
+    """The shards to write, train first. Decodes nothing.
+
+    Raises:
+        RequestError: the raw folder, a column, a label, a patient in two splits, an empty split, no secret: see `shards.readers`.
+    """
+    names = Names.of(card, secret)
+    found = readers.read(card, raw, names)
+    origin = Origin(
+        layout=found.layout,
+        expected=dict(found.expected),
+        of=found.of,
+        raw_digest=found.raw_digest,
+        secret_fingerprint=names.fingerprint,
+    )
+    jobs = []
+    for split in SPLITS:
+        records = [record for record in found.records if record.split == split]
+        for number, start in enumerate(range(0, len(records), shard_samples)):
+            name = f"{card.dataset}-{split}-{number:05d}"
+            jobs.append(ShardJob(name, split, raw, card, tuple(records[start : start + shard_samples]), origin))  # type: ignore[arg-type]
+    return jobs
+
+
+def write(job: ShardJob, out_url: str) -> ShardEntry:
+    """Write one shard, its index and its receipt under `out_url`, or keep them if they stand there unchanged.
+
+    A file that does not decode is quarantined with its reason; the others are packed.
+
+    Raises:
+        WorkError: the disk is full.
+    """
+    receipt_url = storage.join(out_url, f"{job.name}.entry.json")
+    fingerprint = job.fingerprint
+    kept = _kept(job, out_url, receipt_url, fingerprint)
+    if kept is not None:
+        return kept
+    # From here on neither the old receipt nor the old manifest may be believed, whenever we are killed.
+    storage.remove(storage.join(out_url, MANIFEST))
+    storage.remove(receipt_url)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tar = Path(folder) / f"{job.name}.tar"
+            positives, quarantined = write_tar(job.card, job.raw, job.records, tar)
+            index_N = index_of_tar(tar)
+            index = dump_index(index_N)
+            with tar.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = tar.stat().st_size
+            storage.put_file(tar, storage.join(out_url, f"{job.name}.tar"))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WorkError(
+                "no space left on the device", where=error.filename or tempfile.gettempdir(), hint="set TMPDIR elsewhere"
+            ) from error
+        raise
+    storage.put(storage.join(out_url, f"{job.name}.idx"), index)
+    entry = ShardEntry(
+        name=job.name,
+        split=job.split,
+        bytes=size,
+        samples=len(index_N),
+        sha256=sha256,
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        positives=positives,
+        quarantined=quarantined,
+    )
+    storage.put(receipt_url, canonical_json(Receipt(fingerprint=fingerprint, origin=job.origin, entry=entry)))
+    return entry
+
+
+def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
+    """Write quarantine.jsonl and then manifest.json over written shards, and return the manifest. Removes nothing.
+
+    Raises:
+        WorkError: a shard's receipt is missing or another one, the shards are not of one plan, or a split has no sample left.
+    """
+    entries = sorted(entries, key=lambda entry: (SPLITS.index(entry.split), entry.name))
+    origins: dict[str, Origin] = {}
+    patients: dict[str, set[bytes]] = {}
+    counts: dict[str, int] = {}
+    positives: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        where = storage.join(out_url, f"{entry.name}.entry.json")
+        receipt = parse(storage.read_json(where), Receipt, where) if storage.exists(where) else None
+        if receipt is None or receipt.entry != entry:
+            raise WorkError("this shard was not written, or by another run since", where=where, hint="pack again")
+        origins[receipt.origin.raw_digest] = receipt.origin
+        url = storage.join(out_url, f"{entry.name}.idx")
+        index_N = load_index(storage.read_bytes(url), url)
+        patients.setdefault(entry.split, set()).update(index_N["patient"].tolist())
+        counts[entry.split] = counts.get(entry.split, 0) + entry.samples
+        of_split = positives.setdefault(entry.split, dict.fromkeys(card.labels, 0))
+        for label, n in entry.positives.items():
+            of_split[label] += n
+    if len(origins) != 1:
+        raise WorkError(f"shards of {len(origins)} different plans", where=out_url, hint="pack again")
+    quarantined = [{"dataset": card.dataset, "split": e.split, **row.model_dump()} for e in entries for row in e.quarantined]
+    for split, n in counts.items():
+        if n == 0:
+            reason = next((str(row["reason"]) for row in quarantined if row["split"] == split), "")
+            raise WorkError(f"no image of split '{split}' is usable, the first because: {reason}", where=out_url)
+    manifest = Manifest(
+        dataset=card.dataset,
+        card=card,
+        shards=[entry for entry in entries if entry.samples],
+        counts=counts,
+        patients={split: len(found) for split, found in patients.items()},
+        positives=positives,
+        quarantined=len(quarantined),
+        **next(iter(origins.values())).model_dump(),
+    )
+    storage.put(storage.join(out_url, QUARANTINE), "".join(canonical_json(row) + "\n" for row in quarantined))
+    storage.put(storage.join(out_url, MANIFEST), manifest.text())
+    return manifest
+
+
+def pack(
+    card: Card, raw: str, out_url: str, map: Callable[..., Iterable[Any]] = map, secret: bytes | None = None, shard_samples: int = 1000
+) -> Manifest:
+    """Plan, write through `map` (the built-in's signature) and commit."""
+    jobs = plan(card, raw, secret, shard_samples)
+    return commit(card, list(map(partial(write, out_url=out_url), jobs)), out_url)
+
+
+def _kept(job: ShardJob, out_url: str, receipt_url: str, fingerprint: str) -> ShardEntry | None:
+    """The entry of an unchanged shard that stands whole at its place, else None."""
+    if not storage.exists(receipt_url):
+        return None
+    try:
+        receipt = parse(storage.read_json(receipt_url), Receipt, receipt_url)
+    except (RequestError, ValueError):
+        return None  # of another version: written again
+    tar, index = (storage.join(out_url, f"{job.name}.{ext}") for ext in ("tar", "idx"))
+    if receipt.fingerprint != fingerprint or not (storage.exists(tar) and storage.exists(index)):
+        return None
+    if not is_url(tar):  # reading 45 GB back from an object store to look at its hash is not worth it; a disk is read at 1 GB/s
+        with open(tar, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != receipt.entry.sha256:
+                return None
+    if hashlib.sha256(storage.read_bytes(index)).hexdigest() != receipt.entry.index_sha256:
+        return None
+    if receipt.origin != job.origin:
+        storage.put(receipt_url, canonical_json(receipt.model_copy(update={"origin": job.origin})))
+    return receipt.entry
