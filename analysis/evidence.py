@@ -1,0 +1,289 @@
+"""The findings of a study: which comparisons it holds, what each says, and in which words.
+
+evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
+
+The family of comparisons is fixed by the study file before a number is seen: every source against the baseline (the first random
+source, else the first), each link of a continual chain against the one before it, and, as a control, a source against its twin
+under another name (A/A). Holm's correction runs over the first two kinds together and over the controls by themselves. A statement
+is declared when its adjusted p is under 0.05 and its interval holds seeds and patients; everything else reads "no difference" with
+its interval, which only means that 0 is inside.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import results
+from analysis.results import Cell, Pretraining
+from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm
+from base import storage
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A) or "own" (pretrained on these labels)."""
+
+    kind: str
+    a: str
+    b: str
+    architecture: str
+    strategy: str
+    options: str
+    task: str
+    dataset: str
+    fraction: float
+    resolution: int
+    metric: str
+    comparison: Comparison
+    adjusted: float = math.nan
+
+    @property
+    def declared(self) -> bool:
+        return self.kind != "own" and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
+
+    @property
+    def mark(self) -> str:
+        """How the page marks it: good, worse, bad (a flagged control) or none."""
+        if not self.declared:
+            return "none"
+        return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
+
+    @property
+    def about(self) -> str:
+        """What may be claimed: methods need at least 3 pretraining seeds."""
+        return "methods" if self.comparison.pretraining_seeds >= 3 else "encoders (these weights)"
+
+    def words(self, evidence: "Evidence") -> str:
+        """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""
+        parts = [self.dataset if len(evidence.tasks.get(self.dataset, ())) < 2 else self.task]
+        settings = (("architecture", self.architecture), ("strategy", self.setting), ("resolution", f"{self.resolution} px"))
+        parts += [text for name, text in settings if len(evidence.varied[name]) > 1]
+        if len(evidence.varied["fraction"]) > 1:
+            parts.append(f"{self.fraction * 100:g} % of the labels")
+        return ", ".join(parts)
+
+    @property
+    def setting(self) -> str:
+        return f"{self.strategy} {self.options}".strip()
+
+    def sentence(self, evidence: "Evidence", brief: bool = False) -> str:
+        """The finding in words; the same in the report and in the terminal."""
+        c, unit = self.comparison, evidence.unit(self.metric, self.dataset)
+        where = "" if brief and self.kind == "control" and evidence.single else f" on {self.words(evidence)}"
+        if c.basis == "not comparable":
+            return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
+        numbers = effect(c, unit)
+        if self.kind == "own":
+            return f"{self.a} against {self.b}{where}: {numbers}, own source (its pretraining saw these labels), nothing declared"
+        if self.declared:
+            if self.kind == "control":
+                return f"{self.a} against {self.b}{where}: FLAGGED, {numbers}, though the two are the same source"
+            verb = "beats" if c.estimate > 0 else "is worse than"
+            return f"{self.a} {verb} {self.b}{where}: {numbers}"
+        if c.basis == "patients only":
+            return f"{self.a} against {self.b}{where}: {numbers}, one seed: patients only, nothing declared"
+        if c.excludes_zero:
+            control = self.kind == "control"
+            size = sum(f.kind == "control" for f in evidence.findings) if control else evidence.family
+            after = f"after correction for {size} {'controls' if control else 'comparisons'}"
+            return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
+        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width, digits(c))} wide)"
+
+
+def digits(c: Comparison) -> int:
+    """Two decimals, three where two would hide which side of 0 a bound is on or the whole effect."""
+    near = min(abs(c.low), abs(c.high))
+    return 3 if abs(c.estimate) < 0.02 or near < 0.005 else 2
+
+
+def decimal(value: float, places: int) -> str:
+    return f"{value:.{places}f}" if math.isfinite(value) else "unbounded"
+
+
+def effect(c: Comparison, unit: str) -> str:
+    """`+0.11 AUROC [0.06, 0.16]`."""
+    places = digits(c)
+    return f"{c.estimate:+.{places}f} {unit} [{decimal(c.low, places)}, {decimal(c.high, places)}]"
+
+
+@dataclass
+class Evidence:
+    """All that a report is made of, read from OUT once."""
+
+    out: str
+    study: dict[str, Any]
+    cells: list[Cell]  # without the shuffled-label controls
+    controls: list[Cell]  # those
+    missing: list[dict[str, Any]]
+    failed: dict[str, str]
+    pretrainings: list[Pretraining]
+    manifests: dict[str, Any] = field(default_factory=dict)  # dataset: manifest.json as plain data
+    shards: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
+        self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
+        self.tasks: dict[str, set[str]] = {}
+        for cell in self.cells:
+            self.tasks.setdefault(cell.dataset, set()).add(cell.task)
+
+    @property
+    def single(self) -> bool:
+        """One setting only: the words need not say which."""
+        return len({cell.group() for cell in self.cells}) == 1
+
+    @property
+    def family(self) -> int:
+        return sum(f.kind in ("gain", "chain") and math.isfinite(f.comparison.p) for f in self.findings)
+
+    @property
+    def asked(self) -> int:
+        return len(self.cells) + len(self.missing)
+
+    def card(self, dataset: str) -> dict[str, Any]:
+        return (self.manifests.get(dataset) or {}).get("card") or {}
+
+    def unit(self, metric: str, dataset: str) -> str:
+        """The metric in the field's words, naming the stratum where the card does: `AUROC within source`."""
+        word = results.WORDS.get(metric, metric)
+        return word.replace("stratum", str(self.card(dataset).get("stratify_by") or "stratum"))
+
+    def sources(self) -> list[str]:
+        """Sources in the order of the study file, then any others."""
+        asked = [cell["source"] for cell in results.expected(self.out)]
+        return list(dict.fromkeys([s for s in asked if any(c.source == s for c in self.cells)] + [c.source for c in self.cells]))
+
+    def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
+        """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
+        rank = {"gain": 1, "chain": 1, "own": 3, "control": 2}
+        ordered = sorted(self.findings, key=lambda f: 0 if f.declared and f.kind != "control" else rank[f.kind])
+        controls = sorted((f for f in ordered if f.kind == "control"), key=lambda f: not f.declared)
+        others = [f for f in ordered if f.kind != "control"]
+        shown = others[: max(limit - 2, limit - len(controls))]
+        shown += controls[: limit - len(shown)]
+        lines = [(f.mark, f.sentence(self, brief=True)) for f in shown]
+        if len(self.findings) > len(shown):
+            lines.append(("none", f"{len(self.findings) - len(shown)} more comparisons are in the report"))
+        return lines
+
+    def answer(self, limit: int = 6) -> str:
+        """The study's answer in words, in one line."""
+        if not self.cells:
+            return f"no finished cell yet (0 of {self.asked})" if self.asked else "no finished cell yet"
+        lead = f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
+        return lead + ("; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources to compare")
+
+
+def scores(cell: Cell) -> Scores | None:
+    """Test predictions of a cell as arrays; None when they were not kept or hold a score that is not a number."""
+    frame = results.predictions(cell)
+    if frame is None:
+        return None
+    labels = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
+    dice = frame["dice"].to_numpy(float) if "dice" in frame.columns and frame["dice"].notna().any() else None
+    target = score = strata = None
+    if labels and dice is None:
+        score = frame[[f"score_{label}" for label in labels]].to_numpy(float)
+        target = frame[[f"target_{label}" for label in labels]].to_numpy(float)
+        target = np.where(target < 0, math.nan, target)
+        if not np.isfinite(score).all():
+            return None
+    if "stratum" in frame.columns and frame["stratum"].notna().any():
+        strata = frame["stratum"].astype(str).to_numpy(object)
+    # An image without a patient is a patient of its own.
+    named = zip(frame["patient"], frame["sample_id"], strict=True)
+    patients = np.array([str(patient) if patient else f"image {image}" for patient, image in named], object)
+    return Scores(int(cell.seed), frame["sample_id"].to_numpy(np.int64), patients, target, score, dice, strata, cell.source_seed)
+
+
+def _pairs(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
+    """(kind, a, b) of the study's family."""
+    baseline = next((source for source in sources if source in random), sources[0])
+    twins = {source for source in sources if source != baseline and frozenset((source, baseline)) in same}
+    for source in sources:
+        if source != baseline:
+            yield ("control", baseline, source) if source in twins else ("gain", source, baseline)
+    for entry in study.get("pretrain") or []:
+        child, parent = str(entry.get("name", "")), results.plain(str(entry.get("start_from", "")))
+        if child in sources and parent in sources and parent != baseline:
+            yield "chain", child, parent
+
+
+def is_random(cell: Cell) -> bool:
+    """Whether the source is a random initialization, as the cell's configuration says (or, without one, the source's name)."""
+    kind = results.read_yaml(storage.join(cell.url, "config.yaml")).get("source_kind")
+    return kind == "random" if kind else cell.source.split("-")[0] == "random"
+
+
+def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding]:
+    """All comparisons of the study, Holm-adjusted."""
+    bootstrap = bootstrap or Bootstrap()
+    order = evidence.sources()
+    random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
+    weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
+    pairs = [(a, b) for a in order for b in order if a != b]
+    same = {frozenset(pair) for pair in pairs if set(pair) <= random or (weights[pair[0]] and weights[pair[0]] == weights[pair[1]])}
+    found = []
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in evidence.cells:
+        groups.setdefault(cell.group(), []).append(cell)
+    for group, cells in groups.items():
+        held = results.by(cells, "source")
+        sources = [source for source in order if (source,) in held]
+        metric = next((m for m in results.PRIMARY if any(cell.primary() == m for cell in cells)), None)
+        if len(sources) < 2 or metric is None:
+            continue
+        arrays = {source: [s for cell in held[(source,)] if (s := scores(cell))] for source in sources}
+        for kind, a, b in _pairs(evidence.study, sources, same, random):
+            own = any(cell.own_source for source in (a, b) for cell in held[(source,)])
+            result = compare(arrays[a], arrays[b], metric, bootstrap=bootstrap)
+            architecture, strategy, options, task, fraction, resolution = group
+            setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
+            found.append(Finding("own" if own else kind, a, b, *setting, result))
+    return _adjust(found)
+
+
+def _adjust(found: list[Finding]) -> list[Finding]:
+    adjusted = list(found)
+    for family in (("gain", "chain"), ("control",)):
+        at = [i for i, f in enumerate(found) if f.kind in family]
+        p = [found[i].comparison.p if found[i].comparison.basis == "seeds and patients" else math.nan for i in at]
+        for i, value in zip(at, holm(p), strict=True):
+            adjusted[i] = replace(found[i], adjusted=value)
+    return adjusted
+
+
+def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
+    """Read OUT and compute the findings. Works on an empty, running or partly failed study."""
+    study, every = results.read_study(out), results.finished(out)
+    cells, controls = [c for c in every if not c.shuffled], [c for c in every if c.shuffled]
+    shards = results.shard_urls(out, every)
+    manifests = {name: results.read_json(storage.join(url, "manifest.json")) for name, url in shards.items()}
+    held = {cell.key for cell in every}
+    failed = {key: why for key, why in results.failures(out).items() if key not in held}
+    evidence = Evidence(out, study, cells, controls, results.absent(out, cells), failed, results.pretrainings(out), manifests, shards)
+    evidence.findings = find(evidence, bootstrap)
+    return evidence
+
+
+def significance(evidence: Evidence) -> pd.DataFrame:
+    """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions)."""
+    rows = []
+    for f in evidence.findings:
+        c = f.comparison
+        shared = {
+            name: getattr(f, name) for name in ("kind", "a", "b", "architecture", "strategy", "options", "task", "dataset", "fraction")
+        }
+        own = {name: getattr(c, name) for name in ("estimate", "low", "high", "se", "df", "p")}
+        rest = {name: getattr(c, name) for name in ("basis", "units", "patients", "images", "seed_variance", "patient_variance", "redrawn")}
+        least = {"detectable": detectable(c), "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
+        words = {"resolution": f.resolution, "metric": f.metric}
+        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least})
+    return pd.DataFrame(rows)

@@ -1,0 +1,213 @@
+"""Figures as SVG text, to be set inline in a page: their colours are CSS variables, so one figure serves light and dark.
+
+svg = forest(evidence); svg = learning(title, series, "AUROC"); svg = pretraining(runs); svg = overlay(image, true, predicted)
+
+Lines of a source have the same colour, dash and marker everywhere (Okabe and Ito's palette, safe for the colour-blind; --s0 to --s6
+in report.html). Text stays text: it can be searched, scaled and read aloud; every figure has a title and a description.
+"""
+
+import base64
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.evidence import Finding
+
+INK, FAINT = "#010203", "#040506"  # placeholders that become CSS variables
+SERIES = tuple(f"#0a0b{i:02x}" for i in range(7))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)), (0, (2, 2)))
+
+
+def _svg(name: str, title: str, text: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
+    """Draw on a new figure of width x height inches and return it as inline SVG with a title and a description."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 9.5,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "xtick.major.size": 3,
+        "ytick.major.size": 3,
+        "axes.grid": True,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.5,
+        "grid.alpha": 0.5,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(settings):
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    raw = buffer.getvalue()
+    raw = raw[raw.index("<svg") :]
+    raw = re.sub(r"<metadata>.*?</metadata>", "", raw, count=1, flags=re.S)
+    # Ids are unique in a figure only; several figures share a page.
+    raw = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', raw)
+    raw = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", raw)
+    raw = raw.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")
+    for i, colour in enumerate(SERIES):
+        raw = raw.replace(colour, f"var(--s{i})")
+    head = f'<svg role="img" aria-labelledby="{name}-t {name}-d" class="figure" style="max-width:{width:.1f}in"'
+    raw = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", raw, count=1), count=1)
+    raw = raw.replace("<svg", head, 1)
+    described = f'<title id="{name}-t">{html.escape(title)}</title><desc id="{name}-d">{html.escape(text)}</desc>'
+    return re.sub(r"(<svg[^>]*>)", lambda found: found.group(1) + described, raw, count=1)
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
+
+
+def forest(name: str, rows: Sequence[tuple[str, Finding]], unit: str) -> str:
+    """Differences with their intervals, one line each: (label, finding). Filled where declared. `unit` names the axis."""
+    bounds = [value for _, f in rows for value in (f.comparison.low, f.comparison.high, f.comparison.estimate) if math.isfinite(value)] or [
+        0.0
+    ]
+    # An interval of one lucky or unlucky seed pair can be wide enough to hide all others: it is cut at the frame and marked.
+    typical = 4 * max([abs(f.comparison.estimate) for _, f in rows if math.isfinite(f.comparison.estimate)] + [0.02])
+    low, high = max(min([*bounds, 0.0]), -typical), min(max([*bounds, 0.0]), typical)
+    pad = 0.06 * (high - low) or 0.01
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for y, (_, f) in enumerate(rows):
+            c, colour = f.comparison, SERIES[1 if f.kind == "control" else 0]
+            if not math.isfinite(c.estimate):
+                axes.text(0, y, "  not comparable", va="center", fontsize=8)
+                continue
+            axes.plot([max(c.low, low - pad), min(c.high, high + pad)], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+            for bound, edge, marker in ((c.low, low - pad, "<"), (c.high, high + pad, ">")):
+                if abs(bound) > abs(edge) and (bound < 0) == (edge < 0):
+                    axes.plot([edge], [y], marker, color=colour, markersize=4, clip_on=False)
+            face = colour if f.declared else "none"
+            axes.plot([c.estimate], [y], "s" if f.kind == "control" else "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(low - pad, high + pad)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"difference in {unit}, with 95 % interval")
+
+    text = "; ".join(f"{label}: {f.comparison.estimate:+.3f} from {f.comparison.low:.3f} to {f.comparison.high:.3f}" for label, f in rows)
+    return _svg(name, f"Differences in {unit}", text, 7.2, 0.75 + 0.3 * len(rows), draw)
+
+
+def learning(name: str, title: str, series: Mapping[str, tuple[int, Sequence[Sequence[float]]]], label: str) -> str:
+    """Validation curves by epoch: source -> (colour number, one curve a seed). Mean and, shaded, range while all seeds still train."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for source, (i, curves) in series.items():
+            held = [np.asarray(curve, float) for curve in curves if len(curve)]
+            if not held:
+                continue
+            shared = min(len(curve) for curve in held)
+            stack = np.stack([curve[:shared] for curve in held])
+            x = np.arange(1, shared + 1)
+            axes.plot(x, stack.mean(axis=0), label=source, marker=MARKERS[i % 7], markersize=3, markevery=max(1, shared // 8), **_style(i))
+            if len(held) > 1:
+                axes.fill_between(x, stack.min(axis=0), stack.max(axis=0), color=SERIES[i % 7], alpha=0.15, linewidth=0)
+            for curve in held:
+                if len(curve) > shared:  # a seed that trained on alone
+                    axes.plot(np.arange(shared, len(curve) + 1), curve[shared - 1 :], color=SERIES[i % 7], linewidth=0.7, alpha=0.7)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="best", fontsize=8)
+
+    finals = [
+        f"{source}: {np.nanmax([max(c) for c in curves if len(c)]):.3f} at best" for source, (_, curves) in series.items() if any(curves)
+    ]
+    return _svg(name, title, f"{label} by epoch. " + "; ".join(finals), 4.6, 2.9, draw)
+
+
+def fractions(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float, float]]]], label: str) -> str:
+    """A metric against the share of labels: source -> (colour number, [(fraction, mean, sd over seeds)])."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for source, (i, points) in series.items():
+            x, mean, sd = np.array(sorted(points), float).T
+            axes.errorbar(x, mean, yerr=np.nan_to_num(sd), label=source, marker=MARKERS[i % 7], markersize=4, capsize=2, **_style(i))
+        axes.set_xscale("log")
+        ticks = sorted({point[0] for _, points in series.values() for point in points})
+        axes.set_xticks(ticks, [f"{tick * 100:g} %" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("share of the training labels")
+        axes.set_ylabel(label)
+        axes.legend(loc="best", fontsize=8)
+
+    return _svg(name, title, f"{label} against the share of labels, bars are one standard deviation over seeds", 4.6, 2.9, draw)
+
+
+def traces(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], label: str) -> str:
+    """One quantity of several pretrainings against the step: name -> (colour number, [(step, value)])."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for run, (i, points) in series.items():
+            x, y = np.array(points, float).T
+            axes.plot(x, y, label=run, **_style(i))
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if len(series) > 1:
+            axes.legend(loc="best", fontsize=8)
+
+    ends = "; ".join(f"{run}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for run, (_, points) in series.items())
+    return _svg(name, title, f"{label} by step. {ends}", 3.6, 2.5, draw)
+
+
+def thumbnail(image: NDArray[np.uint8]) -> str:
+    """A u8 image (H, W), (H, W, 1) or (H, W, 3) RGB as a PNG data address."""
+    held = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    stored = cv2.cvtColor(held, cv2.COLOR_RGB2BGR) if held.ndim == 3 else held
+    return "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", stored)[1].tobytes()).decode()
+
+
+def _outline(mask: NDArray[Any]) -> str:
+    found, _ = cv2.findContours(np.ascontiguousarray(mask > 0).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    paths = []
+    for contour in found:
+        # Pixel centres: contours run through them, the image is drawn from their corners.
+        points = " ".join(f"{x + 0.5:g},{y + 0.5:g}" for x, y in contour[:, 0])
+        paths.append(f"M{points}Z")
+    return "".join(paths)
+
+
+def overlay(image: NDArray[np.uint8], true: NDArray[Any] | None, predicted: NDArray[Any] | None, text: str) -> str:
+    """An image with the outline of the true mask (solid) and of the predicted one (dashed), as SVG at the image's own pixels."""
+    height, width = image.shape[:2]
+    parts = [f'<image href="{thumbnail(image)}" width="{width}" height="{height}"/>']
+    if true is not None:
+        parts.append(f'<path class="true" d="{_outline(true)}"/>')
+    if predicted is not None:
+        parts.append(f'<path class="predicted" d="{_outline(predicted)}"/>')
+    label = html.escape(text, quote=True)
+    return f'<svg role="img" aria-label="{label}" class="sample" viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'

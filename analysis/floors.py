@@ -1,0 +1,153 @@
+"""Trivial predictors that every result must beat: if a trained encoder does not, the pipeline is broken or the labels are confounded.
+
+floors = classification(train, val, test)      {"pixels": {...}, "metadata": {...}}
+floors = segmentation(train, test)             {"mean_mask": {...}}
+floors = of_shards(url, kind)                  the same from packed shards
+
+Pixels: logistic regression on 32 x 32 standardized pixels. Metadata: the share of positives in training among images of the same
+stratum, no image looked at. Mean mask: the mean training mask, cut where training Dice is best. Everything is fitted on training
+images; only the strength of the penalty is chosen, on validation. Metrics are fractions: auroc_mean, auroc_within_mean with strata.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import statistics
+from analysis.metrics import dice_per_image
+
+Array = NDArray[np.float64]
+Floors = dict[str, dict[str, float]]
+SIDE = 32
+PENALTIES = (1e-3, 1e-2, 1e-1)  # scikit-learn's C: its inverse
+MINIMUM = 8  # training images below which a regression is not fitted
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W)."""
+
+    images: NDArray[np.uint8]
+    target_NL: Array | None = None
+    strata: Sequence[object] | None = None
+    masks: NDArray[np.uint8] | None = None
+
+
+def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
+    """auroc_mean and, where there are strata, auroc_within_mean of any scores."""
+    assert split.target_NL is not None
+    count = len(score_NL)
+    strata = None if split.strata is None else np.array([str(value) for value in split.strata], object)
+    held = statistics.Scores(0, np.arange(count), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
+    names = ["auroc_mean"] + (["auroc_within_mean"] if strata is not None else [])
+    return {name: float(statistics.metric_B(held, name, np.ones((1, count)))[0]) for name in names}
+
+
+def small_pixels(images: NDArray[np.uint8], side: int = SIDE) -> Array:
+    """(N, C, H, W) u8 to (N, C * side * side) in 0..1, by area."""
+    rows = [cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), (side, side), interpolation=cv2.INTER_AREA) for image in images]
+    return np.stack(rows).reshape(len(rows), -1).astype(float) / 255
+
+
+def pixels(train: Arrays, val: Arrays | None, test: Arrays) -> dict[str, float]:
+    """Logistic regression on standardized 32 x 32 pixels, one a label; the penalty is the best of three by validation AUROC."""
+    from sklearn.linear_model import LogisticRegression
+
+    assert train.target_NL is not None
+    raw = small_pixels(train.images)
+    centre, spread = raw.mean(0), raw.std(0) + 1e-6
+    x_train, x_test = (raw - centre) / spread, (small_pixels(test.images) - centre) / spread
+    choose = val is not None and len(val.images) >= MINIMUM
+    x_val = (small_pixels(val.images) - centre) / spread if val is not None and choose else x_test[:0]
+    best, kept = -math.inf, {"auroc_mean": math.nan}
+    for penalty in PENALTIES if choose else PENALTIES[1:2]:
+        scores_val, scores_test = [np.zeros((len(x), train.target_NL.shape[1])) for x in (x_val, x_test)]
+        for label in range(train.target_NL.shape[1]):
+            known = np.isfinite(train.target_NL[:, label])
+            y = train.target_NL[known, label] > 0.5
+            if len(y) < MINIMUM or y.all() or not y.any():
+                continue  # constant scores: 0.5
+            fitted = LogisticRegression(C=penalty, max_iter=300).fit(x_train[known], y)
+            scores_test[:, label] = fitted.decision_function(x_test)
+            if choose:
+                scores_val[:, label] = fitted.decision_function(x_val)
+        reached = 0.0
+        if val is not None and choose:
+            found = scores_metrics(scores_val, val)
+            reached = found.get("auroc_within_mean", found["auroc_mean"])
+        if reached > best:
+            best, kept = reached, scores_metrics(scores_test, test)
+    return kept
+
+
+def metadata(train: Arrays, test: Arrays) -> dict[str, float]:
+    """Score of a test image: the share of positives among the training images of its stratum (shrunk to the overall share by one image)."""
+    assert train.strata is not None
+    assert test.strata is not None
+    assert train.target_NL is not None
+    overall: Array = np.nanmean(train.target_NL, axis=0)
+    groups: dict[str, list[int]] = {}
+    for at, value in enumerate(train.strata):
+        groups.setdefault(str(value), []).append(at)
+    share = {}
+    for name, members in groups.items():
+        inside_NL = train.target_NL[members]
+        share[name] = np.asarray((np.nansum(inside_NL, axis=0) + overall) / (np.isfinite(inside_NL).sum(axis=0) + 1), float)
+    return scores_metrics(np.stack([share.get(str(value), overall) for value in test.strata]), test)
+
+
+def classification(train: Arrays, val: Arrays | None, test: Arrays) -> Floors:
+    """Floors of a classification task; `metadata` only where there are strata."""
+    found = {"pixels": pixels(train, val, test)}
+    if train.strata is not None and test.strata is not None and len(set(map(str, test.strata))) > 1:
+        found["metadata"] = metadata(train, test)
+    return found
+
+
+def segmentation(train: Arrays, test: Arrays) -> Floors:
+    """The mean training mask, thresholded where its mean training Dice is best, as the prediction for every test image."""
+    assert train.masks is not None
+    assert test.masks is not None
+    truth, mean = train.masks > 0, (train.masks > 0).mean(axis=0)
+    best, cut = -1.0, 0.5
+    for threshold in np.linspace(0.05, 0.95, 19):
+        reached = float(dice_per_image(np.broadcast_to(mean >= threshold, truth.shape), truth).mean())
+        if reached > best:
+            best, cut = reached, float(threshold)
+    target = test.masks > 0
+    return {"mean_mask": {"dice": float(dice_per_image(np.broadcast_to(mean >= cut, target.shape), target).mean()), "threshold": cut}}
+
+
+def of_shards(
+    url: str, kind: str, labels: Sequence[str], stratify_by: str | None = None, *, size: int = 64, cache_dir: str | None = None
+) -> Floors:
+    """Floors of a packed dataset, fitted on its whole training split and scored on its test split.
+
+    Args:
+        url: shards with their manifest. kind: "segmentation", or anything else for classification.
+        labels: names of the labels, in the order of the targets. stratify_by: a metadata column, or None.
+        size: square pixels at which images are decoded; masks keep their shape at about 64.
+    """
+    from shards.loader import Corpus, decode_all
+
+    splits = {}
+    for split in ("train", "val", "test"):
+        corpus = Corpus(url, (split,), cache_dir)
+        if not len(corpus):
+            continue
+        held = decode_all(corpus, size)
+        strata = [meta.get(stratify_by) for meta in held.meta] if stratify_by else None
+        target = None
+        if held.target is not None and labels:
+            at = [list(corpus.labels).index(name) for name in labels]
+            target = np.where(np.asarray(held.mask)[:, at] > 0, np.asarray(held.target)[:, at], np.nan).astype(float)
+        splits[split] = Arrays(np.asarray(held.images), target, strata, None if held.seg is None else np.asarray(held.seg))
+    if "train" not in splits or "test" not in splits:
+        return {}
+    if kind == "segmentation":
+        return segmentation(splits["train"], splits["test"])
+    return classification(splits["train"], splits.get("val"), splits["test"])

@@ -1,0 +1,193 @@
+"""The report of a study: one HTML file that opens without a server or a network, with the answer first.
+
+url = report(out)         OUT/report/index.html, results.csv, significance.csv
+line = answer(out)        the first line of the report, for the terminal
+
+Works on storage alone (`out` may be a URL), for a study that is empty, running, or partly failed.
+"""
+
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from analysis import floors as floors_of_tasks
+from analysis import results, samples, sections, tables
+from analysis.evidence import Evidence, gather, significance
+from analysis.floors import Floors
+from analysis.tables import esc, num, short
+from base import storage
+from base.config import digest
+from base.errors import AllograftError
+
+FLOORS_VERSION = 1
+
+
+def answer(out: str) -> str:
+    """The study's answer in words, one line: the same as the report's first."""
+    return gather(out).answer()
+
+
+def report(out: str, evidence: Evidence | None = None) -> str:
+    """Write OUT/report/index.html, results.csv and significance.csv; returns the address of the page.
+
+    Args:
+        out: the study's folder or URL. evidence: as `gather(out)` gave it, to save reading twice.
+
+    Raises:
+        WorkError: the storage cannot be written.
+    """
+    evidence = evidence or gather(out)
+    results.write_results(out)
+    storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
+    url = storage.join(out, "report", "index.html")
+    storage.put(url, page(evidence))
+    return url
+
+
+def floors(evidence: Evidence) -> tuple[dict[str, Floors], list[str]]:
+    """Floors of every task, computed from the shards once and kept in OUT/analyses/<key>/floors.json; notes on those that are not."""
+    found: dict[str, Floors] = {}
+    notes = []
+    for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
+        manifest = evidence.manifests.get(dataset)
+        kind = "segmentation" if any(c.primary() == "dice" for c in cells) else "classification"
+        labels = list(dict.fromkeys(row["class"] for c in cells for row in c.result.get("metrics", []) if row.get("class")))
+        if not manifest:
+            notes.append(f"Floors of {task} are not known: its shards are not readable from here.")
+            continue
+        asked = {"floors": FLOORS_VERSION, "kind": kind, "labels": labels, "manifest": digest(manifest)}
+        url = storage.join(evidence.out, "analyses", digest(asked)[:16], "floors.json")
+        held = results.read_json(url)
+        if held is None:
+            try:
+                held = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, evidence.card(dataset).get("stratify_by"))
+            except (AllograftError, OSError, ValueError) as error:
+                notes.append(f"Floors of {task} could not be computed: {str(error)[:200]}")
+                continue
+            storage.put(url, tables_json({**asked, "values": held}))
+        else:
+            held = held.get("values", {})
+        found[task] = held
+    return found, notes
+
+
+def tables_json(value: Any) -> str:
+    """JSON with NaN as null."""
+    import json
+    import math
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: clean(inner) for name, inner in item.items()}
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), indent=1) + "\n"
+
+
+def best_on_validation(evidence: Evidence) -> str:
+    """Which encoder and strategy lead on validation under the study's rule; own-source cells do not compete."""
+    rule = evidence.study.get("champion") or {}
+    task, metric = rule.get("task"), rule.get("metric")
+    competing = [c for c in evidence.cells if c.task == task and not c.own_source] if task and metric else []
+    ranked = []
+    for (source, strategy), cells in results.by(competing, "source", "strategy").items():
+        mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
+        if n:
+            ranked.append((mean, source, strategy, n))
+    if not ranked:
+        return ""
+    mean, source, strategy, n = max(ranked)
+    unit = evidence.unit(str(metric), competing[0].dataset)
+    return f"Best on validation ({task}, {unit}): <b>{esc(source)}</b>, {esc(strategy)}, {num(mean)} over {n} seed{'s' if n > 1 else ''}."
+
+
+def _tiles(evidence: Evidence) -> str:
+    sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", None)]
+    unfinished = [run.name for run in evidence.pretrainings if not run.result]
+    state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + (f", {len(sick)} not healthy" if sick else "")
+    spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
+    spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
+    shown = [
+        ("cells", f"{len(evidence.cells)} of {evidence.asked}", "bad" if evidence.failed else ""),
+        ("encoders", str(len(evidence.sources())), ""),
+        ("tasks", str(len({c.task for c in evidence.cells})), ""),
+        ("seeds", str(len({c.seed for c in evidence.cells})), ""),
+        ("pretrainings", state, "bad" if sick else ""),
+        ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
+    ]
+    return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)
+
+
+def _headline(evidence: Evidence) -> str:
+    """The answer, one sentence a line: the same words as `answer`."""
+    lines = evidence.headlines()
+    if not evidence.cells or not lines:
+        return esc(evidence.answer())
+    lead = evidence.answer().removesuffix("; ".join(sentence for _, sentence in lines))
+    spans = [f'<span class="{mark}">{esc(sentence)}{";" if i < len(lines) else ""} </span>' for i, (mark, sentence) in enumerate(lines, 1)]
+    return (f"<span>{esc(lead)}</span>" if lead else "") + "".join(spans)
+
+
+def _scope(evidence: Evidence) -> str:
+    """What the sentences may be taken to claim."""
+    abouts = sorted({f.about for f in evidence.findings if f.kind in ("gain", "chain")})
+    if not abouts:
+        return ""
+    rest = ", not about pretraining methods: that needs at least 3 pretraining seeds" if "methods" not in abouts else ""
+    return f"Each sentence is about {' or '.join(abouts)}{rest}. Intervals are 95 %."
+
+
+METHOD = (
+    "Differences are means over fine-tuning seeds of the difference on the same test images. The interval adds the variance between seeds"
+    " to a bootstrap over test patients (Welch-Satterthwaite degrees of freedom); it counts the interaction of the two twice, so it is"
+    " conservative. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed are"
+    " uncorrected. No difference means that the interval includes 0, not that the encoders are equal: its width says how much was ruled"
+    " out. Detectable is the smallest true difference found in 80 % of repetitions of this study at the 5 % level, before correction."
+    " Redrawn counts bootstrap replicates in which a label lost a class."
+)
+
+
+def page(evidence: Evidence) -> str:
+    """The whole page as text."""
+    held, notes = floors(evidence)
+    lead = best_on_validation(evidence)
+    tasks = list(dict.fromkeys(c.task for c in evidence.cells))
+    pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
+    gaps = sections.missing(evidence)
+    found = evidence.findings
+    body = [
+        ("missing", "Missing and failed", gaps),
+        (
+            "matrix",
+            "Encoder × task",
+            tables.matrix(evidence, held) + (f"<p>{lead}</p>" if lead else "") + tables.classes(evidence) if tasks else "",
+        ),
+        (
+            "differences",
+            "Differences",
+            sections.forests(evidence) + tables.findings(evidence) + f'<p class="faint">{METHOD}</p>' if found else "",
+        ),
+        ("controls", "Controls", sections.controls(evidence, held, notes) if tasks else ""),
+        ("curves", "Learning curves", sections.curves(evidence)),
+        ("images", "Sample images", pictures),
+        ("pretraining", "Health of the pretrainings", sections.health(evidence)),
+        ("data", "Data", sections.data(evidence)),
+        ("cells", "All cells", tables.cells(evidence) if tasks else ""),
+        ("environment", "Environment and reproduction", sections.environment(evidence)),
+    ]
+    shown = [(key, title, text) for key, title, text in body if text]
+    nav = "".join(f'<a href="#{key}">{esc(title)}</a>' for key, title, _ in shown)
+    main = "".join(f'<section id="{key}"><h2>{esc(title)}</h2>{text}</section>' for key, title, text in shown)
+    template = Template((Path(__file__).parent / "report.html").read_text())
+    name = str(evidence.study.get("study") or "study")
+    state = f"Running or incomplete: {len(evidence.missing)} of {evidence.asked} cells have no result yet." if evidence.missing else ""
+    return template.substitute(
+        title=esc(name),
+        answer=esc(evidence.answer()),
+        state=f'<p class="banner">{esc(state)}</p>' if state else "",
+        headline=_headline(evidence),
+        scope=esc(_scope(evidence)),
+        tiles=_tiles(evidence),
+        nav=nav,
+        main=main,
+    )

@@ -1,0 +1,287 @@
+"""What a study has in its `out`: finished cells, those still missing, pretrainings, manifests; and results.csv.
+
+frame = load_results(out); write_results(out); cells = finished(out); missing = absent(out, cells)
+
+Storage is the truth: a cell is finished when its result.json stands in OUT/cells/<key>/. Everything here only reads files, so it works on a
+study that is running, half failed, empty, or on another machine (`out` may be a URL).
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from base import storage
+
+COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", "options", "task", "dataset", "split", "fraction"]
+COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
+ORDER = ["architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key"]
+ORDER += ["split", "metric", "class"]
+SHARED = ("key", "architecture", "strategy", "task", "dataset", "fraction", "resolution", "seed", "params", "macs", "seconds")
+PRIMARY = ("dice", "auroc_within_mean", "auroc_mean")  # the first that a cell reports is the headline of its task
+WORDS = {
+    "dice": "Dice",
+    "auroc": "AUROC",
+    "auroc_mean": "AUROC",
+    "auroc_within": "AUROC within stratum",
+    "auroc_within_mean": "AUROC within stratum",
+    "auprc": "AUPRC",
+    "auprc_mean": "AUPRC",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One finished cell: its result.json and the address of its folder."""
+
+    url: str
+    result: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.result[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def key(self) -> str:
+        return str(self.result["key"])
+
+    @property
+    def source(self) -> str:
+        return plain(str(self.result["source"]))
+
+    @property
+    def source_seed(self) -> int:
+        return int(self.result.get("source_seed") or 0)
+
+    @property
+    def own_source(self) -> bool:
+        return bool(self.result.get("own_source"))
+
+    @property
+    def options(self) -> str:
+        """Options of the strategy as canonical JSON. Shuffled labels are named here, so that no table mixes the control with the rest."""
+        shuffled = {"shuffle_labels": True} if self.shuffled else {}
+        return canonical({**(self.result.get("options") or {}), **shuffled})
+
+    @property
+    def shuffled(self) -> bool:
+        """The control whose training labels were permuted."""
+        return bool(self.result.get("shuffle_labels"))
+
+    def value(self, metric: str, split: str = "test", label: str | None = None) -> float:
+        """A metric of this cell; NaN when it is absent. `label` picks the class of a per-label metric."""
+        for row in self.result.get("metrics", []):
+            if row["metric"] == metric and row["split"] == split and (label is None or row.get("class") == label):
+                return number(row.get("value"))
+        return math.nan
+
+    def primary(self) -> str | None:
+        """The headline metric of the cell's task: Dice, else AUROC within strata where the card names strata, else mean AUROC."""
+        held = {
+            row["metric"] for row in self.result.get("metrics", []) if row["split"] == "test" and math.isfinite(number(row.get("value")))
+        }
+        return next((metric for metric in PRIMARY if metric in held), None)
+
+    def group(self) -> tuple[Any, ...]:
+        """What two cells must share for their sources to be compared."""
+        held = self.result
+        return held["architecture"], held["strategy"], self.options, held["task"], float(held["fraction"]), int(held["resolution"])
+
+
+def plain(source: str) -> str:
+    """A source as people say it: `pretrain:simclr` is simclr."""
+    return source.removeprefix("pretrain:")
+
+
+def number(value: object) -> float:
+    """A JSON number; null and words such as "nan" become NaN."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")) if value else ""
+
+
+def read_json(url: str) -> Any:
+    """A JSON file, or None where there is none or it is not (yet) JSON."""
+    try:
+        return storage.read_json(url)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def read_yaml(url: str) -> dict[str, Any]:
+    """A YAML mapping, or an empty one where there is none."""
+    try:
+        loaded = yaml.safe_load(storage.read_bytes(url))
+    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file. A last line that is still being written is left out; no file, no rows."""
+    try:
+        text = storage.read_bytes(url).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_study(out: str) -> dict[str, Any]:
+    """The resolved study, or an empty mapping."""
+    return read_yaml(storage.join(out, "study.yaml"))
+
+
+def finished(out: str) -> list[Cell]:
+    """Finished cells of role `cell`, sorted by what they are. Search trials never open the test split and are left out."""
+    root = storage.join(out, "cells")
+    cells = []
+    for name in storage.listing(root):
+        url = storage.join(root, name)
+        result = read_json(storage.join(url, "result.json"))
+        if isinstance(result, dict) and result.get("role", "cell") == "cell":
+            cells.append(Cell(url, result))
+    return sorted(cells, key=lambda cell: (str(cell.group()), cell.source, cell.source_seed, cell.seed, cell.key))
+
+
+def load_results(out: str) -> pd.DataFrame:
+    """Frame of all finished cells, one row a cell and metric, in the columns of results.csv, in a fixed order.
+
+    Proportions are fractions (unit "fraction"); `seconds` is the cell's wall time; a metric that could not be computed is NaN.
+    """
+    study = str(read_study(out).get("study", ""))
+    runs = read_json(storage.join(out, "tracking.json")) or {}
+    rows = []
+    for cell in finished(out):
+        shared = {
+            "study": study,
+            **{
+                name: cell.result.get(name)
+                for name in ("key", "architecture", "strategy", "task", "dataset", "fraction", "resolution", "seed")
+            },
+            **{name: cell.result.get(name) for name in ("params", "macs", "seconds")},
+            "source": cell.source,
+            "source_seed": cell.source_seed,
+            "options": cell.options,
+            "run_id": runs.get(cell.key, "") if isinstance(runs, dict) else "",
+        }
+        for row in cell.result.get("metrics", []):
+            own = {name: row.get(name) for name in ("split", "metric", "unit", "n")}
+            rows.append({**shared, **own, "class": row.get("class") or "", "value": number(row.get("value"))})
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.sort_values(ORDER, kind="stable", ignore_index=True) if len(frame) else frame
+
+
+def write_results(out: str) -> str:
+    """Write OUT/report/results.csv and return its address."""
+    url = storage.join(out, "report", "results.csv")
+    storage.put(url, load_results(out).to_csv(index=False, lineterminator="\n"))
+    return url
+
+
+def predictions(cell: Cell, split: str = "test") -> pd.DataFrame | None:
+    """Rows of predictions.parquet of a split, in order of sample_id; None when the file is absent or holds none."""
+    try:
+        raw = storage.read_bytes(storage.join(cell.url, "predictions.parquet"))
+    except FileNotFoundError:
+        return None
+    frame = pd.read_parquet(io.BytesIO(raw))
+    frame = frame[frame["split"] == split].sort_values("sample_id", kind="stable", ignore_index=True)
+    return frame if len(frame) else None
+
+
+def _names(entries: Iterable[Any]) -> list[str]:
+    return [str(entry.get("name", next(iter(entry.values()), ""))) if isinstance(entry, dict) else str(entry) for entry in entries]
+
+
+AXES = ("source", "strategy", "task", "fraction", "resolution", "seed")
+
+
+def expected(out: str) -> list[dict[str, Any]]:
+    """Every cell that the study asks for, from OUT/plan.json, which the driver writes once the cells' keys are known; controls left out."""
+    return [row for row in read_json(storage.join(out, "plan.json")) or [] if not row.get("shuffle_labels")]
+
+
+def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:
+    """Cells that the study asks for and that no result stands for, as {source, strategy, task, fraction, resolution, seed}."""
+    held = {cell.key for cell in cells}
+    return [{name: row[name] for name in AXES} for row in expected(out) if row["key"] not in held]
+
+
+def failures(out: str) -> dict[str, str]:
+    """Reasons by key, from the `failed` events of OUT/events.jsonl. A key that succeeded later is for the caller to leave out."""
+    reasons = {}
+    for row in read_rows(storage.join(out, "events.jsonl")):
+        if row.get("key") and "fail" in str(row.get("event", row.get("kind", ""))):
+            reasons[str(row["key"])] = str(row.get("error") or row.get("what") or row.get("reason") or "no reason recorded")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pretraining as far as it got: `result` is None while it is not finished."""
+
+    name: str
+    key: str
+    url: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+
+def pretrainings(out: str) -> list[Pretraining]:
+    """Every folder of OUT/pretrain, finished or not."""
+    root = storage.join(out, "pretrain")
+    found = []
+    for folder in storage.listing(root):
+        url = storage.join(root, folder)
+        config, result = read_yaml(storage.join(url, "config.yaml")), read_json(storage.join(url, "result.json"))
+        name = str((result or config).get("name") or folder.rsplit("-", 1)[0])
+        found.append(Pretraining(name, folder.rsplit("-", 1)[-1], url, config, read_rows(storage.join(url, "metrics.jsonl")), result))
+    return found
+
+
+def shard_urls(out: str, cells: list[Cell]) -> dict[str, str]:
+    """Address of the shards of each dataset: those packed by this study, and those that its cells read elsewhere."""
+    root = storage.join(out, "shards")
+    urls = {name: storage.join(root, name) for name in storage.listing(root) if storage.exists(storage.join(root, name, "manifest.json"))}
+    for cell in cells:
+        if cell.dataset not in urls:
+            named = read_yaml(storage.join(cell.url, "config.yaml")).get("shards")
+            if named:
+                urls[cell.dataset] = str(named)
+    return urls
+
+
+def by(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells grouped by attributes, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(getattr(cell, name) for name in names), []).append(cell)
+    return groups
+
+
+def mean_sd(values: Iterable[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation (ddof 1) and count of the finite values; NaN where undefined."""
+    held = np.array([value for value in values if math.isfinite(value)], float)
+    return (float(held.mean()) if len(held) else math.nan, float(held.std(ddof=1)) if len(held) > 1 else math.nan, len(held))

@@ -1,0 +1,117 @@
+"""Sample images for the report: masks outlined on segmentation tasks, labels and scores on others. Only where the card shares images.
+
+gallery(evidence, task) -> HTML
+
+Predicted masks come from `samples.npz` in a cell's folder (arrays ids K i64, image K H W [C] u8, true K H W u8, pred K H W u8, dice
+K f32). Where no cell kept one, the true masks are shown and the page says so.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+
+from analysis import figures, results
+from analysis.evidence import Evidence
+from analysis.results import Cell
+from analysis.tables import esc
+from base import storage
+from base.errors import AllograftError
+
+SHOWN = 4  # images; sources are columns
+
+
+def gallery(evidence: Evidence, task: str) -> str:
+    """The images of a task, or a sentence that says why there are none."""
+    cells = [c for c in evidence.cells if c.task == task]
+    dataset = cells[0].dataset
+    if not evidence.card(dataset).get("share_images"):
+        return f'<p class="faint">The card of {esc(dataset)} does not share images, so none are shown.</p>'
+    if cells[0].primary() == "dice":
+        return _kept_masks(evidence, cells) or _true_masks(evidence, cells)
+    return _labels(evidence, cells)
+
+
+def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
+    """The same images for every source: worst, median and best by mean Dice over sources."""
+    held: dict[str, dict[str, Any]] = {}
+    strategy = cells[0].strategy
+    for cell in cells:
+        url = storage.join(cell.url, "samples.npz")
+        if cell.strategy == strategy and cell.source not in held and storage.exists(url):
+            with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
+                held[cell.source] = {name: arrays[name] for name in arrays.files} | {"seed": cell.seed}
+    if not held:
+        return ""
+    common = sorted(set.intersection(*({int(i) for i in arrays["ids"]} for arrays in held.values())))
+    place = {source: {int(i): at for at, i in enumerate(arrays["ids"])} for source, arrays in held.items()}
+    mean = {i: float(np.mean([arrays["dice"][place[source][i]] for source, arrays in held.items()])) for i in common}
+    ranked = sorted(common, key=mean.__getitem__)
+    chosen = [ranked[at] for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)})] if ranked else []
+    parts = []
+    for i in chosen:
+        for source in (s for s in evidence.sources() if s in held):
+            arrays, at = held[source], place[source][i]
+            text = f"{source}: test image {i}, Dice {arrays['dice'][at]:.3f}"
+            drawn = figures.overlay(arrays["image"][at], arrays["true"][at], arrays["pred"][at], text)
+            parts.append(f"<figure>{drawn}<figcaption><b>{esc(source)}</b> Dice {arrays['dice'][at]:.3f}</figcaption></figure>")
+    note = f"Test images from the worst to the best by Dice among those kept (strategy {strategy}, one seed a source)."
+    style = f'style="--n:{len(held)}"'
+    return f'{_legend()}<div class="gallery" {style}>{"".join(parts)}</div><p class="faint">{esc(note)}</p>'
+
+
+def _legend() -> str:
+    return '<p class="legend"><span class="line true"></span> true mask <span class="line predicted"></span> predicted mask</p>'
+
+
+def _corpus(evidence: Evidence, dataset: str) -> Any:
+    from shards.loader import Corpus
+
+    return Corpus(evidence.shards[dataset], ("test",))
+
+
+def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
+    parts = []
+    best = max(cells, key=lambda c: np.nan_to_num(c.value("dice"), nan=-1.0))
+    frame = results.predictions(best)
+    try:
+        corpus = _corpus(evidence, best.dataset)
+        if frame is None or not len(corpus):
+            return ""
+        ranked = frame.sort_values("dice", kind="stable")
+        for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)}):
+            row = ranked.iloc[at]
+            sample = corpus[int(row["sample_id"])]
+            text = f"{best.source}, {best.strategy}: Dice {row['dice']:.3f}"
+            drawn = figures.overlay(sample.image, sample.seg, None, f"test image {row['sample_id']}; {text}")
+            parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
+    except (AllograftError, OSError, IndexError) as error:
+        return f'<p class="faint">Images could not be read: {esc(error)}</p>'
+    note = "True masks only: these cells kept no predicted ones."
+    return f'{_legend()}<div class="gallery" style="--n:{len(parts)}">{"".join(parts)}</div><p class="faint">{note}</p>'
+
+
+def _labels(evidence: Evidence, cells: list[Cell]) -> str:
+    """A few test images with their true labels and the scores of the best cell on validation."""
+    metric = cells[0].primary() or "auroc_mean"
+    best = max(cells, key=lambda c: np.nan_to_num(c.value(metric, "val"), nan=-1.0))
+    frame = results.predictions(best)
+    parts = []
+    try:
+        corpus = _corpus(evidence, best.dataset)
+        if frame is None or not len(corpus):
+            return ""
+        names = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
+        for at in sorted({round(q * (len(frame) - 1)) for q in np.linspace(0, 1, 6)}):
+            row = frame.iloc[at]
+            sample = corpus[int(row["sample_id"])]
+            top = sorted(names, key=lambda name: -float(row[f"score_{name}"]))[:3]
+            true = [name for name in names if row[f"target_{name}"] == 1]
+            said = ", ".join(f"{name} {row[f'score_{name}']:.2f}" for name in top)
+            text = f"true: {', '.join(true) or 'none'}"
+            drawn = figures.overlay(sample.image, None, None, f"test image {row['sample_id']}; {text}")
+            parts.append(f"<figure>{drawn}<figcaption><b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
+    except (AllograftError, OSError, IndexError) as error:
+        return f'<p class="faint">Images could not be read: {esc(error)}</p>'
+    note = f"Test images with their true labels and the highest scores of {best.source}, {best.strategy} (the best cell on validation)."
+    return f'<div class="gallery" style="--n:{len(parts)}">{"".join(parts)}</div><p class="faint">{esc(note)}</p>'

@@ -1,0 +1,253 @@
+"""Sections of the report as HTML text: curves, health of the pretrainings, controls, data cards, environment, what is missing.
+
+Each takes the Evidence and returns HTML, or an empty string where there is nothing to say.
+"""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from analysis import figures, results
+from analysis.evidence import Evidence
+from analysis.floors import Floors
+from analysis.tables import CONFOUNDED, ROWS, cell, esc, num, short, table
+from base import paths, storage
+
+PANELS = 24  # learning-curve figures in a page; more would not be read
+
+
+def colours(evidence: Evidence) -> dict[str, int]:
+    """The number of each source's colour, the same in every figure."""
+    return {source: i for i, source in enumerate(evidence.sources())}
+
+
+def forests(evidence: Evidence) -> str:
+    """One figure of differences for each metric."""
+    parts = []
+    by_metric: dict[str, list[Any]] = {}
+    for f in evidence.findings:
+        by_metric.setdefault(evidence.unit(f.metric, f.dataset), []).append((f"{f.a} − {f.b}, {f.words(evidence)}", f))
+    for i, (unit, rows) in enumerate(by_metric.items()):
+        parts.append(figures.forest(f"forest{i}", rows[:40], unit))
+    note = "Filled marks are declared after Holm's correction; squares are A/A controls, where any difference is chance."
+    return f'<div class="wide">{"".join(parts)}</div>' + (f'<p class="faint">{note}</p>' if parts else "")
+
+
+def curves(evidence: Evidence) -> str:
+    """Validation metric by epoch for each task and setting, and the metric against the share of labels where that varies."""
+    parts, order = [], colours(evidence)
+    groups: dict[tuple[Any, ...], list[results.Cell]] = {}
+    for c in evidence.cells:
+        groups.setdefault(c.group(), []).append(c)
+    for i, (group, held) in enumerate(list(groups.items())[:PANELS]):
+        series: dict[str, tuple[int, list[list[float]]]] = {}
+        label = ""
+        for c in held:
+            rows = results.read_rows(storage.join(c.url, "metrics.jsonl"))
+            name = next((n for row in rows for n in row if n == f"val_{(c.result.get('selection') or {}).get('metric')}"), "")
+            name = name or next((n for row in rows for n in row if n.startswith("val_") and n != "val_loss"), "val_loss")
+            curve = [value for row in rows if math.isfinite(value := results.number(row.get(name)))]
+            if curve:
+                series.setdefault(c.source, (order[c.source], []))[1].append(curve)
+                label = evidence.unit(name.removeprefix("val_"), c.dataset)
+        if series:
+            architecture, strategy, options, task, fraction, resolution = group
+            words = [task, f"{strategy} {options}".strip()] + ([f"{fraction * 100:g} %"] if len(evidence.varied["fraction"]) > 1 else [])
+            words += [f"{resolution} px"] if len(evidence.varied["resolution"]) > 1 else []
+            words += [architecture] if len(evidence.varied["architecture"]) > 1 else []
+            parts.append(figures.learning(f"learn{i}", ", ".join(words), series, f"validation {label}"))
+    more = f'<p class="faint">The first {PANELS} of {len(groups)} settings.</p>' if len(groups) > PANELS else ""
+    return f'<div class="panels">{"".join(parts + _by_fraction(evidence, order))}</div>{more}' if parts else ""
+
+
+def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:
+    if len(evidence.varied["fraction"]) < 2:
+        return []
+    parts = []
+    for i, ((task, dataset, strategy, options), held) in enumerate(
+        results.by(evidence.cells, "task", "dataset", "strategy", "options").items()
+    ):
+        metric = held[0].primary()
+        if metric is None or len({c.fraction for c in held}) < 2:
+            continue
+        series: dict[str, tuple[int, list[tuple[float, float, float]]]] = {}
+        for (source, fraction), cells in results.by(held, "source", "fraction").items():
+            mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
+            if n:
+                series.setdefault(source, (order[source], []))[1].append((float(fraction), mean, sd))
+        title = ", ".join(word for word in (task, strategy, options) if word)
+        parts.append(figures.fractions(f"frac{i}", title, series, f"test {evidence.unit(metric, dataset)}"))
+    return parts
+
+
+def health(evidence: Evidence) -> str:
+    """A row for each pretraining with its verdict, and its curves."""
+    if not evidence.pretrainings:
+        return "<p>This study pretrains nothing.</p>" if evidence.study else ""
+    rows = []
+    for run in evidence.pretrainings:
+        held = run.result or {}
+        steps = [row for row in run.rows if "loss" in row]
+        verdict = str(held.get("health", "")) or (f"not finished, at step {steps[-1].get('step', '?')}" if steps else "not finished")
+        said = next((str(row["why"]) for row in reversed(run.rows) if row.get("event") == "health" and row.get("why")), "")
+        good = "good" if verdict == "healthy" else "bad" if held else ""
+        recipe = run.config.get("recipe")
+        method = held.get("method") or (recipe.get("method") if isinstance(recipe, dict) else recipe) or "–"
+        data = ", ".join(str(entry.get("dataset", "")) for entry in run.config.get("data") or [])
+        parts = [f'<th scope="row">{esc(run.name)}</th>', cell(esc(method if isinstance(method, str) else method.get("name", "–")))]
+        parts += [
+            cell(esc(run.config.get("start_from_name") or "random")),
+            cell(esc(data)),
+            cell(esc(held.get("seed", run.config.get("seed", "–")))),
+        ]
+        parts += [cell(f'<span class="tag {good}">{esc(verdict)}</span> {esc(said)}'), cell(esc(held.get("steps", "–")))]
+        rate = results.number(held.get("img_per_s"))
+        parts += [cell(num(rate, 0), sort=rate), cell(short(results.number(held.get("seconds")))), cell(esc(held.get("restarts", "–")))]
+        parts.append(cell(f"<code>{esc(str(held.get('encoder_sha256', '–'))[:12])}</code>"))
+        rows.append("".join(parts))
+    heads = ["pretraining", "method", "start from", "data", "seed", "health", "steps", "images/s", "seconds", "restarts", "encoder sha256"]
+    wanted = (
+        ("loss", "loss"),
+        ("std_ratio", "spread (1 = isotropic)"),
+        ("rankme", "effective rank"),
+        ("contrastive_top1", "right view found"),
+    )
+    panels = []
+    for name, label in wanted:
+        series = {}
+        for i, run in enumerate(evidence.pretrainings):
+            points = [(results.number(row.get("step")), results.number(row.get(name))) for row in run.rows]
+            points = [point for point in points if all(math.isfinite(value) for value in point)]
+            if len(points) > 1:
+                series[run.name if run.name not in series else f"{run.name} {run.key[:4]}"] = (i, points)
+        if series:
+            panels.append(figures.traces(f"pre-{name}", label, series, label))
+    return table(heads, rows, cls="numbers") + f'<div class="panels">{"".join(panels)}</div>'
+
+
+def controls(evidence: Evidence, floors: dict[str, Floors], notes: list[str]) -> str:
+    """Floors and what they mean for this study, A/A, shuffled labels."""
+    lines = []
+    for task, held in floors.items():
+        meta = held.get("metadata", {}).get("auroc_mean", math.nan)
+        dataset = next((c.dataset for c in evidence.cells if c.task == task), "")
+        stratum = evidence.card(dataset).get("stratify_by")
+        if meta > CONFOUNDED:
+            lines.append(
+                f'<li class="bad">{esc(task)} is confounded: a predictor that sees only <code>{esc(stratum)}</code> scores a plain mean'
+                f" AUROC of {num(meta)}. The headline is therefore AUROC within {esc(stratum)}, and plain AUROC is printed beside it.</li>"
+            )
+    twins = [f for f in evidence.findings if f.kind == "control"]
+    lines += [
+        f'<li class="{"bad" if f.declared else ""}">{esc(f.sentence(evidence))} (A/A: the same source under two names).</li>' for f in twins
+    ]
+    if not twins:
+        lines.append("<li>No A/A control: no source stands in this study under two names.</li>")
+    for (task, source, strategy), cells in results.by(evidence.controls, "task", "source", "strategy").items():
+        metric = cells[0].primary() or "auroc_mean"
+        mean, _, n = results.mean_sd(c.value(metric) for c in cells)
+        unit = esc(evidence.unit(metric, cells[0].dataset))
+        lines.append(f"<li>Shuffled labels, {esc(task)}, {esc(source)}, {esc(strategy)}: {num(mean)} {unit} (n {n}).</li>")
+    if not evidence.controls:
+        lines.append("<li>No cell with shuffled labels in this study.</li>")
+    lines += [f"<li>{esc(note)}</li>" for note in notes]
+    if any(fraction < 1 for fraction in evidence.varied["fraction"]):
+        lines.append("<li>Floors are fitted on all training labels, also beside cells that saw a share of them: the harder bar.</li>")
+    return f'<ul class="plain">{"".join(lines)}</ul>'
+
+
+def data(evidence: Evidence) -> str:
+    """A card for each dataset."""
+    parts = []
+    for name, manifest in evidence.manifests.items():
+        if not manifest:
+            continue
+        card = manifest.get("card") or {}
+        counts, patients = manifest.get("counts") or {}, manifest.get("patients") or {}
+        rows = [
+            ("licence", card.get("licence", "–")),
+            ("images", ", ".join(f"{split} {n}" for split, n in counts.items())),
+            ("patients", ", ".join(f"{split} {n}" for split, n in patients.items())),
+            ("quarantined", manifest.get("quarantined", 0)),
+            (
+                "layout",
+                f"{manifest.get('layout', '–')}" + (f", {sum(counts.values())} of {manifest['of']} images" if manifest.get("of") else ""),
+            ),
+            ("strata", card.get("stratify_by") or "none named"),
+            ("version", f"<code>{esc(_digest(manifest)[:16])}</code>"),
+            ("citation", card.get("citation", "–")),
+        ]
+        lines = "".join(f"<dt>{key}</dt><dd>{value if key == 'version' else esc(value)}</dd>" for key, value in rows)
+        positives = manifest.get("positives") or {}
+        labels = list(dict.fromkeys(label for split in positives.values() for label in split))
+        body = [
+            "".join(
+                [
+                    f'<th scope="row">{esc(label)}</th>',
+                    *(cell(esc(positives[s].get(label, 0)), sort=positives[s].get(label, 0)) for s in positives),
+                ]
+            )
+            for label in labels
+        ]
+        inner = (
+            f"<details><summary>Positives by label</summary>{table(['label', *positives], body, cls='numbers')}</details>" if body else ""
+        )
+        parts.append(f'<article class="card"><h3>{esc(name)}</h3><p>{esc(card.get("title", ""))}</p><dl>{lines}</dl>{inner}</article>')
+    return f'<div class="cards">{"".join(parts)}</div>' if parts else "<p>No packed dataset yet.</p>"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    from base.config import digest
+
+    return digest(manifest)
+
+
+def missing(evidence: Evidence) -> str:
+    """Failed and unfinished cells, as far as anything is recorded."""
+    parts = []
+    if evidence.failed:
+        rows = [
+            "".join([f'<th scope="row"><code>{esc(key)}</code></th>', cell(esc(why))]) for key, why in list(evidence.failed.items())[:ROWS]
+        ]
+        parts.append(table(["failed cell", "reason"], rows))
+    if evidence.missing:
+        counted = Counter((c["source"], c["strategy"], c["task"]) for c in evidence.missing)
+        rows = ["".join(cell(esc(value)) for value in key) + cell(str(n), sort=n) for key, n in counted.items()]
+        parts.append(
+            f"<p>{len(evidence.missing)} of {evidence.asked} cells have no result. The same command computes only what is missing.</p>"
+        )
+        parts.append(table(["encoder", "strategy", "task", "cells without a result"], rows[:ROWS]))
+    return "".join(parts)
+
+
+def environment(evidence: Evidence) -> str:
+    """Where the numbers were computed, and the commands that compute them again."""
+    cells = evidence.cells + evidence.controls
+    facts = []
+    for name, word in (("revision", "revision"), ("host", "hosts"), ("device", "devices"), ("cell_version", "cell version")):
+        held = Counter(str(c.result[name]) for c in cells if c.result.get(name) is not None)
+        facts.append((word, ", ".join(f"{value} ({n} cells)" for value, n in held.most_common(8)) or "–"))
+    from importlib import metadata
+
+    named = ("torch", "timm", "lightly", "deepspeed", "ray", "webdataset", "mlflow")
+    facts.append(("packages of this report", ", ".join(f"{name} {_version(metadata, name)}" for name in named)))
+    facts.append(("report made", f"{paths.timestamp()}, revision {paths.revision()}"))
+    lines = "".join(f"<dt>{esc(word)}</dt><dd>{esc(value)}</dd>" for word, value in facts)
+    revision = next((str(c.result["revision"]) for c in cells if c.result.get("revision")), paths.revision())
+    clean = revision.removesuffix("-dirty")
+    again = "allograft run study.yaml      # the study below; only missing cells are computed"
+    commands = f"git checkout {clean} && make setup\n{again}\nallograft report {evidence.out}"
+    dirty = '<p class="bad">The revision ends in -dirty: the files differed from any commit.</p>' if revision.endswith("-dirty") else ""
+    study = esc(yaml.safe_dump(json.loads(json.dumps(evidence.study, default=str)), sort_keys=False, width=110)) if evidence.study else ""
+    shown = f"<details><summary>study.yaml, resolved</summary><pre>{study}</pre></details>" if study else ""
+    return f"<dl>{lines}</dl>{dirty}<h3>Compute these numbers again</h3><pre>{esc(commands)}</pre>{shown}"
+
+
+def _version(metadata: Any, name: str) -> str:
+    try:
+        return str(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return "absent"

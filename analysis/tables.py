@@ -1,0 +1,266 @@
+"""Tables of the report as HTML text: the matrix of encoder x task beside its floors, comparisons, cells.
+
+Each function takes the Evidence and returns HTML; `table` is the one place where markup of tables is written.
+"""
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from analysis import results
+from analysis.evidence import Evidence, digits
+from analysis.floors import Floors
+from analysis.results import Cell
+from analysis.statistics import detectable
+
+FLOOR_WORDS = {
+    "pixels": "pixel logistic regression, 32 px",
+    "metadata": "metadata only, no image",
+    "mean_mask": "mean training mask",
+    "shuffled": "shuffled labels",
+}
+CONFOUNDED = 0.6  # plain AUROC is called confounded where metadata alone, without the image, scores more
+ROWS = 2000  # cells listed in the page; results.csv has all
+
+
+def esc(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def num(value: float, places: int = 3, missing: str = "–") -> str:
+    return f"{value:.{places}f}" if math.isfinite(value) else missing
+
+
+def pvalue(p: float) -> str:
+    """Four decimals, and never 0."""
+    return "< 0.0001" if p < 1e-4 else num(p, 4)
+
+
+def cell(text: str, *, sort: float | str | None = None, cls: str = "", style: str = "", title: str = "") -> str:
+    """One <td>; `text` is HTML already."""
+    extra = "".join(
+        f' {name}="{esc(value)}"'
+        for name, value in (("data-v", sort), ("class", cls), ("style", style), ("title", title))
+        if value not in ("", None)
+    )
+    return f"<td{extra}>{text}</td>"
+
+
+def table(heads: Sequence[str], rows: Iterable[str], caption: str = "", foot: Iterable[str] = (), cls: str = "") -> str:
+    """A sortable table in a frame that scrolls by itself on a narrow screen. `rows` and `foot` hold the <td>s of each row."""
+    head = "".join(f'<th scope="col"><button type="button">{esc(name)}</button></th>' for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    tail = "".join(f"<tr>{row}</tr>" for row in foot)
+    named = f"<caption>{caption}</caption>" if caption else ""
+    under = f"<tfoot>{tail}</tfoot>" if tail else ""
+    inner = f"{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{under}"
+    return f'<div class="scroll" tabindex="0"><table class="sortable {cls}">{inner}</table></div>'
+
+
+def columns(evidence: Evidence, floors: dict[str, Floors]) -> list[tuple[str, str, str]]:
+    """(task, dataset, metric) of the matrix: the headline of each task and, where that is within strata, plain AUROC beside it."""
+    found: list[tuple[str, str, str]] = []
+    for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
+        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        if metric:
+            found.append((task, dataset, metric))
+        if metric == "auroc_within_mean":
+            found.append((task, dataset, "auroc_mean"))
+    return found
+
+
+def confounded(floors: Floors, metric: str) -> bool:
+    return metric == "auroc_mean" and floors.get("metadata", {}).get("auroc_mean", 0.0) > CONFOUNDED
+
+
+def bar(floors: Floors, metric: str) -> tuple[float, str]:
+    """The highest floor of a metric and which predictor set it; NaN where there is none."""
+    held = [(results.number(values.get(metric)), name) for name, values in floors.items()]
+    return max(((value, name) for value, name in held if math.isfinite(value)), default=(math.nan, ""))
+
+
+def matrix(evidence: Evidence, floors: dict[str, Floors]) -> str:
+    """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
+    shown = columns(evidence, floors)
+    groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
+    order = {source: i for i, source in enumerate(evidence.sources())}
+    keys = sorted(groups, key=lambda key: (str(key[2]), str(key[3]), float(key[4]), int(key[5]), str(key[1]), order[key[0]]))
+    stats = {
+        (key, column): results.mean_sd(c.value(column[2]) for c in groups[key] if (c.task, c.dataset) == column[:2])
+        for key in keys
+        for column in shown
+    }
+    rows = []
+    varied = [(name, at) for name, at in (("architecture", 1), ("fraction", 4), ("resolution", 5)) if len(evidence.varied[name]) > 1]
+    for key in keys:
+        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(f"{key[2]} {key[3]}".strip()))]
+        parts += [cell(f"{key[at] * 100:g} %" if name == "fraction" else esc(key[at]), sort=key[at]) for name, at in varied]
+        for column in shown:
+            mean, sd, n = stats[key, column]
+            if not n:
+                parts.append(cell('<span class="faint">–</span>', sort="-1"))
+                continue
+            others = [stats[other, column][0] for other in keys if math.isfinite(stats[other, column][0])]
+            span = max(others) - min(others)
+            shade = (mean - min(others)) / span if span > 0 else 0.5
+            own = any(c.own_source for c in groups[key] if (c.task, c.dataset) == column[:2])
+            under, which = bar(floors.get(column[0], {}), column[2])
+            below = mean < under
+            spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
+            marks = '<span class="tag own">own source</span>' if own else ""
+            marks += f'<span class="tag bad">under floor {num(under)}</span>' if below else ""
+            why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({FLOOR_WORDS.get(which, which)})" if which else "")
+            marks = f"<br>{marks}" if marks else ""
+            text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>{marks}'
+            parts.append(cell(text, sort=mean, cls="heat bad" if below else "heat", style=f"--h:{shade:.2f}", title=why))
+        rows.append("".join(parts))
+    foot = []
+    for name in dict.fromkeys(name for held in floors.values() for name in held):
+        parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(FLOOR_WORDS.get(name, name))}</th>']
+        parts += [cell(num(results.number(floors.get(task, {}).get(name, {}).get(metric)))) for task, _, metric in shown]
+        foot.append("".join(parts))
+    heads = ["encoder", "strategy"] + [name for name, _ in varied]
+    for task, dataset, metric in shown:
+        mark = (
+            ", confounded"
+            if confounded(floors.get(task, {}), metric)
+            else ", plain"
+            if metric == "auroc_mean" and (task, dataset, "auroc_within_mean") in shown
+            else ""
+        )
+        heads.append(f"{task}: {evidence.unit(metric, dataset)}{mark}")
+    return table(
+        heads, rows, "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column.", foot, "matrix"
+    )
+
+
+def findings(evidence: Evidence) -> str:
+    """All comparisons with raw intervals and Holm-adjusted p."""
+    words = {"gain": "gain", "chain": "chain", "control": "A/A control", "own": "own source"}
+    rows = []
+    for f in evidence.findings:
+        c = f.comparison
+        places = max(3, digits(c))
+        interval = (
+            f"[{num(c.low, places)}, {num(c.high, places)}]"
+            if math.isfinite(c.low)
+            else ("unbounded" if c.basis != "not comparable" else esc(c.why))
+        )
+        verdict = (
+            "flagged"
+            if f.declared and f.kind == "control"
+            else "declared"
+            if f.declared
+            else "no difference"
+            if not c.excludes_zero
+            else "not declared"
+        )
+        verdict = (
+            "–"
+            if c.basis == "not comparable"
+            else "not ranked"
+            if f.kind == "own"
+            else "one seed: patients only"
+            if c.basis == "patients only"
+            else verdict
+        )
+        mark = {"declared": "good", "flagged": "bad"}.get(verdict, "")
+        parts = [
+            f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>',
+            cell(esc(f.words(evidence))),
+            cell(esc(evidence.unit(f.metric, f.dataset))),
+        ]
+        parts += [cell(f"{c.estimate:+.3f}" if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]
+        parts += [
+            cell(esc(pvalue(c.p)), sort=c.p),
+            cell(esc(pvalue(f.adjusted)), sort=f.adjusted),
+            cell(f'<span class="tag {mark}">{verdict}</span>'),
+        ]
+        parts += [cell(num(detectable(c)), sort=detectable(c)), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
+        parts += [cell(words[f.kind]), cell(esc(f.about)), cell(str(c.redrawn), sort=c.redrawn)]
+        rows.append("".join(parts))
+    heads = ["comparison", "on", "metric", "difference", "95 % interval", "p", "p after Holm", "verdict", "detectable", "seeds", "patients"]
+    return table([*heads, "kind", "claim about", "redrawn"], rows, cls="numbers")
+
+
+def classes(evidence: Evidence) -> str:
+    """Per label: AUROC plain and within strata, AUPRC, mean over seeds and strategies kept apart."""
+    blocks = []
+    for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
+        labels = list(
+            dict.fromkeys(row["class"] for c in cells for row in c.result.get("metrics", []) if row.get("class") and row["split"] == "test")
+        )
+        metrics = [m for m in ("auroc_within", "auroc", "auprc") if any(math.isfinite(c.value(m)) for c in cells)]
+        if not labels or not metrics:
+            continue
+        positives = ((evidence.manifests.get(dataset) or {}).get("positives") or {}).get("test") or {}
+        rows = []
+        for (source, strategy, options), group in results.by(cells, "source", "strategy", "options").items():
+            for label in labels:
+                parts = [
+                    f'<th scope="row">{esc(source)}</th>',
+                    cell(esc(f"{strategy} {options}".strip())),
+                    cell(esc(label)),
+                    cell(esc(positives.get(label, "–"))),
+                ]
+                for metric in metrics:
+                    mean, sd, n = results.mean_sd(c.value(metric, label=label) for c in group)
+                    parts.append(cell(f"{num(mean)} <span class='sd'>± {num(sd)}</span>" if n > 1 else num(mean), sort=mean))
+                rows.append("".join(parts))
+        heads = ["encoder", "strategy", "label", "test positives"] + [evidence.unit(m, dataset) for m in metrics]
+        blocks.append(f"<details><summary>{esc(task)}: every label</summary>{table(heads, rows[:ROWS], cls='numbers')}</details>")
+    return "".join(blocks)
+
+
+def cells(evidence: Evidence) -> str:
+    """Every finished cell with its key, the number that it was selected by, and its cost."""
+    rows = [_cell_row(evidence, c) for c in (evidence.cells + evidence.controls)[:ROWS]]
+    heads = [
+        "key",
+        "encoder",
+        "strategy",
+        "task",
+        "labels",
+        "px",
+        "seed",
+        "test",
+        "validation",
+        "best epoch",
+        "parameters",
+        "MACs",
+        "seconds",
+    ]
+    more = f"<p>The first {ROWS} of {len(evidence.cells)}; results.csv has all.</p>" if len(evidence.cells) > ROWS else ""
+    return table(heads, rows, cls="numbers") + more
+
+
+def _cell_row(evidence: Evidence, c: Cell) -> str:
+    metric = c.primary() or ""
+    chosen: dict[str, Any] = c.result.get("selection") or {}
+    value, best = results.number(chosen.get("value")), results.number(chosen.get("epoch"))
+    parts = [
+        f'<th scope="row"><code>{esc(c.key)}</code></th>',
+        cell(esc(c.source)),
+        cell(esc(f"{c.strategy} {c.options}".strip())),
+        cell(esc(c.task)),
+    ]
+    parts += [cell(f"{float(c.fraction) * 100:g} %", sort=float(c.fraction)), cell(esc(c.resolution)), cell(esc(c.seed))]
+    text = f"{num(c.value(metric))} {esc(evidence.unit(metric, c.dataset))}" if metric else '<span class="tag bad">no number</span>'
+    parts += [
+        cell(text, sort=c.value(metric)),
+        cell(f"{num(value)} {esc(chosen.get('metric', ''))}", sort=value),
+        cell(num(best, 0), sort=best),
+    ]
+    for name in ("params", "macs", "seconds"):
+        amount = results.number(c.result.get(name))
+        parts.append(cell(short(amount), sort=amount))
+    return "".join(parts)
+
+
+def short(value: float) -> str:
+    """1.2 M, 3.4 G, 56."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.1f} {unit}"
+    return num(value, 0)

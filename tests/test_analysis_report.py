@@ -1,0 +1,205 @@
+"""The report says what is so: the answer in words, controls, floors, and the gaps of a study that is not whole."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_study import make
+
+from analysis import figures
+from analysis import report as reports
+from analysis.evidence import gather, significance
+from analysis.results import finished
+from analysis.statistics import Bootstrap
+from base import storage
+
+QUICK = Bootstrap(300)
+
+
+def text_of(out: Path) -> str:
+    return storage.read_bytes(reports.report(str(out), gather(str(out), QUICK))).decode()
+
+
+class Tags(HTMLParser):
+    """Fails on tags that do not nest, and collects addresses."""
+
+    void = ("meta", "br", "link", "img", "path", "use", "image", "rect", "circle")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = {"random": 0.0, "random-b": 0.0, "simclr": 0.7}
+    return make(tmp_path_factory.mktemp("whole"), sources, seeds=3, images=300)
+
+
+def test_the_answer_is_a_sentence_for_each_comparison(whole: Path) -> None:
+    line = gather(str(whole), QUICK).answer()
+    gain, control = line.split("; ")
+    assert re.fullmatch(r"simclr beats random on phantom-chest: \+0\.\d\d AUROC \[0\.\d\d, 0\.\d\d\]", gain)
+    assert re.fullmatch(r"random against random-b: no difference \([+-]0\.\d+ AUROC \[-0\.\d+, 0\.\d+\], 0\.\d+ wide\)", control)
+    assert reports.answer(str(whole)).startswith("simclr beats random on phantom-chest: +0.")
+
+
+def test_the_page_is_one_file_and_holds_what_it_should(whole: Path) -> None:
+    page = text_of(whole)
+    assert page.index("simclr beats random") < page.index("<nav")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert len(tags.ids) == len(set(tags.ids))
+    outside = [link for link in tags.links if not link.startswith(("#", "data:"))]
+    assert outside == []
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for words in (
+        "Encoder × task",
+        "± ",
+        "n 3",
+        "Learning curves",
+        "Health of the pretrainings",
+        "allograft report",
+        "Positives",
+    ):
+        assert words in page
+    assert "about encoders (these weights)" in page
+    for figure in re.findall(r"<svg role=\"img\".*?</svg>", page, flags=re.S):
+        assert "<title" in figure or "aria-label" in figure
+    assert (whole / "report" / "results.csv").exists()
+    assert "declared" in (whole / "report" / "significance.csv").read_text().splitlines()[0]
+
+
+def test_the_page_is_the_same_twice_but_for_its_date(whole: Path) -> None:
+    first, second = (re.sub(r"<dt>report made</dt><dd>[^<]*", "", text_of(whole)) for _ in range(2))
+    assert first == second
+
+
+def test_own_source_cells_are_marked_and_neither_declared_nor_ranked(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3, "simclr-sup": 3.0}, seeds=3, images=150, own=[("simclr-sup", "phantom-chest")])
+    evidence = gather(str(out), QUICK)
+    kinds = {(f.a, f.b): (f.kind, f.declared) for f in evidence.findings}
+    assert kinds["simclr-sup", "random"] == ("own", False)
+    assert kinds["simclr-sup", "simclr"] == ("own", False)
+    assert "own source" in evidence.answer()
+    assert "simclr</b>" in reports.best_on_validation(evidence)
+    assert '<span class="tag own">own source</span>' in reports.page(evidence)
+
+
+def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.2}, seeds=2, images=150, strata=3)
+    evidence = gather(str(out), QUICK)
+    held = {"pixels": {"auroc_mean": 0.9, "auroc_within_mean": 0.9}, "metadata": {"auroc_mean": 0.756, "auroc_within_mean": 0.5}}
+    monkeypatch.setattr(reports, "floors", lambda _: ({"phantom-chest": held}, []))
+    page = reports.page(evidence)
+    assert "under floor 0.900" in page
+    assert "AUROC, confounded" in page
+    assert "AUROC within source" in page
+    assert "is confounded: a predictor that sees only <code>source</code>" in page
+
+
+def test_one_seed_declares_nothing(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 2.0}, seeds=1, images=200)
+    evidence = gather(str(out), QUICK)
+    assert "one seed: patients only, nothing declared" in evidence.answer()
+    assert "beats" not in reports.page(evidence)
+
+
+def test_an_empty_a_running_and_a_failed_study_are_reported_truthfully(tmp_path: Path) -> None:
+    assert gather(str(tmp_path / "nothing")).answer() == "no finished cell yet"
+    assert "no finished cell yet" in text_of(tmp_path / "nothing")
+    out = make(tmp_path / "half", {"random": 0.0, "simclr": 0.7}, seeds=3, images=120)
+    folders = sorted((out / "cells").iterdir())
+    (out / "events.jsonl").write_text(json.dumps({"event": "cell failed", "key": folders[0].name, "error": "out of <memory>"}) + "\n")
+    shutil.rmtree(folders[0])
+    (folders[1] / "predictions.parquet").unlink()
+    next((out / "pretrain").glob("*/result.json")).unlink()
+    page = text_of(out)
+    assert gather(str(out), QUICK).answer().startswith("5 of 6 cells finished: ")
+    assert "1 of 6 cells have no result" in page
+    assert "out of &lt;memory&gt;" in page
+    assert "not finished, at step 390" in page
+    for folder in (out / "cells").iterdir():
+        shutil.rmtree(folder)
+    assert gather(str(out), QUICK).answer() == "no finished cell yet (0 of 6)"
+    assert "0 of 6" in text_of(out)
+
+
+def test_metrics_that_are_not_numbers_and_a_flagged_control(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "random-b": 1.5, "simclr": 0.5}, seeds=3, images=200)
+    evidence = gather(str(out), QUICK)
+    assert "random against random-b: FLAGGED" in evidence.answer()
+    for cell in finished(str(out)):
+        held = {**cell.result, "metrics": [{**row, "value": None} for row in cell.metrics]}
+        Path(cell.url, "result.json").write_text(json.dumps(held))
+    page = text_of(out)
+    assert "no number" in page
+    assert gather(str(out), QUICK).answer() == "no two sources to compare"
+
+
+def test_shuffled_labels_stand_among_the_controls_only(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0}, seeds=2, images=100)
+    file = next((out / "cells").glob("*/result.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shuffle_labels": True}))
+    evidence = gather(str(out), QUICK)
+    assert (len(evidence.cells), len(evidence.controls)) == (1, 1)
+    assert "Shuffled labels, phantom-chest, random, full" in reports.page(evidence)
+
+
+def test_masks_are_outlined_only_where_the_card_shares_images(tmp_path: Path) -> None:
+    for shared in (True, False):
+        out = make(
+            tmp_path / str(shared),
+            {"random": 0.0, "simclr": 1.0},
+            tasks={"lungs": "segmentation"},
+            seeds=2,
+            images=30,
+            manifests={"lungs": {"share_images": shared}},
+        )
+        image = np.full((4, 16, 16), 90, np.uint8)
+        mask = np.zeros((4, 16, 16), np.uint8)
+        mask[:, 4:12, 4:12] = 1
+        for cell in finished(str(out)):
+            np.savez(
+                Path(cell.url, "samples.npz"),
+                ids=np.arange(4),
+                image=image,
+                true=mask,
+                pred=mask,
+                dice=np.linspace(0.5, 1, 4, dtype=np.float32),
+            )
+        page = text_of(out)
+        assert ('class="predicted" d="M' in page) is shared
+        assert ("does not share images" in page) is not shared
+        assert "Dice" in page
+
+
+def test_the_table_of_significance_is_consistent_and_captions_are_escaped(whole: Path) -> None:
+    table = significance(gather(str(whole), QUICK))
+    assert (table.loc[table["declared"], "p_holm"] < 0.05).all()
+    assert (table["low"] <= table["estimate"]).all()
+    assert set(table["claim"]) == {"encoders (these weights)"}
+    drawn = figures.overlay(np.zeros((8, 8, 3), np.uint8), None, None, 'a "quoted" <name>')
+    assert "a &quot;quoted&quot; &lt;name&gt;" in drawn

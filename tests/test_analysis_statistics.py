@@ -1,0 +1,166 @@
+"""Intervals that cover, comparisons that find what was planted and nothing else, corrections in the right order."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from analysis import metrics
+from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, metric_B, resample
+from base.seeds import rng
+
+
+def made(
+    seed: int, score_NL: np.ndarray, target_NL: np.ndarray, patient_N: np.ndarray, strata: np.ndarray | None = None, pre: int = 0
+) -> Scores:
+    patients = patient_N.astype(str).astype(object)
+    return Scores(seed, np.arange(len(score_NL)), patients, target_NL, score_NL, None, strata, pre)
+
+
+@given(st.integers(0, 10_000), st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_weighted_auroc_equals_the_metric_on_repeated_images(seed: int, ties: bool, within: bool) -> None:
+    draw = rng("weighted", seed)
+    n = 40
+    score = draw.integers(0, 6, (n, 2)).astype(float) if ties else draw.normal(0, 1, (n, 2))
+    target = (draw.random((n, 2)) < 0.4).astype(float)
+    target[:2] = [[0, 0], [1, 1]]
+    strata = draw.integers(0, 3, n).astype(str).astype(object)
+    strata[:2] = "0"
+    weight = draw.integers(0, 3, (4, n))
+    weight[:, :2] = 1  # both classes stay
+    held = made(0, score, target, np.arange(n), strata)
+    name = "auroc_within_mean" if within else "auroc_mean"
+    found = metric_B(held, name, weight.astype(float))
+    for row, value in zip(weight, found, strict=True):
+        at = np.repeat(np.arange(n), row)
+        each = [
+            metrics.auroc_within(score[at, j], target[at, j], strata[at]) if within else metrics.auroc(score[at, j], target[at, j])
+            for j in range(2)
+        ]
+        assert value == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_unknown_targets_and_labels_of_one_class_are_left_out() -> None:
+    target = np.array([[0, 1, 0], [1, math.nan, 0], [0, 0, 0], [1, 1, 0]], float)
+    score = np.array([[0.1, 0.9, 0], [0.8, 0.0, 0], [0.9, 0.2, 0], [0.95, 0.1, 0]], float)
+    expected = (metrics.auroc(score[:, 0], target[:, 0]) + metrics.auroc(score[[0, 2, 3], 1], target[[0, 2, 3], 1])) / 2
+    assert metric_B(made(0, score, target, np.arange(4)), "auroc_mean", np.ones((1, 4)))[0] == pytest.approx(expected)
+
+
+def test_resampling_is_by_patient_and_redraws_lost_classes() -> None:
+    target = np.zeros((30, 1))
+    target[:2] = 1  # one patient holds all positives
+    patients = np.repeat(np.arange(15), 2)
+    drawn = resample(made(0, np.arange(30.0)[:, None], target, patients), "auroc_mean", 300)
+    assert drawn.weight_BN.shape == (300, 30)
+    assert drawn.patients == 15
+    assert (drawn.weight_BN[:, 0::2] == drawn.weight_BN[:, 1::2]).all()
+    assert (drawn.weight_BN[:, 0] > 0).all()
+    # That patient is in a draw of 15 from 15 with probability 1 - (14 / 15) ** 15 = 0.645.
+    assert 300 / (300 + drawn.redrawn) == pytest.approx(0.645, abs=0.06)
+
+
+def study(draw: np.random.Generator, seeds: int, lift: float, images: int = 120, replicates: int = 400) -> Comparison:
+    """Two encoders on the same images: their own mistakes by image, noise by seed, several images a patient."""
+    patient = draw.integers(0, images * 3 // 4, images)
+    target = (draw.random((images, 1)) < 0.4).astype(float)
+    base = target + draw.normal(0, 0.7, images)[patient][:, None]
+
+    def side(shift: float) -> list[Scores]:
+        own = draw.normal(0, 0.5, (images, 1))
+        return [
+            made(s, base + own + target * (shift + draw.normal(0, 0.15)) + draw.normal(0, 0.5, (images, 1)), target, patient)
+            for s in range(seeds)
+        ]
+
+    return compare(side(lift), side(0.0), "auroc_mean", bootstrap=Bootstrap(replicates, int(draw.integers(1 << 40))))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_equal_encoders_are_rarely_flagged_and_a_planted_gain_is_found(seeds: int) -> None:
+    draw = rng("null studies", seeds)
+    flagged = sum(study(draw, seeds, 0.0).excludes_zero for _ in range(300))
+    # At a true rate of 5 %, more than 24 of 300 come up once in 200 times.
+    assert flagged <= 24
+    found = [study(draw, seeds, 1.5) for _ in range(25)]
+    assert sum(c.low > 0 for c in found) >= 23
+
+
+def test_one_seed_has_patients_only_and_says_so() -> None:
+    result = study(rng("one"), 1, 2.0)
+    assert result.basis == "patients only"
+    assert math.isnan(result.seed_variance)
+    assert result.low < result.estimate < result.high
+
+
+def test_dice_difference_matches_its_formula() -> None:
+    draw = rng("dice")
+    n, seeds = 60, 4
+    hard = draw.normal(0.8, 0.05, n)
+
+    def side(lift: float) -> list[Scores]:
+        ids, people = np.arange(n), np.arange(n).astype(str).astype(object)
+        return [Scores(s, ids, people, dice_N=hard + lift + draw.normal(0, 0.01) + draw.normal(0, 0.02, n)) for s in range(seeds)]
+
+    a, b = side(0.05), side(0.0)
+    result = compare(a, b, "dice", bootstrap=Bootstrap(4000))
+    d_SN = np.array([x.dice_N - y.dice_N for x, y in zip(a, b, strict=True) if x.dice_N is not None and y.dice_N is not None])
+    assert result.estimate == pytest.approx(d_SN.mean())
+    assert result.seed_variance == pytest.approx(d_SN.mean(1).var(ddof=1) / seeds)
+    # The bootstrap variance of a mean is the plain one, up to (n - 1) / n and Monte Carlo error.
+    assert result.patient_variance == pytest.approx(d_SN.mean(0).var() / n, rel=0.1)
+    terms = ((result.seed_variance, seeds - 1), (result.patient_variance, n - 1))
+    df = sum(v for v, _ in terms) ** 2 / sum(v**2 / f for v, f in terms)
+    assert result.df == pytest.approx(df)
+    assert result.high - result.estimate == pytest.approx(stats.t.ppf(0.975, df) * result.se)
+
+
+def test_pretraining_seeds_are_the_units_where_there_are_several() -> None:
+    draw = rng("methods")
+    target = (draw.random((80, 1)) < 0.5).astype(float)
+    people = np.arange(80)
+
+    def cell(seed: int, pre: int, lift: float) -> Scores:
+        return made(seed, target * lift + draw.normal(0, 1, (80, 1)), target, people, pre=pre)
+
+    a = [cell(seed, pre, 1 + pre * 0.5) for pre in range(3) for seed in range(2)]
+    b = [cell(seed, 0, 1.0) for seed in range(2)]
+    result = compare(a, b, "auroc_mean", bootstrap=Bootstrap(300))
+    assert (result.units, result.per_seed) == (2, ())
+    assert result.basis == "seeds and patients"
+
+
+def test_equal_scores_give_a_zero_interval_and_other_images_are_refused() -> None:
+    draw = rng("equal")
+    target = (draw.random((50, 1)) < 0.5).astype(float)
+    same = [made(s, target + 0.1, target, np.arange(50)) for s in range(3)]
+    result = compare(same, same, "auroc_mean", bootstrap=Bootstrap(100))
+    assert (result.estimate, result.low, result.high, result.p) == (0, 0, 0, 1)
+    assert not result.excludes_zero
+    other = [made(s, target[:40], target[:40], np.arange(40)) for s in range(3)]
+    assert compare(same, other, "auroc_mean").basis == "not comparable"
+    assert compare(same, [], "auroc_mean").basis == "not comparable"
+    nan = [made(s, target, np.zeros((50, 1)), np.arange(50)) for s in range(3)]
+    assert compare(nan, nan, "auroc_mean", bootstrap=Bootstrap(50)).basis == "not comparable"
+
+
+def test_holm_is_in_order_monotone_and_blind_to_nan() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    adjusted = holm([0.01, math.nan, 0.5])
+    assert adjusted[0] == pytest.approx(0.02)
+    assert math.isnan(adjusted[1])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("se", "df"), [(0.02, 2.3), (0.01, 40.0)])
+def test_a_detectable_difference_is_found_in_four_of_five_repetitions(se: float, df: float) -> None:
+    result = Comparison(0, 0, 0, se, df, 1, "seeds and patients")
+    effect = detectable(result)
+    draw = rng("power", int(df))
+    t = (effect + draw.normal(0, se, 40_000)) / (se * np.sqrt(draw.chisquare(df, 40_000) / df))
+    assert np.mean(np.abs(t) > stats.t.ppf(0.975, df)) == pytest.approx(0.8, abs=0.02)
+    assert math.isnan(detectable(Comparison(0, 0, 0, 0.0, math.nan, 1, "patients only")))
