@@ -137,9 +137,33 @@ def fraction_of(arrays: Arrays, fraction: float, seed: int) -> NDArray[np.int64]
 
 
 def shuffled(arrays: Arrays, seed: int) -> Arrays:
-    """The control: targets permuted over the images of this split, everything else in place."""
-    order = rng("shuffled labels", seed, arrays.split).permutation(len(arrays))
-    return replace(arrays, target=arrays.target[order], known=arrays.known[order])
+    """The control: targets permuted over the images of this split, everything else in place.
+
+    The permutation is drawn at random and then rid of the correlation with the true labels that is left by chance (about 0.03 for a
+    thousand images): a network that sees an easy label learns even that, and its test AUROC strays from 0.5 far beyond the error of the
+    test set.
+    """
+    draw = rng("shuffled labels", seed, arrays.split)
+    givers = draw.permutation(len(arrays))
+    if arrays.target.ndim == 2:
+        givers = _uncorrelated(arrays.target, givers, draw)
+    return replace(arrays, target=arrays.target[givers], known=arrays.known[givers])
+
+
+SWAPS = 20_000  # tried; enough to bring correlations of 14 labels over a few thousand images under 0.01
+
+
+def _uncorrelated(target_NL: NDArray[np.float32], givers_N: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+    """Swap two targets whenever that lowers the sum of squared correlations between true and permuted labels."""
+    spread = target_NL.std(0)
+    unit_NL = (target_NL - target_NL.mean(0)) / np.where(spread > 0, spread, 1)
+    cross_LL = unit_NL.T @ unit_NL[givers_N]
+    for i, j in draw.integers(len(unit_NL), size=(SWAPS, 2)):
+        change = np.outer(unit_NL[i] - unit_NL[j], unit_NL[givers_N[j]] - unit_NL[givers_N[i]])
+        if (change * (2 * cross_LL + change)).sum() < 0:
+            cross_LL += change
+            givers_N[[i, j]] = givers_N[[j, i]]
+    return givers_N
 
 
 def batches(order: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

@@ -174,6 +174,15 @@ def test_shuffling_permutes_targets_and_nothing_else() -> None:
     assert (shuffled(dataclasses.replace(whole, split="val"), 3).target != mixed.target).any()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_labels_have_no_correlation_left_with_the_true_ones(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    whole = arrays([f"p{i}" for i in range(800)], draw.random((800, 3)) < [0.5, 0.3, 0.1])
+    mixed = shuffled(whole, seed).target
+    for label in range(3):
+        assert abs(np.corrcoef(whole.target[:, label], mixed[:, label])[0, 1]) < 0.02
+
+
 @given(st.integers(2, 60), st.integers(2, 9))
 def test_no_batch_has_one_image_and_each_image_comes_once(n: int, size: int) -> None:
     parts = list(batches(np.arange(n), size))
