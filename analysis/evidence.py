@@ -200,7 +200,7 @@ def scores(cell: Cell) -> Scores | None:
     # An image without a patient is a patient of its own.
     named = zip(frame["patient"], frame["sample_id"], strict=True)
     patients = np.array([str(patient) if patient else f"image {image}" for patient, image in named], object)
-    return Scores(int(cell.seed), frame["sample_id"].to_numpy(np.int64), patients, target, score, dice, strata, cell.source_seed)
+    return Scores(int(cell.seed), frame["sample_id"].to_numpy(str), patients, target, score, dice, strata, cell.source_seed)
 
 
 def _pairs(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:

@@ -2,8 +2,8 @@
 
 gallery(evidence, task) -> HTML
 
-Predicted masks come from `samples.npz` in a cell's folder (arrays ids K i64, image K H W [C] u8, true K H W u8, pred K H W u8, dice
-K f32). Where no cell kept one, the true masks are shown and the page says so.
+Predicted masks come from `samples.npz` in a cell's folder (arrays ids K: the samples' keys, image K H W [C] u8, true and pred
+K H W u8, dice K f32). Where no cell kept one, the true masks are shown and the page says so.
 """
 
 import io
@@ -43,8 +43,8 @@ def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
                 held[cell.source] = {name: arrays[name] for name in arrays.files} | {"seed": cell.seed}
     if not held:
         return ""
-    common = sorted(set.intersection(*({int(i) for i in arrays["ids"]} for arrays in held.values())))
-    place = {source: {int(i): at for at, i in enumerate(arrays["ids"])} for source, arrays in held.items()}
+    common = sorted(set.intersection(*({str(i) for i in arrays["ids"]} for arrays in held.values())))
+    place = {source: {str(i): at for at, i in enumerate(arrays["ids"])} for source, arrays in held.items()}
     mean = {i: float(np.mean([arrays["dice"][place[source][i]] for source, arrays in held.items()])) for i in common}
     ranked = sorted(common, key=mean.__getitem__)
     chosen = [ranked[at] for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)})] if ranked else []
@@ -78,10 +78,11 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
         corpus = _corpus(evidence, best.dataset)
         if frame is None or not len(corpus):
             return ""
+        place = {key: i for i, key in enumerate(corpus.keys())}
         ranked = frame.sort_values("dice", kind="stable")
         for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)}):
             row = ranked.iloc[at]
-            sample = corpus[int(row["sample_id"])]
+            sample = corpus[place[row["sample_id"]]]
             text = f"{best.source}, {best.strategy}: Dice {row['dice']:.3f}"
             drawn = figures.overlay(sample.image, sample.seg, None, f"test image {row['sample_id']}; {text}")
             parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
@@ -101,10 +102,11 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
         corpus = _corpus(evidence, best.dataset)
         if frame is None or not len(corpus):
             return ""
+        place = {key: i for i, key in enumerate(corpus.keys())}
         names = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
         for at in sorted({round(q * (len(frame) - 1)) for q in np.linspace(0, 1, 6)}):
             row = frame.iloc[at]
-            sample = corpus[int(row["sample_id"])]
+            sample = corpus[place[row["sample_id"]]]
             top = sorted(names, key=lambda name: -float(row[f"score_{name}"]))[:3]
             true = [name for name in names if row[f"target_{name}"] == 1]
             said = ", ".join(f"{name} {row[f'score_{name}']:.2f}" for name in top)

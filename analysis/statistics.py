@@ -36,7 +36,7 @@ class Scores:
     """
 
     seed: int
-    ids_N: NDArray[np.int64]
+    ids_N: NDArray[np.str_]
     patient_N: NDArray[np.object_]
     target_NL: Array | None = None
     score_NL: Array | None = None

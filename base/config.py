@@ -5,7 +5,7 @@ study = load("studies/demo.yaml", Study, ["cells.seeds=[0]"])
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +22,10 @@ class Strict(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+Settings = Sequence[str] | Mapping[str, Any]  # `key=value` texts as typed, or dotted keys with values as in a study file
 
 
-def load(path: str | Path, model: type[M], overrides: Sequence[str] = ()) -> M:
+def load(path: str | Path, model: type[M], overrides: Settings = ()) -> M:
     """Read a YAML file, apply `key=value` settings (OmegaConf dot-list) and check it.
 
     Raises:
@@ -33,11 +34,9 @@ def load(path: str | Path, model: type[M], overrides: Sequence[str] = ()) -> M:
     return parse(load_tree(path, overrides), model, str(path))
 
 
-def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_tree(path: str | Path, overrides: Settings = ()) -> dict[str, Any]:
     """The YAML file with its settings applied, as plain data, before any model has seen it."""
     import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         text = Path(path).read_text()
@@ -51,7 +50,20 @@ def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise RequestError(f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
     if not isinstance(tree, dict):
         raise RequestError("expected a mapping of keys to values", where=str(path))
-    for setting in overrides:
+    return apply(tree, overrides)
+
+
+def apply(tree: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The tree with `key=value` settings assigned; a list entry is addressed by its number or its `name`."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            assign(tree, key, value)
+        return tree
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for setting in settings:
         key, equals, text_value = setting.partition("=")
         if not equals or not key:
             raise RequestError(f"'{setting}' is not a setting", hint="settings are key=value, for instance cells.seeds=[0,1]")
@@ -59,11 +71,12 @@ def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text_value}"]))["value"]  # type: ignore[index, call-overload]
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise RequestError(f"cannot read the value '{text_value}'", where=f"setting {key}") from error
-        _assign(tree, key, value)
+        assign(tree, key, value)
     return tree
 
 
-def _assign(tree: dict[str, Any], key: str, value: object) -> None:
+def assign(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set `tree.a.b = value`, making mappings on the way."""
     # OmegaConf.update cannot address a list entry by name; `pretrain.simclr.seeds` is what people type.
     *parents, last = key.split(".")
     node: Any = tree

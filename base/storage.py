@@ -92,6 +92,25 @@ def put(url: str, data: bytes | str) -> None:
     _guard(lambda: _write_and_rename(url, lambda temporary: Path(temporary).write_bytes(raw)), url)
 
 
+def create(url: str, data: str) -> bool:
+    """Write a file only if none stands there; False when one does. What a lock is made with."""
+    if is_url(url):
+        fs, path = _fs(url)
+        try:
+            _guard(lambda: fs.pipe_file(path, data.encode(), mode="create"), url)
+        except FileExistsError:
+            return False
+        return True
+    os.makedirs(os.path.dirname(url), exist_ok=True)
+    try:
+        handle = os.open(url, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w") as file:
+        _guard(lambda: file.write(data), url)
+    return True
+
+
 def put_file(local: str | Path, url: str) -> None:
     """Copy a local file to its place, whole or not at all."""
     if is_url(url):

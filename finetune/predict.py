@@ -87,3 +87,24 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> pd.D
             frame[f"target_{label}"] = np.where(known, arrays.target[:, column], np.nan)
             frame[f"score_{label}"] = scores[:, column]
     return pd.DataFrame(frame)
+
+
+SHOWN = 8  # images of a split kept with their predicted masks
+
+
+def shown(arrays: Arrays, logits: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """A few images with their masks for the report, the same for every cell of a task.
+
+    Returns:
+        ids K, image K H W [3] u8, true and pred K H W u8, dice K.
+    """
+    at = np.unique(np.linspace(0, len(arrays) - 1, SHOWN).round().astype(int))
+    image = arrays.image[at].transpose(0, 2, 3, 1)
+    true, pred = arrays.target[at] > 0.5, logits[at] > 0
+    return {
+        "ids": np.array([arrays.ids[i] for i in at]),
+        "image": image[..., 0] if image.shape[-1] == 1 else image,
+        "true": true.astype(np.uint8),
+        "pred": pred.astype(np.uint8),
+        "dice": metrics.dice_per_image(pred, true),
+    }

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from base import paths, storage
@@ -62,6 +63,8 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             logits = trainer.logits(split)
             rows += predict.measure(task, arrays, logits)
             tables.append(predict.predictions(task, arrays, logits))
+            if split == "test" and task.kind == "segmentation" and corpus.manifest.card.share_images:
+                np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
         params, macs = cost(transplant.module, corpus.manifest.card.channels, config.resolution)
         result = Result(
             key=config.key,

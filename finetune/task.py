@@ -7,12 +7,11 @@ The kind fixes loss and head: multilabel is binary cross-entropy over the known 
 each image has one, segmentation is binary cross-entropy plus Dice per image against "any class of the mask".
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from base.config import Strict, load
+from base.config import Settings, Strict, load
 from base.paths import named
 
 Metric = Literal["auroc_mean", "auprc_mean", "auroc_within_mean", "dice"]
@@ -89,8 +88,8 @@ class Task(Strict):
         return self
 
 
-def load_task(name: str, overrides: Sequence[str] = ()) -> Task:
-    """The task of that name, or of that YAML file, with `key=value` settings applied.
+def load_task(name: str, overrides: Settings = ()) -> Task:
+    """The task of that name, or of that YAML file, with `key=value` settings (or dotted keys and values) applied.
 
     Raises:
         RequestError: unknown name (with the nearest right one), unknown key, bad value.

@@ -1,0 +1,5 @@
+"""`python -m cluster` is `allograft`."""
+
+from cluster.cli import main
+
+main()

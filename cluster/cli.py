@@ -1,0 +1,225 @@
+"""The command line. Only typer is imported here; each command imports what it needs, so that --help is instant.
+
+Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="allograft",
+    help="Which pretraining, moved how, helps which medical imaging task, and by how much.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, for instance cells.seeds=[0,1]")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False) -> None:
+    """Read before any command; `main` looks for --debug itself, since errors arrive there."""
+
+
+def _example(text: str) -> str:
+    return f"Example: {text}"
+
+
+@app.command(epilog=_example("allograft pack nih-cxr14 /data/nih --out s3://bucket/shards/nih-cxr14"))
+def pack(
+    card: Annotated[str, typer.Argument(help="a card's name (allograft list datasets) or its YAML file")],
+    raw: Annotated[str, typer.Argument(help="folder of raw files, or phantom:N for generated images")],
+    out: Annotated[str, typer.Option(help="folder for the shards, path or URL")],
+) -> None:
+    """Make checked, de-identified WebDataset shards from raw files."""
+    from shards.pack import plan as plan_pack
+
+    from base.paths import absolute
+    from base.storage import join
+    from cluster.pack import pack_on_ray
+    from cluster.progress import Progress
+    from cluster.session import session
+    from shards.card import load_card
+
+    found = load_card(card)
+    raw = raw if raw.startswith("phantom:") else absolute(raw)
+    url = absolute(out)
+    plan_pack(found, raw)  # bad input is refused before a cluster is started
+    progress = Progress()
+    with session():
+        manifest = pack_on_ray(found, raw, url, lambda done, total: progress.line(f"{done}/{total} shards"))
+    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
+    progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
+    if manifest.quarantined:
+        progress.say(f"{manifest.quarantined} quarantined, each with its reason: {join(url, 'quarantine.jsonl')}")
+
+
+@app.command(epilog=_example("allograft run studies/demo.yaml out=runs/demo cells.seeds=[0,1,2]"))
+def run(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
+    """The main job: pack, pretrain, fine-tune, compare, register. Again = only what is missing."""
+    from cluster.study import load_study
+
+    _run(load_study(study, settings or []))
+
+
+def _run(study: Any) -> None:
+    from cluster.run import require_done
+    from cluster.run import run as run_study
+
+    try:
+        summary = run_study(study)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _closing(study, summary)
+    require_done(summary)
+
+
+def _closing(study: Any, summary: Any) -> None:
+    from base.paths import is_url
+
+    embedded = study.tracking == "sqlite" and not is_url(study.out)
+    where = study.out if embedded else study.tracking
+    print(f"report    {summary.report}")
+    print(f"MLflow    {f'allograft ui {study.out}' if embedded else study.tracking}")
+    if summary.champion:
+        print(f"encoder   allograft pull {study.study}@champion DIR --tracking {where}   ({summary.champion})")
+    elif summary.versions:
+        print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
+    print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {len(summary.failed)} failed")
+    if summary.restarts or summary.deaths:
+        print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")
+    print(summary.answer)
+
+
+@app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke"))
+def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
+    """What a study would do, what stands already and what is missing. Starts nothing."""
+    from cluster.outlook import outlook
+    from cluster.study import load_study
+
+    if not outlook(load_study(study, settings or [])):
+        raise typer.Exit(2)
+
+
+@app.command(epilog=_example("allograft pretrain simclr/small data.nih-cxr14.raw=/data/nih architecture=resnet18 out=runs/simclr"))
+def pretrain(recipe: Annotated[str, typer.Argument(help="a recipe (allograft list recipes)")], settings: Settings = None) -> None:
+    """One pretraining: a study without cells. Keys: data, out, architecture, start_from, seed, settings, resources, tracking."""
+    from cluster.single import pretrain_study
+
+    _run(pretrain_study(recipe, settings or []))
+
+
+@app.command(epilog=_example("allograft finetune dxc14 data.nih-cxr14.raw=/data/nih source=random architecture=resnet18"))
+def finetune(task: Annotated[str, typer.Argument(help="a task (allograft list tasks)")], settings: Settings = None) -> None:
+    """One cell. Keys: data, out, source, architecture, strategy, fraction, resolution, seed, settings, resources, tracking."""
+    from cluster.single import finetune_study
+
+    _run(finetune_study(task, settings or []))
+
+
+@app.command(epilog=_example("allograft report runs/demo"))
+def report(out: Annotated[str, typer.Argument(help="the out of a study, path or URL")]) -> None:
+    """Write OUT/report/index.html and OUT/report/results.csv from what stands in OUT."""
+    from analysis.report import answer
+    from analysis.report import report as write
+
+    from analysis.results import write_results
+    from base.paths import absolute
+
+    url = _study_at(absolute(out))
+    write_results(url)
+    print(f"report    {write(url)}")
+    print(answer(url))
+
+
+def _study_at(out: str) -> str:
+    from base import storage
+    from base.errors import RequestError
+
+    if not storage.exists(storage.join(out, "study.yaml")):
+        raise RequestError("no study here (no study.yaml)", where=out, hint="allograft run studies/demo.yaml")
+    return out
+
+
+@app.command(epilog=_example("allograft sync runs/demo"))
+def sync(
+    out: Annotated[str, typer.Argument(help="the out of a study, path or URL")],
+    tracking: Annotated[str | None, typer.Option(help="another MLflow server than the study's")] = None,
+) -> None:
+    """Rebuild MLflow (runs, registry, champion) from storage."""
+    from base.paths import absolute
+    from cluster.run import sync as rebuild
+
+    print(f"{rebuild(absolute(out), tracking)} finished runs in MLflow")
+
+
+@app.command(epilog=_example("allograft pull demo@champion ./encoder --tracking runs/demo"))
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]", help="a registered encoder; alias champion by default")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="an empty or new folder")],
+    tracking: Annotated[str | None, typer.Option(help="an MLflow address or the out of a study; default MLFLOW_TRACKING_URI")] = None,
+) -> None:
+    """Fetch a registered encoder as a timm folder and check its hash."""
+    import os
+
+    from base.errors import RequestError
+    from base.paths import absolute, is_url
+    from cluster.registry import pull as fetch
+    from cluster.tracking import tracking_uri
+
+    where = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+    if not where:
+        raise RequestError("no MLflow address", hint="--tracking runs/demo, or set MLFLOW_TRACKING_URI")
+    uri = where if is_url(where) else tracking_uri(_study_at(absolute(where)), "sqlite")
+    version = fetch(name, folder, uri)
+    print(f"{name} version {version} in {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+@app.command("list", epilog=_example("allograft list tasks"))
+def list_(what: Annotated[str, typer.Argument(help="methods, strategies, tasks, datasets, architectures, recipes or studies")]) -> None:
+    """What there is."""
+    from cluster.listing import show
+
+    show(what)
+
+
+@app.command(epilog=_example("allograft ui runs/demo --port 5000"))
+def ui(
+    out: Annotated[str, typer.Argument(help="the out of a study")] = ".",
+    port: Annotated[int, typer.Option(help="port on loopback")] = 5000,
+) -> None:
+    """The MLflow UI of a study, on this machine only."""
+    import os
+
+    from base.errors import RequestError
+    from base.paths import absolute
+
+    folder = _study_at(absolute(out))
+    if not os.path.exists(f"{folder}/mlflow.db"):
+        raise RequestError("no embedded MLflow store here", where=folder, hint=f"allograft sync {out}")
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--default-artifact-root", f"{folder}/artifacts", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+    os.execv(sys.executable, command)
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code; a traceback only with --debug, and for bugs."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    from base.errors import AllograftError
+
+    try:
+        app()
+    except AllograftError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

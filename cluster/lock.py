@@ -1,0 +1,68 @@
+"""One driver for an `out`: a lock file made exclusively, with a heartbeat; a lock without one for two minutes is taken over."""
+
+import json
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from base import storage
+from base.errors import RequestError
+
+STALE_S = 120.0
+BEAT_S = 20.0
+
+
+class DriverLock:
+    """Context manager around `OUT/driver.lock`.
+
+    Raises:
+        RequestError: another driver works on this `out`.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.url = storage.join(out, "driver.lock")
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="driver-lock", daemon=True)
+
+    def __enter__(self) -> "DriverLock":
+        if not storage.create(self.url, self._content()):
+            held = self._read()
+            age_s = time.time() - held["beat"]
+            if age_s < STALE_S and not _dead(held["owner"]):
+                hint = f"wait for it, or remove {self.url} if that driver is gone"
+                raise RequestError(f"another driver ({held['owner']}) works here, last seen {age_s:.0f} s ago", where=self.url, hint=hint)
+            storage.put(self.url, self._content())
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._read()["owner"] == self.owner:
+            storage.remove(self.url)
+
+    def _content(self) -> str:
+        return json.dumps({"owner": self.owner, "beat": time.time()})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(storage.read_json(self.url))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {"owner": "", "beat": 0.0}
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            storage.put(self.url, self._content())
+
+
+def _dead(owner: str) -> bool:
+    """True when the owner was a process of this host that no longer runs: no need to wait for its heartbeat to age."""
+    import psutil
+
+    host, _, rest = owner.partition(":")
+    pid = rest.partition(":")[0]
+    return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))

@@ -1,0 +1,78 @@
+"""`allograft plan`: what a study would do, what stands, what is missing. Starts nothing and writes nothing."""
+
+from base import storage
+from base.errors import RequestError
+from cluster import plan
+from cluster.plan import Corpus
+from cluster.progress import minutes
+from cluster.run import standing_corpora, standing_weights
+from cluster.study import Study
+from cluster.tracking import tracking_uri
+
+
+def outlook(study: Study) -> bool:
+    """Print the plan.
+
+    Returns:
+        False when raw data is missing, so that the study could not start.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    corpora: dict[str, Corpus] = {}
+    problems: dict[str, str] = {}
+    for name, entry in study.data.items():
+        try:
+            corpora |= standing_corpora(study.model_copy(update={"data": {name: entry}}))
+        except RequestError as error:
+            problems[name] = str(error)
+    table = Table("node", "state", box=None, pad_edge=False)
+    for name, entry in study.data.items():
+        if name in corpora:
+            counts = ", ".join(f"{split} {count:,}" for split, count in corpora[name].manifest.counts.items())
+            table.add_row(f"pack {name}", f"stands: {counts}")
+        elif name in problems:
+            table.add_row(f"pack {name}", f"[red]{escape(problems[name])}[/red]")
+        else:
+            table.add_row(f"pack {name}", f"to do, from {entry.raw}")
+    complete = set(corpora) == set(study.data)
+    uri = tracking_uri(study.out, study.tracking)
+    weights, missing = standing_weights(study, corpora, uri) if complete else ({}, [])
+    for run in study.pretrain:
+        todo = missing.count(run.name) if complete else len(run.seeds)
+        state = f"{todo} of {len(run.seeds)} to do" if todo else "stands"
+        table.add_row(f"pretrain {run.name}", f"{state}  ({run.recipe} from {run.start_from})")
+    if study.cells:
+        if complete and not missing:
+            configs = list(plan.cells(study, corpora, weights))
+            standing = [config for config in configs if storage.exists(storage.join(config.out, "result.json"))]
+            table.add_row("cells", f"{len(configs)}, of which {len(standing)} stand")
+            seconds = [storage.read_json(storage.join(config.out, "result.json"))["seconds"] for config in standing]
+            if seconds and len(standing) < len(configs):
+                left = sum(seconds) / len(seconds) * (len(configs) - len(standing))
+                table.add_row("", f"{minutes(left)} of one worker to go, by the {len(seconds)} that stand")
+        else:
+            table.add_row("cells", str(_count(study)))
+    console.print(table)
+    return not problems
+
+
+def _count(study: Study) -> int:
+    """Cells by the axes alone, before any weights exist."""
+    assert study.cells is not None
+    matrix, runs = study.cells, {entry.name: entry for entry in study.pretrain}
+    own = {entry.architecture for entry in study.pretrain if entry.architecture}
+    total = 0
+    for source in matrix.sources:
+        if source.source == "random":
+            encoders = len(matrix.architectures or own)
+        else:
+            entry = runs.get(source.source.removeprefix("pretrain:"))
+            encoders = len(entry.seeds) if entry else 1
+        repeats = 2 if source.name in matrix.shuffled_labels else 1
+        for task in matrix.tasks:
+            axes = len(matrix.of_task("fractions", task)) * len(matrix.of_task("resolutions", task))
+            total += encoders * repeats * axes * len(matrix.strategies) * len(matrix.seeds)
+    return total

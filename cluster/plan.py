@@ -1,0 +1,168 @@
+"""A study made into work: pretraining configurations and cells with their keys. Pure functions; nothing is started here.
+
+A key needs what lies before it (manifest digests, the encoder's hash), so the plan is made stage by stage as those appear.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from base.config import digest
+from base.errors import RequestError
+from base.storage import join
+from cluster.study import PretrainEntry, Study
+from finetune.cell import CELL_VERSION, CellConfig
+from finetune.task import Task, load_task
+from pretrain.recipe import load_recipe
+from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig
+from shards.card import load_card
+from shards.manifest import Manifest
+
+KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A packed dataset: where its shards are, and its manifest."""
+
+    url: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A source resolved to a folder with an exported encoder."""
+
+    url: str
+    sha256: str
+    architecture: str
+    seed: int = 0
+    labelled: tuple[str, ...] = ()
+
+
+def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Corpus], start: Weights | None) -> PretrainConfig:
+    """The configuration of one pretraining run. `start` is where it starts from, None for random weights."""
+    recipe = load_recipe(entry.recipe, entry.settings)
+    architecture = entry.architecture or (start.architecture if start else None)
+    if architecture is None:
+        raise RequestError("no architecture", where=f"pretrain.{entry.name}")
+    data = [
+        DataRef(dataset=name, shards=corpora[name].url, split=split, digest=corpora[name].manifest.digest, weight=1.0)
+        for name, split in entry.data.items()
+    ]
+    identity = {
+        "name": entry.name,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "architecture": architecture,
+        "data": [{"dataset": ref.dataset, "split": ref.split, "digest": ref.digest, "weight": ref.weight} for ref in data],
+        "start_from_sha256": start.sha256 if start else None,
+        "seed": seed,
+        "version": PRETRAIN_VERSION,
+    }
+    key = digest(identity)[:KEY_DIGITS]
+    return PretrainConfig(
+        name=entry.name,
+        key=key,
+        recipe=recipe,
+        architecture=architecture,
+        in_chans=channels(entry.data),
+        data=data,
+        start_from=start.url if start else None,
+        start_from_sha256=start.sha256 if start else None,
+        start_from_name=entry.start_from if start else None,
+        seed=seed,
+        out=join(study.out, "pretrain", f"{entry.name}-{key}"),
+        threads=study.resources.threads,
+    )
+
+
+def channels(datasets: Mapping[str, str] | list[str]) -> int:
+    """Input channels of an encoder trained on these datasets: the most that any of them has."""
+    return max(load_card(name).channels for name in datasets)
+
+
+def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:
+    """Every cell of the matrix, in a fixed order.
+
+    Args:
+        corpora: by dataset.
+        weights: by source name; a source with several pretraining seeds has several. `random` sources have none.
+    """
+    matrix = study.cells
+    if matrix is None:
+        return
+    own = list(dict.fromkeys([found.architecture for group in weights.values() for found in group]))
+    architectures = matrix.architectures or own
+    if not architectures:
+        raise RequestError("no architecture for random weights", where="cells.architectures", hint="cells.architectures=[resnet18]")
+    for task_name in matrix.tasks:
+        task = load_task(task_name, matrix.task_settings.get(task_name, {}))
+        corpus = corpora[task.dataset]
+        for source in matrix.sources:
+            group: list[tuple[str, Weights | None]]
+            if source.source == "random":
+                group = [(architecture, None) for architecture in architectures]
+            else:
+                group = [(found.architecture, found) for found in weights[source.name]]
+            shuffles = [False, True] if source.name in matrix.shuffled_labels else [False]
+            fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
+            axes = itertools.product(group, matrix.strategies, fractions, resolutions, matrix.seeds, shuffles)
+            for (architecture, found), strategy, fraction, resolution, seed, shuffled in axes:
+                yield _cell(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, seed, shuffled)
+
+
+def _cell(
+    study: Study,
+    source: str,
+    architecture: str,
+    found: Weights | None,
+    strategy: dict[str, Any],
+    task: Task,
+    corpus: Corpus,
+    fraction: float,
+    resolution: int,
+    seed: int,
+    shuffled: bool,
+) -> CellConfig:
+    threads = study.resources.threads
+    identity = {
+        "cell": {
+            "architecture": architecture,
+            "source": source,
+            "source_seed": found.seed if found else seed,
+            "strategy": strategy,
+            "task": task.task,
+            "fraction": fraction,
+            "resolution": resolution,
+            "seed": seed,
+            "shuffle_labels": shuffled,
+        },
+        "task": task.model_dump(mode="json", by_alias=True),
+        "encoder_sha256": found.sha256 if found else None,
+        "manifests": [corpus.manifest.digest],
+        "dtype": "fp32",
+        "threads": threads,
+        "version": CELL_VERSION,
+    }
+    key = digest(identity)[:KEY_DIGITS]
+    return CellConfig(
+        key=key,
+        architecture=architecture,
+        source=source,
+        source_kind="weights" if found else "random",
+        source_seed=found.seed if found else seed,
+        encoder_dir=found.url if found else None,
+        encoder_sha256=found.sha256 if found else None,
+        strategy=strategy,
+        task=task,
+        shards=corpus.url,
+        manifest_digest=corpus.manifest.digest,
+        fraction=fraction,
+        resolution=resolution,
+        seed=seed,
+        shuffle_labels=shuffled,
+        threads=threads,
+        own_source=bool(found and task.dataset in found.labelled),
+        out=join(study.out, "cells", key),
+    )

@@ -1,0 +1,87 @@
+"""One pretraining or one cell as a study of its own, so that both take the one main job's path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from base.config import Strict, apply, parse
+from cluster.study import DataEntry, Resources, Study, check_names, resolve_paths
+
+
+class OnePretraining(Strict):
+    """Settings of `allograft pretrain`."""
+
+    data: dict[str, DataEntry] = Field(min_length=1)
+    split: str = "train"
+    out: str = "runs/pretrain"
+    architecture: str | None = None
+    start_from: str = "random"
+    seed: int = 0
+    settings: dict[str, Any] = Field({})
+    resources: Resources = Resources()
+    tracking: str = "sqlite"
+
+
+class OneCell(Strict):
+    """Settings of `allograft finetune`."""
+
+    data: dict[str, DataEntry] = Field(min_length=1)
+    out: str = "runs/finetune"
+    source: str = "random"
+    architecture: str | None = None
+    strategy: dict[str, Any] | str = "full"
+    fraction: float = 1.0
+    resolution: int | None = None
+    seed: int = 0
+    settings: dict[str, Any] = Field({})
+    resources: Resources = Resources()
+    tracking: str = "sqlite"
+
+
+def pretrain_study(recipe: str, settings: Sequence[str]) -> Study:
+    """A study with one pretraining and no cells."""
+    where = f"allograft pretrain {recipe}"
+    one = parse(apply({}, settings), OnePretraining, where)
+    name = recipe.removesuffix(".yaml").replace("/", "-")
+    entry = {
+        "name": name,
+        "recipe": recipe,
+        "data": dict.fromkeys(one.data, one.split),
+        "architecture": one.architecture,
+        "start_from": one.start_from,
+        "seeds": [one.seed],
+        "settings": one.settings,
+    }
+    return _study(f"pretrain-{name}", one, {"pretrain": [entry]}, where)
+
+
+def finetune_study(task: str, settings: Sequence[str]) -> Study:
+    """A study with one cell."""
+    where = f"allograft finetune {task}"
+    one = parse(apply({}, settings), OneCell, where)
+    matrix = {
+        "sources": [{"name": one.source.rstrip("/").rsplit("/", 1)[-1], "source": one.source}],
+        "strategies": [one.strategy],
+        "tasks": [task],
+        "architectures": [one.architecture] if one.architecture else [],
+        "fractions": [one.fraction],
+        "resolutions": [one.resolution] if one.resolution else {},
+        "seeds": [one.seed],
+        "task_settings": {task: one.settings} if one.settings else {},
+    }
+    return _study(f"finetune-{task}", one, {"cells": matrix}, where)
+
+
+def _study(name: str, one: OnePretraining | OneCell, parts: dict[str, Any], where: str) -> Study:
+    common = {
+        "study": name,
+        "out": one.out,
+        "tracking": one.tracking,
+        "data": {dataset: entry.model_dump() for dataset, entry in one.data.items()},
+        "resources": one.resources.model_dump(),
+    }
+    study = resolve_paths(parse({**common, **parts}, Study, where), Path.cwd())
+    check_names(study, where)
+    return study

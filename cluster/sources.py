@@ -1,0 +1,111 @@
+"""Sources resolved to a folder with an exported encoder and its hash, before anything below is called."""
+
+import os
+import tempfile
+from collections.abc import Callable
+
+from base import storage
+from base.config import parse
+from base.errors import RequestError
+from base.paths import is_url
+from cluster.plan import Weights
+
+
+def read_weights(url: str, seed: int = 0) -> Weights:
+    """The facts of an exported encoder, from its folder (path or URL); the tensors are checked by whoever loads them.
+
+    Raises:
+        RequestError: no encoder there.
+    """
+    from encoders.export import ExportInfo
+
+    file = storage.join(url, "allograft.json")
+    if not storage.exists(file):
+        raise RequestError("no exported encoder here (no allograft.json)", where=url)
+    info = parse(storage.read_json(file), ExportInfo, file)
+    return Weights(url=url, sha256=info.sha256, architecture=info.architecture, seed=seed, labelled=tuple(info.labelled_datasets))
+
+
+def local_encoder(url: str, sha256: str) -> str:
+    """The encoder's folder on this node: itself when it is local, else fetched once a node and an encoder."""
+    if not is_url(url):
+        return url
+    target = os.path.join(tempfile.gettempdir(), "allograft-encoders", sha256)
+    if not os.path.exists(os.path.join(target, "allograft.json")):
+        with tempfile.TemporaryDirectory() as temporary:
+            storage.get_dir(url, temporary)
+            storage.put_dir(temporary, target, last=("allograft.json",))
+    return target
+
+
+def external(source: str, out: str, uri: str) -> Weights:
+    """A source from outside the study: `timm:<tag>`, `models:/<name>@<alias>`, `run:<id>`, a path or URL of an exported encoder.
+
+    What has to be fetched is kept under `OUT/sources/`, so that a study sees the same weights for as long as it lives.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "timm":
+        return _from_timm(rest, storage.join(out, "sources", "timm-" + _safe(rest)))
+    if kind == "models":
+        from cluster.registry import pull
+
+        return _fetched(out, source, lambda folder: pull(rest.removeprefix("/"), folder, uri))
+    if kind == "run":
+        return _fetched(out, source, lambda folder: _download_run(rest, folder, uri))
+    return read_weights(source if is_url(source) else os.path.abspath(source))
+
+
+def _safe(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text).strip("-")
+
+
+def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:
+    target = storage.join(out, "sources", _safe(source))
+    if not storage.exists(storage.join(target, "allograft.json")):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = os.path.join(temporary, "encoder")
+            fetch(folder)
+            storage.put_dir(folder, target, last=("allograft.json",))
+    return read_weights(target)
+
+
+def _download_run(run: str, folder: str, uri: str) -> None:
+    import shutil
+
+    from mlflow.exceptions import MlflowException
+
+    from cluster.tracking import connect
+
+    client = connect(uri)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            found = client.download_artifacts(run, "encoder", temporary)
+        except MlflowException as error:
+            raise RequestError(f"run '{run}' has no encoder", where="source") from error
+        shutil.copytree(found, folder)
+
+
+def _from_timm(tag: str, target: str) -> Weights:
+    from base.paths import revision
+    from encoders.build import build
+    from encoders.export import export
+    from encoders.weights import load_into, timm_pretrained
+
+    if not storage.exists(storage.join(target, "allograft.json")):
+        published = timm_pretrained(tag)
+        encoder = build(published.architecture, len(published.mean), published.mean, published.std)
+        load_into(encoder.net, published.state)
+        lineage = [{"name": f"timm:{tag}", "method": "published weights", "datasets": []}]
+        with tempfile.TemporaryDirectory() as temporary:
+            export(
+                encoder,
+                temporary,
+                name=f"timm-{_safe(tag)}",
+                method="published weights",
+                lineage=lineage,
+                data=[{"dataset": tag, "licence": published.licence}],
+                revision=revision(),
+                image_size=published.image_size,
+            )
+            storage.put_dir(temporary, target, last=("allograft.json",))
+    return read_weights(target)

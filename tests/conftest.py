@@ -1,0 +1,30 @@
+"""Shared by all tests: small packed corpora, made once a session and a worker."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from pathlib import Path
+
+import pytest
+
+
+def _pack(card: str, raw: str, out: Path) -> str:
+    from shards.card import load_card
+    from shards.pack import pack
+
+    pack(load_card(card), raw, str(out))
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def phantom_chest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards of 240 chest phantoms."""
+    return _pack("phantom-chest", "phantom:240", tmp_path_factory.mktemp("phantom-chest"))
+
+
+@pytest.fixture(scope="session")
+def phantom_fundus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards of 60 fundus phantoms."""
+    return _pack("phantom-fundus", "phantom:60", tmp_path_factory.mktemp("phantom-fundus"))

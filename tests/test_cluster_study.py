@@ -1,0 +1,103 @@
+"""Studies: what is checked before anything starts."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from base import storage
+from base.errors import RequestError
+from base.paths import ROOT
+from cluster.lock import DriverLock
+from cluster.single import finetune_study, pretrain_study
+from cluster.study import load_study
+
+TINY = {
+    "schema": 1,
+    "study": "tiny",
+    "out": "runs/tiny",
+    "data": {"phantom-chest": {"raw": "phantom:60"}},
+    "pretrain": [{"name": "simclr", "recipe": "simclr/smoke", "data": {"phantom-chest": "train"}, "architecture": "test_resnet"}],
+    "cells": {"sources": ["random", "pretrain:simclr"], "strategies": ["full"], "tasks": ["phantom-chest"]},
+}
+
+
+def written(tmp_path: Path, **changes: object) -> str:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return str(path)
+
+
+def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = load_study(written(tmp_path))
+    assert study.cells is not None
+    assert [(source.name, source.source) for source in study.cells.sources] == [("random", "random"), ("simclr", "pretrain:simclr")]
+    assert study.cells.strategies == [{"name": "full"}]
+    assert study.out == str(tmp_path / "runs" / "tiny")
+    assert study.data["phantom-chest"].raw == "phantom:60"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"celsl": {}}, "did you mean 'cells'"),
+        ({"data": {"phantom-chets": {"raw": "phantom:60"}}}, "did you mean 'phantom-chest'"),
+        ({"data": {"phantom-chest": {"raw": "x", "shards": "y"}}}, "exactly one of raw and shards"),
+        ({"cells": {**TINY["cells"], "tasks": ["phantom-chets"]}}, "did you mean 'phantom-chest'"),
+        ({"cells": {**TINY["cells"], "tasks": ["dxc14"]}}, "data.nih-cxr14.raw=PATH"),
+        ({"cells": {**TINY["cells"], "strategies": ["ful"]}}, "did you mean 'full'"),
+        ({"cells": {**TINY["cells"], "sources": ["randon"]}}, "did you mean 'random'"),
+        ({"cells": {**TINY["cells"], "sources": ["pretrain:simcrl"]}}, "did you mean 'simclr'"),
+        ({"cells": {**TINY["cells"], "sources": ["random", "random"]}}, "two sources have the same name"),
+        ({"pretrain": [{**TINY["pretrain"][0], "recipe": "simcrl/smoke"}]}, "did you mean 'simclr/smoke'"),
+        ({"pretrain": [{**TINY["pretrain"][0], "settings": {"epohcs": 1}}]}, "did you mean 'epochs'"),
+        ({"pretrain": [{**TINY["pretrain"][0], "architecture": None}]}, "needs an architecture"),
+        ({"out": "s3://bucket/x"}, "tracking must be a server"),
+        ({"preset": "smok"}, "unknown preset 'smok'"),
+        ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
+    ],
+)
+def test_a_wrong_study_is_refused_with_the_nearest_right_name(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        load_study(written(tmp_path, **changes))
+    assert message in str(caught.value)
+
+
+def test_presets_apply_and_what_is_typed_wins(tmp_path: Path) -> None:
+    presets = {"smoke": {"cells.seeds": [7], "pretrain.simclr.seeds": [5]}}
+    study = load_study(written(tmp_path, presets=presets), ["preset=smoke", "cells.seeds=[9]"])
+    assert study.cells is not None
+    assert study.cells.seeds == [9]
+    assert study.pretrain[0].seeds == [5]
+
+
+def test_relative_paths_are_refused_inside_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(RequestError, match="is relative"):
+        load_study(written(tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
+def test_the_ready_studies_are_valid(name: str) -> None:
+    assert load_study(name).study == name
+
+
+def test_one_pretraining_and_one_cell_are_studies() -> None:
+    one = pretrain_study("simclr/smoke", ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet"])
+    assert one.pretrain[0].recipe == "simclr/smoke"
+    cell = finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet", "seed=3"])
+    assert cell.cells is not None
+    assert cell.cells.seeds == [3]
+    with pytest.raises(RequestError, match="did you mean 'seed'"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
+
+
+def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+    with DriverLock(str(tmp_path)), pytest.raises(RequestError, match="another driver"), DriverLock(str(tmp_path)):
+        pass
+    assert not storage.exists(str(tmp_path / "driver.lock"))
+    storage.put(str(tmp_path / "driver.lock"), f'{{"owner": "elsewhere:1:1", "beat": {time.time() - 600}}}')
+    with DriverLock(str(tmp_path)):
+        assert "elsewhere" not in storage.read_bytes(str(tmp_path / "driver.lock")).decode()
