@@ -43,9 +43,12 @@ def judge(rows: Sequence[dict[str, Any]], *, chance_loss: float | None, width: i
         return Verdict("too short", f"{last['step']} steps in {last['epoch']:.1f} epochs are too few to judge")
     recent = rows[-FEWEST_ROWS:]
     loss = sum(row["loss"] for row in recent) / len(recent)
-    if chance_loss is not None and loss >= AT_CHANCE * chance_loss:
-        return Verdict("not learning", f"the loss {loss:.4f} is still that of a network that knows nothing, {chance_loss:.4f}")
-    if "contrastive_top1" in last:
+    pairs = "contrastive_top1" in last
+    # A contrastive loss can stand above its value at random while pairs are already found: temperature sharpens mistakes too.
+    stuck = chance_loss is not None and (abs(loss / chance_loss - 1) <= 1 - AT_CHANCE if pairs else loss >= AT_CHANCE * chance_loss)
+    if stuck:
+        return Verdict("not learning", f"the loss {loss:.4f} is that of a network that knows nothing, {chance_loss:.4f}")
+    if pairs:
         top1 = sum(row["contrastive_top1"] for row in recent) / len(recent)
         if top1 <= CHANCE_FACTOR * last["contrastive_chance"]:
             return Verdict("not learning", f"the right view is found in {top1:.2%} of cases, chance is {last['contrastive_chance']:.2%}")

@@ -112,6 +112,8 @@ class Run:
         self.method.train()
         warmup = round(recipe.optimizer.warmup_epochs * self.epoch_steps)
         self.engine = Engine(self.method, recipe.engine(), rank_batch=size, warmup_steps=min(warmup, self.total), total_steps=self.total)
+        # Convolutions are faster with channels last, on CPUs too. After the engine: its broadcast of parameters needs rows.
+        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(seed_of("train", config.seed, ranks.rank()))
 
     def _rates(self) -> list[float]:
@@ -188,6 +190,7 @@ class Run:
         """On this rank's device, with the channels that the network takes (grey is repeated for one of three)."""
         device, channels = self.engine.device, self.config.in_chans
         views = [view.to(device, non_blocking=True) for view in batch.views]
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         views = [view.expand(-1, channels, -1, -1) if view.shape[1] == 1 and channels == 3 else view for view in views]
         moved = {
             name: value.to(device, non_blocking=True) if isinstance(value := getattr(batch, name), Tensor) else value
