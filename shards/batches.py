@@ -107,7 +107,7 @@ class BatchReader(Dataset[Parts | AllograftError]):
     def batches(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Batch]:
         """Read in this process (workers=0) or by that many others."""
         if workers == 0:
-            cv2.setNumThreads(1)  # images are small: OpenCV's own threads cost more than they give, and fight with torch's
+            cv2.setNumThreads(0)  # images are small: OpenCV's own threads cost more than they give, and fight with torch's
             for order in orders:
                 yield self.read(*order).batch()
             return
@@ -135,7 +135,8 @@ def _same(parts: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(1)
+    # 0 = no threads. Never 1: that joins the pool's threads, which a fork does not carry over, and waits for ever.
+    cv2.setNumThreads(0)
 
 
 def _empty(shape: tuple[int, ...], shared: bool) -> torch.Tensor:

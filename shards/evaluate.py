@@ -51,7 +51,7 @@ class Decoded(NamedTuple):
 
 def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -> Decoded:
     """The whole corpus, resized for evaluation (views.resize). Memory: N x C x size x size bytes."""
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(0)
     count, names = len(corpus), list(corpus.labels if labels is None else labels)
     images = np.empty((count, corpus.channels, size, size), dtype=np.uint8)
     seg = np.full((count, size, size), NO_MASK, dtype=np.uint8) if corpus.has_masks else None

@@ -7,6 +7,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -236,6 +237,15 @@ def test_closing_the_stream_stops_its_workers(url: str) -> None:
     before = set(children.read_text().split())
     del batches
     assert len(before - set(children.read_text().split())) >= 2
+
+
+@pytest.mark.timeout(60)
+def test_workers_start_after_opencv_has_used_its_own_threads(url: str) -> None:
+    # OpenCV's pool does not survive a fork: the wrong setting in a worker waits for threads that are not there.
+    cv2.setNumThreads(4)
+    for _ in range(20):
+        cv2.resize(cv2.GaussianBlur(np.zeros((1024, 1024), dtype=np.float32), (0, 0), 2), (512, 512), interpolation=cv2.INTER_CUBIC)
+    assert next(TrainLoader([Corpus(url)], None, TWO, 16, seed=0, workers=2).batches(0)).valid_B.all()
 
 
 def test_a_corpus_survives_pickling(url: str) -> None:
