@@ -255,3 +255,19 @@ def test_a_corpus_survives_pickling(url: str) -> None:
     first = corpus[0]
     again = pickle.load(io.BytesIO(pickle.dumps(corpus)))
     assert np.array_equal(again[0].image, first.image)
+
+
+def test_what_is_packed_is_read(phantom_chest: str, phantom_fundus: str) -> None:
+    splits = ("train", "val", "test")
+    chest, fundus = Corpus(phantom_chest, splits), Corpus(phantom_fundus, splits)
+    assert (len(chest), len(fundus)) == (240, 60)
+    assert chest.channels == 1
+    assert all(set(record.labels) == set(chest.labels) for record in chest.records())
+    assert len(set(chest.keys())) == 240
+    sample = fundus[7]
+    assert sample.seg is not None
+    assert sample.seg.shape == sample.image.shape[:2]
+    batch = next(TrainLoader([fundus], None, ONE, 12, seed=0, workers=1).batches(0))
+    assert batch.seg_BHW is not None
+    assert batch.views[0].shape == (12, 3, 24, 24)
+    assert 0 < (batch.seg_BHW == 1).float().mean() < 0.5
