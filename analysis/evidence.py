@@ -126,6 +126,7 @@ class Evidence:
     manifests: dict[str, Any] = field(default_factory=dict)  # dataset: manifest.json as plain data
     shards: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    earlier: int = 0  # finished cells that the present plan no longer asks for
 
     def __post_init__(self) -> None:
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
@@ -262,13 +263,17 @@ def _adjust(found: list[Finding]) -> list[Finding]:
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     """Read OUT and compute the findings. Works on an empty, running or partly failed study."""
-    study, every = results.read_study(out), results.finished(out)
+    study, found = results.read_study(out), results.finished(out)
+    # A study may grow or change under one `out`: cells of an earlier plan stay in results.csv but are no evidence for this one.
+    planned = {row["key"] for row in results.plan(out)}
+    every = [cell for cell in found if cell.key in planned] if planned else found
     cells, controls = [c for c in every if not c.shuffled], [c for c in every if c.shuffled]
     shards = results.shard_urls(out, every)
     manifests = {name: results.read_json(storage.join(url, "manifest.json")) for name, url in shards.items()}
     held = {cell.key for cell in every}
     failed = {key: why for key, why in results.failures(out).items() if key not in held}
     evidence = Evidence(out, study, cells, controls, results.absent(out, cells), failed, results.pretrainings(out), manifests, shards)
+    evidence.earlier = len(found) - len(every)
     evidence.findings = find(evidence, bootstrap)
     return evidence
 

@@ -42,7 +42,7 @@ def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
     assert split.target_NL is not None
     count = len(score_NL)
     strata = None if split.strata is None else np.array([str(value) for value in split.strata], object)
-    held = statistics.Scores(0, np.arange(count), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
+    held = statistics.Scores(0, np.arange(count).astype(str), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
     names = ["auroc_mean"] + (["auroc_within_mean"] if strata is not None else [])
     return {name: float(statistics.metric_B(held, name, np.ones((1, count)))[0]) for name in names}
 

@@ -217,9 +217,14 @@ def _names(entries: Iterable[Any]) -> list[str]:
 AXES = ("source", "strategy", "task", "fraction", "resolution", "seed")
 
 
+def plan(out: str) -> list[dict[str, Any]]:
+    """Rows of OUT/plan.json, controls included; none where no driver has planned yet."""
+    return read_json(storage.join(out, "plan.json")) or []
+
+
 def expected(out: str) -> list[dict[str, Any]]:
     """Every cell that the study asks for, from OUT/plan.json, which the driver writes once the cells' keys are known; controls left out."""
-    return [row for row in read_json(storage.join(out, "plan.json")) or [] if not row.get("shuffle_labels")]
+    return [{**row, "source": plain(str(row["source"]))} for row in plan(out) if not row.get("shuffle_labels")]
 
 
 def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:

@@ -213,6 +213,10 @@ def missing(evidence: Evidence) -> str:
             "".join([f'<th scope="row"><code>{esc(key)}</code></th>', cell(esc(why))]) for key, why in list(evidence.failed.items())[:ROWS]
         ]
         parts.append(table(["failed cell", "reason"], rows))
+    if evidence.earlier:
+        parts.append(
+            f"<p>{evidence.earlier} finished cells are no longer asked for: they stand in results.csv and nowhere on this page.</p>"
+        )
     if evidence.missing:
         counted = Counter((c["source"], c["strategy"], c["task"]) for c in evidence.missing)
         rows = ["".join(cell(esc(value)) for value in key) + cell(str(n), sort=n) for key, n in counted.items()]

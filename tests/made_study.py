@@ -36,7 +36,7 @@ def _classification(key: Sequence[object], lift: float, seed: int, images: int, 
     for split, n in (("val", images // 2), ("test", images)):
         patient = fixed.integers(0, max(2, int(n * 0.8)), n)
         stratum = fixed.integers(0, strata, n) if strata else None
-        table: dict[str, Any] = {"split": split, "sample_id": np.arange(n), "patient": [f"{p:016x}" for p in patient]}
+        table: dict[str, Any] = {"split": split, "sample_id": [f"{i:020d}" for i in range(n)], "patient": [f"{p:016x}" for p in patient]}
         table["stratum"] = [None] * n if stratum is None else [f"s{s}" for s in stratum]
         found: dict[str, list[float]] = {"auroc": [], "auroc_within": []}
         for label in LABELS:
@@ -72,7 +72,13 @@ def _segmentation(key: Sequence[object], lift: float, seed: int, images: int) ->
     for split, n in (("val", images // 2), ("test", images)):
         hard = fixed.normal(0, 0.02, n)
         dice = np.clip(0.93 + 0.02 * lift + hard + own.normal(0, 0.004) + own.normal(0, 0.006, n), 0, 1)
-        held = {"split": split, "sample_id": np.arange(n), "patient": [f"{i:016x}" for i in range(n)], "stratum": [None] * n, "dice": dice}
+        held = {
+            "split": split,
+            "sample_id": [f"{i:020d}" for i in range(n)],
+            "patient": [f"{i:016x}" for i in range(n)],
+            "stratum": [None] * n,
+            "dice": dice,
+        }
         frames.append(pd.DataFrame(held))
         rows.append({"split": split, "class": "", "metric": "dice", "unit": "fraction", "value": float(dice.mean()), "n": n})
     return pd.concat(frames), rows
@@ -142,6 +148,10 @@ def make(
                             else _classification(key, reached, seed, images, strata)
                         )
                         _cell(out, source, names[source], key, seed, number, maker, (source, task) in own)
+    kept = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "strategy", "task")
+    held = [json.loads(file.read_text()) for file in sorted((out / "cells").glob("*/result.json"))]
+    held.sort(key=lambda result: list(names.values()).index(result["source"]))
+    (out / "plan.json").write_text(json.dumps([{name: result[name] for name in kept} for result in held]))
     for name in (s for s in sources if s in SHA and pretrain):
         _pretraining(out, name)
     return out

@@ -168,6 +168,16 @@ def test_shuffled_labels_stand_among_the_controls_only(tmp_path: Path) -> None:
     assert "Shuffled labels, phantom-chest, random, full" in reports.page(evidence)
 
 
+def test_cells_of_an_earlier_plan_are_no_evidence(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=3, images=100)
+    plan = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps([row for row in plan if row["seed"] < 2]))
+    evidence = gather(str(out), QUICK)
+    assert (len(evidence.cells), evidence.asked, evidence.earlier) == (4, 4, 2)
+    assert "2 finished cells are no longer asked for" in text_of(out)
+    assert len(finished(str(out))) == 6
+
+
 def test_masks_are_outlined_only_where_the_card_shares_images(tmp_path: Path) -> None:
     for shared in (True, False):
         out = make(

@@ -58,18 +58,21 @@ def test_an_empty_folder_has_no_results_but_the_head(tmp_path: Path) -> None:
 
 def test_missing_cells_are_those_the_study_asks_for(tmp_path: Path) -> None:
     out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=2, images=40)
-    study = results.read_study(str(out))
-    assert results.absent(study, results.finished(str(out))) == []
+    assert results.absent(str(out), results.finished(str(out))) == []
     gone = next((out / "cells").glob("*/result.json"))
     held = json.loads(gone.read_text())
     gone.unlink()
-    (missing,) = results.absent(study, results.finished(str(out)))
+    (missing,) = results.absent(str(out), results.finished(str(out)))
     assert (f"pretrain:{missing['source']}" if missing["source"] == "simclr" else missing["source"], missing["seed"]) == (
         held["source"],
         held["seed"],
     )
     (out / "events.jsonl").write_text('{"event": "cell failed", "key": "k1", "error": "no"}\n{"event": "ce')
     assert results.failures(str(out)) == {"k1": "no"}
+
+
+def test_nothing_is_missing_before_anything_is_planned(tmp_path: Path) -> None:
+    assert results.absent(str(tmp_path), []) == []
 
 
 def test_null_metrics_are_nan(tmp_path: Path) -> None:
