@@ -2,7 +2,7 @@
 
 floors = classification(train, val, test)      {"pixels": {...}, "metadata": {...}}
 floors = segmentation(train, test)             {"mean_mask": {...}}
-floors = of_shards(url, kind)                  the same from packed shards
+floors = of_shards(url, kind, labels)[1.0]     the same from packed shards, by share of the training labels
 
 Pixels: logistic regression on 32 x 32 standardized pixels. Metadata: the share of positives in training among images of the same
 stratum, no image looked at. Mean mask: the mean training mask, cut where training Dice is best. Everything is fitted on training
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from analysis import statistics
 from analysis.metrics import dice_per_image
+from base.seeds import rng
 
 Array = NDArray[np.float64]
 Floors = dict[str, dict[str, float]]
 SIDE = 32
 PENALTIES = (1e-3, 1e-2, 1e-1)  # scikit-learn's C: its inverse
+DRAWS = 5  # subsets of the labels over which a floor at a share of them is averaged
 MINIMUM = 8  # training images below which a regression is not fitted
 
 
@@ -35,6 +37,13 @@ class Arrays:
     target_NL: Array | None = None
     strata: Sequence[object] | None = None
     masks: NDArray[np.uint8] | None = None
+
+    def take(self, at: NDArray[np.int64]) -> "Arrays":
+        """The images at those positions."""
+        strata = None if self.strata is None else [self.strata[i] for i in at]
+        return Arrays(
+            self.images[at], None if self.target_NL is None else self.target_NL[at], strata, None if self.masks is None else self.masks[at]
+        )
 
 
 def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
@@ -122,21 +131,38 @@ def segmentation(train: Arrays, test: Arrays) -> Floors:
     return {"mean_mask": {"dice": float(dice_per_image(np.broadcast_to(mean >= cut, target.shape), target).mean()), "threshold": cut}}
 
 
+def average(found: Sequence[Floors]) -> Floors:
+    """Mean of each number over several fits."""
+    return {name: {metric: float(np.mean([held[name][metric] for held in found])) for metric in found[0][name]} for name in found[0]}
+
+
+def share(patients: Sequence[str], fraction: float, draw: int) -> NDArray[np.int64]:
+    """Positions of about that share of the images, whole patients, drawn by a keyed shuffle."""
+    names = np.unique(np.asarray(patients, str), return_inverse=True)[1]
+    place = rng("floor labels", draw).permutation(int(names.max()) + 1)[names]
+    order = np.argsort(place, kind="stable")
+    wanted = max(1, round(fraction * len(order)))
+    return np.sort(np.flatnonzero(place <= place[order[wanted - 1]]))
+
+
 def of_shards(
-    url: str, kind: str, labels: Sequence[str], stratify_by: str | None = None, *, size: int = 64, cache_dir: str | None = None
-) -> Floors:
-    """Floors of a packed dataset, fitted on its whole training split and scored on its test split.
+    url: str, kind: str, labels: Sequence[str], stratify_by: str | None = None, fractions: Sequence[float] = (1.0,), *, size: int = 64
+) -> dict[float, Floors]:
+    """Floors of a packed dataset for each share of its training labels, scored on its test split; empty without both splits.
+
+    A floor sees as many labels as the cells it stands beside, but not the same ones: under 1 it is the mean over DRAWS subsets.
 
     Args:
         url: shards with their manifest. kind: "segmentation", or anything else for classification.
         labels: names of the labels, in the order of the targets. stratify_by: a metadata column, or None.
-        size: square pixels at which images are decoded; masks keep their shape at about 64.
+        size: square pixels at which images and masks are decoded.
     """
     from shards.loader import Corpus, decode_all
 
-    splits = {}
+    splits: dict[str, Arrays] = {}
+    patients: list[str] = []
     for split in ("train", "val", "test"):
-        corpus = Corpus(url, (split,), cache_dir)
+        corpus = Corpus(url, (split,), None)
         if not len(corpus):
             continue
         held = decode_all(corpus, size)
@@ -146,8 +172,18 @@ def of_shards(
             at = [list(corpus.labels).index(name) for name in labels]
             target = np.where(np.asarray(held.mask)[:, at] > 0, np.asarray(held.target)[:, at], np.nan).astype(float)
         splits[split] = Arrays(np.asarray(held.images), target, strata, None if held.seg is None else np.asarray(held.seg))
+        if split == "train":
+            patients = [patient or f"image {i}" for i, patient in enumerate(held.patients)]
     if "train" not in splits or "test" not in splits:
         return {}
-    if kind == "segmentation":
-        return segmentation(splits["train"], splits["test"])
-    return classification(splits["train"], splits.get("val"), splits["test"])
+    found = {}
+    for fraction in fractions:
+        fits = []
+        for draw in range(1 if fraction >= 1 else DRAWS):
+            train = splits["train"] if fraction >= 1 else splits["train"].take(share(patients, fraction, draw))
+            if kind == "segmentation":
+                fits.append(segmentation(train, splits["test"]))
+            else:
+                fits.append(classification(train, splits.get("val"), splits["test"]))
+        found[fraction] = average(fits)
+    return found

@@ -19,7 +19,7 @@ from base import storage
 from base.config import digest
 from base.errors import AllograftError
 
-FLOORS_VERSION = 1
+FLOORS_VERSION = 2
 
 
 def answer(out: str) -> str:
@@ -44,30 +44,30 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     return url
 
 
-def floors(evidence: Evidence) -> tuple[dict[str, Floors], list[str]]:
-    """Floors of every task, computed from the shards once and kept in OUT/analyses/<key>/floors.json; notes on those that are not."""
-    found: dict[str, Floors] = {}
+def floors(evidence: Evidence) -> tuple[dict[tuple[str, float], Floors], list[str]]:
+    """Floors by (task, share of the labels), computed from the shards once and kept in OUT/analyses; and notes on those that are not."""
+    found: dict[tuple[str, float], Floors] = {}
     notes = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
         manifest = evidence.manifests.get(dataset)
         kind = "segmentation" if any(c.primary() == "dice" for c in cells) else "classification"
         labels = list(dict.fromkeys(row["class"] for c in cells for row in c.result.get("metrics", []) if row.get("class")))
+        shares = sorted({float(c.fraction) for c in cells})
         if not manifest:
             notes.append(f"Floors of {task} are not known: its shards are not readable from here.")
             continue
-        asked = {"floors": FLOORS_VERSION, "kind": kind, "labels": labels, "manifest": digest(manifest)}
+        asked = {"floors": FLOORS_VERSION, "kind": kind, "labels": labels, "fractions": shares, "manifest": digest(manifest)}
         url = storage.join(evidence.out, "analyses", digest(asked)[:16], "floors.json")
         held = results.read_json(url)
         if held is None:
             try:
-                held = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, evidence.card(dataset).get("stratify_by"))
+                made = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, evidence.card(dataset).get("stratify_by"), shares)
             except (AllograftError, OSError, ValueError) as error:
                 notes.append(f"Floors of {task} could not be computed: {str(error)[:200]}")
                 continue
-            storage.put(url, tables_json({**asked, "values": held}))
-        else:
-            held = held.get("values", {})
-        found[task] = held
+            held = {**asked, "values": [{"fraction": fraction, "floors": values} for fraction, values in made.items()]}
+            storage.put(url, tables_json(held))
+        found |= {(task, float(row["fraction"])): row["floors"] for row in held["values"]}
     return found, notes
 
 
@@ -79,6 +79,8 @@ def tables_json(value: Any) -> str:
     def clean(item: Any) -> Any:
         if isinstance(item, dict):
             return {name: clean(inner) for name, inner in item.items()}
+        if isinstance(item, list):
+            return [clean(inner) for inner in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     return json.dumps(clean(value), indent=1) + "\n"

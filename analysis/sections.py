@@ -128,11 +128,12 @@ def health(evidence: Evidence) -> str:
     return table(heads, rows, cls="numbers") + f'<div class="panels">{"".join(panels)}</div>'
 
 
-def controls(evidence: Evidence, floors: dict[str, Floors], notes: list[str]) -> str:
+def controls(evidence: Evidence, floors: dict[tuple[str, float], Floors], notes: list[str]) -> str:
     """Floors and what they mean for this study, A/A, shuffled labels."""
     lines = []
-    for task, held in floors.items():
-        meta = held.get("metadata", {}).get("auroc_mean", math.nan)
+    for task in dict.fromkeys(task for task, _ in floors):
+        scores = [results.number(held.get("metadata", {}).get("auroc_mean")) for (of, _), held in floors.items() if of == task]
+        meta = max((score for score in scores if math.isfinite(score)), default=math.nan)
         dataset = next((c.dataset for c in evidence.cells if c.task == task), "")
         stratum = evidence.card(dataset).get("stratify_by")
         if meta > CONFOUNDED:
@@ -155,7 +156,9 @@ def controls(evidence: Evidence, floors: dict[str, Floors], notes: list[str]) ->
         lines.append("<li>No cell with shuffled labels in this study.</li>")
     lines += [f"<li>{esc(note)}</li>" for note in notes]
     if any(fraction < 1 for fraction in evidence.varied["fraction"]):
-        lines.append("<li>Floors are fitted on all training labels, also beside cells that saw a share of them: the harder bar.</li>")
+        lines.append(
+            "<li>Floors are fitted on the same share of the training labels as the cells beside them, on subsets of their own.</li>"
+        )
     return f'<ul class="plain">{"".join(lines)}</ul>'
 
 

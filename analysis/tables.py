@@ -58,7 +58,7 @@ def table(heads: Sequence[str], rows: Iterable[str], caption: str = "", foot: It
     return f'<div class="scroll" tabindex="0"><table class="sortable {cls}">{inner}</table></div>'
 
 
-def columns(evidence: Evidence, floors: dict[str, Floors]) -> list[tuple[str, str, str]]:
+def columns(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> list[tuple[str, str, str]]:
     """(task, dataset, metric) of the matrix: the headline of each task and, where that is within strata, plain AUROC beside it."""
     found: list[tuple[str, str, str]] = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
@@ -80,7 +80,7 @@ def bar(floors: Floors, metric: str) -> tuple[float, str]:
     return max(((value, name) for value, name in held if math.isfinite(value)), default=(math.nan, ""))
 
 
-def matrix(evidence: Evidence, floors: dict[str, Floors]) -> str:
+def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
     shown = columns(evidence, floors)
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
@@ -105,7 +105,7 @@ def matrix(evidence: Evidence, floors: dict[str, Floors]) -> str:
             span = max(others) - min(others)
             shade = (mean - min(others)) / span if span > 0 else 0.5
             own = any(c.own_source for c in groups[key] if (c.task, c.dataset) == column[:2])
-            under, which = bar(floors.get(column[0], {}), column[2])
+            under, which = bar(floors.get((column[0], float(key[4])), {}), column[2])
             below = mean < under
             spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
             marks = '<span class="tag own">own source</span>' if own else ""
@@ -116,15 +116,17 @@ def matrix(evidence: Evidence, floors: dict[str, Floors]) -> str:
             parts.append(cell(text, sort=mean, cls="heat bad" if below else "heat", style=f"--h:{shade:.2f}", title=why))
         rows.append("".join(parts))
     foot = []
-    for name in dict.fromkeys(name for held in floors.values() for name in held):
-        parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(FLOOR_WORDS.get(name, name))}</th>']
-        parts += [cell(num(results.number(floors.get(task, {}).get(name, {}).get(metric)))) for task, _, metric in shown]
-        foot.append("".join(parts))
+    for share in sorted({fraction for _, fraction in floors}):
+        for name in dict.fromkeys(name for (_, fraction), held in floors.items() if fraction == share for name in held):
+            labels = f", {share * 100:g} % of the labels" if share < 1 or len(evidence.varied["fraction"]) > 1 else ""
+            parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(FLOOR_WORDS.get(name, name))}{labels}</th>']
+            parts += [cell(num(results.number(floors.get((task, share), {}).get(name, {}).get(metric)))) for task, _, metric in shown]
+            foot.append("".join(parts))
     heads = ["encoder", "strategy"] + [name for name, _ in varied]
     for task, dataset, metric in shown:
         mark = (
             ", confounded"
-            if confounded(floors.get(task, {}), metric)
+            if any(confounded(held, metric) for (of, _), held in floors.items() if of == task)
             else ", plain"
             if metric == "auroc_mean" and (task, dataset, "auroc_within_mean") in shown
             else ""

@@ -112,7 +112,7 @@ def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_pat
     out = make(tmp_path, {"random": 0.0, "simclr": 0.2}, seeds=2, images=150, strata=3)
     evidence = gather(str(out), QUICK)
     held = {"pixels": {"auroc_mean": 0.9, "auroc_within_mean": 0.9}, "metadata": {"auroc_mean": 0.756, "auroc_within_mean": 0.5}}
-    monkeypatch.setattr(reports, "floors", lambda _: ({"phantom-chest": held}, []))
+    monkeypatch.setattr(reports, "floors", lambda _: ({("phantom-chest", 1.0): held}, []))
     page = reports.page(evidence)
     assert "under floor 0.900" in page
     assert "AUROC, confounded" in page

@@ -101,6 +101,21 @@ def test_pixels_find_a_bright_label_and_metadata_finds_a_confounded_one() -> Non
     assert only["auroc_mean"] == 1
 
 
+def test_a_share_of_the_labels_is_whole_patients_of_about_the_right_size() -> None:
+    patients = [f"p{i // 2}" for i in range(200)]
+    at = floors.share(patients, 0.1, 0)
+    assert 20 <= len(at) <= 21
+    assert {patients[i] for i in at}.isdisjoint(patients[i] for i in set(range(200)) - set(at))
+    assert list(at) == list(floors.share(patients, 0.1, 0)) != list(floors.share(patients, 0.1, 1))
+    assert len(floors.share(patients, 1.0, 0)) == 200
+
+
+def test_floors_of_packed_phantoms_rise_with_the_labels(phantom_chest: str) -> None:
+    found = floors.of_shards(phantom_chest, "classification", ["texture", "count", "arrangement"], None, (0.1, 1.0), size=32)
+    assert set(found) == {0.1, 1.0}
+    assert 0.4 < found[0.1]["pixels"]["auroc_mean"] < found[1.0]["pixels"]["auroc_mean"] < 1
+
+
 def test_the_mean_mask_of_equal_masks_is_perfect_and_empty_masks_agree() -> None:
     masks = np.zeros((6, 8, 8), np.uint8)
     masks[:, 2:6, 2:6] = 255
