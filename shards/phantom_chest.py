@@ -9,12 +9,14 @@ relative to the anatomy differs). All are kept by mirroring left and right.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from shards.phantom_parts import FEW, MANY, Phantom, blobs, grey_values, grid, place, smooth_field, specify, step, streams, texture
 
 # rank -> grey of a typical radiograph: air around the body, lungs, soft tissue, heart and spine
 GREYS = [(0.0, 0.02), (0.10, 0.06), (0.22, 0.22), (0.45, 0.42), (0.65, 0.60), (0.85, 0.78), (1.0, 0.97)]
+UPPER, HEIGHT = -0.60, 0.42  # the upper zone of opacities, y from UPPER on; the lower one is its image a quarter of the side below
 TEXTURE, OPACITY, NOISE = 0.036, 0.25, 0.018
 
 
@@ -31,7 +33,7 @@ def chest(seed: int, index: int, size: int) -> Phantom:
     side = np.abs(x)
     body = step(0.40 + 0.52 / (1 + np.exp(-(y + 0.80) / 0.07)) - side, size, 1.5)
     heart = _heart(a, x, y, size)
-    lung, upper, lower = _lungs(a, x, y, heart, size)
+    lung = _lungs(a, x, y, heart, size)
 
     field = 0.02 + 0.56 * body
     field += 0.10 * body * np.exp(-(((side - 0.9) / 0.12) ** 2))  # the thicker flank
@@ -43,13 +45,19 @@ def chest(seed: int, index: int, size: int) -> Phantom:
     field += 0.05 * smooth_field(a, size, 4) * body
 
     p = s.pathology
-    zone_HW = upper if s.labels["arrangement"] else lower
-    candidates = np.argwhere(zone_HW > 0.5)
+    # An opacity shows only where lung lies both there and a quarter of the side above or below it, so every place has a twin in the
+    # other zone: same part of a patch of 8 or 16 pixels (of 64), same lung around it. What is left of the label is where, as a whole.
+    quarter, upper = size // 4, s.labels["arrangement"] == 1
+    both = lung[:-quarter] * lung[quarter:]
+    twins = np.concatenate([both, np.zeros_like(lung[:quarter])] if upper else [np.zeros_like(lung[:quarter]), both])
+    height = (y if upper else np.roll(y, quarter, axis=0)) - UPPER
+    inner = cv2.blur(twins, (size // 12 * 2 + 1,) * 2) * ((height > 0) & (height < HEIGHT))
+    candidates = np.argwhere(inner > 0.75 * inner.max())
     candidates = candidates[p.permutation(len(candidates))]
     centres = np.stack([x0[0, candidates[:, 1]], y0[candidates[:, 0], 0]], axis=1)
     low, high = MANY if s.labels["count"] else FEW
     centres = place(p, centres, int(p.integers(low, high + 1)))
-    field += OPACITY * p.uniform(0.85, 1.15) * blobs(p, size, centres, p.uniform(0.16, 0.21)) * (0.25 + 0.75 * lung)
+    field += OPACITY * p.uniform(0.85, 1.15) * blobs(p, size, centres, p.uniform(0.16, 0.21)) * twins
     field += TEXTURE * p.uniform(0.8, 1.2) * texture(p, size, s.labels["texture"]) * (lung + 0.1 * body)
 
     field += NOISE * s.display.standard_normal((size, size), dtype=np.float32)
@@ -57,10 +65,9 @@ def chest(seed: int, index: int, size: int) -> Phantom:
     return Phantom(image, s.labels, (lung > 0.5).astype(np.uint8), s.metadata)
 
 
-def _lungs(a: np.random.Generator, x: np.ndarray, y: np.ndarray, heart: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both lungs (0..1) and, inside them, the zones where opacities of the two arrangements lie."""
+def _lungs(a: np.random.Generator, x: np.ndarray, y: np.ndarray, heart: np.ndarray, size: int) -> np.ndarray:
+    """Both lungs, 0..1."""
     lung = np.zeros_like(x)
-    zone = np.zeros_like(x)
     width, top = a.uniform(0.29, 0.33), a.uniform(-0.76, -0.70)
     for sign in (-1, 1):
         floor = a.uniform(0.52, 0.58) + (0.05 if sign > 0 else 0.0)  # the liver lifts one side (left in the image)
@@ -70,13 +77,8 @@ def _lungs(a: np.random.Generator, x: np.ndarray, y: np.ndarray, heart: np.ndarr
         u = (sign * (x - centre)) / half
         apex = step((1 - u * u) - np.clip((0.22 - t) / 0.22, 0, None) ** 2, size, 5)
         dome = floor - 0.10 * (1 - u * u) + 0.10 * np.clip(u, 0, 1.2) ** 3
-        one = apex * step(dome - y, size, 1.5)
-        lung = np.maximum(lung, one)
-        zone = np.maximum(zone, one * (np.abs(u) < 0.7) * (y > top + 0.12) * (y < floor - 0.16))
-    middle = a.uniform(-0.10, -0.04)
-    lung = lung * (1 - heart)
-    zone = zone * (heart < 0.5)
-    return lung, zone * (y < middle - 0.12), zone * (y > middle + 0.12)
+        lung = np.maximum(lung, apex * step(dome - y, size, 1.5))
+    return lung * (1 - heart)
 
 
 def _heart(a: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:

@@ -41,8 +41,9 @@ def fundus(seed: int, index: int, size: int) -> Phantom:
     macula = np.exp(-((np.hypot(x - fovea[0], y - fovea[1]) / a.uniform(0.16, 0.22)) ** 2))
     shade = -0.16 * (x * x + y * y) + 0.06 * smooth_field(a, size, 3)
 
-    zone = view & (np.hypot(x, y) < 0.78) & (to_disc > radius + 0.12)
-    zone &= (y < -0.14) if s.labels["arrangement"] else (y > 0.14)
+    # The zones lie half the image's side apart, a whole number of patches of 8 or 16 pixels at 64: the place within a patch says nothing.
+    height = -y if s.labels["arrangement"] else y
+    zone = (height > 0.28) & (height < 0.72) & (np.abs(x) < 0.46) & (to_disc > radius + 0.08)
     candidates = np.argwhere(zone)
     candidates = candidates[p.permutation(len(candidates))]
     centres = np.stack([x[0, candidates[:, 1]], y[candidates[:, 0], 0]], axis=1)
