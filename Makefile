@@ -4,6 +4,9 @@ STAMP := .venv/.allograft-setup
 ROOMS := base shards encoders engine analysis finetune pretrain cluster
 JOBS ?= 2
 
+# Without compiled modules every worker of every run compiles some 900 files again: 5 s a process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo demo-chaos test lint lock format
 
 setup: $(STAMP)
