@@ -18,6 +18,7 @@ from pretrain.recipe import load_recipe
 from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig
 from shards.card import load_card
 from shards.manifest import Manifest
+from shards.views import VIEWS_VERSION
 
 KEY_DIGITS = 16
 
@@ -143,7 +144,7 @@ def _cell(
         "manifests": [corpus.manifest.digest],
         "dtype": "fp32",
         "threads": threads,
-        "version": CELL_VERSION,
+        "version": [CELL_VERSION, VIEWS_VERSION],
     }
     key = digest(identity)[:KEY_DIGITS]
     return CellConfig(

@@ -87,25 +87,10 @@ def _download_run(run: str, folder: str, uri: str) -> None:
 
 def _from_timm(tag: str, target: str) -> Weights:
     from base.paths import revision
-    from encoders.build import build
-    from encoders.export import export
-    from encoders.weights import load_into, timm_pretrained
+    from encoders.export import export_published
 
     if not storage.exists(storage.join(target, "allograft.json")):
-        published = timm_pretrained(tag)
-        encoder = build(published.architecture, len(published.mean), published.mean, published.std)
-        load_into(encoder.net, published.state)
-        lineage = [{"name": f"timm:{tag}", "method": "published weights", "datasets": []}]
         with tempfile.TemporaryDirectory() as temporary:
-            export(
-                encoder,
-                temporary,
-                name=f"timm-{_safe(tag)}",
-                method="published weights",
-                lineage=lineage,
-                data=[{"dataset": tag, "licence": published.licence}],
-                revision=revision(),
-                image_size=published.image_size,
-            )
+            export_published(tag, temporary, revision=revision())
             storage.put_dir(temporary, target, last=("allograft.json",))
     return read_weights(target)

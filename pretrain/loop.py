@@ -218,7 +218,7 @@ class Run:
     def _log(self, output: methods.Output, rate: float, gradient: float | None, meter: Meter) -> None:
         scalars = {"loss": output.loss.detach().float(), **output.logs}
         summed = ranks.all_sum(torch.stack([value.float() for value in scalars.values()])) / ranks.world()
-        row: dict[str, Any] = {"step": self.step, "epoch": round(self.step / self.epoch_steps, 4)}
+        row: dict[str, Any] = {"step": self.step, "steps": self.total, "epoch": round(self.step / self.epoch_steps, 4)}
         row |= {name: round(value, 6) for name, value in zip(scalars, summed.tolist(), strict=True)}
         row |= {"lr": rate} | ({"grad_norm": round(gradient, 6)} if gradient is not None else {})
         row |= probes.measure(output.features)

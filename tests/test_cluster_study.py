@@ -1,5 +1,6 @@
 """Studies: what is checked before anything starts."""
 
+import json
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from base.errors import RequestError
 from base.paths import ROOT
 from cluster.lock import DriverLock
 from cluster.single import finetune_study, pretrain_study
-from cluster.study import load_study
+from cluster.study import Study, load_study
 
 TINY = {
     "schema": 1,
@@ -82,6 +83,18 @@ def test_relative_paths_are_refused_inside_a_ray_job(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
 def test_the_ready_studies_are_valid(name: str) -> None:
     assert load_study(name).study == name
+
+
+def test_json_schema_is_committed() -> None:
+    """To change the format: raise its `schema`, then write what this test prints."""
+    schema = json.dumps(Study.model_json_schema(by_alias=True), indent=1) + "\n"
+    assert (ROOT / "docs" / "schemas" / "study.json").read_text() == schema
+
+
+def test_the_golden_study_still_reads() -> None:
+    study = load_study(str(ROOT / "tests" / "golden" / "study.yaml"))
+    assert study.schema_ == 1
+    assert study.pretrain[1].start_from == "pretrain:simclr"
 
 
 def test_one_pretraining_and_one_cell_are_studies() -> None:
