@@ -28,9 +28,27 @@ def _fs(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url, **options)
 
 
-def _guard(act: Callable[[], T], url: str) -> T:
+def _ask(act: Callable[[], T], url: str) -> T:
+    """A request to an object store; what the store's client cannot send (no endpoint, no credentials) becomes one line."""
     try:
         return act()
+    except Exception as error:
+        # The client is only loaded for URLs that need it, so its exceptions are known by where they come from.
+        if type(error).__module__.partition(".")[0] != "botocore":
+            raise
+        hint = "check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise WorkError(f"the object store cannot be used: {error}", where=url, hint=hint) from error
+
+
+def _guard(act: Callable[[], T], url: str) -> T:
+    try:
+        return _ask(act, url) if is_url(url) else act()
+    except FileExistsError:
+        raise
+    except FileNotFoundError as error:
+        if not is_url(url):
+            raise
+        raise WorkError(f"cannot be written: {error}", where=url, hint="make the bucket first") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise WorkError("no space left on the device", where=url, hint="free some space and run the same command again") from error
@@ -49,7 +67,7 @@ def exists(url: str) -> bool:
     if not is_url(url):
         return os.path.exists(url)
     fs, path = _fs(url)
-    return bool(fs.exists(path))
+    return _ask(lambda: bool(fs.exists(path)), url)
 
 
 def listing(url: str) -> list[str]:
@@ -59,7 +77,8 @@ def listing(url: str) -> list[str]:
     else:
         fs, path = _fs(url)
         try:
-            found = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False) if entry.rstrip("/") != path.rstrip("/")]
+            entries = _ask(lambda: fs.ls(path, detail=False), url)
+            found = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path.rstrip("/")]
         except FileNotFoundError:
             found = []
     return sorted(name for name in found if not name.startswith(".tmp-"))
@@ -70,7 +89,7 @@ def read_bytes(url: str) -> bytes:
     if not is_url(url):
         return Path(url).read_bytes()
     fs, path = _fs(url)
-    return bytes(fs.cat_file(path))
+    return _ask(lambda: bytes(fs.cat_file(path)), url)
 
 
 def read_json(url: str) -> Any:
@@ -146,7 +165,7 @@ def get_file(url: str, local: str | Path) -> None:
     """Copy a file to a local place, whole or not at all; FileNotFoundError when there is none."""
     if is_url(url):
         fs, path = _fs(url)
-        _write_and_rename(os.path.abspath(local), lambda temporary: fs.get_file(path, temporary))
+        _write_and_rename(os.path.abspath(local), lambda temporary: _ask(lambda: fs.get_file(path, temporary), url))
     else:
         _write_and_rename(os.path.abspath(local), lambda temporary: shutil.copyfile(url, temporary))
 
@@ -155,7 +174,7 @@ def get_dir(url: str, local: str | Path) -> None:
     """Copy a folder's files to a local folder."""
     if is_url(url):
         fs, path = _fs(url)
-        for found in fs.find(path):
+        for found in _ask(lambda: fs.find(path), url):
             get_file(join(url, found[len(path) :]), Path(local) / found[len(path) :].lstrip("/"))
     else:
         for file in Path(url).rglob("*"):
@@ -169,7 +188,7 @@ def remove(url: str) -> None:
         return
     if is_url(url):
         fs, path = _fs(url)
-        fs.rm(path, recursive=True)
+        _guard(lambda: fs.rm(path, recursive=True), url)
     elif os.path.isdir(url):
         shutil.rmtree(url)
     else:

@@ -5,11 +5,12 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from base import storage
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 
 STALE_S = 120.0
 BEAT_S = 20.0
@@ -56,7 +57,9 @@ class DriverLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            storage.put(self.url, self._content())
+            # A beat that storage did not take is made up for by the next one; the lock is stale only after several.
+            with suppress(OSError, WorkError):
+                storage.put(self.url, self._content())
 
 
 def _dead(owner: str) -> bool:

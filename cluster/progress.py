@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from base import storage
+from base.errors import WorkError
 
 QUIET_S = 15.0
 POLL_S = 2.0
@@ -76,7 +77,7 @@ def _newest(url: str) -> dict[str, float] | None:
 
     try:
         lines = storage.read_bytes(url).splitlines()
-    except (FileNotFoundError, OSError):
+    except (OSError, WorkError):
         return None
     for line in reversed(lines):
         try:

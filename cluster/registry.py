@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from base import storage
@@ -27,13 +28,14 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
     versions = {version.tags[KEY_TAG]: version for version in client.search_model_versions(f"name='{name}'") if KEY_TAG in version.tags}
     registered: dict[str, str] = {}
     best: tuple[float, str, str] | None = None
+    cells = _cells(study.out) if study.champion else []
     for folder in storage.listing(storage.join(study.out, "pretrain")):
         path = storage.join(study.out, "pretrain", folder)
         if not storage.exists(storage.join(path, "result.json")):
             continue
         result = storage.read_json(storage.join(path, "result.json"))
         key = result["key"]
-        score = champion_score(study, result["encoder_sha256"])
+        score = champion_score(study, result["encoder_sha256"], cells)
         if key not in versions:
             run = projection.runs[key]
             exported = storage.read_json(storage.join(path, "export", "allograft.json"))
@@ -63,16 +65,18 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
     return registered, best[2] if best else None
 
 
-def champion_score(study: Study, encoder_sha256: str) -> float | None:
+def _cells(out: str) -> list[dict[str, Any]]:
+    """Results of all finished cells, each read once: on an object store every one is a request."""
+    paths = [storage.join(out, "cells", key, "result.json") for key in storage.listing(storage.join(out, "cells"))]
+    return [storage.read_json(path) for path in paths if storage.exists(path)]
+
+
+def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, Any]]) -> float | None:
     """Mean validation metric of an encoder on the champion's task; None where it has no cell there, or only cells on its own source."""
     if study.champion is None:
         return None
     values: list[float] = []
-    for key in storage.listing(storage.join(study.out, "cells")):
-        path = storage.join(study.out, "cells", key, "result.json")
-        if not storage.exists(path):
-            continue
-        result = storage.read_json(path)
+    for result in cells:
         if result["task"] != study.champion.task or result["encoder_sha256"] != encoder_sha256:
             continue
         if result["own_source"] or result["role"] != "cell":

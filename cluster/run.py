@@ -5,6 +5,7 @@ Every stage looks first at what stands in OUT, so running a study again computes
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ from cluster import plan
 from cluster.lock import DriverLock
 from cluster.plan import Corpus, Weights
 from cluster.progress import Progress, minutes
+from cluster.projector import Projector
 from cluster.study import Study
-from cluster.tracking import Projector, tracking_uri
+from cluster.tracking import Projection, require_server, tracking_uri
 from finetune.cell import CellConfig
 
 
@@ -45,12 +47,13 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
         WorkError: a pretraining failed, or storage did.
     """
     progress = progress or Progress()
+    uri = tracking_uri(study.out, study.tracking)
+    require_server(uri)
     _claim(study)
     with DriverLock(study.out):
         storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
         events = Events(study.out)
         events.add("start", revision=revision())
-        uri = tracking_uri(study.out, study.tracking)
         projector = Projector(study.out, study.study, uri)
         try:
             summary = _stages(study, progress, events, projector, uri)
@@ -87,17 +90,16 @@ def _stages(study: Study, progress: Progress, events: "Events", projector: Proje
 
 def _finish(study: Study, projector: Projector, progress: Progress, **counts: Any) -> Summary:
     from analysis.report import answer, report
-    from analysis.results import write_results
-    from cluster.registry import register
 
-    projection = projector.finish(ok=not counts["failed"])
-    versions, champion = register(projection, study)
-    storage.put(storage.join(study.out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
-    write_results(study.out)
+    ok = not counts["failed"]
+    projection, versions, champion, trouble = _registered(study, projector)
     path = report(study.out)
-    projection.close(ok=not counts["failed"])
     words = answer(study.out)
     progress.say("report written")
+    if projection is not None:
+        trouble = _tried(lambda: projection.close(ok, words), study.out, projection.uri) or trouble
+    if trouble is not None:
+        raise trouble
     return Summary(
         cells_kept=counts["kept"],
         cells_new=counts["new"],
@@ -109,6 +111,31 @@ def _finish(study: Study, projector: Projector, progress: Progress, **counts: An
         report=path,
         answer=words,
     )
+
+
+def _registered(study: Study, projector: Projector) -> tuple[Projection | None, dict[str, str], str | None, WorkError | None]:
+    """The last projection and the registry; an MLflow that is away is handed back as an error, since the report does not depend on it."""
+    from cluster.registry import register
+
+    try:
+        projection = projector.finish()
+    except WorkError as error:
+        return None, {}, None, error
+    made: list[tuple[dict[str, str], str | None]] = []
+    trouble = _tried(lambda: made.append(register(projection, study)), study.out, projection.uri)
+    versions, champion = made[0] if made else ({}, None)
+    storage.put(storage.join(study.out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
+    return projection, versions, champion, trouble
+
+
+def _tried(act: Callable[[], object], out: str, uri: str) -> WorkError | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        act()
+    except MlflowException as error:
+        return WorkError(f"MLflow could not be written: {error}", where=uri, hint=f"results and report are safe; allograft sync {out}")
+    return None
 
 
 def _claim(study: Study) -> None:
@@ -314,19 +341,20 @@ def sync(out: str, tracking: str | None = None) -> int:
     """
     import yaml
 
+    from analysis.report import answer
     from base.config import parse
     from cluster.registry import register
-    from cluster.tracking import Projection
 
     path = storage.join(out, "study.yaml")
     if not storage.exists(path):
         raise RequestError("no study here (no study.yaml)", where=out)
-    study = parse(yaml.safe_load(storage.read_bytes(path)), Study, path)
+    # A folder may have been moved or copied since.
+    study = parse(yaml.safe_load(storage.read_bytes(path)), Study, path).model_copy(update={"out": out})
     projection = Projection(out, study.study, tracking_uri(out, tracking or study.tracking))
     projection.update()
     register(projection, study)
     storage.put(storage.join(out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
-    projection.close(ok=True)
+    projection.close(ok=True, words=answer(out))
     return len(projection.finished)
 
 

@@ -1,6 +1,6 @@
 """The connection to Ray: the cluster this driver is part of, or one started here for the study and ended with it.
 
-with session(study.resources):
+with session():
     ...
 """
 
@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from base.errors import RequestError
 
@@ -23,13 +24,21 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
+# glibc hands every large tensor's pages back to the kernel and faults them in again at the next step; kept, a small network trains nearly
+# twice as fast on a CPU (docs/log.md).
+# One thread by default: a worker sets its own number, and two pools of threads on the same cores only fight.
+WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 # What the driver's environment says about storage and secrets holds on every worker.
 FORWARDED = (
     "AWS_ENDPOINT_URL",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "AWS_EC2_METADATA_DISABLED",
+    "ALLOGRAFT_CACHE",
+    "ALLOGRAFT_REVISION",
     "ALLOGRAFT_SECRET_FILE",
 )
 
@@ -44,21 +53,35 @@ def session() -> Iterator[None]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # A job submitted with --runtime-env-json may name variables that are forwarded here too; Ray refuses such doubles by default.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     import ray
 
     variables = {name: os.environ[name] for name in (*FORWARDED, *TRAIN_SETTINGS) if name in os.environ}
-    # One thread by default: a worker sets its own number, and two pools of threads on the same cores only fight.
-    runtime_env = {"env_vars": {**variables, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}}
+    runtime_env = {"env_vars": {**variables, **WORKER_SETTINGS, "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            ray.init(address="auto" if address != "local" else "local", **quiet)
+        if address and address != "local":
+            ray.init(address="auto", **quiet)
         else:
-            ray.init(address="local", **quiet)
+            _start_here(quiet)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster at {address}", where="RAY_ADDRESS", hint="ray start --head, or unset RAY_ADDRESS") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(settings: dict[str, Any]) -> None:
+    """A cluster on this machine. Ray gives its node 30 s, which cannot be set and which a busy machine may exceed: it is tried twice."""
+    import ray
+
+    try:
+        ray.init(address="local", **settings)
+    except Exception as error:  # Ray raises a bare Exception here
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(address="local", **settings)

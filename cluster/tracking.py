@@ -5,24 +5,59 @@ Live view, replay after an outage and `allograft sync OUT` are one function, `pr
 
 import json
 import os
-import threading
 import time
 from typing import Any
 
 import yaml
 
-from base import paths, storage
-from base.errors import AllograftError, RequestError, WorkError
+from base import storage
+from base.errors import RequestError
 from base.paths import is_url
+from cluster import facts, pages
 
 KEY_TAG = "allograft.key"
-PERIOD_S = 15.0
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_DISABLE_TELEMETRY": "true"}
+SHA_TAG = "allograft.encoder_sha256"
+# MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each run that ends, between those of the study
+}
 
 
 def tracking_uri(out: str, tracking: str) -> str:
     """The MLflow address of a study: its embedded SQLite store, or the server it names."""
     return f"sqlite:///{out}/mlflow.db" if tracking == "sqlite" else tracking
+
+
+def require_server(uri: str, patience_s: float = 10.0) -> None:
+    """Ask a tracking server for its experiments, without loading MLflow, so that a wrong address costs seconds and not a study.
+
+    Raises:
+        RequestError: nothing answers there, it does not know the host name it is asked by, or it is no MLflow server.
+    """
+    import urllib.error
+    import urllib.request
+
+    if not uri.startswith(("http://", "https://")):
+        return
+    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    try:
+        with urllib.request.urlopen(address, timeout=patience_s) as reply:
+            json.load(reply)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:  # a server with accounts; the client brings the user's
+            return
+        if error.code == 403:
+            hint = 'mlflow server --allowed-hosts "HOST:*", HOST as the address names it'
+            raise RequestError(f"the MLflow server at {uri} refuses this address (403)", where="tracking", hint=hint) from error
+        raise RequestError(f"no MLflow server at {uri} (status {error.code})", where="tracking", hint="mlflow server") from error
+    except ValueError as error:
+        raise RequestError(f"what answers at {uri} is no MLflow server", where="tracking", hint="mlflow server") from error
+    except OSError as error:
+        hint = "mlflow server, or tracking=sqlite with a local out"
+        raise RequestError(f"no MLflow server answers at {uri} ({error})", where="tracking", hint=hint) from error
 
 
 def connect(uri: str) -> Any:
@@ -31,12 +66,8 @@ def connect(uri: str) -> Any:
     Raises:
         RequestError: no server answers there.
     """
-    # MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
-    for name, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-    ):
+    require_server(uri)
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import logging
 
@@ -62,13 +93,18 @@ class Projection:
         self.client = connect(uri)
         self.experiment = self._experiment()
         self.runs: dict[str, str] = {}
+        self.began: dict[str, int] = {}
         self.finished: set[str] = set()
         self.rows: dict[str, int] = {}
+        self.encoders: dict[str, str] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         for run in self._existing():
             key = run.data.tags[KEY_TAG]
-            self.runs[key] = run.info.run_id
+            self.runs[key], self.began[key] = run.info.run_id, run.info.start_time
             if run.info.status == "FINISHED":
                 self.finished.add(key)
+                if run.data.tags.get("allograft.kind") == "pretrain" and SHA_TAG in run.data.tags:
+                    self.encoders[run.data.tags[SHA_TAG]] = run.info.run_id
         self.parent = self._run(f"study:{study}", study, parent=None)
 
     def update(self) -> None:
@@ -78,20 +114,45 @@ class Projection:
             for name in storage.listing(root):
                 self._project(kind, storage.join(root, name), name)
 
-    def close(self, ok: bool) -> None:
-        """End the study's parent run, with the report and the tables as its artifacts."""
-        for name in ("study.yaml", "report/index.html", "report/results.csv"):
+    def close(self, ok: bool, words: str = "") -> None:
+        """End the study's parent run, with the report and the tables as its artifacts and the answer as its description."""
+        self._describe(words)
+        for name in ("study.yaml", "report/index.html", "report/results.csv", "report/significance.csv"):
             url = storage.join(self.out, name)
             if storage.exists(url):
                 self._artifact(self.parent, url, name)
         self.client.set_terminated(self.parent, "FINISHED" if ok else "FAILED")
+
+    def _describe(self, words: str) -> None:
+        """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""
+        from mlflow.entities import Metric
+
+        keys = [key for key in storage.listing(storage.join(self.out, "cells")) if key in self.finished]
+        held = [self.results.get(key) or storage.read_json(storage.join(self.out, "cells", key, "result.json")) for key in keys]
+        reached = {
+            run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held)
+            for sha256, run in self.encoders.items()
+        }
+        for run, numbers in reached.items():
+            # The count of cells is the step: a study that grew shows its newest means, a replay repeats what stands.
+            self.client.log_batch(run, metrics=[Metric(name, value, 0, len(held)) for name, value in numbers.items()])
+        note = pages.note(words, self.experiment, self.encoders.values())
+        self.client.set_tag(self.parent, "mlflow.note.content", note)
+        columns = pages.views(
+            sorted({name for numbers in reached.values() for name in numbers if "/test_" in name}),
+            sorted({name for result in held for name in facts.headline(result) if name.startswith("test_")}),
+        )
+        for name, value in {"mlflow.note.content": note, **columns}.items():
+            self.client.set_experiment_tag(self.experiment, name, value)
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.study)
         if found is not None:
             return str(found.experiment_id)
         location = f"{self.out}/artifacts" if self.uri.startswith("sqlite:") else None
-        return str(self.client.create_experiment(self.study, artifact_location=location))
+        # Without the kind, the pages of MLflow 3 open for language models and not for training runs.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(self.study, artifact_location=location, tags=tags))
 
     def _existing(self) -> list[Any]:
         found: list[Any] = []
@@ -103,12 +164,14 @@ class Projection:
             if not token:
                 return found
 
-    def _run(self, key: str, name: str, parent: str | None, tags: dict[str, str] | None = None) -> str:
+    def _run(self, key: str, name: str, parent: str | None, tags: dict[str, str] | None = None, seconds: float = 0.0) -> str:
         if key not in self.runs:
             given = {KEY_TAG: key, "mlflow.runName": name, "allograft.study": self.study, **(tags or {})}
             if parent:
                 given["mlflow.parentRunId"] = parent
-            self.runs[key] = self.client.create_run(self.experiment, tags=given, run_name=name).info.run_id
+            self.began[key] = int((time.time() - seconds) * 1000)
+            run = self.client.create_run(self.experiment, start_time=self.began[key], tags=given, run_name=name)
+            self.runs[key] = run.info.run_id
         return self.runs[key]
 
     def _project(self, kind: str, url: str, folder: str) -> None:
@@ -117,16 +180,12 @@ class Projection:
             return
         config = yaml.safe_load(storage.read_bytes(storage.join(url, "config.yaml")))
         done = storage.exists(storage.join(url, "result.json"))
-        if kind == "pretrain":
-            name, tags = f"{config['name']}-seed{config['seed']}", {"allograft.kind": "pretrain"}
-        else:
-            strategy = config["strategy"]["name"]
-            name = f"{config['task']['task']} {config['source']} {strategy} seed{config['seed']}"
-            tags = {"allograft.kind": "control" if config.get("shuffle_labels") else "cell"}
-        run = self._run(key, name, self.parent, tags)
+        result = storage.read_json(storage.join(url, "result.json")) if done else {}
+        tags = {"allograft.kind": facts.kind(kind, config)}
+        run = self._run(key, facts.name(kind, config), self.parent, tags, seconds=float(result.get("seconds", 0)))
         self._metrics(run, key, url)
         if done:
-            self._finish(kind, run, key, url, config, storage.read_json(storage.join(url, "result.json")))
+            self._finish(kind, run, key, url, config, result)
 
     def _metrics(self, run: str, key: str, url: str) -> None:
         from mlflow.entities import Metric
@@ -134,14 +193,12 @@ class Projection:
         path = storage.join(url, "metrics.jsonl")
         if not storage.exists(path):
             return
-        rows = [json.loads(line) for line in storage.read_bytes(path).splitlines()]
-        fresh = rows[self.rows.get(key, 0) :]
+        rows = [row for line in storage.read_bytes(path).splitlines() if (row := _row(line)) is not None]
         metrics = [
             # The row's own clock and step make a replay identical, and MLflow keeps identical points once.
-            Metric(name, float(value), int(row.get("seconds", 0) * 1000), int(row.get("step", row.get("epoch", 0))))
-            for row in fresh
-            for name, value in row.items()
-            if isinstance(value, int | float) and name not in {"step", "steps"} and value == value
+            Metric(name, value, int(row.get("seconds", 0) * 1000), int(row.get("step", row.get("epoch", 0))))
+            for row in rows[self.rows.get(key, 0) :]
+            for name, value in facts.curves(row).items()
         ]
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run, metrics=metrics[start : start + 1000])
@@ -150,43 +207,29 @@ class Projection:
     def _finish(self, kind: str, run: str, key: str, url: str, config: dict[str, Any], result: dict[str, Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        params = _flat(config)
-        numbers = {name: value for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        for row in result.get("metrics", []):
-            label = f".{row['class']}" if row["class"] else ""
-            if row["value"] is not None:
-                numbers[f"{row['split']}_{row['metric']}{label}"] = row["value"]
-        tags = {
-            "allograft.encoder_sha256": result.get("encoder_sha256") or "",
-            "mlflow.source.git.commit": result.get("revision", paths.revision()),
-            "health": str(result.get("health", "")),
-            "allograft.own_source": str(config.get("own_source", False)).lower(),
-            "allograft.lineage": json.dumps(result.get("lineage", [])),
-        }
-        source_run = self._run_of_encoder(result.get("encoder_sha256")) if kind == "cells" else None
-        if source_run:
-            tags["allograft.encoder_run"] = source_run
-        stamp = int(float(result.get("finished", 0)) * 1000)
+        told = facts.pretraining(config, result) if kind == "pretrain" else facts.cell(config, result)
+        tags = dict(told.tags)
+        if kind == "pretrain":
+            self.encoders[result["encoder_sha256"]] = run
+        else:
+            self.results[key] = result
+            if result.get("encoder_sha256") in self.encoders:
+                tags["allograft.encoder_run"] = self.encoders[result["encoder_sha256"]]
         self.client.log_batch(
             run,
-            metrics=[Metric(_name(name), float(value), stamp, 0) for name, value in numbers.items() if value == value],
-            params=[Param(name, value) for name, value in params.items()],
-            tags=[RunTag(name, value) for name, value in tags.items() if value],
+            metrics=[Metric(name, value, 0, 0) for name, value in told.metrics.items()],
+            params=[Param(name, value) for name, value in told.params.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
         )
         self._datasets(run, kind, config)
         if kind == "pretrain":
             for file in storage.listing(storage.join(url, "export")):
                 self._artifact(run, storage.join(url, "export", file), f"encoder/{file}")
-        self._artifact(run, storage.join(url, "result.json"), "result.json")
-        self.client.set_terminated(run, "FINISHED")
+        for file in ("config.yaml", "result.json"):
+            self._artifact(run, storage.join(url, file), file)
+        # The duration is that of the work, not of this view of it.
+        self.client.set_terminated(run, "FINISHED", end_time=self.began[key] + int(float(result.get("seconds", 0)) * 1000))
         self.finished.add(key)
-
-    def _run_of_encoder(self, sha256: str | None) -> str | None:
-        for name in storage.listing(storage.join(self.out, "pretrain")):
-            path = storage.join(self.out, "pretrain", name, "result.json")
-            if sha256 and storage.exists(path) and storage.read_json(path).get("encoder_sha256") == sha256:
-                return self.runs.get(name.rsplit("-", 1)[-1])
-        return None
 
     def _datasets(self, run: str, kind: str, config: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -220,74 +263,10 @@ class Projection:
             self.client.log_artifact(run, local, folder or None)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found[_name(f"{prefix}{name}")] = str(value)[:6000]
-    return found
-
-
-def _name(text: str) -> str:
-    # MLflow's alphabet for names.
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in text)
-
-
-class Projector:
-    """One thread of the driver that projects OUT into MLflow every few seconds while the study runs.
-
-    An MLflow that goes away in the middle costs nothing: the next round, or the last one, makes up for it.
-    """
-
-    def __init__(self, out: str, study: str, uri: str) -> None:
-        self._stop = threading.Event()
-        self._made = threading.Event()
-        self._arguments = (out, study, uri)
-        self._projection: Projection | None = None
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="mlflow-projection", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            self._projection = Projection(*self._arguments)
-        except BaseException as error:  # noqa: BLE001  handed to the driver's thread, which raises it
-            self._failure = error
-        finally:
-            self._made.set()
-        while self._projection and not self._stop.wait(PERIOD_S):
-            self._failure = _attempt(self._projection)
-
-    def finish(self, ok: bool) -> Projection:
-        """A last, complete projection in the caller's thread.
-
-        Raises:
-            WorkError: MLflow could not be reached; everything is safe in OUT.
-        """
-        self._stop.set()
-        self._thread.join()
-        if self._projection is None:
-            if isinstance(self._failure, AllograftError):
-                raise self._failure
-            raise WorkError(f"MLflow could not be opened: {self._failure}", where=self._arguments[2]) from self._failure
-        for pause_s in (1, 3, None):
-            failure = _attempt(self._projection)
-            if failure is None:
-                self._projection.close(ok)
-                return self._projection
-            if pause_s:
-                time.sleep(pause_s)
-        hint = f"results are safe; allograft sync {self._arguments[0]}"
-        raise WorkError(f"MLflow could not be written: {failure}", where=self._arguments[2], hint=hint)
-
-
-def _attempt(projection: Projection) -> BaseException | None:
-    from mlflow.exceptions import MlflowException
-
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl; None for a last line that is still being written."""
     try:
-        projection.update()
-    except (MlflowException, OSError) as error:
-        return error
-    return None
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None

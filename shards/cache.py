@@ -79,7 +79,7 @@ def _fetch(shard_url: str, sha256: str) -> bytes:
             data = storage.read_bytes(shard_url)
         except FileNotFoundError:
             raise _missing(shard_url) from None
-        except OSError as error:
+        except (OSError, WorkError) as error:
             problem = WorkError(f"cannot fetch the shard: {error}", where=shard_url, hint="run the same command again")
             continue
         found = hashlib.sha256(data).hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
+import tiny_study
 
 from base import storage
 from base.errors import RequestError
@@ -20,30 +21,9 @@ from cluster.study import Study, load_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-STUDY = {
-    "schema": 1,
-    "study": "tiny",
-    "data": {"phantom-chest": {"raw": "phantom:160"}},
-    "pretrain": [
-        {"name": "simclr", "recipe": "simclr/smoke", "data": {"phantom-chest": "train"}, "architecture": "test_resnet"},
-        {"name": "chain", "recipe": "supervised/smoke", "data": {"phantom-chest": "train"}, "start_from": "pretrain:simclr"},
-    ],
-    "cells": {
-        "sources": ["random", "pretrain:simclr", "pretrain:chain"],
-        "strategies": ["linear"],
-        "tasks": ["phantom-chest"],
-        "resolutions": [32],
-        "seeds": [0, 1],
-        "task_settings": {"phantom-chest": {"linear.epochs": 3}},
-    },
-    "champion": {"task": "phantom-chest", "metric": "auroc_mean"},
-}
-
 
 def make(folder: Path, **changes: object) -> Study:
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, "out": str(folder / "out"), **changes}))
-    return load_study(str(path))
+    return load_study(tiny_study.write(folder, tiny_study.STUDY, **changes))
 
 
 def kill_one_trainer_in_the_middle(out: str, killed: list[int]) -> None:
@@ -137,13 +117,15 @@ def check_store(study: Study) -> None:
     assert len(client.search_model_versions("name='tiny'")) == 2
 
 
-def test_mlflow_is_rebuilt_from_storage(finished: tuple[Study, Summary, list[int]]) -> None:
+def test_mlflow_is_rebuilt_from_storage_also_of_a_moved_study(finished: tuple[Study, Summary, list[int]], tmp_path: Path) -> None:
     study, _, _ = finished
-    os.remove(f"{study.out}/mlflow.db")
-    assert sync(study.out) == 6 + 2 + 1
-    check_store(study)
-    sync(study.out)
-    check_store(study)
+    out = str(tmp_path / "moved")
+    shutil.copytree(study.out, out, ignore=shutil.ignore_patterns("mlflow.db", "artifacts"))
+    assert sync(out) == 6 + 2
+    moved = study.model_copy(update={"out": out})
+    check_store(moved)
+    sync(out)
+    check_store(moved)
 
 
 def test_the_second_run_starts_nothing(finished: tuple[Study, Summary, list[int]]) -> None:

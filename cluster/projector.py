@@ -1,0 +1,62 @@
+"""The live view: one thread of the driver that projects OUT into MLflow every few seconds while the study runs.
+
+projector = Projector(out, study, uri)
+projection = projector.finish(ok=True)          # a last, complete projection in the caller's thread
+
+An MLflow that goes away in the middle costs nothing: the next round, or the last one, makes up for it.
+"""
+
+import threading
+import time
+
+from base.errors import AllograftError, WorkError
+from cluster.tracking import Projection
+
+PERIOD_S = 15.0
+LAST_PAUSES_S = (1.0, 3.0)
+
+
+class Projector:
+    """Runs until `finish`."""
+
+    def __init__(self, out: str, study: str, uri: str) -> None:
+        self._stop = threading.Event()
+        self._arguments = (out, study, uri)
+        self._projection: Projection | None = None
+        self._thread = threading.Thread(target=self._work, name="mlflow-projection", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._round()
+        while not self._stop.wait(PERIOD_S):
+            self._round()
+
+    def _round(self) -> Exception | None:
+        """One projection; what MLflow or storage could not do is returned, a bug of ours is raised."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._projection is None:
+                self._projection = Projection(*self._arguments)
+            self._projection.update()
+        except (MlflowException, OSError, AllograftError) as error:
+            return error
+        return None
+
+    def finish(self) -> Projection:
+        """A last, complete projection in the caller's thread.
+
+        Raises:
+            WorkError: MLflow could not be reached; everything is safe in OUT.
+        """
+        self._stop.set()
+        self._thread.join()
+        for pause_s in (*LAST_PAUSES_S, None):
+            failure = self._round()
+            if failure is None:
+                assert self._projection is not None
+                return self._projection
+            if pause_s is not None:
+                time.sleep(pause_s)
+        hint = f"results and report are safe; allograft sync {self._arguments[0]}"
+        raise WorkError(f"MLflow could not be written: {failure}", where=self._arguments[2], hint=hint)

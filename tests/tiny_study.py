@@ -1,0 +1,39 @@
+"""The study of the cluster tests: every stage of the main job, on phantoms so small that it takes about a minute."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SIMCLR = {"name": "simclr", "recipe": "simclr/smoke", "data": {"phantom-chest": "train"}, "architecture": "test_resnet"}
+CHAIN = {"name": "chain", "recipe": "supervised/smoke", "data": {"phantom-chest": "train"}, "start_from": "pretrain:simclr"}
+STUDY: dict[str, Any] = {
+    "schema": 1,
+    "study": "tiny",
+    "data": {"phantom-chest": {"raw": "phantom:160"}},
+    "pretrain": [SIMCLR, CHAIN],
+    "cells": {
+        "sources": ["random", "pretrain:simclr", "pretrain:chain"],
+        "strategies": ["linear"],
+        "tasks": ["phantom-chest"],
+        "resolutions": [32],
+        "seeds": [0, 1],
+        "task_settings": {"phantom-chest": {"linear.epochs": 3}},
+    },
+    "champion": {"task": "phantom-chest", "metric": "auroc_mean"},
+}
+# One pretraining and two cells, on one process each.
+SMALLER: dict[str, Any] = {
+    **STUDY,
+    "resources": {"pretrain_workers": 1, "cell_workers": 1},
+    "data": {"phantom-chest": {"raw": "phantom:120"}},
+    "pretrain": [SIMCLR],
+    "cells": {**STUDY["cells"], "sources": ["random", "pretrain:simclr"], "seeds": [0]},
+}
+
+
+def write(folder: Path, tree: dict[str, Any], **changes: object) -> str:
+    """The study as a file with results in `folder/out`; returns the file's path."""
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**tree, "out": str(folder / "out"), **changes}))
+    return str(path)
