@@ -89,12 +89,13 @@ def _stages(study: Study, progress: Progress, events: "Events", projector: Proje
 
 
 def _finish(study: Study, projector: Projector, progress: Progress, **counts: Any) -> Summary:
-    from analysis.report import answer, report
+    from analysis.evidence import gather
+    from analysis.report import report
 
     ok = not counts["failed"]
     projection, versions, champion, trouble = _registered(study, projector)
-    path = report(study.out)
-    words = answer(study.out)
+    evidence = gather(study.out)
+    path, words = report(study.out, evidence), evidence.answer()
     progress.say("report written")
     if projection is not None:
         trouble = _tried(lambda: projection.close(ok, words), study.out, projection.uri) or trouble
