@@ -37,14 +37,13 @@ def pack(
     out: Annotated[str, typer.Option(help="folder for the shards, path or URL")],
 ) -> None:
     """Make checked, de-identified WebDataset shards from raw files."""
-    from shards.pack import plan as plan_pack
-
     from base.paths import absolute
     from base.storage import join
     from cluster.pack import pack_on_ray
     from cluster.progress import Progress
     from cluster.session import session
     from shards.card import load_card
+    from shards.pack import plan as plan_pack
 
     found = load_card(card)
     raw = raw if raw.startswith("phantom:") else absolute(raw)
@@ -128,7 +127,6 @@ def report(out: Annotated[str, typer.Argument(help="the out of a study, path or 
     """Write OUT/report/index.html and OUT/report/results.csv from what stands in OUT."""
     from analysis.report import answer
     from analysis.report import report as write
-
     from analysis.results import write_results
     from base.paths import absolute
 
