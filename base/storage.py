@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ def _guard(act: Callable[[], T], url: str) -> T:
             raise
         raise WorkError(f"cannot be written: {error}", where=url, hint="make the bucket first") from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkError("no space left on the device", where=url, hint="free some space and run the same command again") from error
         if isinstance(error, PermissionError) and not isinstance(error, FileNotFoundError):
             raise WorkError(f"not allowed to write ({error.strerror or error})", where=url) from error
@@ -183,13 +184,12 @@ def get_dir(url: str, local: str | Path) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file or a folder with all below it; nothing happens when there is none."""
-    if not exists(url):
-        return
+    """Remove a file or a folder with all below it; nothing happens when there is none, or when others remove it at the same time."""
     if is_url(url):
         fs, path = _fs(url)
-        _guard(lambda: fs.rm(path, recursive=True), url)
+        with suppress(FileNotFoundError):
+            _ask(lambda: fs.rm(path, recursive=True), url)
     elif os.path.isdir(url):
-        shutil.rmtree(url)
+        shutil.rmtree(url, ignore_errors=True)
     else:
-        os.remove(url)
+        Path(url).unlink(missing_ok=True)

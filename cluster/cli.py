@@ -61,7 +61,7 @@ def pack(
 @app.command(epilog=_example("allograft run studies/demo.yaml out=runs/demo cells.seeds=[0,1,2]"))
 def run(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
     """The main job: pack, pretrain, fine-tune, compare, register. Again = only what is missing."""
-    from cluster.study import load_study
+    from cluster.load import load_study
 
     _run(load_study(study, settings or []))
 
@@ -99,8 +99,8 @@ def _closing(study: Any, summary: Any) -> None:
 @app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke"))
 def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
     """What a study would do, what stands already and what is missing. Starts nothing."""
+    from cluster.load import load_study
     from cluster.outlook import outlook
-    from cluster.study import load_study
 
     if not outlook(load_study(study, settings or [])):
         raise typer.Exit(2)

@@ -16,7 +16,6 @@ from finetune.cell import CELL_VERSION, CellConfig
 from finetune.task import Task, load_task
 from pretrain.recipe import load_recipe
 from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig
-from shards.card import load_card
 from shards.manifest import Manifest
 from shards.views import VIEWS_VERSION
 
@@ -59,6 +58,7 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         "data": [{"dataset": ref.dataset, "split": ref.split, "digest": ref.digest, "weight": ref.weight} for ref in data],
         "start_from_sha256": start.sha256 if start else None,
         "seed": seed,
+        "threads": study.resources.threads,
         "version": PRETRAIN_VERSION,
     }
     key = digest(identity)[:KEY_DIGITS]
@@ -67,7 +67,7 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         key=key,
         recipe=recipe,
         architecture=architecture,
-        in_chans=channels(entry.data),
+        in_chans=next(iter(corpora[name].manifest.card.channels for name in entry.data)),
         data=data,
         start_from=start.url if start else None,
         start_from_sha256=start.sha256 if start else None,
@@ -75,12 +75,8 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         seed=seed,
         out=join(study.out, "pretrain", f"{entry.name}-{key}"),
         threads=study.resources.threads,
+        workers=study.resources.loader_workers,
     )
-
-
-def channels(datasets: Mapping[str, str] | list[str]) -> int:
-    """Input channels of an encoder trained on these datasets: the most that any of them has."""
-    return max(load_card(name).channels for name in datasets)
 
 
 def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from base import storage
@@ -66,27 +67,30 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
 
 
 def _cells(out: str) -> list[dict[str, Any]]:
-    """Results of all finished cells, each read once: on an object store every one is a request."""
-    paths = [storage.join(out, "cells", key, "result.json") for key in storage.listing(storage.join(out, "cells"))]
+    """Results of the finished cells that the study asks for, each read once: on an object store every one is a request."""
+    asked = {row["key"] for row in storage.read_json(storage.join(out, "plan.json"))}
+    paths = [storage.join(out, "cells", key, "result.json") for key in storage.listing(storage.join(out, "cells")) if key in asked]
     return [storage.read_json(path) for path in paths if storage.exists(path)]
 
 
 def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, Any]]) -> float | None:
-    """Mean validation metric of an encoder on the champion's task; None where it has no cell there, or only cells on its own source."""
+    """An encoder's validation metric on the champion's task: the mean over seeds under the strategy that suits it best, as in the report.
+
+    Returns:
+        None where it has no cell there, or only controls and cells on datasets whose labels it has seen.
+    """
     if study.champion is None:
         return None
-    values: list[float] = []
-    for result in cells:
-        if result["task"] != study.champion.task or result["encoder_sha256"] != encoder_sha256:
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for cell in cells:
+        counts = cell["role"] == "cell" and not cell["own_source"] and not cell.get("shuffle_labels")
+        if not counts or cell["task"] != study.champion.task or cell["encoder_sha256"] != encoder_sha256:
             continue
-        if result["own_source"] or result["role"] != "cell":
-            continue
-        values += [
-            row["value"]
-            for row in result["metrics"]
-            if row["split"] == "val" and row["metric"] == study.champion.metric and not row["class"] and row["value"] is not None
-        ]
-    return sum(values) / len(values) if values else None
+        for row in cell["metrics"]:
+            if row["split"] == "val" and row["metric"] == study.champion.metric and not row["class"] and row["value"] is not None:
+                how = (cell["strategy"], str(cell["options"]), cell["fraction"], cell["resolution"])
+                groups.setdefault(how, []).append(row["value"])
+    return max((fmean(values) for values in groups.values()), default=None)
 
 
 def resolve(client: Any, reference: str) -> Any:

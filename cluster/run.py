@@ -83,7 +83,9 @@ def _stages(study: Study, progress: Progress, events: "Events", projector: Proje
             _write_plan(study.out, configs)
             kept, new, failed, deaths = _cells(study, configs, progress, events)
     else:
-        kept = len(list(plan.cells(study, corpora, weights)))
+        configs = list(plan.cells(study, corpora, weights))
+        _write_plan(study.out, configs)
+        kept = len(configs)
         progress.say(f"all {kept} cells stand already")
     return _finish(study, projector, progress, kept=kept, new=new, failed=failed, restarts=restarts, deaths=deaths)
 

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from base.config import Strict, apply, parse
-from cluster.study import DataEntry, Resources, Study, check_names, resolve_paths
+from cluster.load import check_names, resolve_paths
+from cluster.study import DataEntry, Resources, Study
 
 
 class OnePretraining(Strict):

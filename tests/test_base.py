@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,15 @@ def test_a_folder_comes_back_whole_and_its_last_file_goes_last(place: str, tmp_p
         "sub/a.bin",
         "z.bin",
     ]
+
+
+def test_removing_what_others_remove_at_the_same_time_is_fine(place: str) -> None:
+    url = storage.join(place, "manifest.json")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            storage.put(url, "x")
+            assert list(pool.map(storage.remove, [url] * 4)) == [None] * 4
+    assert not storage.exists(url)
 
 
 def test_create_is_exclusive(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from services import Services, answers, compose, running, tool
 from base import storage
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
+from cluster.load import load_study
 from cluster.run import run
-from cluster.study import load_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 OUT = "s3://allograft/tiny"

@@ -16,8 +16,9 @@ import tiny_study
 
 from base import storage
 from base.errors import RequestError
+from cluster.load import load_study
 from cluster.run import Summary, run, sync
-from cluster.study import Study, load_study
+from cluster.study import Study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

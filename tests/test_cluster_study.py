@@ -10,9 +10,10 @@ import yaml
 from base import storage
 from base.errors import RequestError
 from base.paths import ROOT
+from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.single import finetune_study, pretrain_study
-from cluster.study import Study, load_study
+from cluster.study import Study
 
 TINY = {
     "schema": 1,
@@ -51,13 +52,29 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "strategies": ["ful"]}}, "did you mean 'full'"),
         ({"cells": {**TINY["cells"], "sources": ["randon"]}}, "did you mean 'random'"),
         ({"cells": {**TINY["cells"], "sources": ["pretrain:simcrl"]}}, "did you mean 'simclr'"),
-        ({"cells": {**TINY["cells"], "sources": ["random", "random"]}}, "two sources have the same name"),
+        ({"cells": {**TINY["cells"], "sources": ["random", "random"]}}, "sources: random stands twice"),
         ({"pretrain": [{**TINY["pretrain"][0], "recipe": "simcrl/smoke"}]}, "did you mean 'simclr/smoke'"),
         ({"pretrain": [{**TINY["pretrain"][0], "settings": {"epohcs": 1}}]}, "did you mean 'epochs'"),
         ({"pretrain": [{**TINY["pretrain"][0], "architecture": None}]}, "needs an architecture"),
         ({"out": "s3://bucket/x"}, "tracking must be a server"),
         ({"preset": "smok"}, "unknown preset 'smok'"),
         ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
+        ({"champion": {"task": "phantom-chest", "metric": "auroc_maen"}}, "champion.metric"),
+        ({"cells": {**TINY["cells"], "fractions": [-1.0]}}, "cells.fractions"),
+        ({"cells": {**TINY["cells"], "fractions": [10]}}, "cells.fractions"),
+        ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions"),
+        ({"cells": {**TINY["cells"], "seeds": [0, 0]}}, "seeds: 0 stands twice"),
+        ({"cells": {**TINY["cells"], "tasks": ["phantom-chest"] * 2}}, "tasks: phantom-chest stands twice"),
+        ({"cells": {**TINY["cells"], "task_settings": {"dxc14": {}}}}, "unknown task 'dxc14'"),
+        ({"cells": {**TINY["cells"], "architectures": ["resnet19"]}}, "did you mean 'resnet18'"),
+        ({"pretrain": [{**TINY["pretrain"][0], "architecture": "resnet19"}]}, "did you mean 'resnet18'"),
+        (
+            {
+                "data": {"phantom-chest": {"raw": "phantom:60"}, "phantom-fundus": {"raw": "phantom:60"}},
+                "pretrain": [{**TINY["pretrain"][0], "data": {"phantom-chest": "train", "phantom-fundus": "train"}}],
+            },
+            "grey and colour",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_with_the_nearest_right_name(changes: dict[str, object], message: str, tmp_path: Path) -> None:

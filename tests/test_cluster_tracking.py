@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from base.config import parse
 from base.errors import RequestError
 from cluster import facts, pages
+from cluster.registry import champion_score
+from cluster.study import Study
 from cluster.tracking import require_server
 
 
@@ -98,3 +101,27 @@ def test_a_closed_port_is_refused() -> None:
 
 def test_a_store_of_ones_own_needs_no_server() -> None:
     require_server("sqlite:////nowhere/mlflow.db")
+
+
+def test_controls_own_sources_and_other_strategies_do_not_move_the_champion() -> None:
+    study = parse(
+        {
+            "study": "s",
+            "out": "/nowhere",
+            "data": {"phantom-chest": {"raw": "phantom:60"}},
+            "champion": {"task": "t", "metric": "auroc_mean"},
+        },
+        Study,
+        "study",
+    )
+    shared = {"encoder_sha256": "e", "role": "cell", "options": {}, "resolution": 32}
+    cells = [result("a", seed=0, value=0.8, **shared), result("a", seed=1, value=0.6, **shared)]
+    assert champion_score(study, "e", cells) == pytest.approx(0.7)
+    others = [
+        result("a", value=0.1, **{**shared, "strategy": "full"}),
+        result("a", value=0.99, **shared, shuffle_labels=True),
+        result("a", value=0.99, **{**shared, "own_source": True}),
+        result("a", value=0.99, **{**shared, "encoder_sha256": "other"}),
+    ]
+    assert champion_score(study, "e", cells + others) == pytest.approx(0.7)
+    assert champion_score(study, "e", others[1:]) is None

@@ -1,0 +1,132 @@
+"""Reading a study: its settings and preset applied, its paths made absolute, every name in it looked up before anything starts.
+
+study = load_study("studies/demo.yaml", ["cells.seeds=[0]"])
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from base.config import apply, assign, load_tree, parse
+from base.errors import RequestError, unknown
+from base.paths import absolute, is_url, named, names
+from cluster.study import PretrainEntry, Study
+from finetune.task import load_task
+
+
+def load_study(path: str, settings: Sequence[str] = ()) -> Study:
+    """The study file with its settings applied, paths absolute against the caller's directory, every name in it checked.
+
+    Raises:
+        RequestError: naming file and key, with the nearest right name.
+    """
+    if "/" not in path and not path.endswith((".yaml", ".yml")):
+        if path not in names("study"):
+            raise unknown("study", path, names("study"))
+        path = str(named("study", path))
+    tree = load_tree(path, settings)
+    if tree.get("preset"):
+        presets = tree.get("presets") or {}
+        if tree["preset"] not in presets:
+            raise unknown("preset", str(tree["preset"]), presets, where=f"{path}: preset")
+        for key, value in presets[tree["preset"]].items():
+            assign(tree, key, value)
+        apply(tree, settings)  # what the user typed wins over the preset
+    study = resolve_paths(parse(tree, Study, path), Path.cwd())
+    check_names(study, path)
+    return study
+
+
+def resolve_paths(study: Study, base: Path) -> Study:
+    """Relative `out`, `raw` and `shards` made absolute; inside a Ray job, whose directory is a throw-away copy, they are refused."""
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+    def resolve(value: str, key: str) -> str:
+        if value.startswith("phantom:"):
+            return value
+        if inside_job and not is_url(value) and not os.path.isabs(value):
+            raise RequestError(
+                f"'{value}' is relative, and a Ray job's directory is thrown away", where=key, hint="give a URL or an absolute path"
+            )
+        return absolute(value, base)
+
+    data = {
+        name: entry.model_copy(
+            update={
+                "raw": resolve(entry.raw, f"data.{name}.raw") if entry.raw else None,
+                "shards": resolve(entry.shards, f"data.{name}.shards") if entry.shards else None,
+            }
+        )
+        for name, entry in study.data.items()
+    }
+    out = resolve(study.out, "out")
+    if is_url(out) and study.tracking == "sqlite":
+        raise RequestError("results go to a URL, so tracking must be a server", where="tracking", hint="tracking=http://HOST:5000")
+    return study.model_copy(update={"out": out, "data": data})
+
+
+def check_names(study: Study, where: str) -> None:
+    """Every card, recipe, task, strategy and source that the study names must exist."""
+    from encoders.cuts import family
+    from finetune.strategies import resolve
+    from pretrain.recipe import load_recipe
+    from shards.card import load_card
+
+    cards = {name: load_card(name) for name in study.data}
+    earlier: dict[str, PretrainEntry] = {}
+    for i, entry in enumerate(study.pretrain):
+        key = f"{where}: pretrain[{i}]"
+        if entry.name in earlier:
+            raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
+        load_recipe(entry.recipe, entry.settings)
+        for dataset in entry.data:
+            if dataset not in study.data:
+                raise unknown("dataset", dataset, study.data, where=f"{key}.data")
+        if entry.architecture:
+            family(entry.architecture)
+        if len(set(entry.seeds)) < len(entry.seeds):
+            raise RequestError("a seed stands twice", where=f"{key}.seeds")
+        channels = {dataset: cards[dataset].channels for dataset in entry.data}
+        if len(set(channels.values())) > 1:
+            raise RequestError(f"grey and colour corpora in one run: {channels}", where=f"{key}.data", hint="one run for each")
+        _check_source(entry.start_from, earlier, f"{key}.start_from")
+        if entry.architecture is None and entry.start_from == "random":
+            raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
+        earlier[entry.name] = entry
+    if study.cells is None:
+        return
+    for i, source in enumerate(study.cells.sources):
+        _check_source(source.source, earlier, f"{where}: cells.sources[{i}]")
+    sources = [source.name for source in study.cells.sources]
+    for architecture in study.cells.architectures:
+        family(architecture)
+    for i, strategy in enumerate(study.cells.strategies):
+        resolve(strategy, f"{where}: cells.strategies[{i}]")
+    for i, task in enumerate(study.cells.tasks):
+        found = load_task(task, study.cells.task_settings.get(task, {}))
+        if found.dataset not in cards:
+            hint = f"data.{found.dataset}.raw=PATH"
+            raise RequestError(f"task '{task}' needs the dataset '{found.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
+        for axis in ("fractions", "resolutions"):
+            values = getattr(study.cells, axis)
+            for name in values if isinstance(values, dict) else ():
+                if name not in study.cells.tasks:
+                    raise unknown("task", name, study.cells.tasks, where=f"{where}: cells.{axis}")
+    for name in study.cells.task_settings:
+        if name not in study.cells.tasks:
+            raise unknown("task", name, study.cells.tasks, where=f"{where}: cells.task_settings")
+    for name in study.cells.shuffled_labels:
+        if name not in sources:
+            raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
+    if study.champion and study.champion.task not in study.cells.tasks:
+        raise unknown("task", study.champion.task, study.cells.tasks, where=f"{where}: champion.task")
+
+
+def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) -> None:
+    kind, _, rest = source.partition(":")
+    if kind == "pretrain" and rest not in earlier:
+        raise unknown("pretraining run", rest, earlier, where=where)
+    if source == "random" or kind in {"pretrain", "timm", "models", "run"} or is_url(source):
+        return
+    if not ("/" in source or source.startswith(".")):
+        raise unknown("source", source, ["random", *(f"pretrain:{name}" for name in earlier)], where=where)
