@@ -100,6 +100,9 @@ def check_names(study: Study, where: str) -> None:
     sources = [source.name for source in study.cells.sources]
     for architecture in study.cells.architectures:
         family(architecture)
+    foreign = any(not source.source.startswith("pretrain:") and source.source != "random" for source in study.cells.sources)
+    if not study.cells.architectures and not study.pretrain and not foreign:
+        raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")
     for i, strategy in enumerate(study.cells.strategies):
         resolve(strategy, f"{where}: cells.strategies[{i}]")
     for i, task in enumerate(study.cells.tasks):

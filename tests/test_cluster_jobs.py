@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,14 @@ def _rows(out: str) -> list[dict[str, str]]:
 
 def test_every_service_of_the_compose_file_is_healthy(services: Services) -> None:
     assert set(compose()) == set(services.running) == {"store", "bucket", "mlflow", "head", "worker"}
-    status = subprocess.run([tool("ray"), "status", "--address", services.ray], env=services.environment, capture_output=True, text=True)
-    assert status.returncode == 0, status.stderr
-    nodes = [line for line in status.stdout.splitlines() if " node_" in line]
-    assert len(nodes) == 2, status.stdout
+    deadline, nodes, shown = time.monotonic() + 90, 0, ""
+    while nodes < 2 and time.monotonic() < deadline:  # the worker joins when it joins, and the status is some seconds old
+        command = [tool("ray"), "status", "--address", services.ray]
+        status = subprocess.run(command, env=services.environment, capture_output=True, text=True)
+        assert status.returncode == 0, status.stderr
+        shown = status.stdout
+        nodes = sum(" node_" in line for line in shown.splitlines())
+    assert nodes == 2, shown
     assert answers(f"{services.tracking}/health")
     assert storage.exists("s3://allograft")
 

@@ -120,6 +120,8 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
     cell = finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet", "seed=3"])
     assert cell.cells is not None
     assert cell.cells.seeds == [3]
+    with pytest.raises(RequestError, match="architecture=resnet18"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60"])
     with pytest.raises(RequestError, match="did you mean 'seed'"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
 
