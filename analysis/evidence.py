@@ -197,7 +197,8 @@ def scores(cell: Cell) -> Scores | None:
         if not np.isfinite(score).all():
             return None
     if "stratum" in frame.columns and frame["stratum"].notna().any():
-        strata = frame["stratum"].astype(str).to_numpy(object)
+        known = zip(frame["stratum"], frame["stratum"].notna(), strict=True)
+        strata = np.array([str(value) if there else None for value, there in known], object)
     # An image without a patient is a patient of its own.
     named = zip(frame["patient"], frame["sample_id"], strict=True)
     patients = np.array([str(patient) if patient else f"image {image}" for patient, image in named], object)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import statistics
-from analysis.metrics import dice_per_image
+from analysis.metrics import dice_per_image, stratified
 from base.seeds import rng
 
 Array = NDArray[np.float64]
@@ -47,10 +47,12 @@ class Arrays:
 
 
 def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
-    """auroc_mean and, where there are strata, auroc_within_mean of any scores."""
+    """auroc_mean and, where at least two strata are known, auroc_within_mean of any scores."""
     assert split.target_NL is not None
     count = len(score_NL)
-    strata = None if split.strata is None else np.array([str(value) for value in split.strata], object)
+    strata = None
+    if split.strata is not None and stratified(split.strata):
+        strata = np.array([None if value is None else str(value) for value in split.strata], object)
     held = statistics.Scores(0, np.arange(count).astype(str), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
     names = ["auroc_mean"] + (["auroc_within_mean"] if strata is not None else [])
     return {name: float(statistics.metric_B(held, name, np.ones((1, count)))[0]) for name in names}
@@ -94,46 +96,66 @@ def pixels(train: Arrays, val: Arrays | None, test: Arrays) -> dict[str, float]:
 
 
 def metadata(train: Arrays, test: Arrays) -> dict[str, float]:
-    """Score of a test image: the share of positives among the training images of its stratum (shrunk to the overall share by one image)."""
+    """Score of a test image: the share of positives among the training images of its stratum, shrunk to the overall share by one image.
+
+    An image of no known stratum gets the overall share.
+    """
     assert train.strata is not None
     assert test.strata is not None
     assert train.target_NL is not None
     overall: Array = np.nanmean(train.target_NL, axis=0)
     groups: dict[str, list[int]] = {}
     for at, value in enumerate(train.strata):
-        groups.setdefault(str(value), []).append(at)
+        if value is not None:
+            groups.setdefault(str(value), []).append(at)
     share = {}
     for name, members in groups.items():
         inside_NL = train.target_NL[members]
         share[name] = np.asarray((np.nansum(inside_NL, axis=0) + overall) / (np.isfinite(inside_NL).sum(axis=0) + 1), float)
-    return scores_metrics(np.stack([share.get(str(value), overall) for value in test.strata]), test)
+    return scores_metrics(np.stack([(overall if value is None else share.get(str(value), overall)) for value in test.strata]), test)
 
 
 def classification(train: Arrays, val: Arrays | None, test: Arrays) -> Floors:
-    """Floors of a classification task; `metadata` only where there are strata."""
+    """Floors of a classification task; `metadata` only where the test images have at least two known strata."""
     found = {"pixels": pixels(train, val, test)}
-    if train.strata is not None and test.strata is not None and len(set(map(str, test.strata))) > 1:
+    if train.strata is not None and test.strata is not None and stratified(test.strata):
         found["metadata"] = metadata(train, test)
     return found
 
 
 def segmentation(train: Arrays, test: Arrays) -> Floors:
-    """The mean training mask, thresholded where its mean training Dice is best, as the prediction for every test image."""
-    assert train.masks is not None
-    assert test.masks is not None
-    truth, mean = train.masks > 0, (train.masks > 0).mean(axis=0)
+    """The mean training mask, thresholded where its mean training Dice is best, as the prediction for every test image.
+
+    Images without a mask (NO_MASK everywhere) are left out, as the cells leave them out; empty where a split has no other.
+    """
+    truth, target = _masks(train), _masks(test)
+    if not len(truth) or not len(target):
+        return {}
+    mean = truth.mean(axis=0)
     best, cut = -1.0, 0.5
     for threshold in np.linspace(0.05, 0.95, 19):
         reached = float(dice_per_image(np.broadcast_to(mean >= threshold, truth.shape), truth).mean())
         if reached > best:
             best, cut = reached, float(threshold)
-    target = test.masks > 0
     return {"mean_mask": {"dice": float(dice_per_image(np.broadcast_to(mean >= cut, target.shape), target).mean()), "threshold": cut}}
 
 
+def _masks(split: Arrays) -> NDArray[np.bool_]:
+    from shards.loader import NO_MASK
+
+    assert split.masks is not None
+    there = (split.masks != NO_MASK).reshape(len(split.masks), -1).any(axis=1)
+    return np.asarray(split.masks[there] > 0)
+
+
 def average(found: Sequence[Floors]) -> Floors:
-    """Mean of each number over several fits."""
-    return {name: {metric: float(np.mean([held[name][metric] for held in found])) for metric in found[0][name]} for name in found[0]}
+    """Mean of each number over the fits that have it."""
+    names = {(name, metric): None for held in found for name, values in held.items() for metric in values}
+    result: Floors = {}
+    for name, metric in names:
+        held = [fit[name][metric] for fit in found if metric in fit.get(name, {})]
+        result.setdefault(name, {})[metric] = float(np.mean(held))
+    return result
 
 
 def share(patients: Sequence[str], fraction: float, draw: int) -> NDArray[np.int64]:

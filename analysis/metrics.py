@@ -63,20 +63,25 @@ def auprc(score_N: ArrayLike, target_N: ArrayLike) -> float:
 def auroc_within(score_N: ArrayLike, target_N: ArrayLike, stratum_N: Sequence[object]) -> float:
     """AUROC inside strata, averaged with weights positives x negatives: of all pairs within a stratum, the share ranked right.
 
-    Strata of one class hold no pair and do not count; nan when none holds both.
+    Strata of one class hold no pair and do not count, nor do samples whose stratum is not known (None); nan when none holds both.
     """
     score, target = _checked(score_N, target_N)
-    strata = np.asarray([str(value) for value in stratum_N])
-    if len(strata) != len(score):
-        raise ValueError(f"{len(score)} scores but {len(strata)} strata")
+    if len(stratum_N) != len(score):
+        raise ValueError(f"{len(score)} scores but {len(stratum_N)} strata")
+    strata = np.asarray(["" if value is None else f"={value}" for value in stratum_N])
     right = pairs = 0.0
-    for value in np.unique(strata):
+    for value in np.unique(strata[strata != ""]):
         inside = strata == value
         weight = float(target[inside].sum()) * float((~target[inside]).sum())
         if weight:
             right += weight * auroc(score[inside], target[inside])
             pairs += weight
     return right / pairs if pairs else float("nan")
+
+
+def stratified(stratum_N: Iterable[object]) -> bool:
+    """Whether "within strata" means anything: at least two strata are known. Within one it would be the plain AUROC by another name."""
+    return len({str(value) for value in stratum_N if value is not None}) >= 2
 
 
 def mean_defined(values: Iterable[float]) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from base import storage
 from base.config import digest
 from base.errors import AllograftError
 
-FLOORS_VERSION = 2
+FLOORS_VERSION = 3
 
 
 def answer(out: str) -> str:

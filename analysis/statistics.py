@@ -32,7 +32,8 @@ CHUNK = 2_000_000  # numbers held at a time in a weighted AUROC: 16 MB
 class Scores:
     """What one cell predicted for the test images.
 
-    Either `target_NL` (0, 1, NaN unknown) with `score_NL`, or `dice_N`. `patient_N`, `stratum_N`: any labels; `ids_N`: which images.
+    Either `target_NL` (0, 1, NaN unknown) with `score_NL`, or `dice_N`. `patient_N`, `stratum_N`: any labels, a stratum that is
+    not known is None; `ids_N`: which images.
     """
 
     seed: int
@@ -51,11 +52,11 @@ class Scores:
 
     @cached_property
     def strata(self) -> list[NDArray[np.int64]]:
-        """Positions of the images of each stratum; one stratum of all where there is none."""
+        """Positions of the images of each known stratum; one stratum of all where there are none."""
         if self.stratum_N is None:
             return [np.arange(len(self.ids_N))]
-        codes = np.unique(self.stratum_N.astype(str), return_inverse=True)[1]
-        return [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        known, names = np.array([value is not None for value in self.stratum_N]), self.stratum_N.astype(str)
+        return [np.flatnonzero(known & (names == name)) for name in np.unique(names[known])]
 
 
 @dataclass(frozen=True)

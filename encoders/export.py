@@ -12,6 +12,7 @@ The sha256 that identifies an encoder is `weights.sha256_of` its tensors; that o
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,15 @@ class ExportInfo(Strict):
     revision: str
     torch: str
     timm: str
+
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation under which these weights take images of that many channels.
+
+        Where the number differs they are equal in every channel, or the adapted first convolution would not see what the source's saw.
+        """
+        if channels == self.in_chans:
+            return self.mean, self.std
+        return (math.fsum(self.mean) / len(self.mean),) * channels, (math.fsum(self.std) / len(self.std),) * channels
 
 
 def export(

@@ -9,9 +9,10 @@ Legend: N images, C channels, H W pixels, L labels.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from shards.loader import NO_MASK, Corpus, Decoded, decode_all
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1) for masks; who, and of which stratum."""
+    """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1) for masks; who, and of which stratum
+    (None: not known)."""
 
     split: str
     image: NDArray[np.uint8]
@@ -53,7 +55,7 @@ class Arrays:
         )
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _corpus(url: str, digest: str, split: str, cache_dir: str | None) -> Corpus:
     corpus = Corpus(url, (split,), cache_dir)
     if corpus.manifest.digest != digest:
@@ -82,7 +84,7 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
     corpus = _corpus(url, digest, split, cache_dir)
     card = corpus.manifest.card
     decoded = _decoded(url, digest, split, size, cache_dir)
-    strata = tuple(None if card.stratify_by is None else str(meta.get(card.stratify_by)) for meta in decoded.meta)
+    strata = tuple(_stratum(meta, card.stratify_by) for meta in decoded.meta)
     ids, image = tuple(decoded.ids), decoded.images
     if task.kind == "segmentation":
         if decoded.seg is None:
@@ -101,6 +103,12 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
     if task.kind == "multiclass":
         return arrays.take(np.flatnonzero((known.min(1) > 0) & (target.sum(1) == 1)))
     return arrays.take(np.flatnonzero(known.max(1) > 0)) if not known.max(1).all() else arrays
+
+
+def _stratum(meta: Mapping[str, Any], column: str | None) -> str | None:
+    # Not str(None): a layout without the column would make one stratum of all images, in which "within" compares everything.
+    value = None if column is None else meta.get(column)
+    return None if value is None else str(value)
 
 
 def fraction_of(arrays: Arrays, fraction: float, seed: int) -> NDArray[np.int64]:

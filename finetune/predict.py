@@ -18,7 +18,6 @@ from finetune.data import Arrays
 from finetune.task import Task
 
 Row = dict[str, Any]
-THRESHOLD = 0.5  # of a mask's probability
 
 
 def probabilities(task: Task, logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -37,8 +36,9 @@ def _row(split: str, name: str, metric: str, value: float, n: int) -> Row:
 def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row]:
     """Metric rows of one split.
 
-    Labels: `auroc`, `auprc` (and `auroc_within` where the card names strata) per label, n = images whose label is known; the value is None
-    where only one class is present. `<metric>_mean` over the labels that have a value, n = how many those are.
+    Labels: `auroc`, `auprc` (and `auroc_within` where at least two strata are known) per label, n = images whose label is known (and whose
+    stratum is); the value is None where only one class is present. `<metric>_mean` over the labels that have a value, n = how many those
+    are.
     Masks: `dice`, the mean over images, n = images.
     """
     split = arrays.split
@@ -47,11 +47,12 @@ def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row
         return [_row(split, "", "dice", float(dice.mean()), len(dice))]
     scores = probabilities(task, logits)
     rows: list[Row] = []
-    kinds = ["auroc", "auprc"] + ["auroc_within"] * any(value is not None for value in arrays.strata)
+    kinds = ["auroc", "auprc"] + ["auroc_within"] * metrics.stratified(arrays.strata)
+    placed = np.array([value is not None for value in arrays.strata])
     for kind in kinds:
         values: list[float] = []
         for column, label in enumerate(task.labels):
-            known = arrays.known[:, column] > 0
+            known = (arrays.known[:, column] > 0) & (placed | (kind != "auroc_within"))
             score, target = scores[known, column], arrays.target[known, column]
             if kind == "auroc_within":
                 value = metrics.auroc_within(score, target, [stratum for stratum, kept in zip(arrays.strata, known, strict=True) if kept])

@@ -7,7 +7,6 @@ Files go to a temporary folder and then to `config.out`, `result.json` last.
 """
 
 import json
-import math
 import platform
 import tempfile
 import time
@@ -38,12 +37,15 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     """The cell's result (Result as plain data), computed or found standing.
 
     Raises:
-        RequestError: the task does not fit the dataset, unknown strategy or option, no such encoder.
-        WorkError: shards or weights are not those planned, the loss is not finite, or the context asked to stop.
+        RequestError: the task does not fit the dataset, unknown strategy or option, no such encoder, another cell's result at `out`.
+        WorkError: shards or weights are not those planned, loss or output not finite, or the context asked to stop.
     """
     where = storage.join(config.out, RESULT)
     if storage.exists(where):
-        return _plain(parse(storage.read_json(where), Result, where))
+        standing = parse(storage.read_json(where), Result, where)
+        if standing.key != config.key:
+            raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
+        return _plain(standing)
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
     task = config.task
@@ -54,7 +56,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     trainer = Trainer(config, transplant)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
-        history = trainer.fit(ctx, local / "metrics.jsonl")
+        history, train_images = trainer.fit(ctx, local / "metrics.jsonl")
         splits = ["val"] if config.role == "trial" else ["val", "test"]
         rows, tables = [], []
         for split in splits:
@@ -82,7 +84,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             shuffle_labels=config.shuffle_labels,
             metrics=rows,
             selection=history,
-            train_images=len(trainer.arrays("train")),
+            train_images=train_images,
             params=params,
             macs=macs,
             seconds=round(time.perf_counter() - started, 3),
@@ -137,8 +139,5 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     info = read_export(config.encoder_dir, verify=False)  # `plant` hashes the tensors
     if info.architecture != config.architecture:
         raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
-    mean, std = info.mean, info.std
-    if info.in_chans != channels:
-        # Equal in every channel, or the adapted first convolution would not see what the source's saw.
-        mean, std = ((math.fsum(values) / len(values),) * channels for values in (mean, std))
+    mean, std = info.normalisation(channels)
     return EncoderSpec(architecture=info.architecture, in_chans=channels, mean=mean, std=std), load_local(config.encoder_dir)

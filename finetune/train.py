@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import RequestError, WorkError
-from base.seeds import rng
+from base.seeds import rng, seed_of
 from engine.context import Context
 from engine.schedules import factor
 from finetune import data, predict
@@ -102,13 +102,14 @@ class Trainer:
 
     # -- training
 
-    def fit(self, ctx: Context, log: str | Path) -> Selection:
-        """Train, append a row an epoch to `log` and report it, and put the best epoch's weights back.
+    def fit(self, ctx: Context, log: str | Path) -> tuple[Selection, int]:
+        """Train, append a row an epoch to `log` and report it, and put the best epoch's weights back. Returns also how many images trained.
 
         Raises:
             RequestError: one training image.
-            WorkError: a loss that is not finite; the context asked to stop.
+            WorkError: a loss or an output that is not finite; the context asked to stop.
         """
+        torch.manual_seed(seed_of("train", self.config.seed))  # for whatever a layer draws; order and views have keys of their own
         recipe, frozen = self.recipe, self.module.frozen
         if frozen:
             self._cache("train")
@@ -151,9 +152,7 @@ class Trainer:
                 optimizer.step()
                 losses.append(float(loss.detach()))
             if not all(map(math.isfinite, losses)):
-                raise WorkError(
-                    f"the training loss is not finite in epoch {epoch}", where=f"cell {self.config.key}", hint="lower recipe.lr"
-                )
+                raise self._diverged(f"the training loss is not finite in epoch {epoch}")
             logits = self.logits("val")
             value = predict.headline(self.task, predict.measure(self.task, self.arrays("val"), logits))
             val_loss = self._validation_loss(logits)
@@ -176,11 +175,14 @@ class Trainer:
             elif epoch - best_epoch >= recipe.patience:
                 break
         if not best_epoch:
-            raise WorkError("the validation loss was never finite", where=f"cell {self.config.key}", hint="lower recipe.lr")
+            raise self._diverged("the validation loss was never finite")
         self.module.load_state_dict(best_state, strict=False)
-        return Selection(
-            metric="loss" if undefined else self.task.metric, value=-best if undefined else best, epoch=best_epoch, epochs=epoch
-        )
+        metric, value = ("loss", -best) if undefined else (self.task.metric, best)
+        return Selection(metric=metric, value=value, epoch=best_epoch, epochs=epoch), images
+
+    def _diverged(self, what: str) -> WorkError:
+        rate = "linear.lr" if self.module.frozen else "recipe.lr"
+        return WorkError(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {rate}")
 
     def _trained(self) -> dict[str, Tensor]:
         """State that training changes: all of it, or the head when the encoder is frozen."""
@@ -202,13 +204,20 @@ class Trainer:
 
     @torch.inference_mode()
     def logits(self, split: str) -> NDArray[np.float32]:
-        """f32 NL or NHW on the evaluation view, in the split's order, with the weights that stand in the network."""
+        """f32 NL or NHW on the evaluation view, in the split's order, with the weights that stand in the network.
+
+        Raises:
+            WorkError: one is not finite. A mask cut from such numbers would look like any other.
+        """
         self.module.eval()
         size = (self.config.resolution, self.config.resolution)
         chunks = [
             np.arange(start, min(start + EVAL_BATCH, len(self.arrays(split)))) for start in range(0, len(self.arrays(split)), EVAL_BATCH)
         ]
-        return np.concatenate([self.module.head(self._embed(split, index), size).float().cpu().numpy() for index in chunks])
+        logits = np.concatenate([self.module.head(self._embed(split, index), size).float().cpu().numpy() for index in chunks])
+        if not np.isfinite(logits).all():
+            raise self._diverged(f"the network's output is not finite on split {split}")
+        return logits
 
     def _validation_loss(self, logits: NDArray[np.float32]) -> float:
         arrays = self.arrays("val")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from analysis.metrics import auprc, auroc, auroc_within, dice_per_image, mean_defined
+from analysis.metrics import auprc, auroc, auroc_within, dice_per_image, mean_defined, stratified
 
 # Few distinct scores, so that ties are common.
 samples = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 2)), min_size=2, max_size=60)
@@ -45,6 +45,14 @@ def test_a_confounder_gains_nothing_within_its_strata() -> None:
     target = (draw.random(2000) < np.array([0.1, 0.5, 0.9])[source]).astype(int)
     assert auroc(source, target) > 0.8
     assert auroc_within(source, target, source.tolist()) == 0.5
+
+
+def test_samples_of_no_known_stratum_hold_no_pair() -> None:
+    score, target = [0.1, 0.9, 0.8, 0.2, 0.3, 0.7], [0, 1, 0, 1, 0, 1]
+    assert auroc_within(score, target, ["a", "a", None, None, "b", "b"]) == 1
+    assert np.isnan(auroc_within(score, target, [None] * 6))
+    assert not stratified([None, "a", "a"])
+    assert stratified([None, "a", "b"])
 
 
 def test_bad_input_is_refused() -> None:

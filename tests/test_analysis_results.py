@@ -101,6 +101,18 @@ def test_pixels_find_a_bright_label_and_metadata_finds_a_confounded_one() -> Non
     assert only["auroc_mean"] == 1
 
 
+def test_floors_know_no_stratum_of_the_name_none() -> None:
+    draw = rng("floors without strata")
+    target, images = (draw.random((60, 1)) < 0.5).astype(float), draw.integers(0, 100, (60, 1, 32, 32)).astype(np.uint8)
+    for strata in ([None] * 60, ["a", None] * 30):
+        held = floors.Arrays(images, target, strata)
+        found = floors.classification(held, None, held)
+        assert set(found) == {"pixels"}
+        assert set(found["pixels"]) == {"auroc_mean"}
+    known = floors.Arrays(images, target, ["a", "b", None] * 20)
+    assert set(floors.classification(known, None, known)["metadata"]) == {"auroc_mean", "auroc_within_mean"}
+
+
 def test_a_share_of_the_labels_is_whole_patients_of_about_the_right_size() -> None:
     patients = [f"p{i // 2}" for i in range(200)]
     at = floors.share(patients, 0.1, 0)
@@ -121,6 +133,9 @@ def test_the_mean_mask_of_equal_masks_is_perfect_and_empty_masks_agree() -> None
     masks[:, 2:6, 2:6] = 255
     held = floors.Arrays(masks[:, None], masks=masks)
     assert floors.segmentation(held, held)["mean_mask"]["dice"] == 1
+    some = np.concatenate([masks, np.full_like(masks, 255)])  # the second half has no mask
+    assert floors.segmentation(floors.Arrays(some[:, None], masks=some), held)["mean_mask"]["dice"] == 1
+    assert floors.segmentation(held, floors.Arrays(some[6:, None], masks=some[6:])) == {}
     empty = floors.Arrays(masks[:, None], masks=np.zeros_like(masks))
     assert floors.segmentation(empty, empty)["mean_mask"]["dice"] == 1
 

@@ -51,6 +51,13 @@ def test_unknown_targets_and_labels_of_one_class_are_left_out() -> None:
     assert metric_B(made(0, score, target, np.arange(4)), "auroc_mean", np.ones((1, 4)))[0] == pytest.approx(expected)
 
 
+def test_images_of_no_known_stratum_hold_no_pair() -> None:
+    strata = np.array(["a", None, "b", "a", None], object)
+    names = np.arange(5).astype(str)
+    held = Scores(0, names, names.astype(object), np.ones((5, 1)), np.ones((5, 1)), None, strata)
+    assert [at.tolist() for at in held.strata] == [[0, 3], [2]]
+
+
 def test_resampling_is_by_patient_and_redraws_lost_classes() -> None:
     target = np.zeros((30, 1))
     target[:2] = 1  # one patient holds all positives

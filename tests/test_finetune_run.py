@@ -17,7 +17,7 @@ from encoders.build import build
 from encoders.export import export
 from encoders.weights import load_local, sha256_of
 from engine.context import LocalContext
-from finetune import data
+from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig
 from finetune.run import plant, run
 from finetune.task import load_task
@@ -161,6 +161,8 @@ def test_the_test_split_is_read_once_and_last_and_never_in_a_trial(cell: Make, t
     monkeypatch.setattr(data, "load", recorded)
     run(cell(), context(tmp_path))
     assert read_splits.count("test") == 1
+    assert read_splits[-1] == "test"
+    assert read_splits.count("train") == 1
     read_splits.clear()
     result = run(cell(role="trial", out=str(tmp_path / "trial")), context(tmp_path))
     assert "test" not in read_splits
@@ -224,6 +226,35 @@ def test_bad_requests_are_refused(cell: Make, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RequestError, match="1 training image is too few"):
         run(cell(fraction=0.001), context(tmp_path))
     assert not Path(cell().out).exists()
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+def test_an_output_that_is_not_finite_is_no_result(cell: Make, tmp_path: Path, task: str) -> None:
+    """One step an epoch: the only training loss is that of the untouched weights. A mask cut from nan would pass for an empty one."""
+    config = cell(task, settings=["recipe.epochs=1", "recipe.batch=1000", "recipe.lr=1e30", "recipe.warmup=0"])
+    with pytest.raises(WorkError, match=rf"task {task}: the network's output is not finite on split val .*lower recipe.lr"):
+        run(config, context(tmp_path))
+    assert not Path(config.out).exists()
+
+
+def test_the_result_of_another_cell_is_not_taken_for_this_one(cell: Make, tmp_path: Path) -> None:
+    run(cell(), context(tmp_path))
+    with pytest.raises(RequestError, match="is that of cell 0000000000000000, not of 1111111111111111"):
+        run(cell(key="1" * 16), context(tmp_path))
+
+
+def test_a_dataset_without_the_stratum_has_no_metric_within_it(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the official NIH layout: the card names a column that this copy of the data does not have."""
+    config = cell()
+    card = data._corpus(config.shards, config.manifest_digest, "val", None).manifest.card
+    monkeypatch.setitem(card.__dict__, "stratify_by", "source")
+    arrays = Trainer(config, plant(config, 1)[0]).arrays("val")
+    assert set(arrays.strata) == {None}
+    logits = np.zeros((len(arrays), 3), np.float32)
+    assert not any("within" in row["metric"] for row in predict.measure(config.task, arrays, logits))
+    half = data.replace(arrays, strata=tuple("abc"[i] if i < 2 else None for i in range(len(arrays))))
+    rows = [row for row in predict.measure(config.task, half, logits) if row["metric"] == "auroc_within"]
+    assert [row["n"] for row in rows] == [2, 2, 2]
 
 
 def test_a_cell_stops_when_asked_and_leaves_nothing(cell: Make, tmp_path: Path) -> None:
