@@ -48,6 +48,7 @@ class Run:
         """The whole run; see `pretrain.run.run`."""
         done = ranks.share(self._standing_result() if self.first else None)
         if done is not None:
+            self._refuse_another(done["key"], "result")
             return dict(done)
         self.started = time.perf_counter()
         self.restarts = ranks.share(self._count_attempt() if self.first else None)
@@ -62,6 +63,13 @@ class Run:
 
     def _standing_result(self) -> dict[str, Any] | None:
         return storage.read_json(self._at("result.json")) if storage.exists(self._at("result.json")) else None
+
+    def _refuse_another(self, key: str, what: str) -> None:
+        # By all ranks alike: one that raised alone would leave the others waiting.
+        if key != self.config.key:
+            raise RequestError(
+                f"the {what} that stands here is that of run {key}, not of {self.config.key}", where=self.config.out, hint="use another out"
+            )
 
     def _count_attempt(self) -> int:
         """Restarts so far. A file of its own: a worker killed before its first checkpoint counts too."""
@@ -87,6 +95,12 @@ class Run:
                     f"these shards of '{ref.dataset}' have the digest {corpus.manifest.digest[:12]}, the run asks for {ref.digest[:12]}",
                     where=ref.shards,
                     hint="run the study again: it plans with the shards that are there",
+                )
+            if corpus.channels != config.in_chans:
+                raise RequestError(
+                    f"'{ref.dataset}' has {corpus.channels} channels, the encoder takes {config.in_chans}",
+                    where=ref.shards,
+                    hint=f"in_chans={corpus.channels}",
                 )
         self.labels = list(dict.fromkeys(label for corpus in self.corpora for label in corpus.labels))
         weights = [ref.weight for ref in config.data]
@@ -130,6 +144,7 @@ class Run:
                 storage.remove(self._at("metrics.jsonl"))
             return
         snapshot = checkpoint.load(found)
+        self._refuse_another(snapshot.state["key"], "checkpoint")
         self.method.load_state_dict(snapshot.model, strict=True)
         self.engine.load_optimizer_state(snapshot.optimizer, snapshot.state["optimizer_values"])
         if snapshot.mine:
@@ -187,11 +202,10 @@ class Run:
         return True
 
     def _place(self, batch: Batch) -> Batch:
-        """On this rank's device, with the channels that the network takes (grey is repeated for one of three)."""
-        device, channels = self.engine.device, self.config.in_chans
+        """On this rank's device."""
+        device = self.engine.device
         views = [view.to(device, non_blocking=True) for view in batch.views]
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-        views = [view.expand(-1, channels, -1, -1) if view.shape[1] == 1 and channels == 3 else view for view in views]
         moved = {
             name: value.to(device, non_blocking=True) if isinstance(value := getattr(batch, name), Tensor) else value
             for name in ("index_B", "target_BL", "mask_BL")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from base import storage
+from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import is_url, revision
 from base.seeds import seed_of
@@ -38,8 +39,7 @@ def begin(config: PretrainConfig) -> tuple[Encoder, ExportInfo | None]:
             raise RequestError("these weights are not those that the run was planned with", where=config.start_from)
         if info.architecture != config.architecture:
             raise RequestError(f"weights of {info.architecture} do not fit {config.architecture}", where=config.start_from)
-        # Another number of channels has another normalisation, the neutral one.
-        mean, std = (info.mean, info.std) if info.in_chans == config.in_chans else (None, None)
+        mean, std = info.normalisation(config.in_chans)
         encoder = build(config.architecture, config.in_chans, mean, std, seed=seed, image_size=size)
         load_into(encoder.net, load_local(place))
     return encoder, info
@@ -65,10 +65,12 @@ def publish(
     lineage = list(parent.lineage) if parent else []
     if parent and lineage:
         lineage[-1] = lineage[-1] | {"sha256": parent.sha256}
-    data = [
+    seen = list(parent.data) if parent else []  # terms and digests of all data that shaped these weights, not of the last step alone
+    seen += [
         {"dataset": ref.dataset, "split": ref.split, "digest": ref.digest, "licence": licence}
         for ref, licence in zip(config.data, licences, strict=True)
     ]
+    data = list({canonical_json(entry): entry for entry in seen}.values())
     with tempfile.TemporaryDirectory(prefix="allograft-export-") as folder:
         sha256 = export(
             encoder,

@@ -12,7 +12,8 @@ from two_ranks import two_ranks
 
 from base.config import parse
 from base.errors import RequestError, WorkError
-from encoders.export import read_export
+from encoders.build import build
+from encoders.export import export, read_export
 from encoders.weights import load_local, sha256_of
 from engine.context import LocalContext
 from pretrain.recipe import load_recipe
@@ -64,6 +65,7 @@ def test_events_and_export_of_a_chain(pair: Path) -> None:
     info = read_export(pair / "cut-supervised" / "export")
     assert [step["method"] for step in info.lineage] == ["simclr", "supervised"]
     assert info.labelled_datasets == ["tiny"]
+    assert [entry["dataset"] for entry in info.data] == ["tiny"]  # both steps saw it: once
     result = json.loads((pair / "cut-supervised" / "result.json").read_text())
     assert sha256_of(load_local(pair / "cut-supervised" / "export")) == result["encoder_sha256"]
     assert result["start_from_sha256"] == result["lineage"][0]["sha256"] == read_export(pair / "whole-simclr" / "export").sha256
@@ -121,10 +123,40 @@ def test_other_shards_and_wrong_views_are_refused(pair: Path, tmp_path: Path) ->
     plan["data"][0]["digest"] = "f" * 64
     with pytest.raises(RequestError, match="digest"):
         run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+    colour = json.loads((pair / "configs.json").read_text())[0] | {"out": str(tmp_path), "in_chans": 3}
+    with pytest.raises(RequestError, match="'tiny' has 1 channels, the encoder takes 3"):
+        run(parse(colour, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
     plan["recipe"]["views"]["kind"] = "one"
     with pytest.raises(RequestError, match=r"simclr needs views.kind 'two'"):
         run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("what", ["result", "checkpoint"])
+def test_what_another_run_left_is_not_taken_for_this_one(pair: Path, tmp_path: Path, what: str) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pair / "cut-simclr", out)
+    if what == "checkpoint":
+        (out / "result.json").unlink()
+    plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(out), "key": "1" * 16}
+    with pytest.raises(RequestError, match=f"the {what} that stands here is that of run 0000000000000000, not of 1111111111111111"):
+        run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(out)))
+
+
+def test_terms_of_the_first_data_stay_with_the_weights(tmp_path: Path) -> None:
+    """Colour weights of licensed pictures, trained on in grey: both licences, both digests, and the first's brightness."""
+    parent = tmp_path / "parent"
+    pictures = {"dataset": "pictures", "digest": "not ours", "licence": "research only"}
+    facts: dict[str, Any] = {"name": "pictures", "method": "timm", "lineage": [], "data": [pictures], "revision": "abc", "image_size": 32}
+    sha256 = export(build("test_resnet", 3, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3), seed=1), parent, **facts)
+    plan = tree("supervised", write(tmp_path / "shards"), "chained", max_steps=1, checkpoint_every_steps=0)
+    plan |= {"start_from": str(parent), "start_from_sha256": sha256, "out": str(tmp_path / "out")}
+    assert run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path))) is not None
+    info = read_export(tmp_path / "out" / "export")
+    assert [entry["dataset"] for entry in info.data] == ["pictures", "tiny"]
+    assert [entry["digest"] for entry in info.data] == ["not ours", plan["data"][0]["digest"]]
+    assert info.licence == "none; research only"
+    assert (*info.mean, *info.std) == pytest.approx((0.4, 0.2))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -> None:
