@@ -21,6 +21,12 @@ class OptimizerConfig(Strict):
     final: float = Field(default=0.0, ge=0, le=1)  # share of lr at the last step
     clip: float | None = Field(default=None, gt=0)  # largest norm of the whole gradient
 
+    @model_validator(mode="after")
+    def _lars_needs_decay(self) -> "OptimizerConfig":
+        if self.name == "lars" and self.weight_decay == 0:
+            raise ValueError("lars needs a weight_decay above 0, for instance 1e-6: without one the update is that of plain sgd")
+        return self
+
 
 class EngineConfig(Strict):
     """How a step is computed. bf16 is autocast over float32 parameters and buffers."""

@@ -112,7 +112,13 @@ class BatchReader(Dataset[Parts | AllograftError]):
                 yield self.read(*order).batch()
             return
         loader: Any = DataLoader(
-            self, batch_sampler=_Stream(orders), num_workers=workers, collate_fn=_same, prefetch_factor=2, worker_init_fn=_start_worker
+            self,
+            batch_sampler=_Stream(orders),
+            num_workers=workers,
+            collate_fn=_same,
+            prefetch_factor=2,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the workers' seeds, which nothing here reads, would be drawn from the caller's random state
         )
         for parts in loader:
             if isinstance(parts, AllograftError):

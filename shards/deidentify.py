@@ -20,6 +20,7 @@ from base.errors import RequestError
 from shards.card import Card, Split
 
 PUBLIC = b"public"
+PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 365 / 7, "D": 365}  # units of a DICOM age string (PS3.5, value representation AS)
 
 
 def keyed(secret: bytes, text: str, digits: int) -> str:
@@ -87,11 +88,12 @@ def keyed_split(patient: str, val: float, test: float) -> Split:
 
 
 def clean_metadata(name: str, value: str | None) -> str | int | None:
-    """An allow-listed value as it is kept: text, None for nothing; ages in whole years, all above 89 as 90 (HIPAA safe harbour)."""
+    """An allow-listed value as it is kept: text, None for nothing; ages in completed years (of a number, or of one with a unit:
+    `034Y`, `018M`, `006W`, `003D`), all above 89 as 90 (HIPAA safe harbour)."""
     text = (value or "").strip()
     if not text:
         return None
     if name == "age":
-        match = re.match(r"0*(\d+)", text)
-        return min(int(match.group(1)), 90) if match else None
+        match = re.match(r"(\d+)(?:\.\d*)?\s*([YMWD]?)", text, re.IGNORECASE)
+        return min(int(int(match.group(1)) / PER_YEAR[match.group(2).upper()]), 90) if match else None
     return text

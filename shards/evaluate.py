@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from base.errors import WorkError
 from shards.batches import NO_MASK, Batch, BatchReader
 from shards.corpus import Corpus, targets
 from shards.views import ViewsConfig, resize, resize_mask
@@ -23,13 +24,23 @@ def eval_batches(
     """Each sample of the corpus exactly once over all ranks.
 
     Every rank gets the same number of batches of `batch` samples; what is missing at the end is padding (valid_B False, index_B -1).
-    Targets are those of `labels` (default: the corpus's own; [] = none).
+    Targets are those of `labels` (default: the corpus's own; [] = none). Raises WorkError where two samples have one key.
     """
+    _each_once(corpus)
     reader = BatchReader([corpus], ViewsConfig(kind="eval", size=size), corpus.labels if labels is None else labels, seed=0)
     steps = -(-len(corpus) // (batch * world))
     position_SB = np.arange(steps * batch, dtype=np.int64).reshape(steps, batch) * world + rank
     id_SB = np.where(position_SB < len(corpus), position_SB, -1)
     return reader.batches(((id_B, np.zeros_like(id_B)) for id_B in id_SB), workers)
+
+
+def _each_once(corpus: Corpus) -> None:
+    """Raises WorkError unless every sample of the corpus has a key of its own: a sample counted twice is a wrong metric."""
+    keys = corpus.keys()
+    if not len(keys) == len(set(keys)) == len(corpus):
+        raise WorkError(
+            f"{len(corpus)} samples, {len(keys)} keys, {len(set(keys))} of them different", where=corpus.url, hint="pack the dataset again"
+        )
 
 
 class Decoded(NamedTuple):
@@ -50,7 +61,8 @@ class Decoded(NamedTuple):
 
 
 def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -> Decoded:
-    """The whole corpus, resized for evaluation (views.resize). Memory: N x C x size x size bytes."""
+    """The whole corpus, resized for evaluation (views.resize). Memory: N x C x size x size bytes. Raises as eval_batches."""
+    _each_once(corpus)
     cv2.setNumThreads(0)
     count, names = len(corpus), list(corpus.labels if labels is None else labels)
     images = np.empty((count, corpus.channels, size, size), dtype=np.uint8)

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from base import storage
 from base.config import canonical_json
@@ -140,7 +140,7 @@ def _files(raw: str, patterns: Iterable[str], first: bool = False) -> dict[str, 
         for pattern in patterns:
             for path, info in fs.glob(f"{root.rstrip('/')}/{pattern}", detail=True).items():
                 relative = path[len(root.rstrip("/")) + 1 :]
-                found[relative] = f"{info.get('size')}@{info.get('ETag') or info.get('mtime') or info.get('LastModified')}"
+                found[relative] = _remote_stamp(info)
         return found
     for pattern in patterns:
         for relative in glob.iglob(pattern, root_dir=raw):
@@ -153,12 +153,22 @@ def _files(raw: str, patterns: Iterable[str], first: bool = False) -> dict[str, 
 
 def _stamp(raw: str, relative: str) -> str:
     if is_url(raw):
-        return "remote"  # a mask named by a table: one request a mask would cost more than packing it again
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(storage.join(raw, relative))
+        try:
+            return _remote_stamp(fs.info(path))
+        except FileNotFoundError:
+            return "absent"
     try:
         status = os.stat(os.path.join(raw, relative))
     except OSError:
         return "absent"
     return f"{status.st_size}@{status.st_mtime_ns}"
+
+
+def _remote_stamp(info: Mapping[str, Any]) -> str:
+    return f"{info.get('size')}@{info.get('ETag') or info.get('etag') or info.get('mtime') or info.get('LastModified')}"
 
 
 def _rows_of_files(card: Card, layout: Layout, files: dict[str, str]) -> list[_Row]:

@@ -47,7 +47,8 @@ class Table:
             for number, cells in enumerate(reader, start=2):
                 if not any(cells):
                     continue
-                if len(cells) < len(header):
+                # A surplus cell has shifted the others: a label would be read from its neighbour's column.
+                if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
                     raise RequestError(f"row {number} has {len(cells)} cells, the header {len(header)}", where=url)
                 rows.append({"": str(number)} | {name: cell.strip() for name, cell in zip(header, cells, strict=False) if name})
         except csv.Error as error:

@@ -54,7 +54,9 @@ def test_batch_must_divide_and_lars_needs_whole_tensors() -> None:
     with pytest.raises(RequestError, match=r"96 does not divide over 5 workers.*global_batch=95"):
         rank_batch(96, 5)
     with pytest.raises(ValidationError, match="silently wrong"):
-        EngineConfig(optimizer=OptimizerConfig(name="lars", lr=1.0), zero_stage=1)
+        EngineConfig(optimizer=OptimizerConfig(name="lars", lr=1.0, weight_decay=1e-6), zero_stage=1)
+    with pytest.raises(ValidationError, match="plain sgd"):
+        OptimizerConfig(name="lars", lr=1.0)
 
 
 def test_no_decay_on_biases_and_norms() -> None:
@@ -65,7 +67,7 @@ def test_no_decay_on_biases_and_norms() -> None:
     assert spared["weight_decay"] == 0
     assert len(spared["params"]) == 3
     for name in ("adamw", "sgd", "lars"):
-        assert make_optimizer(net, OptimizerConfig(name=name, lr=0.1)).param_groups[0]["lr"] == 0.1
+        assert make_optimizer(net, OptimizerConfig(name=name, lr=0.1, weight_decay=1e-6)).param_groups[0]["lr"] == 0.1
 
 
 def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0) -> Engine:

@@ -184,6 +184,25 @@ def test_decoded_evaluation_equals_the_batches(masked: str) -> None:
     assert decoded.meta[34] == {"age": 34}
 
 
+def test_two_samples_of_one_key_are_no_evaluation(tmp_path: Path) -> None:
+    url = write(tmp_path, (5, 4))
+    corpus = Corpus(url)
+    assert len(corpus.keys()) == 9
+    rows = [corpus._rows(shard).copy() for shard in range(2)]
+    rows[1]["key"][2] = rows[0]["key"][3]
+    corpus._index[1] = rows[1]
+    for read in (lambda: decode_all(corpus, 24), lambda: eval_batches(corpus, 24, 4)):
+        with pytest.raises(WorkError, match=rf"^{url}: 9 samples, 9 keys, 8 of them different"):
+            read()
+
+
+def test_reading_draws_nothing_from_the_global_random_state(url: str) -> None:
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        next(TrainLoader([Corpus(url)], None, TWO, 16, seed=0, workers=workers).batches(0))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_damage_is_named_with_shard_and_key(tmp_path: Path) -> None:
     url = write(tmp_path, (5,))
     tar = tmp_path / "tiny-train-00000.tar"

@@ -128,6 +128,19 @@ def test_paths_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         records(card(), folder)
 
 
+def test_a_changed_mask_of_a_remote_folder_is_seen(tmp_path: Path) -> None:
+    layout = LAYOUT | {"mask_column": "mask"}
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "0.png").write_bytes(GREY)
+    rows = [row | {"mask": mask} for row, mask in zip(ROWS, ["masks/0.png", "masks/absent.png", "", ""], strict=True)]
+    folder, masked = raw(tmp_path, rows, [*ROWS[0], "mask"]), card(kind="mixed", mask_classes=["lung"], layouts=[layout])
+    first = records(masked, f"file://{folder}")
+    assert [record.stamp.count("|") for record in first] == [1, 1, 0, 0]
+    assert first[1].stamp.endswith("|absent")
+    (tmp_path / "masks" / "0.png").write_bytes(GREY + b" ")
+    assert [a.stamp == b.stamp for a, b in zip(first, records(masked, f"file://{folder}"), strict=True)] == [False, True, True, True]
+
+
 def test_single_label_tables(tmp_path: Path) -> None:
     layout = {key: value for key, value in LAYOUT.items() if key != "label_columns"} | {"findings_column": "edema", "no_finding": ["none"]}
     classes = card(kind="multiclass", labels=["mild", "severe"], layouts=[layout])
@@ -194,9 +207,41 @@ def test_ages_are_bucketed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(b"", "no column 'a'"), (b"a\n", "no rows"), (b"a,b\n1\n", "row 2 has 1 cells"), (b"a\n\xff\n", "not UTF-8")]
+    ("text", "years"),
+    [
+        ("011M", 0),
+        ("030M", 2),
+        ("052W", 0),
+        ("053W", 1),
+        ("364D", 0),
+        ("365D", 1),
+        ("800D", 2),
+        ("18 months", 1),
+        ("095Y", 90),
+        ("089Y", 89),
+        ("000D", 0),
+    ],
+)
+def test_ages_are_whole_years_in_any_unit(text: str, years: int) -> None:
+    assert clean_metadata("age", text) == years
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "no column 'a'"),
+        (b"a\n", "no rows"),
+        (b"a,b\n1\n", "row 2 has 1 cells"),
+        (b"a,b\n0,1,1\n", "row 2 has 3 cells, the header 2"),
+        (b"a\n\xff\n", "not UTF-8"),
+    ],
 )
 def test_broken_tables(tmp_path: Path, data: bytes, says: str) -> None:
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(RequestError, match=says):
         Table.read(str(tmp_path / "t.csv"), ["a"])
+
+
+def test_empty_cells_at_the_end_of_a_row_shift_nothing(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"a,b\n0,1,, \n")
+    assert Table.read(str(tmp_path / "t.csv"), ["a"]).rows == [{"": "2", "a": "0", "b": "1"}]
