@@ -23,7 +23,6 @@ COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", 
 COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
 ORDER = ["architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key"]
 ORDER += ["split", "metric", "class"]
-SHARED = ("key", "architecture", "strategy", "task", "dataset", "fraction", "resolution", "seed", "params", "macs", "seconds")
 PRIMARY = ("dice", "auroc_within_mean", "auroc_mean")  # the first that a cell reports is the headline of its task
 WORDS = {
     "dice": "Dice",
@@ -208,10 +207,6 @@ def predictions(cell: Cell, split: str = "test") -> pd.DataFrame | None:
     frame = pd.read_parquet(io.BytesIO(raw))
     frame = frame[frame["split"] == split].sort_values("sample_id", kind="stable", ignore_index=True)
     return frame if len(frame) else None
-
-
-def _names(entries: Iterable[Any]) -> list[str]:
-    return [str(entry.get("name", next(iter(entry.values()), ""))) if isinstance(entry, dict) else str(entry) for entry in entries]
 
 
 AXES = ("source", "strategy", "task", "fraction", "resolution", "seed")

@@ -16,7 +16,7 @@ from analysis.evidence import Evidence
 from analysis.results import Cell
 from analysis.tables import esc
 from base import storage
-from base.errors import AllograftError
+from base.errors import AllograftError, WorkError
 
 SHOWN = 4  # images; sources are columns
 
@@ -70,9 +70,15 @@ def _corpus(evidence: Evidence, dataset: str) -> Any:
     return Corpus(evidence.shards[dataset], ("test",))
 
 
+def _sample(corpus: Any, place: dict[str, int], key: str) -> Any:
+    if key not in place:
+        raise WorkError(f"no test image {key}", where=corpus.url, hint="the cells were computed with other shards")
+    return corpus[place[key]]
+
+
 def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
     parts = []
-    best = max(cells, key=lambda c: np.nan_to_num(c.value("dice"), nan=-1.0))
+    best = max(cells, key=lambda c: np.nan_to_num(c.value("dice", "val"), nan=-1.0))
     frame = results.predictions(best)
     try:
         corpus = _corpus(evidence, best.dataset)
@@ -82,7 +88,7 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
         ranked = frame.sort_values("dice", kind="stable")
         for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)}):
             row = ranked.iloc[at]
-            sample = corpus[place[row["sample_id"]]]
+            sample = _sample(corpus, place, row["sample_id"])
             text = f"{best.source}, {best.strategy}: Dice {row['dice']:.3f}"
             drawn = figures.overlay(sample.image, sample.seg, None, f"test image {row['sample_id']}; {text}")
             parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
@@ -106,7 +112,7 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
         names = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
         for at in sorted({round(q * (len(frame) - 1)) for q in np.linspace(0, 1, 6)}):
             row = frame.iloc[at]
-            sample = corpus[place[row["sample_id"]]]
+            sample = _sample(corpus, place, row["sample_id"])
             top = sorted(names, key=lambda name: -float(row[f"score_{name}"]))[:3]
             true = [name for name in names if row[f"target_{name}"] == 1]
             said = ", ".join(f"{name} {row[f'score_{name}']:.2f}" for name in top)

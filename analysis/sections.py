@@ -15,6 +15,7 @@ from analysis.evidence import Evidence
 from analysis.floors import Floors
 from analysis.tables import CONFOUNDED, ROWS, cell, esc, num, short, table
 from base import paths, storage
+from base.config import digest
 
 PANELS = 24  # learning-curve figures in a page; more would not be read
 
@@ -180,7 +181,7 @@ def data(evidence: Evidence) -> str:
                 f"{manifest.get('layout', '–')}" + (f", {sum(counts.values())} of {manifest['of']} images" if manifest.get("of") else ""),
             ),
             ("strata", card.get("stratify_by") or "none named"),
-            ("version", f"<code>{esc(_digest(manifest)[:16])}</code>"),
+            ("version", f"<code>{esc(digest(manifest)[:16])}</code>"),
             ("citation", card.get("citation", "–")),
         ]
         lines = "".join(f"<dt>{key}</dt><dd>{value if key == 'version' else esc(value)}</dd>" for key, value in rows)
@@ -200,12 +201,6 @@ def data(evidence: Evidence) -> str:
         )
         parts.append(f'<article class="card"><h3>{esc(name)}</h3><p>{esc(card.get("title", ""))}</p><dl>{lines}</dl>{inner}</article>')
     return f'<div class="cards">{"".join(parts)}</div>' if parts else "<p>No packed dataset yet.</p>"
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    from base.config import digest
-
-    return digest(manifest)
 
 
 def missing(evidence: Evidence) -> str:

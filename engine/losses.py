@@ -26,7 +26,7 @@ def masked_bce(logits_BL: Tensor, target_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """
     terms_BL = F.binary_cross_entropy_with_logits(logits_BL.float(), target_BL.float(), reduction="none") * mask_BL.float()
     known = ranks.all_sum(mask_BL.float().sum()).clamp_min(1.0)
-    return terms_BL.sum() * (ranks.world() / known)
+    return terms_BL.sum() * ranks.world() / known
 
 
 def entropy(rate_L: Tensor) -> Tensor:

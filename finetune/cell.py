@@ -20,7 +20,8 @@ class CellConfig(Strict):
         strategy: `name` and the strategy's options.
         fraction: share of the training images, by whole patients.
         own_source: the source has seen this dataset's labels.
-        shuffle_labels: the control: targets permuted over the training and over the validation images; the test split stays as it is.
+        shuffle_labels: the control: targets permuted over the training and over the validation images, and the correlation with the
+            true labels that is left by chance removed; the test split stays as it is.
         role: a `trial` of a search never opens the test split.
         out: where the result goes, a path or URL.
     """

@@ -6,13 +6,8 @@ Legend: B batch, L labels, H W pixels.
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.losses import masked_bce
 from finetune.task import Task
-
-
-def masked_bce(logits_BL: Tensor, target_BL: Tensor, known_BL: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over the labels that are known; 0 when none is."""
-    loss_BL = F.binary_cross_entropy_with_logits(logits_BL, target_BL, reduction="none")
-    return (loss_BL * known_BL).sum() / known_BL.sum().clamp_min(1)
 
 
 def bce_dice(logits_BHW: Tensor, target_BHW: Tensor) -> Tensor:

@@ -85,13 +85,6 @@ class Manifest(Strict):
         """sha256 (64 hex) of the canonical JSON: the dataset's version."""
         return digest(self.model_dump(mode="json", by_alias=True))
 
-    @property
-    def coverage(self) -> str:
-        """How much of the dataset this is, for people: "1,605 of 112,120"."""
-        whole = self.of or self.expected.get("total")
-        have = sum(self.counts.values())
-        return f"{have:,}" if whole is None else f"{have:,} of {whole:,}"
-
     def text(self) -> str:
         """The bytes of manifest.json."""
         return canonical_json(self.model_dump(mode="json", by_alias=True)) + "\n"

@@ -7,15 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_study import make
+from tiny_corpus import write
 
-from analysis import figures
+from analysis import figures, samples
 from analysis import report as reports
 from analysis.evidence import gather, significance
 from analysis.results import finished
 from analysis.statistics import Bootstrap
 from base import storage
+from shards.corpus import Corpus
 
 QUICK = Bootstrap(300)
 
@@ -204,6 +207,29 @@ def test_masks_are_outlined_only_where_the_card_shares_images(tmp_path: Path) ->
         assert ('class="predicted" d="M' in page) is shared
         assert ("does not share images" in page) is not shared
         assert "Dice" in page
+
+
+def test_true_masks_are_those_of_the_best_cell_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen on the test split, the captions would show the luckiest cell."""
+    shown = {"lungs": {"share_images": True}}
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, tasks={"lungs": "segmentation"}, seeds=1, images=30, manifests=shown)
+    corpus = Corpus(write(tmp_path / "shards", (30,), masks=True, splits=["test"], dataset="lungs"), ("test",))
+    monkeypatch.setattr(samples, "_corpus", lambda *_: corpus)
+    evidence = gather(str(out), QUICK)
+    assert "Images could not be read" in samples.gallery(evidence, "lungs")
+    assert "no test image 000" in samples.gallery(evidence, "lungs")  # predictions about other shards
+    for cell in finished(str(out)):
+        frame = pd.read_parquet(Path(cell.url, "predictions.parquet"))
+        frame.loc[frame["split"] == "test", "sample_id"] = corpus.keys()
+        frame.to_parquet(Path(cell.url, "predictions.parquet"))
+        result = json.loads(Path(cell.url, "result.json").read_text())
+        for row in result["metrics"]:
+            row["value"] = 0.9 if (row["split"] == "val") == (cell.source == "simclr") else 0.1
+        Path(cell.url, "result.json").write_text(json.dumps(result))
+    page = samples.gallery(gather(str(out), QUICK), "lungs")
+    assert "True masks only" in page
+    assert "simclr, full: Dice" in page
+    assert "random, full: Dice" not in page
 
 
 def test_the_table_of_significance_is_consistent_and_captions_are_escaped(whole: Path) -> None:

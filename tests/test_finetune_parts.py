@@ -14,7 +14,7 @@ from encoders.build import build
 from encoders.weights import sha256_of
 from finetune.data import Arrays, batches, fraction_of, shuffled
 from finetune.heads import PyramidHead, UnetHead
-from finetune.losses import bce_dice, loss_of, masked_bce
+from finetune.losses import bce_dice, loss_of
 from finetune.strategies import resolve
 from finetune.task import load_task
 from finetune.transplant import EncoderSpec, Transplant
@@ -44,12 +44,12 @@ def steps(transplant: Transplant, task: object, count: int = 3) -> None:
 # -- losses
 
 
-def test_masked_bce_is_the_mean_over_known_labels() -> None:
+def test_the_loss_of_labels_is_the_mean_over_known_ones() -> None:
     logits, target = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
     known = torch.tensor([[1.0, 0, 1]] * 4 + [[0, 0, 0]])
     by_hand = F.binary_cross_entropy_with_logits(logits[known > 0], target[known > 0])
-    torch.testing.assert_close(masked_bce(logits, target, known), by_hand)
-    assert masked_bce(logits, target, torch.zeros(5, 3)) == 0
+    torch.testing.assert_close(loss_of(CHEST, logits, target, known), by_hand)
+    assert loss_of(CHEST, logits, target, torch.zeros(5, 3)) == 0
 
 
 def test_bce_dice_does_not_depend_on_which_images_share_a_batch() -> None:
