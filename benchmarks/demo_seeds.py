@@ -21,7 +21,7 @@ from base.paths import ROOT
 def study(out: str, seed: int, shards: dict[str, str]) -> str:
     """Run one repetition (again = only what is missing); returns its folder."""
     place = f"{out}/seed-{seed}"
-    settings = [f"pretrain.simclr.seeds=[{seed}]", f"cells.seeds=[{3 * seed},{3 * seed + 1},{3 * seed + 2}]"]
+    settings = [f"pretrain.simclr.seeds=[{seed}]", f"cells.seeds=[{5 * seed},{5 * seed + 1},{5 * seed + 2},{5 * seed + 3},{5 * seed + 4}]"]
     for dataset, url in shards.items():
         settings += [f"data.{dataset}={{shards: {url}}}"]
     command = [sys.executable, "-m", "cluster", "run", str(ROOT / "studies" / "demo.yaml"), f"out={place}", *settings]

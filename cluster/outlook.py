@@ -5,7 +5,7 @@ from base.errors import RequestError
 from cluster import plan
 from cluster.plan import Corpus
 from cluster.progress import minutes
-from cluster.run import standing_corpora, standing_weights
+from cluster.standing import standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import tracking_uri
 

@@ -1,0 +1,120 @@
+"""The stages of a study on Ray: pack, pretrain, cells. Each skips what stands, says what it does, and leaves an event."""
+
+import json
+import time
+from functools import partial
+
+from base import storage
+from cluster import plan
+from cluster.events import Events
+from cluster.plan import Corpus, Weights
+from cluster.progress import Progress, minutes
+from cluster.standing import by_source, done, shards_url, start_of
+from cluster.study import Study
+from finetune.cell import CellConfig
+
+
+def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
+    """Every dataset of the study packed, or kept where its shards are those of the raw files.
+
+    Raises:
+        RequestError: the raw files are not as the card says.
+        WorkError: no usable image in a split, or storage failed.
+    """
+    from cluster.pack import pack_on_ray
+    from shards import manifest
+    from shards.card import load_card
+
+    corpora: dict[str, Corpus] = {}
+    for name, entry in study.data.items():
+        if entry.raw is None:
+            assert entry.shards is not None
+            corpora[name] = Corpus(entry.shards, manifest.read(entry.shards))
+            continue
+        url = shards_url(study, name)
+        began = time.monotonic()
+        made = pack_on_ray(load_card(name), entry.raw, url, partial(_show_shards, progress, name))
+        corpora[name] = Corpus(url, made)
+        counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
+        quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""
+        progress.say(f"pack {name}: {counts}{quarantined}, {minutes(time.monotonic() - began)}")
+        events.add("packed", dataset=name, digest=made.digest, quarantined=made.quarantined)
+    return corpora
+
+
+def write_plan(out: str, configs: list[CellConfig]) -> None:
+    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
+    axes = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "shuffle_labels", "own_source")
+    rows = [
+        {**{name: getattr(config, name) for name in axes}, "strategy": config.strategy["name"], "task": config.task.task}
+        for config in configs
+    ]
+    storage.put(storage.join(out, "plan.json"), json.dumps(rows, indent=1))
+
+
+def _show_shards(progress: Progress, name: str, done: int, total: int) -> None:
+    progress.line(f"pack {name}: {done}/{total} shards")
+
+
+def pretrain(
+    study: Study, corpora: dict[str, Corpus], uri: str, progress: Progress, events: Events
+) -> tuple[dict[str, list[Weights]], int]:
+    """Every pretraining in its order, a chain after what it starts from.
+
+    Returns:
+        Weights by source of the cells, and how often workers were restarted.
+
+    Raises:
+        WorkError: a run failed for good; those before it stand.
+    """
+    from cluster.pretraining import pretrain_on_ray
+    from cluster.sources import read_weights
+
+    made: dict[str, list[Weights]] = {}
+    restarts = 0
+    for entry in study.pretrain:
+        for seed in entry.seeds:
+            start = start_of(entry.start_from, seed, made, study, uri)
+            config = plan.pretrain_config(study, entry, seed, corpora, start)
+            label = f"pretrain {entry.name}" + (f" seed {seed}" if len(entry.seeds) > 1 else "")
+            if done(config.out):
+                progress.say(f"{label}: stands already")
+            else:
+                began = time.monotonic()
+                with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
+                    result = pretrain_on_ray(config, study.resources)
+                restarts += result["restarts"]
+                died = f", finished after {result['restarts']} restart(s) of its workers" if result["restarts"] else ""
+                took = minutes(time.monotonic() - began)
+                progress.say(f"{label}: {result['steps']} steps, {result['img_per_s']:.0f} img/s, {result['health']}, {took}{died}")
+                events.add("pretrained", name=entry.name, seed=seed, key=config.key, restarts=result["restarts"])
+            made.setdefault(entry.name, []).append(read_weights(storage.join(config.out, "export"), seed))
+    return by_source(study, made, uri, []), restarts
+
+
+def cells(study: Study, configs: list[CellConfig], progress: Progress, events: Events) -> tuple[int, int, dict[str, str], int]:
+    """The cells that are missing, on the pool.
+
+    Returns:
+        How many were kept, how many are new, reasons of those that failed by their description, deaths of workers.
+    """
+    from cluster.fanout import Tally, run_cells
+
+    todo = [config for config in configs if not done(config.out)]
+    asked = {config.key for config in configs}
+    idle = [key for key in storage.listing(storage.join(study.out, "cells")) if key not in asked]
+    progress.say(f"cells: {len(configs) - len(todo)} kept, {len(todo)} new, {len(idle)} no longer asked for")
+
+    def show(tally: Tally) -> None:
+        counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
+        progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", last=tally.done + len(tally.failed) == tally.total)
+
+    tally = run_cells(todo, study.resources, show)
+    names = {config.key: f"{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}" for config in todo}
+    failed = {f"{names[key]} ({key})": reason for key, reason in tally.failed.items()}
+    for key, reason in tally.failed.items():
+        events.add("cell failed", key=key, reason=reason)
+    if tally.deaths:
+        progress.say(f"cells: {tally.deaths} worker(s) died and were replaced")
+    events.add("cells", done=tally.done, failed=len(failed), deaths=tally.deaths)
+    return len(configs) - len(todo), tally.done, failed, tally.deaths
