@@ -42,7 +42,10 @@ def load_tree(path: str | Path, overrides: Settings = ()) -> dict[str, Any]:
         text = Path(path).read_text()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RequestError("no such file", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RequestError("not UTF-8 text", where=str(path)) from error
     try:
+        _refuse_doubled_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path))
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -51,6 +54,22 @@ def load_tree(path: str | Path, overrides: Settings = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RequestError("expected a mapping of keys to values", where=str(path))
     return apply(tree, overrides)
+
+
+def _refuse_doubled_keys(node: Any, path: str) -> None:
+    # YAML keeps the last of two equal keys and says nothing.
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise RequestError(f"the key '{key.value}' stands twice", where=f"{path}:{key.start_mark.line + 1}")
+        for _, value in node.value:
+            _refuse_doubled_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_doubled_keys(item, path)
 
 
 def apply(tree: dict[str, Any], settings: Settings) -> dict[str, Any]:

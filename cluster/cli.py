@@ -39,7 +39,7 @@ def pack(
     """Make checked, de-identified WebDataset shards from raw files."""
     from base.paths import absolute
     from base.storage import join
-    from cluster.pack import pack_on_ray
+    from cluster.pack import check_place, pack_on_ray
     from cluster.progress import Progress
     from cluster.session import session
     from shards.card import load_card
@@ -48,8 +48,10 @@ def pack(
     found = load_card(card)
     raw = raw if raw.startswith("phantom:") else absolute(raw)
     url = absolute(out)
+    check_place(found, url)
     plan_pack(found, raw)  # bad input is refused before a cluster is started
     progress = Progress()
+    progress.say("starting Ray")
     with session():
         manifest = pack_on_ray(found, raw, url, lambda done, total: progress.line(f"{done}/{total} shards"))
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())

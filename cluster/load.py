@@ -123,6 +123,8 @@ def check_names(study: Study, where: str) -> None:
             raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
     if study.champion and study.champion.task not in study.cells.tasks:
         raise unknown("task", study.champion.task, study.cells.tasks, where=f"{where}: champion.task")
+    if study.champion and (load_task(study.champion.task).kind == "segmentation") != (study.champion.metric == "dice"):
+        raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
 
 
 def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) -> None:

@@ -5,6 +5,7 @@ from base.errors import RequestError
 from cluster import plan
 from cluster.plan import Corpus
 from cluster.progress import minutes
+from cluster.run import claim
 from cluster.standing import standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import tracking_uri
@@ -21,6 +22,7 @@ def outlook(study: Study) -> bool:
     from rich.table import Table
 
     console = Console(highlight=False)
+    claim(study)
     corpora: dict[str, Corpus] = {}
     problems: dict[str, str] = {}
     for name, entry in study.data.items():

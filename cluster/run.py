@@ -48,7 +48,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     progress = progress or Progress()
     uri = tracking_uri(study.out, study.tracking)
     require_server(uri)
-    _claim(study)
+    claim(study)
     corpora = standing_corpora(study)  # looks at the raw files too: what is wrong with them is found before anything is written
     with DriverLock(study.out):
         storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
@@ -74,8 +74,8 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
     weights, missing = standing_weights(study, corpora, uri) if complete else ({}, ["everything"])
     todo = [config for config in plan.cells(study, corpora, weights) if not done(config.out)] if not missing else [None]
     if missing or todo:
+        progress.say("starting Ray")
         with session():
-            progress.say("Ray is up")
             corpora = stages.pack(study, progress, events)
             weights, restarts = stages.pretrain(study, corpora, uri, progress, events)
             configs = list(plan.cells(study, corpora, weights))
@@ -140,7 +140,7 @@ def _tried(act: Callable[[], object], out: str, uri: str) -> WorkError | None:
     return None
 
 
-def _claim(study: Study) -> None:
+def claim(study: Study) -> None:
     """Refuse an `out` that holds another study, before anything is written there."""
     import yaml
 

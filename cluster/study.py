@@ -35,7 +35,7 @@ class PretrainEntry(Strict):
     data: dict[str, Literal["train", "val", "test"]]
     architecture: str | None = Field(None, description="a timm name; taken from start_from when left out")
     start_from: str = "random"
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     settings: dict[str, Any] = Field({}, description="keys of the recipe that this run sets otherwise")
 
 
@@ -55,7 +55,7 @@ class Cells(Strict):
     architectures: list[str] = Field([], description="for sources without one of their own; default: those of the pretraining runs")
     fractions: list[Fraction] | dict[str, list[Fraction]] = Field([1.0])
     resolutions: list[Pixels] | dict[str, list[Pixels]] = Field({}, description="default: the task's own")
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     task_settings: dict[str, dict[str, Any]] = Field({}, description="by task: keys of its file that this study sets otherwise")
     shuffled_labels: list[str] = Field([], description="control: sources whose cells are repeated with permuted training labels")
 
@@ -115,7 +115,7 @@ class Study(Strict):
     schema_: Literal[1] = Field(1, alias="schema")
     study: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     out: str
-    tracking: str = "sqlite"
+    tracking: str = Field("sqlite", pattern=r"^(sqlite|https?://.+)$", description="sqlite, or the address of an MLflow server")
     data: dict[str, DataEntry] = Field(min_length=1)
     pretrain: list[PretrainEntry] = Field([])
     cells: Cells | None = None

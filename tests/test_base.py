@@ -60,11 +60,21 @@ def test_a_setting_without_key_and_value_is_refused(text: str, tmp_path: Path) -
         load(path, Outer, [text])
 
 
-@pytest.mark.parametrize(("content", "match"), [("a: [", "not YAML"), ("- 1\n", "expected a mapping")])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [("a: [", "not YAML"), ("- 1\n", "expected a mapping"), ("a: {b: 1, c: 2, b: 3}", "bad.yaml:1: the key 'b' stands twice")],
+)
 def test_a_file_that_is_no_mapping_is_refused_by_name(content: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(RequestError, match=match):
+        load(path, Outer)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bin.yaml"
+    path.write_bytes(b"\x7fELF\xff\xfe\x00")
+    with pytest.raises(RequestError, match=r"bin\.yaml: not UTF-8 text"):
         load(path, Outer)
 
 

@@ -12,8 +12,10 @@ from base.errors import RequestError
 from base.paths import ROOT
 from cluster.load import load_study
 from cluster.lock import DriverLock
+from cluster.pack import check_place
 from cluster.single import finetune_study, pretrain_study
 from cluster.study import Study
+from shards.card import load_card
 
 TINY = {
     "schema": 1,
@@ -60,6 +62,9 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"preset": "smok"}, "unknown preset 'smok'"),
         ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
         ({"champion": {"task": "phantom-chest", "metric": "auroc_maen"}}, "champion.metric"),
+        ({"champion": {"task": "phantom-chest", "metric": "dice"}}, "does not measure phantom-chest"),
+        ({"tracking": "foo"}, "tracking"),
+        ({"cells": {**TINY["cells"], "seeds": [-1]}}, "cells.seeds"),
         ({"cells": {**TINY["cells"], "fractions": [-1.0]}}, "cells.fractions"),
         ({"cells": {**TINY["cells"], "fractions": [10]}}, "cells.fractions"),
         ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions"),
@@ -112,6 +117,20 @@ def test_the_golden_study_still_reads() -> None:
     study = load_study(str(ROOT / "tests" / "golden" / "study.yaml"))
     assert study.schema_ == 1
     assert study.pretrain[1].start_from == "pretrain:simclr"
+
+
+def test_shards_are_not_written_over_anything_else(tmp_path: Path) -> None:
+    card = load_card("phantom-chest")
+    check_place(card, str(tmp_path / "new"))
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RequestError, match=r"not shards of phantom-chest \(thesis.txt\)"):
+        check_place(card, str(tmp_path))
+    with pytest.raises(RequestError, match="this is a file"):
+        check_place(card, str(tmp_path / "thesis.txt"))
+    other = tmp_path / "fundus"
+    storage.put(str(other / "phantom-fundus-train-00000.tar"), "x")
+    with pytest.raises(RequestError, match="not shards of phantom-chest"):
+        check_place(card, str(other))
 
 
 def test_one_pretraining_and_one_cell_are_studies() -> None:
