@@ -177,6 +177,7 @@ def pull(
     if not where:
         raise RequestError("no MLflow address", hint="--tracking runs/demo, or set MLFLOW_TRACKING_URI")
     uri = where if is_url(where) else tracking_uri(_study_at(absolute(where)), "sqlite")
+    folder = absolute(folder)
     version = fetch(name, folder, uri)
     print(f"{name} version {version} in {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
 
@@ -206,7 +207,7 @@ def ui(
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--default-artifact-root", f"{folder}/artifacts", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+    print(f"starting http://127.0.0.1:{port}  (answers in some 20 s; Ctrl-C ends it)", flush=True)
     os.execv(sys.executable, command)
 
 

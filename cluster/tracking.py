@@ -19,6 +19,7 @@ KEY_TAG = "allograft.key"
 SHA_TAG = "allograft.encoder_sha256"
 # MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
 SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
