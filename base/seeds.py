@@ -4,12 +4,8 @@ rng("views", seed, epoch, sample_id)
 """
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 
 def seed_of(*parts: str | int) -> int:
@@ -21,10 +17,3 @@ def seed_of(*parts: str | int) -> int:
 def rng(*parts: str | int) -> np.random.Generator:
     """NumPy generator (Philox) of the named stream."""
     return np.random.Generator(np.random.Philox(seed_of(*parts)))
-
-
-def torch_generator(*parts: str | int) -> "torch.Generator":
-    """Torch CPU generator of the named stream."""
-    import torch
-
-    return torch.Generator().manual_seed(seed_of(*parts))

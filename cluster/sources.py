@@ -7,7 +7,7 @@ from collections.abc import Callable
 from base import storage
 from base.config import parse
 from base.errors import RequestError
-from base.paths import is_url
+from base.paths import is_url, revision
 from cluster.plan import Weights
 
 
@@ -45,7 +45,9 @@ def external(source: str, out: str, uri: str) -> Weights:
     """
     kind, _, rest = source.partition(":")
     if kind == "timm":
-        return _from_timm(rest, storage.join(out, "sources", "timm-" + _safe(rest)))
+        from encoders.export import export_published
+
+        return _fetched(out, source, lambda folder: export_published(rest, folder, revision=revision()))
     if kind == "models":
         from cluster.registry import pull
 
@@ -83,14 +85,3 @@ def _download_run(run: str, folder: str, uri: str) -> None:
         except MlflowException as error:
             raise RequestError(f"run '{run}' has no encoder", where="source") from error
         shutil.copytree(found, folder)
-
-
-def _from_timm(tag: str, target: str) -> Weights:
-    from base.paths import revision
-    from encoders.export import export_published
-
-    if not storage.exists(storage.join(target, "allograft.json")):
-        with tempfile.TemporaryDirectory() as temporary:
-            export_published(tag, temporary, revision=revision())
-            storage.put_dir(temporary, target, last=("allograft.json",))
-    return read_weights(target)
