@@ -73,10 +73,17 @@ def _refuse_doubled_keys(node: Any, path: str) -> None:
 
 
 def apply(tree: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """The tree with `key=value` settings assigned; a list entry is addressed by its number or its `name`."""
+    """The tree with settings applied; a list entry is addressed by its number or its `name`.
+
+    A typed `key=value` replaces what stood at the key. Settings that come as a mapping reach below it: `{recipe: {epochs: 3}}` says what
+    `{recipe.epochs: 3}` says, and the recipe's other keys stay.
+    """
     if isinstance(settings, Mapping):
         for key, value in settings.items():
-            assign(tree, key, value)
+            if isinstance(value, Mapping) and value:
+                apply(tree, {f"{key}.{inner}": item for inner, item in value.items()})
+            else:
+                assign(tree, key, value)
         return tree
     import yaml
     from omegaconf import OmegaConf

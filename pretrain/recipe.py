@@ -55,19 +55,4 @@ def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
         RequestError: unknown recipe or key (with the nearest right one), or a value out of range.
     """
     path = named("recipe", name)
-    tree = load_tree(path)
-    for key, value in (settings or {}).items():
-        _set(tree, key.split("."), value)
-    return parse(tree, Recipe, f"recipe {name}")
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    if isinstance(value, Mapping) and isinstance(tree.get(keys[-1]), dict):
-        for inner, item in value.items():
-            _set(tree[keys[-1]], [str(inner)], item)
-    else:
-        tree[keys[-1]] = value
+    return parse(load_tree(path, settings or {}), Recipe, f"recipe {name}")

@@ -52,6 +52,13 @@ def test_settings_win_over_the_file_and_reach_into_named_list_entries(tmp_path: 
         apply({"pretrain": [{"name": "a"}]}, ["pretrain.b.seeds=[1]"])
 
 
+def test_typed_settings_replace_and_mappings_reach_below() -> None:
+    """`allograft finetune dxc14 settings.recipe.epochs=3` must not lose the recipe's other keys."""
+    assert apply({"data": {"x": {"raw": "a"}}}, ["data.x={shards: b}"]) == {"data": {"x": {"shards": "b"}}}
+    for settings in ({"recipe": {"epochs": 3}}, {"recipe.epochs": 3}):
+        assert apply({"recipe": {"epochs": 9, "batch": 8}}, settings) == {"recipe": {"epochs": 3, "batch": 8}}
+
+
 @pytest.mark.parametrize("text", ["epochs", "=3"])
 def test_a_setting_without_key_and_value_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
