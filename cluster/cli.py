@@ -21,8 +21,21 @@ app = typer.Typer(
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, for instance cells.seeds=[0,1]")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        from base.paths import revision
+
+        print(f"allograft {version('allograft')} ({revision()})")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="version and revision")] = False,
+) -> None:
     """Read before any command; `main` looks for --debug itself, since errors arrive there."""
 
 

@@ -1,7 +1,16 @@
 """`allograft list`: what there is, as a table."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from base.errors import unknown
 from base.paths import names
+from cluster.screen import table
+
+if TYPE_CHECKING:
+    from shards.card import Card
+
+Listing = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
 
 def show(what: str) -> None:
@@ -12,62 +21,65 @@ def show(what: str) -> None:
     """
     if what not in KINDS:
         raise unknown("list", what, KINDS)
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name, about in KINDS[what]():
-        table.add_row(name, about)
-    Console(highlight=False, markup=False).print(table)
+    header, rows = KINDS[what]()
+    table(rows, header)
 
 
-def _methods() -> list[tuple[str, str]]:
+def _methods() -> Listing:
     from pretrain.methods import METHODS
 
-    return sorted(METHODS.items())
+    return ("method", "module"), sorted(METHODS.items())
 
 
-def _strategies() -> list[tuple[str, str]]:
+def _strategies() -> Listing:
     from finetune.strategies import STRATEGIES
 
-    return sorted(STRATEGIES.items())
+    return ("strategy", "about"), sorted(STRATEGIES.items())
 
 
-def _tasks() -> list[tuple[str, str]]:
+def _tasks() -> Listing:
     from finetune.task import load_task
 
-    return [(name, f"{task.kind} on {task.dataset}, by {task.metric}") for name in names("task") for task in [load_task(name)]]
+    tasks = [(name, load_task(name)) for name in names("task")]
+    return ("task", "kind", "dataset", "metric"), [(name, task.kind, task.dataset, task.metric) for name, task in tasks]
 
 
-def _datasets() -> list[tuple[str, str]]:
+def _datasets() -> Listing:
     from shards.card import load_card
 
-    return [(name, f"{card.title} ({card.licence})") for name in names("card") for card in [load_card(name)]]
+    cards = [(name, load_card(name)) for name in names("card")]
+    rows = [(name, _images(card), card.kind, card.title, card.licence) for name, card in cards]
+    return ("dataset", "images", "kind", "title", "licence"), rows
 
 
-def _architectures() -> list[tuple[str, str]]:
+def _images(card: "Card") -> str:
+    """Images of the official release, as the card expects them."""
+    if card.phantom is not None:
+        return "any"
+    layout = card.layouts[0]
+    splits = [n for split, n in layout.counts.items() if split != "total"]
+    total = layout.of or layout.counts.get("total") or sum(splits)
+    return f"{total:,}" if total else "?"
+
+
+def _architectures() -> Listing:
     from encoders.cuts import architectures, cuts
 
-    return [(name, "cut points: " + " ".join(cut.name for cut in cuts(name))) for name in architectures()]
+    return ("architecture", "cut points"), [(name, " ".join(cut.name for cut in cuts(name))) for name in architectures()]
 
 
-def _recipes() -> list[tuple[str, str]]:
+def _recipes() -> Listing:
     from pretrain.recipe import load_recipe
 
-    return [
-        (name, f"{recipe.epochs} epochs, global batch {recipe.global_batch}") for name in names("recipe") for recipe in [load_recipe(name)]
-    ]
+    recipes = [(name, load_recipe(name)) for name in names("recipe")]
+    return ("recipe", "epochs", "global batch"), [(name, str(recipe.epochs), str(recipe.global_batch)) for name, recipe in recipes]
 
 
-def _studies() -> list[tuple[str, str]]:
+def _studies() -> Listing:
     from base.config import load_tree
     from base.paths import named
 
-    rows = []
-    for name in names("study"):
-        tree = load_tree(named("study", name))
-        rows.append((name, f"data: {', '.join(tree.get('data', {}))}"))
-    return rows
+    return ("study", "data"), [(name, ", ".join(load_tree(named("study", name)).get("data", {}))) for name in names("study")]
 
 
 KINDS = {
