@@ -18,6 +18,7 @@ FOLDERS: dict[str, Path] = {
     "recipe": ROOT / "pretrain" / "recipes",
     "study": ROOT / "studies",
 }
+OVERLAPS = ROOT / "datasets" / "overlaps.yaml"  # stands among the cards and is none
 
 
 def is_url(path: str) -> bool:
@@ -35,7 +36,7 @@ def absolute(path: str, base: str | Path | None = None) -> str:
 def names(kind: Kind) -> list[str]:
     """Names of the files of a kind, without suffix: `simclr/small`, `dxc14`."""
     folder = FOLDERS[kind]
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml") if path != OVERLAPS)
 
 
 def named(kind: Kind, name: str) -> Path:
