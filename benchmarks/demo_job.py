@@ -1,9 +1,9 @@
-"""The demo as a Ray job: a head and a worker on loopback, everything on an S3 server, tracked by an MLflow server. Equal to the demo on disk?
+"""The demo as a Ray job on a head and a worker, everything on an S3 server, tracked by an MLflow server: equal to the demo on disk?
 
-    .venv/bin/python benchmarks/demo_job.py [LOCAL]      # LOCAL: the folder of a finished `make demo`, default runs/demo-job (made if missing)
+    .venv/bin/python benchmarks/demo_job.py [LOCAL]      # LOCAL: the folder of a finished demo, default runs/demo-job (made if missing)
 
-Starts the services of docker/compose.yaml (`tests/services.py`), submits studies/demo.yaml with `ray job submit`, and ends by saying whether
-the exit code is 0 and every row of results.csv is the local run's, but for `run_id` and `seconds`. Takes some ten minutes on two cores.
+Starts the services of docker/compose.yaml on loopback (`tests/services.py`), submits studies/demo.yaml with `ray job submit`, and ends by
+saying whether the exit code is 0 and every row of results.csv is the local run's, but for `run_id` and `seconds`. Takes some ten minutes.
 """
 
 import io
