@@ -73,6 +73,19 @@ def pack(
         progress.say(f"{manifest.quarantined} quarantined, each with its reason: {join(url, 'quarantine.jsonl')}")
 
 
+@app.command(epilog=_example("allograft inspect s3://bucket/shards/montgomery --sheet montgomery.png"))
+def inspect(
+    url: Annotated[str, typer.Argument(help="folder of shards, path or URL")],
+    sheet: Annotated[str | None, typer.Option(help="file of the contact sheet; default DATASET-sheet.png, here")] = None,
+    seed: Annotated[int, typer.Option(help="another seed, other images")] = 0,
+) -> None:
+    """Print a manifest and write a contact sheet: random samples with their labels and masks, as PNG."""
+    from base.paths import absolute
+    from cluster.inspect import show
+
+    show(absolute(url), sheet, seed)
+
+
 @app.command(epilog=_example("allograft run studies/demo.yaml out=runs/demo cells.seeds=[0,1,2]"))
 def run(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
     """The main job: pack, pretrain, fine-tune, compare, register. Again = only what is missing."""

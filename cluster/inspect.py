@@ -1,0 +1,99 @@
+"""`allograft inspect`: what a packed dataset holds, in words, and a contact sheet of it."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from base import storage
+from cluster.screen import Rows, table
+from shards.card import SPLITS
+from shards.manifest import Manifest, read
+from shards.pack import QUARANTINE
+
+REASONS = 6  # kinds of reasons that are listed; the file has them all
+
+
+def show(url: str, sheet: str | None, seed: int) -> None:
+    """Print the manifest at `url` and write the sheet to a local file (default: `<dataset>-sheet.png`, here).
+
+    Raises:
+        RequestError: nothing is packed there.
+        WorkError: a shard is missing or damaged.
+    """
+    found = read(url)
+    table(_facts(found, url))
+    print()
+    table(*_splits(found))
+    if found.card.labels:
+        print()
+        table(*_labels(found))
+    for line in quarantine_lines(url):
+        print(line)
+    from analysis import contact
+
+    place = Path(sheet or f"{found.dataset}-sheet.png").absolute()
+    title = f"{found.dataset}: {found.card.title}; digest {found.digest[:16]}, seed {seed}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    storage.put(str(place), contact.sheet(contact.draw(url, seed), title, found.card.mask_classes))
+    print(f"\ncontact sheet {place}")
+
+
+def _facts(found: Manifest, url: str) -> list[tuple[str, str]]:
+    card = found.card
+    total = sum(found.counts.values())
+    counted = f"{total:,} images" + (f", a subset of {found.of:,}" if found.of else "")
+    return [
+        ("dataset", f"{found.dataset}: {card.title}"),
+        ("at", url),
+        ("digest", found.digest),
+        ("layout", f"{found.layout}: {counted}"),
+        ("kind", f"{card.kind}, {len(card.labels)} labels" + (f", masks of {', '.join(card.mask_classes)}" if card.has_masks else "")),
+        ("licence", card.licence),
+        ("names", "public" if card.public else f"keyed with the secret {found.secret_fingerprint}"),
+    ]
+
+
+def _splits(found: Manifest) -> tuple[Rows, Sequence[str]]:
+    """A row a split, and one for all where the card expects a total."""
+    rows = []
+    for split in (split for split in SPLITS if split in found.counts):
+        shards = found.splits([split])
+        size = f"{sum(shard.bytes for shard in shards) / 1e6:,.1f}"
+        rows.append((split, found.counts[split], found.expected.get(split), found.patients[split], len(shards), size))
+    if "total" in found.expected:
+        size = f"{sum(shard.bytes for shard in found.shards) / 1e6:,.1f}"
+        rows.append(("total", sum(found.counts.values()), found.expected["total"], sum(found.patients.values()), len(found.shards), size))
+    shown = [(split, f"{n:,}", _against(n, expected), f"{people:,}", str(m), size) for split, n, expected, people, m, size in rows]
+    return shown, ("split", "images", "expected", "patients", "shards", "MB")
+
+
+def _against(n: int, expected: int | None) -> str:
+    return "" if expected is None else f"{expected:,}" if expected == n else f"{expected:,} ({n - expected:+,})"
+
+
+def _labels(found: Manifest) -> tuple[Rows, Sequence[str]]:
+    """Samples whose value is 1, a label and split, with their share of the split."""
+    splits = [split for split in SPLITS if split in found.counts]
+    rows = []
+    for label in found.card.labels:
+        positives = [(found.positives[split][label], found.counts[split]) for split in splits]
+        rows.append((label, *(f"{n:,} ({n / total:.1%})" for n, total in positives)))
+    return rows, ("positive", *splits)
+
+
+def quarantine_lines(url: str) -> list[str]:
+    """What was left out of the shards at `url` and why, a line a kind of reason, the commonest first; nothing where all was packed."""
+    where = storage.join(url, QUARANTINE)
+    rows: list[dict[str, Any]] = [json.loads(line) for line in storage.read_bytes(where).splitlines()] if storage.exists(where) else []
+    # Reasons that differ in a number only (a size, an offset) are one kind.
+    kinds = Counter(re.sub(r"\d+", "0", row["reason"]) for row in rows)
+    lines = [f"{len(rows):,} quarantined, each with its reason: {where}"] if rows else []
+    for kind, n in kinds.most_common(REASONS):
+        example = next(row for row in rows if re.sub(r"\d+", "0", row["reason"]) == kind)
+        lines.append(f"  {n:,} x {example['reason']} (for instance {example.get('file') or example['key']})")
+    if len(kinds) > REASONS:
+        lines.append(f"  and {len(kinds) - REASONS} other reasons")
+    return lines
