@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 from base.config import Strict
 from engine.context import Context
 from pretrain.recipe import Recipe
+from shards.order import ORDER_VERSION
 from shards.views import VIEWS_VERSION
 
-# Part of every key: raise the first number when a change alters what a run computes; the pixels of views have a version of their own.
-PRETRAIN_VERSION = f"1.{VIEWS_VERSION}"
+# Part of every key: raise the first number when a change alters what a run computes; views' pixels and samples' order have their own.
+PRETRAIN_VERSION = f"1.{VIEWS_VERSION}.{ORDER_VERSION}"
 
 
 class DataRef(Strict):

@@ -9,13 +9,15 @@ positions stand lane by lane, so that a rank, which takes consecutive positions,
 its own part of the shards. Every sample comes once an epoch. The last incomplete global batch of an epoch is dropped; with `exact_epoch`
 epochs follow one another without a gap instead and nothing is dropped.
 
+Each window is drawn by itself when a lane reaches it, so ten million samples take no more memory or time to start than ten thousand.
+
 Several sources are interleaved by earliest due time: the k-th of q samples of a source is due at (k + 1/2) / q of the period, so every
 stretch of the sequence holds each source in its proportion (within one sample per source). Each source walks epochs of its own, without
 gaps; nothing is dropped. Without weights the period is one pass over all sources and an epoch holds every sample once.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from base.seeds import rng
 
 LANES = 16
 WINDOW_SHARDS = 8
+ORDER_VERSION = 2  # raised by whoever changes which sample comes when; pretrainings are keyed by it
 _WEIGHT_PERIOD = 10_000  # explicit weights are rounded to 1e-4: then a period's counts make seeking O(1)
 
 
@@ -39,25 +42,55 @@ class Source(NamedTuple):
         return sum(self.shard_samples)
 
 
-def epoch_order(source: Source, seed: int, epoch: int, lanes: int = LANES, window: int = WINDOW_SHARDS) -> np.ndarray:
-    """Permutation of range(source.samples) for one epoch, int64."""
-    random = rng("order", source.digest, seed, epoch)
-    sizes = np.asarray(source.shard_samples, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    shards = random.permutation(len(sizes))
-    pieces = []
-    for at in range(0, len(shards), window):
-        piece = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in shards[at : at + window]])
-        random.shuffle(piece)
-        pieces.append(piece)
-    flat = np.concatenate(pieces)
-    order = np.empty_like(flat)
-    at = 0
-    for lane in range(lanes):
-        held = len(range(lane, len(flat), lanes))
-        order[lane::lanes] = flat[at : at + held]
-        at += held
-    return order
+class Epoch:
+    """One epoch of one source: a permutation of range(source.samples), made window by window as it is asked for."""
+
+    def __init__(self, source: Source, seed: int, epoch: int, lanes: int = LANES, window: int = WINDOW_SHARDS) -> None:
+        self._name, self._lanes, self._window = ("order", source.digest, seed, epoch), lanes, window
+        self._sizes = np.asarray(source.shard_samples, dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._shards = rng(*self._name).permutation(len(self._sizes))
+        ends = np.cumsum(self._sizes[self._shards])
+        self._window_starts = np.concatenate([[0], ends[window - 1 : -1 : window]])
+        self._lane_length, self._longer_lanes = divmod(source.samples, lanes)
+        self._drawn: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def ids(self, position_N: np.ndarray) -> np.ndarray:
+        """The samples at these positions of the epoch, int64."""
+        flat_N = self._lane_start(position_N % self._lanes) + position_N // self._lanes
+        return self._at(flat_N)
+
+    def after(self, i: int) -> int:
+        """The sample that follows sample i in its lane; the lane's first follows its last."""
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        window = int(np.flatnonzero(self._shards == shard)[0]) // self._window
+        flat = int(self._window_starts[window]) + int(np.flatnonzero(self._draw(window) == i)[0])
+        starts = self._lane_start(np.arange(self._lanes + 1))
+        lane = int(np.searchsorted(starts, flat, side="right")) - 1
+        following = flat + 1 if flat + 1 < starts[lane + 1] else int(starts[lane])
+        return int(self._at(np.array([following]))[0])
+
+    def _lane_start(self, lane_N: np.ndarray) -> np.ndarray:
+        return lane_N * self._lane_length + np.minimum(lane_N, self._longer_lanes)
+
+    def _at(self, flat_N: np.ndarray) -> np.ndarray:
+        window_N = np.searchsorted(self._window_starts, flat_N, side="right") - 1
+        id_N = np.empty_like(flat_N)
+        for window in np.unique(window_N).tolist():
+            mine = window_N == window
+            id_N[mine] = self._draw(window)[flat_N[mine] - self._window_starts[window]]
+        return id_N
+
+    def _draw(self, window: int) -> np.ndarray:
+        if window not in self._drawn:
+            shards = self._shards[window * self._window : (window + 1) * self._window]
+            ids = np.concatenate([np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in shards])
+            rng(*self._name, window).shuffle(ids)
+            self._drawn[window] = ids
+            if len(self._drawn) > 3 * self._lanes:  # a lane is in one window or at the border of two; the third is for who looks ahead
+                self._drawn.popitem(last=False)
+        self._drawn.move_to_end(window)
+        return self._drawn[window]
 
 
 class Order:
@@ -96,9 +129,7 @@ class Order:
             )
         if len(sources) > 1:
             self._quotas = _quotas(self.sources, weights)
-            self._turns, self._taken = _interleave(self._quotas)
-        # The current and the next epoch of each source; a permutation of 10 M samples takes half a second and 80 MB.
-        self._epoch = lru_cache(maxsize=2 * len(sources))(lambda i, epoch: epoch_order(self.sources[i], seed, epoch, lanes))
+        self._epochs: OrderedDict[tuple[int, int], Epoch] = OrderedDict()
 
     @property
     def _gapless(self) -> bool:
@@ -117,29 +148,38 @@ class Order:
         """
         size = self.global_batch
         if self._gapless:
-            position_B = np.arange(step * size, (step + 1) * size, dtype=np.int64)
+            first = step * size
         else:
             epoch, inside = divmod(step, self.steps_per_epoch)
-            position_B = epoch * self.samples + np.arange(inside * size, (inside + 1) * size, dtype=np.int64)
+            first = epoch * self.samples + inside * size
         if len(self.sources) == 1:
-            source_B, count_B = np.zeros_like(position_B), position_B
+            source_B, count_B = np.zeros(size, dtype=np.int64), np.arange(first, first + size, dtype=np.int64)
         else:
-            source_B, count_B = self._turn(position_B)
-        inside_B, epoch_B, id_B = np.empty_like(position_B), np.empty_like(position_B), np.empty_like(position_B)
+            source_B, count_B = interleaved(self._quotas, first, size)
+        inside_B, epoch_B, id_B = np.empty_like(count_B), np.empty_like(count_B), np.empty_like(count_B)
         for i in np.unique(source_B):
             mine = source_B == i
             epoch_B[mine], inside_B[mine] = np.divmod(count_B[mine], self.sources[i].samples)
             for epoch in np.unique(epoch_B[mine]):
                 now = mine & (epoch_B == epoch)
-                id_B[now] = self.offsets[i] + self._epoch(int(i), int(epoch))[inside_B[now]]
+                id_B[now] = self.offsets[i] + self._epoch(int(i), int(epoch)).ids(inside_B[now])
         by_lane = np.argsort(inside_B % self.lanes, kind="stable")
         return id_B[by_lane], epoch_B[by_lane]
 
-    def _turn(self, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn it is at these positions, and how many turns that source has had before."""
-        period_B, inside_B = np.divmod(position_B, len(self._turns))
-        source_B = self._turns[inside_B].astype(np.int64)
-        return source_B, period_B * self._quotas[source_B] + self._taken[inside_B]
+    def substitute(self, i: int, epoch: int) -> int:
+        """The global id that stands in for the global id `i`, which cannot be read, in that epoch: the next of the same lane."""
+        source = int(np.searchsorted(self.offsets, i, side="right")) - 1
+        offset = int(self.offsets[source])
+        return offset + self._epoch(source, epoch).after(i - offset)
+
+    def _epoch(self, source: int, epoch: int) -> Epoch:
+        key = (source, epoch)
+        if key not in self._epochs:
+            self._epochs[key] = Epoch(self.sources[source], self.seed, epoch, self.lanes)
+            if len(self._epochs) > 2 * len(self.sources):  # the current and the next of each
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(key)
+        return self._epochs[key]
 
 
 def _quotas(sources: Sequence[Source], weights: Sequence[float] | None) -> np.ndarray:
@@ -155,10 +195,23 @@ def _quotas(sources: Sequence[Source], weights: Sequence[float] | None) -> np.nd
     return quotas // np.gcd.reduce(quotas)
 
 
-def _interleave(quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of one period: the source at each position (int16), and that source's turns before it (int64)."""
-    due = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
-    source = np.repeat(np.arange(len(quotas), dtype=np.int16), quotas)
-    turn = np.concatenate([np.arange(quota, dtype=np.int64) for quota in quotas])
-    by_due = np.argsort(due, kind="stable")
-    return source[by_due], turn[by_due]
+def interleaved(quota_S: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sources by earliest due time, at positions first .. first + count: whose turn it is, and its turns before; both int64.
+
+    Turn k of source i is due at (k + 1/2) / quota_i, the earlier source first where two are due at once. Its position is the number of
+    turns that are due before it, which is counted in whole numbers source by source: nothing is stored, whatever the quotas.
+    """
+    total, sources = int(quota_S.sum()), len(quota_S)
+    period, low = divmod(first, total)
+    source_B, turn_B = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    for i, quota in enumerate(quota_S.tolist()):
+        turn = np.arange(max((low - sources) * quota // total - 1, 0), (low + count + sources) * quota // total + 2, dtype=np.int64)
+        place = turn - low
+        for j, other in enumerate(quota_S.tolist()):
+            if j != i:
+                due = (2 * turn + 1) * other
+                place += ((due if j < i else due - 1) // quota + 1) // 2
+        inside = (place >= 0) & (place < count)
+        source_B[place[inside]] = i
+        turn_B[place[inside]] = turn[inside] + period * quota
+    return source_B, turn_B

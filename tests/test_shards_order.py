@@ -1,6 +1,7 @@
 """The order of samples: every one once an epoch, the same for any world size, any step for the same price."""
 
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.errors import RequestError
-from shards.order import Order, Source, epoch_order
+from shards.order import LANES, WINDOW_SHARDS, Epoch, Order, Source, interleaved
+
+
+def epoch_order(source: Source, seed: int, epoch: int, lanes: int = LANES, window: int = WINDOW_SHARDS) -> np.ndarray:
+    return Epoch(source, seed, epoch, lanes, window).ids(np.arange(source.samples))
+
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=25).map(tuple)
 
@@ -18,6 +24,26 @@ shapes = st.lists(st.integers(1, 40), min_size=1, max_size=25).map(tuple)
 def test_an_epoch_holds_every_sample_once(shape: tuple[int, ...], seed: int, epoch: int, lanes: int, window: int) -> None:
     order = epoch_order(Source("d", shape), seed, epoch, lanes, window)
     assert np.array_equal(np.sort(order), np.arange(sum(shape)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 20), st.integers(1, 9), st.data())
+def test_a_substitute_is_the_next_of_the_lane(shape: tuple[int, ...], lanes: int, window: int, data: st.DataObject) -> None:
+    source = Source("d", shape)
+    epoch = Epoch(source, 0, 0, lanes, window)
+    order = epoch.ids(np.arange(source.samples))
+    position = data.draw(st.integers(0, source.samples - 1))
+    following = position + lanes if position + lanes < source.samples else position % lanes
+    assert epoch.after(int(order[position])) == order[following]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.integers(0, 1000), st.integers(1, 80))
+def test_sources_take_turns_by_earliest_due_time(quotas: list[int], first: int, count: int) -> None:
+    periods = (first + count) // sum(quotas) + 1
+    due = sorted((Fraction(2 * k + 1, 2 * quota), i, k) for i, quota in enumerate(quotas) for k in range(periods * quota))
+    source_B, turn_B = interleaved(np.array(quotas), first, count)
+    assert list(zip(source_B.tolist(), turn_B.tolist(), strict=True)) == [(i, k) for _, i, k in due[first : first + count]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +112,7 @@ def test_seed_epoch_and_data_change_the_order() -> None:
 
 def test_the_sequence_is_pinned() -> None:
     # A change here silently alters what a resumed run sees: it may not come by accident.
-    assert Order([Source("d", (7, 9, 8))], seed=3, global_batch=8).batch(5)[0].tolist() == [6, 14, 16, 20, 1, 11, 12, 15]
+    assert Order([Source("d", (7, 9, 8))], seed=3, global_batch=8).batch(5)[0].tolist() == [21, 9, 12, 16, 2, 20, 11, 22]
 
 
 @settings(max_examples=30, deadline=None)
