@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -48,29 +50,23 @@ def pack(
     card: Annotated[str, typer.Argument(help="a card's name (allograft list datasets) or its YAML file")],
     raw: Annotated[str, typer.Argument(help="folder of raw files, or phantom:N for generated images")],
     out: Annotated[str, typer.Option(help="folder for the shards, path or URL")],
+    max_side: Annotated[int | None, typer.Option(help="reduce larger images to this side in pixels; the card's rule by default")] = None,
 ) -> None:
     """Make checked, de-identified WebDataset shards from raw files."""
-    from base.paths import absolute
-    from base.storage import join
-    from cluster.pack import check_place, pack_on_ray
-    from cluster.progress import Progress
-    from cluster.session import session
-    from shards.card import load_card
-    from shards.pack import plan as plan_pack
+    from cluster.pack import pack_command
 
-    found = load_card(card)
-    raw = raw if raw.startswith("phantom:") else absolute(raw)
-    url = absolute(out)
-    check_place(found, url)
-    plan_pack(found, raw)  # bad input is refused before a cluster is started
-    progress = Progress()
-    progress.say("starting Ray")
-    with session():
-        manifest = pack_on_ray(found, raw, url, lambda done, total: progress.line(f"{done}/{total} shards"))
-    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
-    progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
-    if manifest.quarantined:
-        progress.say(f"{manifest.quarantined} quarantined, each with its reason: {join(url, 'quarantine.jsonl')}")
+    with _stoppable():
+        pack_command(card, raw, out, max_side)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends work that can go on later cleanly, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command(epilog=_example("allograft inspect s3://bucket/shards/montgomery --sheet montgomery.png"))
@@ -98,11 +94,8 @@ def _run(study: Any) -> None:
     from cluster.run import require_done
     from cluster.run import run as run_study
 
-    try:
+    with _stoppable():
         summary = run_study(study)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
     _closing(study, summary)
     require_done(summary)
 
@@ -153,12 +146,13 @@ def finetune(task: Annotated[str, typer.Argument(help="a task (allograft list ta
 @app.command(epilog=_example("allograft report runs/demo"))
 def report(out: Annotated[str, typer.Argument(help="the out of a study, path or URL")]) -> None:
     """Write OUT/report/index.html and OUT/report/results.csv from what stands in OUT."""
+    from base.paths import absolute
+
+    url = _study_at(absolute(out))  # before the imports: a wrong path is refused at once
     from analysis.report import answer
     from analysis.report import report as write
     from analysis.results import write_results
-    from base.paths import absolute
 
-    url = _study_at(absolute(out))
     write_results(url)
     print(f"report    {write(url)}")
     print(answer(url))

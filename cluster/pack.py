@@ -1,16 +1,95 @@
 """Packing on Ray: each shard is one task, the manifest is written last by the driver."""
 
 import os
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from base import storage
+from base.config import parse
 from base.errors import RequestError
-from base.paths import is_url
-from shards.card import Card
+from base.paths import absolute, is_url
+from cluster.progress import Progress, minutes
+from shards.card import Card, load_card
 from shards.manifest import MANIFEST, Manifest, ShardEntry
-from shards.pack import QUARANTINE, commit, plan, write
+from shards.pack import QUARANTINE, ShardJob, commit, kept, plan, write
 
 OURS = {MANIFEST, QUARANTINE}
+TICK_S = 1.0
+
+
+@dataclass
+class Packing:
+    """How far a packing is. Rates are of what was written: shards that stood already cost nothing and count for nothing."""
+
+    shards: int
+    images: int  # raw files named by the plan
+    shards_done: int = 0
+    shards_kept: int = 0
+    images_done: int = 0
+    images_written: int = 0
+    bytes_written: int = 0
+    quarantined: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, job: ShardJob, entry: ShardEntry, stood: bool) -> None:
+        """Count a finished shard."""
+        self.shards_done += 1
+        self.images_done += len(job.records)
+        self.quarantined += len(entry.quarantined)
+        if stood:
+            self.shards_kept += 1
+        else:
+            self.images_written += len(job.records)
+            self.bytes_written += entry.bytes
+
+    @property
+    def seconds(self) -> float:
+        """Since the first task was asked for."""
+        return time.monotonic() - self.started
+
+    def rates(self) -> str:
+        """`412 img/s, 18.2 MB/s`; nothing while nothing is written."""
+        if not self.images_written:
+            return ""
+        return f"{self.images_written / self.seconds:,.0f} img/s, {self.bytes_written / 1e6 / self.seconds:,.1f} MB/s"
+
+    def line(self) -> str:
+        """One line of progress: shards, images, throughput, quarantine, time to go."""
+        parts = [f"{self.shards_done}/{self.shards} shards", f"{self.images_done:,}/{self.images:,} images", self.rates()]
+        parts.append(f"{self.quarantined:,} quarantined" if self.quarantined else "")
+        if self.images_written and self.images_done < self.images:
+            parts.append(f"to go {minutes(self.seconds / self.images_written * (self.images - self.images_done))}")
+        return " | ".join(part for part in parts if part)
+
+    def summary(self) -> str:
+        """What was done, when all is done."""
+        stood = f"{self.shards_kept} of {self.shards} shards stood unchanged" if self.shards_kept else f"{self.shards} shards"
+        return ", ".join(part for part in (stood, minutes(self.seconds), self.rates()) if part)
+
+
+def pack_command(name: str, raw: str, out: str, max_side: int | None) -> None:
+    """`allograft pack`: the card's raw files to shards, on a Ray started here or joined, with a live line and a summary."""
+    from cluster.inspect import quarantine_lines
+    from cluster.session import session
+
+    card = load_card(name)
+    if max_side is not None:
+        card = parse(card.model_dump(by_alias=True) | {"max_side": max_side}, Card, "--max-side")
+    raw = raw if raw.startswith("phantom:") else absolute(raw)
+    url = absolute(out)
+    check_place(card, url)
+    plan(card, raw)  # bad input is refused before a cluster is started
+    progress = Progress()
+    progress.say("starting Ray")
+    with session():
+        manifest, packing = pack_on_ray(card, raw, url, lambda so_far: progress.line(so_far.line()))
+    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
+    progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
+    progress.say(packing.summary())
+    for line in quarantine_lines(url):
+        progress.say(line)
+    progress.say(f"look at it: allograft inspect {out}")
 
 
 def check_place(card: Card, out: str) -> None:
@@ -26,12 +105,12 @@ def check_place(card: Card, out: str) -> None:
         raise RequestError(f"not empty, and not shards of {card.dataset} ({', '.join(foreign[:3])})", where=out, hint="give another --out")
 
 
-def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[int, int], None]) -> Manifest:
+def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[Packing], None]) -> tuple[Manifest, Packing]:
     """Plan here, write everywhere, commit here. Shards that stand already are kept.
 
     Args:
         out: folder of the dataset's shards (path or URL).
-        progress: called with (shards done, shards in all).
+        progress: called every second and after each shard.
 
     Raises:
         RequestError: bad raw data, found while planning.
@@ -40,16 +119,25 @@ def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[int, int], N
     import ray
 
     jobs = plan(card, raw)
-    write_there = ray.remote(num_cpus=1, max_retries=2)(write)
+    write_there = ray.remote(num_cpus=1, max_retries=2)(_keep_or_write)
     waiting = [write_there.remote(job, out) for job in jobs]
     order = {reference: i for i, reference in enumerate(waiting)}
     entries: dict[int, ShardEntry] = {}
+    so_far = Packing(len(jobs), sum(len(job.records) for job in jobs))
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=TICK_S)
         for reference in done:
+            i = order[reference]
             try:
-                entries[order[reference]] = ray.get(reference)
+                entries[i], stood = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-        progress(len(entries), len(jobs))
-    return commit(card, [entries[i] for i in range(len(jobs))], out)
+            so_far.add(jobs[i], entries[i], stood)
+        progress(so_far)
+    return commit(card, [entries[i] for i in range(len(jobs))], out), so_far
+
+
+def _keep_or_write(job: ShardJob, out: str) -> tuple[ShardEntry, bool]:
+    """The shard's entry, and whether it stood already."""
+    standing = kept(job, out)
+    return (standing, True) if standing is not None else (write(job, out), False)

@@ -27,7 +27,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays, with the minutes and seconds since the start."""
         self._clear()
-        self.console.print(f"[dim]{self._clock()}[/dim] {text}")
+        self._print(text)
         self._last = time.monotonic()
 
     def line(self, text: str, *, last: bool = False) -> None:
@@ -37,10 +37,15 @@ class Progress:
             sys.stdout.write(f"{self._clock()} {text}"[: self.console.width - 1])
             sys.stdout.flush()
         elif last or time.monotonic() - self._last >= QUIET_S:
-            self.console.print(f"[dim]{self._clock()}[/dim] {text}")
+            self._print(text)
             self._last = time.monotonic()
         if last and self._live:
             sys.stdout.write("\n")
+
+    def _print(self, text: str) -> None:
+        from rich.markup import escape
+
+        self.console.print(f"[dim]{self._clock()}[/dim] {escape(text)}")
 
     def _clear(self) -> None:
         if self._live:

@@ -3,6 +3,7 @@
 import json
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 from base import storage
 from cluster import plan
@@ -12,6 +13,9 @@ from cluster.progress import Progress, minutes
 from cluster.standing import by_source, done, shards_url, start_of
 from cluster.study import Study
 from finetune.cell import CellConfig
+
+if TYPE_CHECKING:
+    from cluster.pack import Packing
 
 
 def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
@@ -32,12 +36,11 @@ def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
             corpora[name] = Corpus(entry.shards, manifest.read(entry.shards))
             continue
         url = shards_url(study, name)
-        began = time.monotonic()
-        made = pack_on_ray(load_card(name), entry.raw, url, partial(_show_shards, progress, name))
+        made, packing = pack_on_ray(load_card(name), entry.raw, url, partial(_show_packing, progress, name))
         corpora[name] = Corpus(url, made)
         counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
         quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""
-        progress.say(f"pack {name}: {counts}{quarantined}, {minutes(time.monotonic() - began)}")
+        progress.say(f"pack {name}: {counts}{quarantined}; {packing.summary()}")
         events.add("packed", dataset=name, digest=made.digest, quarantined=made.quarantined)
     return corpora
 
@@ -52,8 +55,8 @@ def write_plan(out: str, configs: list[CellConfig]) -> None:
     storage.put(storage.join(out, "plan.json"), json.dumps(rows, indent=1))
 
 
-def _show_shards(progress: Progress, name: str, done: int, total: int) -> None:
-    progress.line(f"pack {name}: {done}/{total} shards")
+def _show_packing(progress: Progress, name: str, so_far: "Packing") -> None:
+    progress.line(f"pack {name}: {so_far.line()}")
 
 
 def pretrain(

@@ -114,10 +114,9 @@ def write(job: ShardJob, out_url: str) -> ShardEntry:
         WorkError: the disk is full.
     """
     receipt_url = storage.join(out_url, f"{job.name}.entry.json")
-    fingerprint = job.fingerprint
-    kept = _kept(job, out_url, receipt_url, fingerprint)
-    if kept is not None:
-        return kept
+    standing = kept(job, out_url)
+    if standing is not None:
+        return standing
     # From here on neither the old receipt nor the old manifest may be believed, whenever we are killed.
     storage.remove(storage.join(out_url, MANIFEST))
     storage.remove(receipt_url)
@@ -148,7 +147,7 @@ def write(job: ShardJob, out_url: str) -> ShardEntry:
         positives=positives,
         quarantined=quarantined,
     )
-    storage.put(receipt_url, canonical_json(Receipt(fingerprint=fingerprint, origin=job.origin, entry=entry)))
+    storage.put(receipt_url, canonical_json(Receipt(fingerprint=job.fingerprint, origin=job.origin, entry=entry)))
     return entry
 
 
@@ -206,8 +205,9 @@ def pack(
     return commit(card, list(map(partial(write, out_url=out_url), jobs)), out_url)
 
 
-def _kept(job: ShardJob, out_url: str, receipt_url: str, fingerprint: str) -> ShardEntry | None:
+def kept(job: ShardJob, out_url: str) -> ShardEntry | None:
     """The entry of an unchanged shard that stands whole at its place, else None."""
+    receipt_url = storage.join(out_url, f"{job.name}.entry.json")
     if not storage.exists(receipt_url):
         return None
     try:
@@ -215,7 +215,7 @@ def _kept(job: ShardJob, out_url: str, receipt_url: str, fingerprint: str) -> Sh
     except (RequestError, ValueError):
         return None  # of another version: written again
     tar, index = (storage.join(out_url, f"{job.name}.{ext}") for ext in ("tar", "idx"))
-    if receipt.fingerprint != fingerprint or not (storage.exists(tar) and storage.exists(index)):
+    if receipt.fingerprint != job.fingerprint or not (storage.exists(tar) and storage.exists(index)):
         return None
     if not is_url(tar):  # reading 45 GB back from an object store to look at its hash is not worth it; a disk is read at 1 GB/s
         with open(tar, "rb") as stream:

@@ -1,8 +1,12 @@
 """The command line: every command explains itself, bad requests end with 2 and one line, tables fit pipes."""
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import typer
@@ -10,16 +14,41 @@ from typer.testing import CliRunner
 
 from base.paths import names
 from cluster import cli
+from cluster.inspect import quarantine_lines
 from cluster.listing import KINDS
+from cluster.pack import Packing
+from cluster.progress import Progress
 from cluster.screen import aligned
 from shards.card import load_card
-from shards.pack import pack
+from shards.manifest import read
+from shards.pack import pack, plan, write
 
 COMMANDS = sorted(typer.main.get_group(cli.app).commands)
 
 
-def allograft(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "cluster", *words], capture_output=True, text=True, cwd=cwd)
+class Done(NamedTuple):
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Allograft = Callable[..., Done]
+
+
+@pytest.fixture
+def allograft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Allograft:
+    """The command line in this process, from `main` on: the imports of a new one would cost seconds a call."""
+
+    def call(*words: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["allograft", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return Done(int(end.value.code or 0), said.out, said.err)
+
+    return call
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -50,12 +79,12 @@ def test_no_help_text_imports_anything_heavy() -> None:
         (["report", "/nowhere"], "no study here"),
     ],
 )
-def test_a_wrong_request_ends_with_2_and_one_line(words: list[str], says: str) -> None:
+def test_a_wrong_request_ends_with_2_and_one_line(words: list[str], says: str, allograft: Allograft) -> None:
     done = allograft(*words)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
+    assert done.code == 2
+    assert says in done.err
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
 
 
 def test_an_unknown_command_and_a_missing_argument_end_with_2() -> None:
@@ -69,8 +98,8 @@ def test_version_names_the_revision() -> None:
     assert said.output.startswith("allograft ")
 
 
-def test_list_datasets_has_every_card_on_a_line_of_its_own_when_piped() -> None:
-    lines = allograft("list", "datasets").stdout.splitlines()
+def test_list_datasets_has_every_card_on_a_line_of_its_own_when_piped(allograft: Allograft) -> None:
+    lines = allograft("list", "datasets").out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == names("card")
     for line, name in zip(lines[1:], names("card"), strict=True):
         assert line.endswith(load_card(name).licence)
@@ -87,13 +116,58 @@ def test_columns_are_aligned_and_lines_end_without_blanks() -> None:
     assert aligned([("a", "1"), ("long", "22")], ("x", "y")) == "x     y\na     1\nlong  22\n"
 
 
-def test_inspect_prints_the_manifest_and_writes_a_sheet(tmp_path: Path) -> None:
-    manifest = pack(load_card("phantom-chest"), "phantom:40/32", str(tmp_path / "shards"))
-    done = allograft("inspect", "shards", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert manifest.digest in done.stdout
-    assert all(label in done.stdout for label in manifest.card.labels)
+def test_inspect_prints_the_manifest_and_writes_a_sheet(tmp_path: Path, allograft: Allograft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = pack(load_card("phantom-chest"), "phantom:40/32", "shards")
+    done = allograft("inspect", "shards")
+    assert done.code == 0
+    assert manifest.digest in done.out
+    assert all(label in done.out for label in manifest.card.labels)
     assert (tmp_path / "phantom-chest-sheet.png").read_bytes().startswith(b"\x89PNG")
-    refused = allograft("inspect", "nothing", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "no packed dataset here" in refused.stderr
+    refused = allograft("inspect", "nothing")
+    assert refused.code == 2
+    assert "no packed dataset here" in refused.err
+
+
+def test_reasons_of_quarantine_are_counted_by_kind(tmp_path: Path) -> None:
+    rows = [{"key": "0a", "reason": f"mask measures {n} x 9, its image 8 x 8", "file": f"{n}.png"} for n in range(3)]
+    rows.append({"key": "0b", "reason": "image is an empty file", "file": None})
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = quarantine_lines(str(tmp_path))
+    assert lines[0].startswith("4 quarantined")
+    assert lines[1:] == [
+        "  3 x mask measures 0 x 9, its image 8 x 8 (for instance 0.png)",
+        "  1 x image is an empty file (for instance 0b)",
+    ]
+    (tmp_path / "quarantine.jsonl").write_text("")
+    assert quarantine_lines(str(tmp_path)) == []
+
+
+def test_progress_counts_what_was_written_and_what_stood(tmp_path: Path) -> None:
+    jobs = plan(load_card("phantom-chest"), "phantom:40/32", shard_samples=20)
+    so_far = Packing(len(jobs), sum(len(job.records) for job in jobs), started=time.monotonic() - 10)
+    assert so_far.line() == f"0/{len(jobs)} shards | 0/40 images"
+    so_far.add(jobs[0], write(jobs[0], str(tmp_path)), stood=True)
+    assert "img/s" not in so_far.line()
+    so_far.add(jobs[1], write(jobs[1], str(tmp_path)), stood=False)
+    assert so_far.images_written == len(jobs[1].records)
+    assert "img/s" in so_far.line()
+    assert "to go" in so_far.line()
+    assert so_far.summary().startswith(f"1 of {len(jobs)} shards stood unchanged")
+
+
+def test_lines_of_progress_say_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress().say("a file [bold]x[/bold].png")
+    assert "a file [bold]x[/bold].png" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_pack_says_what_it_did_and_keeps_what_stands(tmp_path: Path, allograft: Allograft) -> None:
+    words = ("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / "shards"), "--max-side", "48")
+    first, again = allograft(*words), allograft(*words)
+    assert first.code == again.code == 0
+    assert "img/s" in first.out
+    assert "allograft inspect" in first.out
+    assert "3 of 3 shards stood unchanged" in again.out
+    assert read(str(tmp_path / "shards")).card.max_side == 48
+    assert allograft(*words[:-1], "5").code == 2
