@@ -39,7 +39,7 @@ from shards.views import ViewsConfig
 
 SIZE, VIEW, BATCH, SHARDS = 512, 224, 64, 8
 CARD = {
-    "schema": 1,
+    "schema": 2,
     "dataset": "bench",
     "title": "x-ray-like noise",
     "reader": "phantom",
@@ -92,8 +92,8 @@ def write(folder: Path, samples: int) -> float:
         sums = {"sha256": hashlib.sha256(data).hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest()}
         entries.append(ShardEntry.model_validate({"name": name, "split": "train", "bytes": len(data), "samples": count, **sums}))
     counts = {"train": sum(entry.samples for entry in entries)}
-    fields = {"schema": 1, "dataset": "bench", "card": Card.model_validate(CARD), "layout": "phantom", "shards": entries, "counts": counts}
-    fields |= {"patients": counts, "positives": {}, "quarantined": 0, "secret_fingerprint": "public", "raw_digest": "0" * 64}
+    fields = {"schema": 2, "dataset": "bench", "card": Card.model_validate(CARD), "layout": "phantom", "shards": entries, "counts": counts}
+    fields |= {"patients": counts, "positives": {}, "quarantined": 0, "split_rule": "none", "secret_fingerprint": "public", "raw_digest": "0" * 64}
     (folder / "manifest.json").write_text(Manifest.model_validate(fields).text())
     return total / counts["train"] / 1e3
 

@@ -134,7 +134,7 @@ def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[Packing], No
                 raise error.cause from None
             so_far.add(jobs[i], entries[i], stood)
         progress(so_far)
-    return commit(card, [entries[i] for i in range(len(jobs))], out), so_far
+    return commit(jobs[0].card, [entries[i] for i in range(len(jobs))], out), so_far
 
 
 def _keep_or_write(job: ShardJob, out: str) -> tuple[ShardEntry, bool]:

@@ -4,13 +4,15 @@
     card.labels, card.layouts[0].table, card.split.val
 
 A card holds several layouts of the raw files, the official one first. `shards.readers` takes the first layout whose `requires`
-globs all match; everything a layout says is about names of files and columns, nothing about pixels.
+globs all match; everything a layout says is about names of files and columns, nothing about pixels, and never code.
+Boxes are out of scope: a detection dataset is read for its images and image-level labels.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+import string
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +21,8 @@ from base.paths import named
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 Split = Literal["train", "val", "test"]
+Part = Literal["train", "val", "test", "train_val"]  # what official releases call a split; train_val is divided by patient
+FOUND = "found"  # `labels: found`: the classes are those that the raw files name, sorted
 
 
 class SplitRule(Strict):
@@ -44,42 +48,156 @@ class PhantomSpec(Strict):
     size: int = Field(64, ge=32, le=1024)
 
 
+class Smoothed(Strict):
+    """An uncertain label becomes a draw from U(lo, hi), the same in every epoch (Pham et al., arXiv 1911.06475)."""
+
+    smoothed: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Smoothed:
+        if self.smoothed[0] > self.smoothed[1]:
+            raise ValueError("smoothed: [lo, hi] with lo above hi")
+        return self
+
+
+Policy = Literal["ones", "zeros", "ignore"] | Smoothed  # what an uncertain label (-1) counts as
+Uncertain = Policy | dict[str, Policy]  # for all labels, or label by label, the others as `default` (ignore where none is given)
+
+
+class Benchmark(Strict):
+    """A published split whose lists are not ours to ship: the images of each of its splits."""
+
+    name: str
+    counts: dict[Split, int]
+
+
+class Join(Strict):
+    """Another CSV whose columns are added to each row by the column `on`; with `optional`, rows without a partner get empty cells."""
+
+    table: str
+    on: str
+    optional: bool = False
+
+
+class RunLengths(Strict):
+    """Masks as text in a column; several rows of an image make one mask. `label` is the label that a non-empty mask makes 1."""
+
+    column: str
+    kind: Literal["kaggle", "siim", "coco"]
+    empty: list[str] = Field(default_factory=lambda: ["", "-1"])
+    label: str | None = None
+
+
+class RawPixels(Strict):
+    """Image files that are nothing but pixels, row by row. With `invert`, the largest value of `bits` bits is black."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    dtype: Literal["u1", "<u2", ">u2"]
+    bits: int = Field(8, ge=1, le=16)
+    invert: bool = False
+
+
+class BurnedIn(Strict):
+    """A rule for DICOM files that may show text: for those whose tags match (keyword: value), the rectangles that are blanked.
+
+    No rectangle says that such files are known to be clean. Files that may show text and match no rule are quarantined.
+    """
+
+    match: dict[str, str | int] = Field(min_length=1)
+    blank: list[tuple[int, int, int, int]] = Field(default_factory=list)  # top, left, bottom, right in pixels, ends excluded
+
+
 class Layout(Strict):
     """One arrangement of the raw files.
 
-    With `table`, each row of that CSV is a sample; without, each file that matches `images`. The image of a row is found by its
-    relative path or, failing that, by its base name among the files that match `images`.
+    With `table` or `split_tables`, each row is a sample; without, each file that matches `images`. The image of a row is found by its
+    relative path, by the end of its path, or by its name with or without the extension, among the files that match `images`.
+    All patterns are regular expressions, searched in the relative path without its extension.
     """
 
     name: str
     requires: list[str] = Field(min_length=1)  # globs, all must match: how the layout is recognised
-    images: list[str] = Field(min_length=1)  # globs of image files
-    table: str | None = None  # CSV, relative to the raw folder
+    images: list[str] = Field(min_length=1)  # globs of image files (npz, tars: of the files that hold the images)
+    exclude: list[str] = Field(default_factory=list)  # globs of files that are no images of this dataset, though `images` match
+    raw_pixels: RawPixels | None = None
+
+    table: str | None = None  # glob of a CSV (.gz too), relative to the raw folder
+    split_tables: dict[Part, str] = Field(default_factory=dict)  # one CSV a split, instead of `table`
+    sep: str = Field(",", min_length=1, max_length=1)
+    join: list[Join] = Field(default_factory=list)
+    keep: dict[str, list[str]] = Field(default_factory=dict)  # column -> values: other rows are left out, and counted
+    repeated: Literal["majority"] | None = None  # several rows of an image are readers' votes; None: an error, but for `rle`
     image_column: str | None = None
-    masks: list[str] = Field(default_factory=list)  # templates with {stem}; several are merged by union
-    mask_column: str | None = None
+
     findings_column: str | None = None  # names of labels, joined by `separator`
     separator: str = "|"
-    no_finding: list[str] = Field(default_factory=list)  # values of the findings column that mean "none of the labels"
+    no_finding: list[str] = Field(default_factory=list)  # names of findings that mean "none of the labels"
     label_columns: dict[str, str] = Field(default_factory=dict)  # label -> column holding 1, 0, -1 (uncertain) or nothing (unknown)
-    label_pattern: str | None = None  # regular expression over the file's stem; a group per label catches 1 or 0
+    label_pattern: str | None = None  # a named group per label catches 1 or 0, or else group 1 is what a findings column would hold
+    values: dict[str, str] = Field(default_factory=dict)  # what cells, folders and pattern groups say -> label name, or 1, 0, -1, nothing
+
+    masks: list[str] | dict[str, list[str]] = Field(default_factory=list)  # templates of {stem}, {dir}, {id} and *; by class, or united
+    mask_pattern: str | None = None  # group 1 is {id}
+    mask_column: str | None = None
+    mask_optional: bool = False  # images without a mask are kept, with none
+    mask_resize: bool = False  # masks of another size than their image are brought to it (nearest)
+    field_of_view: str | None = None  # template; outside of it a mask is 255: not judged
+    rle: RunLengths | None = None
+
     patient_column: str | None = None
-    patient_pattern: str | None = None  # group 1 is the patient: of the column's value, or of the stem without a column
+    patient_pattern: str | None = None  # group 1 is the patient: of the value of the column or tag, or of the path where neither is named
+    patient_tag: str | None = None  # attribute of the DICOM header, such as PatientID: the headers of all files are read
+    study_column: str | None = None
+    study_tag: str | None = None
+    study_pattern: str | None = None  # as for the patient; its keyed hash becomes the metadata `study`
+
     split_column: str | None = None
-    split_lists: dict[Literal["train", "val", "test", "train_val"], str] = Field(default_factory=dict)  # text files, one image name a line
+    split_pattern: str | None = None  # group 1 is a split's name
+    split_words: dict[str, Part] = Field(default_factory=dict)  # names of splits in that column or pattern, where they are not plain
+    split_lists: dict[Part, str] = Field(default_factory=dict)  # text files, one name a line
+    split_lists_by: str = "image"  # what the lists name: image, patient, or a column
+
     metadata: dict[str, str] = Field(default_factory=dict)  # name in the card's allow-list -> column
     counts: dict[Literal["train", "val", "test", "train_val", "total"], int] = Field(default_factory=dict)  # images expected
     of: int | None = None  # a subset: how many images the whole dataset has
 
+    @property
+    def has_table(self) -> bool:
+        """Whether the samples are rows of a table; else they are files."""
+        return self.table is not None or bool(self.split_tables)
+
+    @property
+    def templates(self) -> list[tuple[str | None, str]]:
+        """The mask templates, each with its class (None: the values in the file say)."""
+        if isinstance(self.masks, dict):
+            return [(name, template) for name, templates in self.masks.items() for template in templates]
+        return [(None, template) for template in self.masks]
+
+    @property
+    def split_rule(self) -> str | None:
+        """How this layout splits, in words; None where it does not, and patients are split by their hash."""
+        if self.split_tables:
+            return f"official tables {', '.join(self.split_tables.values())}"
+        if self.split_lists:
+            return f"official lists {', '.join(self.split_lists.values())}"
+        if self.split_column is not None:
+            return f"column {self.split_column}"
+        return f"folders, {self.split_pattern}" if self.split_pattern is not None else None
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Layout:
-        columns = (self.image_column, self.mask_column, self.findings_column, self.patient_column, self.split_column)
-        needs_table = any(columns) or bool(self.label_columns) or bool(self.metadata)
-        if needs_table and self.table is None:
+        single = (self.image_column, self.mask_column, self.findings_column, self.patient_column, self.study_column, self.split_column)
+        needs_table = any(single) or self.label_columns or self.metadata or self.rle or self.join or self.keep or self.repeated
+        if self.table is not None and self.split_tables:
+            raise ValueError(f"layout {self.name}: table or split_tables, not both")
+        if needs_table and not self.has_table:
             raise ValueError(f"layout {self.name}: columns are named, but no table")
-        if self.table is not None and self.image_column is None:
+        if self.has_table and self.image_column is None:
             raise ValueError(f"layout {self.name}: a table needs image_column")
-        for field in ("label_pattern", "patient_pattern"):
+        if sum((bool(self.split_tables), bool(self.split_lists), self.split_column is not None, self.split_pattern is not None)) > 1:
+            raise ValueError(f"layout {self.name}: one of split_tables, split_lists, split_column and split_pattern")
+        for field in ("label_pattern", "patient_pattern", "study_pattern", "split_pattern", "mask_pattern"):
             pattern = getattr(self, field)
             if pattern is not None:
                 try:
@@ -88,47 +206,74 @@ class Layout(Strict):
                     raise ValueError(f"layout {self.name}: {field} is not a regular expression: {error}") from None
                 if groups < 1:
                     raise ValueError(f"layout {self.name}: {field} needs a group")
-        for template in self.masks:
-            if "{stem}" not in template:
-                raise ValueError(f"layout {self.name}: mask template {template!r} needs {{stem}}")
+        for template in [*(template for _, template in self.templates), *([self.field_of_view] if self.field_of_view else [])]:
+            self._check_template(template)
         return self
+
+    def _check_template(self, template: str) -> None:
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"layout {self.name}: mask template {template!r}: {error}") from None
+        if not fields & {"stem", "id"} or fields - {"stem", "id", "dir"}:
+            raise ValueError(f"layout {self.name}: mask template {template!r} needs {{stem}} or {{id}}, and knows {{dir}} besides")
+        if "id" in fields and self.mask_pattern is None:
+            raise ValueError(f"layout {self.name}: mask template {template!r} needs mask_pattern for its {{id}}")
 
 
 class Card(Strict):
     """One dataset. `datasets/*.yaml` are its instances, `docs/schemas/card.json` its JSON Schema."""
 
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: Literal[2] = Field(alias="schema")
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")  # prefixes the sample keys, so no dots: WebDataset cuts at the first
     title: str
-    reader: Literal["csv", "pairs", "phantom"]
-    kind: Literal["multilabel", "multiclass", "segmentation", "mixed"]
-    channels: Literal[1, 3]
+    reader: Literal["csv", "folders", "pairs", "npz", "tars", "phantom"]
+    kind: Literal["multilabel", "multiclass", "segmentation", "mixed", "unlabelled"]
+    channels: int = Field(ge=1, le=256)
     labels: list[str] = Field(default_factory=list)
-    mask_classes: list[str] = Field(
-        default_factory=list
-    )  # classes 1.. of the index mask; with one class every non-zero mask value means it
+    labels_found: bool = False  # the classes are those that the raw files name, sorted; the manifest's card lists them
+    mask_classes: list[str] = Field(default_factory=list)  # classes 1.. of the index mask; with one class every non-zero value means it
+    uncertain: Uncertain = "ignore"
+    views: dict[str, list[str] | dict[str, list[str]]] = Field(default_factory=dict)  # some of the labels, or new label -> any of these
     layouts: list[Layout] = Field(default_factory=list)
     phantom: PhantomSpec | None = None
     namespace: str  # of patient ids: two datasets with the same patients share it
     split: SplitRule = SplitRule()
+    benchmark: Benchmark | None = None
     metadata: list[str] = Field(default_factory=list)  # allow-list: nothing else about an image is kept
     stratify_by: str | None = None
     max_side: int | None = Field(None, ge=32)  # larger images are reduced by area averaging when packed
+    depth: Literal[8, 16] = 8  # bits a pixel in the shard
+    windows: list[tuple[float, Annotated[float, Field(gt=0)]]] = Field(default_factory=list)  # [centre, width], each a channel at load
+    frames: Literal["first", "each", "slab"] = "first"  # of files with several frames or slices
+    slab: int | None = Field(None, ge=1)  # slices of one sample
+    burned_in: list[BurnedIn] = Field(default_factory=list)  # of DICOM files; the first rule that matches counts
     public: bool = False  # keys and patient hashes use the constant secret `public`
     share_images: bool = False  # images may appear in reports and tracking
     licence: str
     access: str
     citation: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_found(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("labels") == FOUND:
+            return data | {"labels": [], "labels_found": True}
+        return data
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Card:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels holds a name twice")
-        if self.kind == "multiclass" and len(self.labels) < 2:
+        if self.labels_found and self.kind != "multiclass":
+            raise ValueError("labels: found is for kind multiclass")
+        if self.kind == "multiclass" and len(self.labels) < 2 and not self.labels_found:
             raise ValueError("kind multiclass needs at least two labels")
         if self.kind in ("multilabel", "mixed") and not self.labels:
             raise ValueError(f"kind {self.kind} needs labels")
-        if self.kind in ("segmentation", "mixed") and not self.mask_classes:
+        if self.kind == "unlabelled" and (self.labels or self.mask_classes):
+            raise ValueError("kind unlabelled has neither labels nor mask_classes")
+        if self.has_masks and not self.mask_classes:
             raise ValueError(f"kind {self.kind} needs mask_classes")
         if (self.reader == "phantom") != (self.phantom is not None):
             raise ValueError("reader phantom and the key phantom go together")
@@ -136,18 +281,57 @@ class Card(Strict):
             raise ValueError(f"reader {self.reader} needs layouts")
         if self.stratify_by is not None and self.stratify_by not in self.metadata:
             raise ValueError(f"stratify_by {self.stratify_by!r} is not in metadata")
+        if (self.frames == "slab") != (self.slab is not None):
+            raise ValueError("frames: slab and the key slab go together")
+        planes = (len(self.windows) or 1) * (self.slab or 1)
+        if planes > 1 and self.channels != planes:
+            raise ValueError(f"channels {self.channels}: {len(self.windows) or 1} windows of {self.slab or 1} slices make {planes}")
+        if planes == 1 and self.channels not in (1, 3):
+            raise ValueError("channels is 1 or 3 where no windows or slabs make more")
+        if self.depth == 8 and (self.windows or self.slab):
+            raise ValueError("windows and slabs need depth: 16")
+        self._check_labels_elsewhere()
         for layout in self.layouts:
-            stray = (set(layout.metadata) - set(self.metadata)) | (set(layout.label_columns) - set(self.labels))
-            if stray:
-                raise ValueError(f"layout {layout.name}: {sorted(stray)} are not in the card's metadata or labels")
-            if self.has_masks and not (layout.masks or layout.mask_column):
-                raise ValueError(f"layout {layout.name}: kind {self.kind} needs masks or mask_column")
+            self._check_layout(layout)
         return self
+
+    def _check_labels_elsewhere(self) -> None:
+        lists = [part for view in self.views.values() for part in ([view] if isinstance(view, list) else view.values())]
+        named = {label for part in lists for label in part}
+        named |= {label for label in self.uncertain if label != "default"} if isinstance(self.uncertain, dict) else set()
+        if not self.labels_found and named - set(self.labels):
+            raise ValueError(f"views or uncertain name {sorted(named - set(self.labels))}, which are not in labels")
+        if set(self.derived) & set(self.labels):
+            raise ValueError(f"views: {sorted(set(self.derived) & set(self.labels))} stand in labels already")
+
+    def _check_layout(self, layout: Layout) -> None:
+        rle_label = {layout.rle.label} if layout.rle and layout.rle.label else set()
+        classes = set(layout.masks) if isinstance(layout.masks, dict) else set()
+        stray = (set(layout.metadata) - set(self.metadata)) | ((set(layout.label_columns) | rle_label) - set(self.labels))
+        stray |= classes - set(self.mask_classes)
+        if stray:
+            raise ValueError(f"layout {layout.name}: {sorted(stray)} are not in the card's metadata, labels or mask_classes")
+        if self.has_masks and not (layout.masks or layout.mask_column or layout.rle):
+            raise ValueError(f"layout {layout.name}: kind {self.kind} needs masks, mask_column or rle")
+        if self.reader == "csv" and not layout.has_table:
+            raise ValueError(f"layout {layout.name}: reader csv needs a table")
+        if self.reader in ("folders", "npz", "tars") and layout.has_table:
+            raise ValueError(f"layout {layout.name}: reader {self.reader} reads no table")
+
+    @property
+    def colour(self) -> bool:
+        """Whether the three channels are red, green and blue, and not windows or slices."""
+        return self.channels == 3 and not self.windows and self.slab is None
 
     @property
     def has_masks(self) -> bool:
         """Whether samples carry a mask: only then is one packed."""
         return self.kind in ("segmentation", "mixed")
+
+    @property
+    def derived(self) -> dict[str, list[str]]:
+        """Labels that the views make: new label -> the labels any of which makes it 1."""
+        return {label: of for view in self.views.values() if isinstance(view, dict) for label, of in view.items()}
 
 
 def load_card(name_or_path: str) -> Card:

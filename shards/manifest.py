@@ -66,7 +66,7 @@ class ShardEntry(Strict):
 class Manifest(Strict):
     """A packed dataset. Equal inputs give equal bytes, so `digest` is the dataset's version."""
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[2] = Field(2, alias="schema")
     dataset: str
     card: Card
     layout: str
@@ -77,6 +77,8 @@ class Manifest(Strict):
     quarantined: int
     expected: dict[str, int] = Field(default_factory=dict)  # images the card expects of this layout: a split's or the total
     of: int | None = None  # the whole dataset's images, where the layout is a subset of it
+    split_rule: str  # official lists, columns or folders, files of the user's own, or the keyed hash of the patient
+    left_out: int = 0  # images that a rule of the card or the user's split files leave out
     secret_fingerprint: str
     raw_digest: str
 

@@ -43,6 +43,8 @@ class Origin(Strict):
     layout: str
     expected: dict[str, int]
     of: int | None
+    split_rule: str
+    left_out: int
     raw_digest: str
     secret_fingerprint: str
 
@@ -89,10 +91,13 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
     """
     names = Names.of(card, secret)
     found = readers.read(card, raw, names)
+    card = found.card
     origin = Origin(
         layout=found.layout,
         expected=dict(found.expected),
         of=found.of,
+        split_rule=found.split_rule,
+        left_out=found.left_out,
         raw_digest=found.raw_digest,
         secret_fingerprint=names.fingerprint,
     )
@@ -202,7 +207,7 @@ def pack(
 ) -> Manifest:
     """Plan, write through `map` (the built-in's signature) and commit."""
     jobs = plan(card, raw, secret, shard_samples)
-    return commit(card, list(map(partial(write, out_url=out_url), jobs)), out_url)
+    return commit(jobs[0].card, list(map(partial(write, out_url=out_url), jobs)), out_url)
 
 
 def kept(job: ShardJob, out_url: str) -> ShardEntry | None:

@@ -53,12 +53,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found: the layout's name, the records sorted by file, and the fingerprints for the manifest."""
+    """What a reader found: the layout's name, the records sorted by file, and what the manifest says of them as a whole."""
 
+    card: Card  # with the labels that were found, where it asks for those
     layout: str
     records: list[Record]
     expected: Mapping[str, int]
     of: int | None
+    split_rule: str
+    left_out: int
     raw_digest: str
 
 
@@ -101,7 +104,9 @@ def read(card: Card, raw: str, names: Names) -> Found:
     wanted = ["train", *(["val"] if card.split.val else []), *(["test"] if card.split.test else [])] if by_hash else list(SPLITS)
     _refuse_empty(records, wanted, raw)
     inventory = canonical_json([[record.file, re.sub(r"@[^|]*", "", record.stamp), record.labels, record.split] for record in records])
-    return Found(layout.name, records, {str(part): n for part, n in layout.counts.items()}, layout.of, keyed(names.secret, inventory, 64))
+    expected = {str(part): n for part, n in layout.counts.items()}
+    split_rule = layout.split_rule or _hash_rule(card)
+    return Found(card, layout.name, records, expected, layout.of, split_rule, 0, keyed(names.secret, inventory, 64))
 
 
 def _phantoms(card: Card, raw: str, names: Names) -> Found:
@@ -115,9 +120,12 @@ def _phantoms(card: Card, raw: str, names: Names) -> Found:
         key = names.key(f"phantom:{card.phantom.generator}@{series.seed}/{index:09d}")
         records.append(Record(key, f"{index:09d}", (), {}, patient, split, {}, f"{series.seed}/{size}"))
     _refuse_empty(records, list(SPLITS), raw)
-    return Found(
-        "phantom", records, {}, None, keyed(names.secret, canonical_json([card.phantom.generator, series.images, series.seed, size]), 64)
-    )
+    digest = keyed(names.secret, canonical_json([card.phantom.generator, series.images, series.seed, size]), 64)
+    return Found(card, "phantom", records, {}, None, _hash_rule(card), 0, digest)
+
+
+def _hash_rule(card: Card) -> str:
+    return f"keyed hash of the patient: val {card.split.val:g}, test {card.split.test:g}"
 
 
 def _recognise(card: Card, raw: str) -> Layout:
@@ -177,11 +185,11 @@ def _rows_of_files(card: Card, layout: Layout, files: dict[str, str]) -> list[_R
         stem = os.path.splitext(os.path.basename(file))[0]
         labels: dict[str, Label] = dict.fromkeys(card.labels)
         if layout.label_pattern is not None:
-            match = re.search(layout.label_pattern, stem)
+            match = re.search(layout.label_pattern, os.path.splitext(file)[0])
             if match is None:
                 raise RequestError(f"the name does not tell its labels: no match of {layout.label_pattern}", where=file)
             labels |= {label: int(value) for label, value in match.groupdict().items() if label in labels and value is not None}
-        masks = tuple(template.format(stem=stem) for template in layout.masks)
+        masks = tuple(template.format(stem=stem) for _, template in layout.templates)
         rows.append(_Row(file, masks, labels, _patient(layout, None, stem, file, file), None, {}))
     return rows
 
@@ -206,7 +214,7 @@ def _rows_of_table(card: Card, layout: Layout, raw: str, files: dict[str, str]) 
         identity = _patient(layout, row.get(layout.patient_column or ""), stem, file, where)
         labels = labels_of_row(card, layout, row, where)
         meta = {name: clean_metadata(name, row[column]) for name, column in layout.metadata.items()}
-        masks = tuple(template.format(stem=stem) for template in layout.masks)
+        masks = tuple(template.format(stem=stem) for _, template in layout.templates)
         if layout.mask_column is not None and row[layout.mask_column]:
             masks = (_inside(row[layout.mask_column], where),)
         split: Split | Literal["train_val"] | None = None
@@ -250,7 +258,7 @@ def _patient(layout: Layout, value: str | None, stem: str, file: str, where: str
     """The patient's identity: of the column, of the stem, or, if the card names neither, the file itself."""
     if layout.patient_column is not None and not value:
         raise RequestError("no patient", where=f"{where}, column {layout.patient_column}")
-    text = value if layout.patient_column is not None else stem
+    text = value if layout.patient_column is not None else os.path.splitext(file)[0]
     if layout.patient_pattern is not None:
         match = re.search(layout.patient_pattern, text or "")
         if match is None:

@@ -127,8 +127,9 @@ def make(
             folder.mkdir(parents=True, exist_ok=True)
             counts = {"train": 500, "val": images // 2, "test": images}
             held = {
-                "schema": 1,
+                "schema": 2,
                 "dataset": task,
+                "split_rule": "by hand",
                 "card": dataset_card,
                 "layout": "made",
                 "counts": counts,

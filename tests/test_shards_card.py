@@ -18,7 +18,7 @@ NIH_LABELS = (
     "Pleural_Thickening Hernia"
 )
 SMALL: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "dataset": "tiny",
     "title": "t",
     "reader": "csv",
@@ -61,7 +61,7 @@ def test_nih_card_states_the_official_layout_first() -> None:
         ({"reader": "phantom"}, "phantom"),
         ({"layouts": []}, "needs layouts"),
         ({"split": {"val": 0.5, "test": 0.5}}, "nothing to train on"),
-        ({"schema": 2}, "schema"),
+        ({"schema": 1}, "schema"),
         ({"layouts": [SMALL["layouts"][0] | {"label_columns": {"b": "b"}}]}, "are not in the card"),
         ({"layouts": [SMALL["layouts"][0] | {"patient_pattern": "(("}]}, "regular expression"),
         ({"layouts": [SMALL["layouts"][0] | {"table": None}]}, "no table"),

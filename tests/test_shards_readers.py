@@ -30,7 +30,7 @@ LAYOUT: dict[str, Any] = {
     "metadata": {"age": "age"},
 }
 CARD: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "dataset": "tiny",
     "title": "t",
     "reader": "csv",

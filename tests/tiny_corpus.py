@@ -29,7 +29,7 @@ def picture(i: int, size: int, channels: int = 1) -> np.ndarray:
 def card(dataset: str, *, channels: int = 1, masks: bool = False, labels: Sequence[str] = LABELS) -> Card:
     return Card.model_validate(
         {
-            "schema": 1,
+            "schema": 2,
             "dataset": dataset,
             "title": "tiny",
             "reader": "phantom",
@@ -91,7 +91,7 @@ def write(
     counts = {split: sum(entry.samples for entry in entries if entry.split == split) for split in splits}
     manifest = Manifest.model_validate(
         {
-            "schema": 1,
+            "schema": 2,
             "dataset": dataset,
             "card": card(dataset, channels=channels, masks=masks, labels=labels),
             "layout": "phantom",
@@ -100,6 +100,7 @@ def write(
             "patients": counts,
             "positives": {},
             "quarantined": 0,
+            "split_rule": "by hand",
             "secret_fingerprint": "public",
             "raw_digest": "0" * 64,
         }
