@@ -72,10 +72,10 @@ class Benchmark(Strict):
 
 
 class Join(Strict):
-    """Another CSV whose columns are added to each row by the column `on`; with `optional`, rows without a partner get empty cells."""
+    """Another CSV whose columns are added to each row by the column `by`; with `optional`, rows without a partner get empty cells."""
 
     table: str
-    on: str
+    by: str  # not `on`, which YAML reads as true
     optional: bool = False
 
 
@@ -108,6 +108,17 @@ class BurnedIn(Strict):
     blank: list[tuple[int, int, int, int]] = Field(default_factory=list)  # top, left, bottom, right in pixels, ends excluded
 
 
+class Groups(Strict):
+    """A CSV with one patient a row and, in those columns, the names of this patient's images."""
+
+    table: str
+    columns: list[str] = Field(min_length=1)
+    sep: str = Field(",", min_length=1, max_length=1)
+
+
+Reader = Literal["csv", "folders", "pairs", "npz", "tars", "phantom"]
+
+
 class Layout(Strict):
     """One arrangement of the raw files.
 
@@ -117,6 +128,7 @@ class Layout(Strict):
     """
 
     name: str
+    reader: Reader | None = None  # where it is not the card's
     requires: list[str] = Field(min_length=1)  # globs, all must match: how the layout is recognised
     images: list[str] = Field(min_length=1)  # globs of image files (npz, tars: of the files that hold the images)
     exclude: list[str] = Field(default_factory=list)  # globs of files that are no images of this dataset, though `images` match
@@ -148,6 +160,7 @@ class Layout(Strict):
     patient_column: str | None = None
     patient_pattern: str | None = None  # group 1 is the patient: of the value of the column or tag, or of the path where neither is named
     patient_tag: str | None = None  # attribute of the DICOM header, such as PatientID: the headers of all files are read
+    patient_groups: Groups | None = None  # where only another table says which images are of one patient
     study_column: str | None = None
     study_tag: str | None = None
     study_pattern: str | None = None  # as for the patient; its keyed hash becomes the metadata `study`
@@ -227,17 +240,18 @@ class Card(Strict):
     schema_: Literal[2] = Field(alias="schema")
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")  # prefixes the sample keys, so no dots: WebDataset cuts at the first
     title: str
-    reader: Literal["csv", "folders", "pairs", "npz", "tars", "phantom"]
+    reader: Reader
     kind: Literal["multilabel", "multiclass", "segmentation", "mixed", "unlabelled"]
-    channels: int = Field(ge=1, le=256)
+    channels: int = Field(1, ge=1, le=256)
     labels: list[str] = Field(default_factory=list)
     labels_found: bool = False  # the classes are those that the raw files name, sorted; the manifest's card lists them
     mask_classes: list[str] = Field(default_factory=list)  # classes 1.. of the index mask; with one class every non-zero value means it
     uncertain: Uncertain = "ignore"
+    unmentioned: Literal["zeros", "ignore"] = "ignore"  # what a label counts as that is neither 1, 0 nor uncertain
     views: dict[str, list[str] | dict[str, list[str]]] = Field(default_factory=dict)  # some of the labels, or new label -> any of these
     layouts: list[Layout] = Field(default_factory=list)
     phantom: PhantomSpec | None = None
-    namespace: str  # of patient ids: two datasets with the same patients share it
+    namespace: str  # of patient ids, by default the dataset's name: two datasets with the same patients share it
     split: SplitRule = SplitRule()
     benchmark: Benchmark | None = None
     metadata: list[str] = Field(default_factory=list)  # allow-list: nothing else about an image is kept
@@ -256,10 +270,11 @@ class Card(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _reads_found(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("labels") == FOUND:
-            return data | {"labels": [], "labels_found": True}
-        return data
+    def _fills_in(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        found = {"labels": [], "labels_found": True} if data.get("labels") == FOUND else {}
+        return {"namespace": data.get("dataset")} | data | found
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Card:
@@ -313,10 +328,15 @@ class Card(Strict):
             raise ValueError(f"layout {layout.name}: {sorted(stray)} are not in the card's metadata, labels or mask_classes")
         if self.has_masks and not (layout.masks or layout.mask_column or layout.rle):
             raise ValueError(f"layout {layout.name}: kind {self.kind} needs masks, mask_column or rle")
-        if self.reader == "csv" and not layout.has_table:
+        reader = self.reader_of(layout)
+        if reader == "csv" and not layout.has_table:
             raise ValueError(f"layout {layout.name}: reader csv needs a table")
-        if self.reader in ("folders", "npz", "tars") and layout.has_table:
-            raise ValueError(f"layout {layout.name}: reader {self.reader} reads no table")
+        if reader in ("folders", "npz", "tars") and layout.has_table:
+            raise ValueError(f"layout {layout.name}: reader {reader} reads no table")
+
+    def reader_of(self, layout: Layout) -> Reader:
+        """The reader of one of the layouts: its own, or the card's."""
+        return layout.reader or self.reader
 
     @property
     def colour(self) -> bool:
