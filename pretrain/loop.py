@@ -22,6 +22,7 @@ from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 from pretrain import health, methods, probes, publish
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
+from shards import device_views
 from shards.loader import Batch, Corpus, TrainLoader, targets
 
 SECONDS_BETWEEN_PUTS = 5.0
@@ -205,8 +206,10 @@ class Run:
         """On this rank's device."""
         device = self.engine.device
         views = [view.to(device, non_blocking=True) for view in batch.views]
+        if batch.draws_VBP is not None:
+            views = device_views.apply(views[0], batch.draws_VBP)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value := getattr(batch, name), Tensor) else value
             for name in ("index_B", "target_BL", "mask_BL")
         }

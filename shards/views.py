@@ -4,101 +4,56 @@
     views, _ = make(image_HWC, None, cfg, (seed, epoch, sample_id))            # two u8 HWC arrays of side 224
     image_BCHW, seg_BHW = augment(images_NCHW, seg_NHW, cfg_one, [(seed, epoch, i) for i in ids])
 
-Every draw comes from (key, view index) alone, so pixels do not depend on workers, ranks or order. The distribution is that of SimCLR
-(arXiv 2002.05709, appendix A): random resized crop, colour jitter, blur, flip; grey images skip what does nothing to them. What makes it
-fast: grey stays one channel; a crop that shrinks by two or more is taken from a level halved before (an exact 2 x 2 mean, made once) and
-resized bilinearly; brightness and contrast are one table of 256 entries, computed in float and rounded once; the blur is separable.
-Normalisation is not here: it is the first layer of the encoder.
+What is drawn is in shards.draws; the same draws in batches on a device are in shards.device_views. What makes this fast: grey stays one
+channel; a crop that shrinks by two or more is taken from a level halved before (an exact 2 x 2 mean, made once for all views) and resized
+bilinearly; brightness and contrast are one table of 256 entries, computed in float and rounded once; the blur is separable. Official codes
+differ in the filter of the resize alone: bicubic in MAE and DINO. Normalisation is not here: it is the first layer of the encoder.
 """
 
 import math
-import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal
 
 import cv2
 import numpy as np
-from pydantic import Field, model_validator
 
-from base.config import Strict
-from base.seeds import seed_of
+from shards.draws import Draw, Key, ViewsConfig, draw
 
 VIEWS_VERSION = 1  # raised by whoever changes a pixel that the same key gives; it is part of what pretrainings and cells are keyed by
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Key = tuple[int, ...]
-Box = tuple[int, int, int, int]  # x, y, width, height in pixels
-_CROP_TRIES = 10
 
-
-class ViewsConfig(Strict):
-    """What is done to an image.
-
-    kind: `two` random views (contrastive), `one` random view (with the mask moved along), or `eval` (resized, nothing random).
-    size: side of the square output, pixels. The image is never cropped for evaluation; an oblong one is squeezed.
-    crop_scale: smallest and largest share of the image's area in the crop.
-    crop_ratio: smallest and largest aspect of the crop, relative to the image's own aspect (for square images: width / height).
-    flip: mirror left and right with probability 1/2. There is no vertical flip: nobody hangs a chest film upside down.
-    jitter_p: probability that brightness, contrast, saturation and hue are changed at all.
-    brightness, contrast, saturation: b draws a factor from [1 - b, 1 + b]. hue: h draws a shift from [-h, h] turns of the colour circle.
-    grey_p: probability that a colour image is turned grey.
-    blur_p: probability of a Gaussian blur; blur_sigma: smallest and largest standard deviation, pixels of the output.
-    """
-
-    kind: Literal["two", "one", "eval"]
-    size: int = Field(ge=1, le=4096)
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    jitter_p: Share = 0.8
-    brightness: Share = 0.4
-    contrast: Share = 0.4
-    saturation: Share = 0.2
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    grey_p: Share = 0.0
-    blur_p: Share = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-
-    @model_validator(mode="after")
-    def _ranges_are_ranges(self) -> "ViewsConfig":
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", 10.0), ("blur_sigma", 100.0)):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= top:
-                raise ValueError(f"{name} must be 0 < low <= high <= {top:g}, got {low:g}, {high:g}")
-        return self
-
-    @property
-    def views(self) -> int:
-        """Views an image gives."""
-        return 2 if self.kind == "two" else 1
-
-
-def make(image_HWC: np.ndarray, seg_HW: np.ndarray | None, cfg: ViewsConfig, key: Key) -> tuple[list[np.ndarray], np.ndarray | None]:
+def make(
+    image_HWC: np.ndarray, seg_HW: np.ndarray | None, cfg: ViewsConfig, key: Key, rgb: bool = True
+) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The views of one image.
 
     Args:
-        image_HWC: u8, 1 or 3 channels.
+        image_HWC: u8, any number of channels.
         seg_HW: u8 mask of the same height and width, or None. It moves with the (only) view, by nearest neighbour.
         key: names the draws: (seed, epoch, sample id).
+        rgb: whether three channels are red, green and blue (the windows of a CT are not), so that colours can be jittered.
     Returns:
-        cfg.views arrays u8 (size, size, C), and the mask u8 (size, size) or None (two views carry no mask).
+        u8 (size, size, C) for each of cfg.handed_sizes, and the mask u8 (size, size) or None (several views carry no mask).
     """
     if cfg.kind == "eval":
         return [resize(image_HWC, cfg.size)], None if seg_HW is None else resize_mask(seg_HW, cfg.size)
-    levels = [image_HWC]
-    views, moved = [], None
-    for view in range(cfg.views):
-        draw = random.Random(seed_of("views", *key, view))
-        box, level = _to_level(_crop_box(image_HWC.shape[0], image_HWC.shape[1], cfg, draw), image_HWC.shape, cfg.size)
-        pixels = _appearance(_crop(levels, box, level, cfg.size), cfg, draw)
-        flip = cfg.flip and draw.random() < 0.5
-        views.append(_with_channels(cv2.flip(pixels, 1)) if flip else pixels)
-        if seg_HW is not None and cfg.kind == "one":
-            x, y, width, height = box
-            moved = resize_mask(seg_HW[y : y + height, x : x + width], cfg.size)
-            moved = cv2.flip(moved, 1) if flip else moved
-    return views, moved
+    if cfg.device_side:
+        return [resize(image_HWC, cfg.device_side)], None
+    if cfg.library == "lightly":
+        from shards.library_views import lightly
+
+        return lightly(image_HWC, cfg, key), None
+    levels, views, cut = [image_HWC], [], None
+    for drawn in draw(cfg, key, image_HWC.shape[0], image_HWC.shape[1], rgb and image_HWC.shape[2] == 3):
+        if drawn.size < drawn.side:  # a patch: all are cut from one crop
+            cut = _mirrored(_crop(levels, drawn), drawn.flip) if cut is None else cut
+            views.append(cut[drawn.top : drawn.top + drawn.size, drawn.left : drawn.left + drawn.size])
+        else:
+            views.append(_mirrored(_appearance(_crop(levels, drawn), drawn, cfg), drawn.flip))
+    if seg_HW is None or cfg.kind != "one":
+        return views, None
+    moved = resize_mask(seg_HW[drawn.y : drawn.y + drawn.height, drawn.x : drawn.x + drawn.width], cfg.size)
+    return views, cv2.flip(moved, 1) if drawn.flip else moved
 
 
 def augment(
@@ -142,64 +97,43 @@ def _with_channels(pixels: np.ndarray) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels  # OpenCV drops a channel axis of length 1
 
 
-def _crop_box(height: int, width: int, cfg: ViewsConfig, draw: random.Random) -> Box:
-    """x, y, width, height: area uniform and aspect log-uniform, drawn again while it does not fit; the whole image at last."""
-    log_low, log_high = math.log(cfg.crop_ratio[0]), math.log(cfg.crop_ratio[1])
-    for _ in range(_CROP_TRIES):
-        area = draw.uniform(*cfg.crop_scale)
-        root = math.exp(0.5 * draw.uniform(log_low, log_high))
-        share_w, share_h = math.sqrt(area) * root, math.sqrt(area) / root
-        if share_w <= 1 and share_h <= 1:
-            w, h = max(round(share_w * width), 1), max(round(share_h * height), 1)
-            return int(draw.random() * (width - w + 1)), int(draw.random() * (height - h + 1)), w, h
-    return 0, 0, width, height
+def _mirrored(pixels: np.ndarray, flip: bool) -> np.ndarray:
+    return _with_channels(cv2.flip(pixels, 1)) if flip else pixels
 
 
-def _to_level(box: Box, shape: tuple[int, ...], size: int) -> tuple[Box, int]:
-    """How often to halve before the crop, and the box moved (by less than an output pixel) onto whole pixels of that level.
-
-    The mask is cut by the moved box too, so image and mask stay aligned.
-    """
-    x, y, width, height = box
-    level = 0
-    # A half of an odd side would not stand for whole pixel pairs, so the pyramid ends there and bilinear does the rest.
-    while min(width, height) >> level >= 2 * size and not any((side >> level) % 2 for side in shape[:2]):
-        level += 1
-    x, y, width, height = (part >> level << level for part in box)
-    return (x, y, width, height), level
-
-
-def _crop(levels: list[np.ndarray], box: Box, level: int, size: int) -> np.ndarray:
-    """The box, resized. `levels` are the image and its halves, which are made when a crop first needs them."""
-    x, y, width, height = box
-    if (height, width) == levels[0].shape[:2]:
-        return resize(levels[0], size)
+def _crop(levels: list[np.ndarray], drawn: Draw) -> np.ndarray:
+    """The crop, resized. `levels` are the image and its halves, which are made when a crop first needs them."""
+    if (drawn.height, drawn.width) == levels[0].shape[:2]:
+        return resize(levels[0], drawn.side)
+    level = drawn.level
     while len(levels) <= level:
         half = (levels[-1].shape[1] // 2, levels[-1].shape[0] // 2)
-        levels.append(cv2.resize(levels[-1], half, interpolation=cv2.INTER_AREA))
-    crop = levels[level][y >> level : (y + height) >> level, x >> level : (x + width) >> level]
-    return _with_channels(cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR))
+        levels.append(_with_channels(cv2.resize(levels[-1], half, interpolation=cv2.INTER_AREA)))
+    x, y, width, height = (part >> level for part in drawn[:4])
+    crop = levels[level][y : y + height, x : x + width]
+    return _with_channels(cv2.resize(crop, (drawn.side, drawn.side), interpolation=cv2.INTER_LINEAR))
 
 
-def _appearance(pixels: np.ndarray, cfg: ViewsConfig, draw: random.Random) -> np.ndarray:
-    if draw.random() < cfg.jitter_p:
-        brightness, contrast = _factor(cfg.brightness, draw), _factor(cfg.contrast, draw)
-        pixels = _light(pixels, brightness, contrast, brightness_first=draw.random() < 0.5)
-        if pixels.shape[2] == 3:
-            pixels = _colour(pixels, _factor(cfg.saturation, draw), draw.uniform(-cfg.hue, cfg.hue))
-    if pixels.shape[2] == 3 and draw.random() < cfg.grey_p:
+def _appearance(pixels: np.ndarray, drawn: Draw, cfg: ViewsConfig) -> np.ndarray:
+    pixels = _light(pixels, drawn.brightness, drawn.contrast, drawn.brightness_first)
+    if drawn.saturation != 1 or drawn.hue != 0:
+        pixels = _colour(pixels, drawn.saturation, drawn.hue)
+    if drawn.grey:
         pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    if draw.random() < cfg.blur_p:
-        kernel = _kernel(round(draw.uniform(*cfg.blur_sigma), 2))
+    if drawn.sigma:
+        kernel = _kernel(drawn.sigma)
         pixels = _with_channels(cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101))
+    if drawn.solarize:
+        pixels = _with_channels(cv2.LUT(pixels, _SOLARIZED))
+    if cfg.rand_augment:
+        from shards.library_views import rand_augment
+
+        pixels = rand_augment(pixels, *cfg.rand_augment, drawn.rand_augment)
     return pixels
 
 
-def _factor(strength: float, draw: random.Random) -> float:
-    return draw.uniform(1 - strength, 1 + strength)
-
-
 _RAMP = np.arange(256, dtype=np.float32)
+_SOLARIZED = np.where(_RAMP < 128, _RAMP, 255 - _RAMP).astype(np.uint8)
 
 
 def _light(pixels: np.ndarray, brightness: float, contrast: float, brightness_first: bool) -> np.ndarray:
@@ -219,6 +153,9 @@ def _light(pixels: np.ndarray, brightness: float, contrast: float, brightness_fi
 
 
 def _luminance(pixels: np.ndarray) -> float:
+    """Of three channels weighted as colours, as the official codes do; windows of one scan differ little in it."""
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+        return float(pixels.mean())
     means = cv2.mean(pixels)
     return means[0] if pixels.ndim == 2 or pixels.shape[2] == 1 else 0.299 * means[0] + 0.587 * means[1] + 0.114 * means[2]
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 from tiny_corpus import picture
 
-from shards.views import ViewsConfig, _crop, _crop_box, _kernel, _light, _to_level, augment, make, resize, resize_mask
+from shards.draws import Draw, ViewsConfig, crop_box, draw, to_level
+from shards.views import _crop, _kernel, _light, augment, make, resize, resize_mask
 
 PLAIN = {"jitter_p": 0.0, "blur_p": 0.0, "flip": False}
 IDENTITY = ViewsConfig(kind="one", size=32, crop_scale=(1, 1), crop_ratio=(1, 1), jitter_p=0.0, blur_p=0.0, flip=False)
@@ -32,8 +33,7 @@ def test_the_evaluation_resize_averages_areas() -> None:
 
 
 def test_crops_have_the_promised_areas_aspects_and_places() -> None:
-    cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.2, 0.8), crop_ratio=(0.75, 4 / 3))
-    boxes = np.array([_crop_box(1000, 1000, cfg, random.Random(i)) for i in range(4000)], dtype=float)
+    boxes = np.array([crop_box(1000, 1000, (0.2, 0.8), (0.75, 4 / 3), random.Random(i)) for i in range(4000)], dtype=float)
     x, y, w, h = boxes.T
     area, aspect = w * h / 1e6, w / h
     assert area.min() >= 0.199
@@ -50,22 +50,20 @@ def test_crops_have_the_promised_areas_aspects_and_places() -> None:
 
 
 def test_aspect_is_relative_to_the_image() -> None:
-    cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.5, 0.5), crop_ratio=(1, 1))
     for i in range(20):
-        _, _, w, h = _crop_box(400, 800, cfg, random.Random(i))
+        _, _, w, h = crop_box(400, 800, (0.5, 0.5), (1, 1), random.Random(i))
         assert abs(w / h - 2) < 0.02
 
 
 def test_a_crop_from_a_halved_level_shows_the_same_place() -> None:
     image = cv2.GaussianBlur(picture(3, 512)[:, :, 0], (0, 0), 4)[:, :, None]
     random_ = random.Random(0)
-    cfg = ViewsConfig(kind="two", size=64, crop_scale=(0.3, 0.9))
     for _ in range(20):
-        wanted = _crop_box(512, 512, cfg, random_)
-        (x, y, w, h), level = _to_level(wanted, image.shape, 64)
+        wanted = crop_box(512, 512, (0.3, 0.9), (0.75, 4 / 3), random_)
+        (x, y, w, h), level = to_level(wanted, 512, 512, 64)
         assert level == (1 if min(wanted[2:]) < 256 else 2)
         assert all(0 <= a - b < 4 for a, b in zip(wanted, (x, y, w, h), strict=True))
-        fast = _crop([image], (x, y, w, h), level, 64)[:, :, 0].astype(float)
+        fast = _crop([image], Draw(x, y, w, h, level, 64, 0, 0, 64, False))[:, :, 0].astype(float)
         true = cv2.resize(image[y : y + h, x : x + w], (64, 64), interpolation=cv2.INTER_AREA).astype(float)
         assert np.sqrt(((fast - true) ** 2).mean()) < 2.5
 
@@ -165,16 +163,122 @@ def test_masks_keep_their_classes() -> None:
     assert np.array_equal(resize_mask(np.kron(seg[:16, :16], np.ones((3, 3), dtype=np.uint8)), 16), seg[:16, :16])
 
 
+DINO = ViewsConfig.model_validate(
+    {
+        "kind": "multi",
+        "size": 32,
+        "crop_scale": (0.4, 1.0),
+        "crops": [{"blur_p": 1.0}, {"blur_p": 0.1, "solarize_p": 0.2}, {"count": 6, "size": 16, "crop_scale": (0.05, 0.4)}],
+    }
+)
+
+
+def test_several_crops_have_their_own_sizes_and_ranges() -> None:
+    assert DINO.sizes == [32, 32] + [16] * 6
+    image = picture(0, 100, 3)
+    views, moved = make(image, np.zeros((100, 100), dtype=np.uint8), DINO, (0,))
+    assert [view.shape for view in views] == [(side, side, 3) for side in DINO.sizes]
+    assert moved is None
+    drawn = [draw(DINO, (i,), 1000, 1000, rgb=False) for i in range(1500)]
+    share = np.array([[view.width * view.height / 1e6 for view in views] for views in drawn])
+    assert 0.38 < share[:, :2].min() < 0.42
+    assert 0.045 < share[:, 2:].min() < 0.052  # cut on whole pixels of a halved level
+    assert 0.38 < share[:, 2:].max() < 0.401
+    blurred = np.array([[view.sigma > 0 for view in views] for views in drawn]).mean(0)
+    assert blurred[0] == 1
+    assert abs(blurred[1] - 0.1) < 0.03
+    assert np.abs(blurred[2:] - 0.5).max() < 0.05
+    solarized = np.array([[view.solarize for view in views] for views in drawn]).mean(0)
+    assert abs(solarized[1] - 0.2) < 0.04
+    assert solarized[[0, 2, 3, 4, 5, 6, 7]].sum() == 0
+
+
+def test_two_views_may_differ() -> None:
+    byol = ViewsConfig.model_validate({"kind": "two", "size": 16, "crops": [{"blur_p": 1.0}, {"blur_p": 0.0, "solarize_p": 1.0}]})
+    one, two = draw(byol, (3,), 64, 64, rgb=True)
+    assert (one.sigma > 0, one.solarize, two.sigma > 0, two.solarize) == (True, False, False, True)
+
+
+def test_solarising_inverts_the_bright() -> None:
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    cfg = IDENTITY.model_copy(update={"size": 16, "solarize_p": 1.0})
+    assert np.array_equal(make(image, None, cfg, (0,))[0][0], np.where(image < 128, image, 255 - image))
+
+
+def test_jigsaw_patches_are_the_cells_of_one_crop_in_random_order() -> None:
+    cfg = ViewsConfig.model_validate({"kind": "jigsaw", "size": 48, "jigsaw": {"size": 90, "patch": 22, "crop_scale": (1, 1)}})
+    cfg = cfg.model_copy(update={"crop_ratio": (1, 1)})
+    assert cfg.sizes == [48] + [22] * 9
+    y, x = np.indices((90, 90))
+    image = np.stack([x, y, np.zeros_like(x)], axis=2).astype(np.uint8)  # a pixel says where it is
+    orders, places, flips = set(), [], []
+    for i in range(60):
+        views = make(image, None, cfg, (i,))[0]
+        corners = [(int(patch[0, 0, 0]), int(patch[0, 0, 1])) for patch in views[1:]]
+        flips.append(bool(views[1][0, 0, 0] > views[1][0, 1, 0]))
+        corners = [(89 - left if flips[-1] else left, top) for left, top in corners]
+        assert sorted((top // 30, left // 30) for left, top in corners) == [(row, column) for row in range(3) for column in range(3)]
+        assert all(left % 30 + 22 <= 30 and top % 30 + 22 <= 30 for left, top in corners)
+        orders.add(tuple((left // 30, top // 30) for left, top in corners))
+        places += [left % 30 for left, _ in corners]
+    assert len(orders) == 60
+    assert set(places) == set(range(9))
+    assert 15 < sum(flips) < 45
+
+
+def test_windows_of_a_scan_are_not_colours() -> None:
+    image = picture(4, 32, 3)
+    cfg = IDENTITY.model_copy(update={"jitter_p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.9, "hue": 0.5, "grey_p": 1.0})
+    assert np.array_equal(make(image, None, cfg, (0,), rgb=False)[0][0], image)
+    assert not np.array_equal(make(image, None, cfg, (0,))[0][0], image)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 9])
+def test_any_number_of_channels_is_one_image(channels: int) -> None:
+    plane = picture(1, 300)
+    image = np.repeat(plane, channels, axis=2)
+    cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.1, 1.0), solarize_p=0.5)
+    for i in range(10):
+        for many, one in zip(make(image, None, cfg, (i,))[0], make(plane, None, cfg, (i,))[0], strict=True):
+            assert many.shape == (32, 32, channels)
+            assert np.abs(many.astype(int) - one).max() <= 3  # a mean of two roundings, spread by the contrast
+
+
 def test_pixels_are_pinned() -> None:
     # Whoever changes this changes what every recipe computes: raise VIEWS_VERSION in the same commit.
-    cfg = ViewsConfig(kind="two", size=8)
-    ramp = np.add.outer(np.arange(32), np.arange(32) * 5).astype(np.uint8)[:, :, None]
-    one, two = make(ramp, None, cfg, (0, 0, 0))[0]
-    assert abs(int(one.sum()) - 3306) <= 8  # OpenCV may round a pixel otherwise on another CPU
-    assert abs(int(two.sum()) - 5706) <= 8
+    ramp = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)[:, :, None]
+    colour = np.concatenate([ramp, 255 - ramp, ramp.transpose(1, 0, 2)], axis=2)
+    strong = {"crop_scale": (0.08, 1.0), "saturation": 0.8, "hue": 0.2, "grey_p": 0.2, "size": 8}
+    pinned = [
+        (ViewsConfig(kind="two", size=8), ramp[:32, :32], [2158, 3802]),
+        (ViewsConfig(kind="two", **strong), colour, [18669, 26870]),
+        (ViewsConfig(kind="one", size=8), colour[:, :40], [17112]),
+        (DINO, ramp, [82384, 143094, 31591, 47326, 36432, 46789, 51141, 19956]),
+        (
+            ViewsConfig.model_validate({"kind": "jigsaw", "size": 8, "jigsaw": {"size": 30, "patch": 8}}),
+            ramp,
+            [4418, 5824, 4672, 8712, 3704, 7304, 11528, 6208, 11128, 8968],
+        ),
+    ]
+    for cfg, image, sums in pinned:
+        found = [int(view.sum()) for view in make(np.ascontiguousarray(image), None, cfg, (0, 0, 0))[0]]
+        assert found == pytest.approx(sums, rel=2e-3)  # OpenCV may round a pixel otherwise on another CPU
 
 
 def test_a_wrong_configuration_is_refused() -> None:
-    for wrong in ({"crop_scale": (0.5, 0.2)}, {"crop_scale": (0.0, 1.0)}, {"blur_p": 1.5}, {"croop": 1}, {"size": 0}):
+    wrong: list[dict[str, object]] = [{"crop_scale": (0.5, 0.2)}, {"crop_scale": (0.0, 1.0)}, {"blur_p": 1.5}, {"croop": 1}, {"size": 0}]
+    wrong += [
+        {"crops": [{}]},
+        {"crops": [{"count": 3}]},
+        {"kind": "multi"},
+        {"kind": "one", "crops": [{}]},
+        {"kind": "jigsaw", "crops": [{}] * 3},
+    ]
+    wrong += [{"crops": [{"crop_scale": (0.9, 0.1)}, {}]}, {"kind": "jigsaw", "jigsaw": {"size": 90, "patch": 31}}]
+    wrong += [{"kind": "eval", "device_side": 64}, {"library": "lightly", "device_side": 64}, {"rand_augment": (2, 10), "device_side": 64}]
+    wrong += [{"kind": "jigsaw", "library": "lightly"}, {"library": "lightly", "crop_ratio": (1, 1)}, {"rand_augment": (2, 11)}]
+    for settings in wrong:
         with pytest.raises(ValidationError):
-            ViewsConfig.model_validate({"kind": "two", "size": 32} | wrong)
+            ViewsConfig.model_validate({"kind": "two", "size": 32} | settings)
+    with pytest.raises(ValidationError, match=r"views.library: lightly"):
+        ViewsConfig.model_validate("lightly")
