@@ -45,6 +45,18 @@ def _example(text: str) -> str:
     return f"Example: {text}"
 
 
+@app.command(epilog=_example("allograft survey /data/unknown --out unknown.yaml"))
+def survey(
+    raw: Annotated[str, typer.Argument(help="a folder of files that no card describes yet")],
+    out: Annotated[str | None, typer.Option(help="file for the draft of its card; printed by default")] = None,
+) -> None:
+    """Describe an unknown folder: formats, sizes, tables, who the patients may be. And draft its card."""
+    from base.paths import absolute
+    from cluster.survey import show
+
+    show(absolute(raw), out)
+
+
 @app.command(epilog=_example("allograft pack nih-cxr14 /data/nih --out s3://bucket/shards/nih-cxr14"))
 def pack(
     card: Annotated[str, typer.Argument(help="a card's name (allograft list datasets) or its YAML file")],

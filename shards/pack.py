@@ -30,6 +30,7 @@ from shards import readers
 from shards.card import SPLITS, Card, Split
 from shards.deidentify import Names
 from shards.manifest import MANIFEST, Manifest, ShardEntry, dump_index, load_index
+from shards.open_points import refuse_open
 from shards.phantoms import PHANTOM_VERSION
 from shards.samples import index_of_tar, write_tar
 
@@ -87,8 +88,9 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
     """The shards to write, train first. Decodes nothing.
 
     Raises:
-        RequestError: the raw folder, a column, a label, a patient in two splits, an empty split, no secret: see `shards.readers`.
+        RequestError: a draft with open points, no secret, and all that `shards.readers` refuses.
     """
+    refuse_open(card)
     names = Names.of(card, secret)
     found = readers.read(card, raw, names)
     card = found.card

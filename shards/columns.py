@@ -1,0 +1,172 @@
+"""What the columns of an unknown table seem to be: image, patient, split, labels, metadata. Guesses by content first, by name second.
+
+facts = survey_table("RAW/labels.csv", "labels.csv", files)     # None if it is not a table
+facts.role("patient"), facts.role("label")
+"""
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shards.readers import SPLIT_WORDS
+from shards.tables import CELLS
+
+Role = Literal["image", "mask", "patient", "split", "label", "findings", "class", "view", "sex", "age", "other"]
+SEPARATORS = ("|", ";", ",")
+_NAMES: tuple[tuple[Role, str], ...] = (
+    ("sex", r"\bsex\b|gender"),
+    ("age", r"\bage\b"),
+    ("view", r"view|projection|position"),
+    ("patient", r"patient|subject|person|participant|individual|\bpid\b|case id"),  # after the others: `Patient Age` is an age
+    ("mask", r"mask|segment|contour"),
+    ("class", r"label|class|diagnos|\bdx\b|grade|level|finding|category|target"),
+)
+MOST_CLASSES = 50  # distinct values of a column beyond which they are not classes
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: how many cells are filled, how many values differ, the commonest ones, and what it seems to be."""
+
+    name: str
+    filled: int
+    distinct: int
+    top: tuple[tuple[str, int], ...]
+    role: Role
+    words: tuple[str, ...] = ()  # of findings: the names in its cells; of a class: its values
+    separator: str = ""
+    images: int = 0  # of an image column: how many cells name a file that is there
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """One table of the raw folder."""
+
+    file: str
+    separator: str
+    rows: int
+    columns: tuple[Column, ...]
+    one_of: bool  # each row has a 1 in exactly one of the label columns: they are classes
+
+    def having(self, role: Role) -> list[Column]:
+        """The columns of that role, the best first."""
+        return [column for column in self.columns if column.role == role]
+
+    @property
+    def images(self) -> int:
+        """How many of its rows name an image that is there."""
+        return max((column.images for column in self.having("image")), default=0)
+
+
+class FileNames:
+    """The raw folder's files by path, base name and stem: what a cell of a table may mean."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self.paths = set(files)
+        self.bases = {os.path.basename(file) for file in self.paths}
+        self.stems = {os.path.splitext(base)[0] for base in self.bases}
+
+    def knows(self, cell: str) -> bool:
+        """Whether the cell names a file, with or without folder and extension."""
+        base = os.path.basename(cell)
+        return cell in self.paths or base in self.bases or base in self.stems
+
+
+def read_rows(path: str) -> tuple[str, list[dict[str, str]]] | None:
+    """Separator and rows of a text table; None where the text is not one (no second column, ragged rows, another encoding)."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            text = stream.read()
+    except (UnicodeDecodeError, OSError):
+        return None
+    first = text.partition("\n")[0]
+    separator = max((",", ";", "\t"), key=first.count)
+    if separator not in first:
+        return None
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        names = [name.strip() for name in next(reader)]
+        rows = [dict(zip(names, (cell.strip() for cell in cells), strict=False)) for cells in reader if len(cells) == len(names)]
+    except csv.Error:
+        return None
+    return (separator, rows) if rows and len(set(names)) == len(names) else None
+
+
+def survey_table(path: str, file: str, files: FileNames) -> TableFacts | None:
+    """The facts of one table, or None."""
+    read = read_rows(path)
+    if read is None:
+        return None
+    separator, rows = read
+    columns = tuple(_column(name, [row[name] for row in rows], files) for name in rows[0] if name)
+    labels = [column.name for column in columns if column.role == "label"]
+    one_of = len(labels) > 1 and all(sum(_value(row[name]) == 1 for name in labels) == 1 for row in rows)
+    return TableFacts(file, separator, len(rows), columns, one_of)
+
+
+def _column(name: str, cells: Sequence[str], files: FileNames) -> Column:
+    counts = Counter(cell for cell in cells if cell)
+    filled = sum(counts.values())
+    facts = Column(name, filled, len(counts), tuple(counts.most_common(5)), "other")
+    images = sum(n for cell, n in counts.items() if files.knows(cell))
+    if filled and images >= 0.5 * filled and len(counts) > 1:
+        return _as(facts, "mask" if _named(name) == "mask" else "image", images=images)
+    by_name = _named(name)
+    if counts and all(cell.lower() in SPLIT_WORDS for cell in counts):
+        return _as(facts, "split")
+    if by_name in ("patient", "sex", "age", "view"):
+        return _as(facts, by_name)
+    if _is_label(counts):
+        return _as(facts, "label")
+    separator = _joins(counts)
+    if separator:
+        words = Counter(word.strip() for cell, n in counts.items() for word in cell.split(separator) for _ in range(n) if word.strip())
+        return _as(facts, "findings", words=tuple(words), separator=separator)
+    repeated = 2 <= len(counts) <= min(MOST_CLASSES, filled // 2)
+    if repeated and (by_name == "class" or not all(_is_number(cell) for cell in counts)):
+        return _as(facts, "class", words=tuple(sorted(counts)))
+    return facts
+
+
+def _as(facts: Column, role: Role, *, words: tuple[str, ...] = (), separator: str = "", images: int = 0) -> Column:
+    return Column(facts.name, facts.filled, facts.distinct, facts.top, role, words, separator, images)
+
+
+def _named(name: str) -> Role:
+    # Words are told apart in `patient_id`, `Patient ID` and `PatientID` alike.
+    spaced = re.sub(r"[_\W]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)).lower()
+    return next((role for role, pattern in _NAMES if re.search(pattern, spaced)), "other")
+
+
+def _is_label(counts: Mapping[str, int]) -> bool:
+    """Cells of 1, 0, -1 or yes and no, and a 1 among them: a column that never says 1 teaches nothing."""
+    return len(counts) > 1 and all(_cell(cell) in CELLS for cell in counts) and any(_value(cell) == 1 for cell in counts)
+
+
+def _cell(cell: str) -> str:
+    return cell.lower().removesuffix(".0")
+
+
+def _value(cell: str) -> int | None:
+    return CELLS.get(_cell(cell))
+
+
+def _joins(counts: Mapping[str, int]) -> str:
+    """The separator that joins names of a small vocabulary in these cells, or nothing."""
+    for separator in SEPARATORS:
+        joined = [cell for cell in counts if separator in cell]
+        if not joined:
+            continue
+        words = {word.strip() for cell in counts for word in cell.split(separator)}
+        if len(words) <= MOST_CLASSES and len(words) < len(counts) + 2 and not all(_is_number(word) for word in words):
+            return separator
+    return ""
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", cell) is not None

@@ -1,0 +1,219 @@
+"""The survey: what files are by content, what columns mean, and a draft that packs once its open points are settled."""
+
+import csv
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from base.errors import RequestError
+from shards.card import Card, load_card
+from shards.columns import FileNames, survey_table
+from shards.corpus import Corpus
+from shards.draft import draft
+from shards.headers import header
+from shards.open_points import open_points
+from shards.pack import pack, plan
+from shards.survey import globs, mask_templates, survey
+
+DICOM = Path(__file__).parent.parent.parent / "shared" / "data" / "dicom" / "files"
+SPLITS = ["train", "train", "train", "val", "test", "test"]
+
+
+def picture(path: Path, i: int, mode: str = "L", size: tuple[int, int] = (40, 36)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def write_table(path: Path, rows: list[dict[str, object]], delimiter: str = ",") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def dicom(path: Path, patient: str, preamble: bytes = b"\0" * 128) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[str(path)])
+    image = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=preamble)
+    image.PatientID, image.Modality, image.SOPClassUID = patient, "DX", meta.MediaStorageSOPClassUID
+    image.Rows, image.Columns, image.SamplesPerPixel, image.PhotometricInterpretation = 8, 9, 1, "MONOCHROME2"
+    image.BitsAllocated = image.BitsStored = 8
+    image.HighBit, image.PixelRepresentation = 7, 0
+    image.PixelData = bytes(range(72))
+    image.save_as(path, enforce_file_format=True)
+
+
+def test_formats_are_known_by_content(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 0, "RGB")
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    (tmp_path / "text.dcm").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.jpg").read_bytes()[:12])
+    dicom(tmp_path / "tiff.dcm", "p", b"II*\0" + b"\0" * 124)  # a preamble may be a TIFF's
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "v.nii.gz")
+    np.savez(tmp_path / "x.npz", train_images=np.zeros((7, 4, 4), np.uint8), train_labels=np.zeros((7, 1), np.uint8))
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("0.jpg", "0.cls"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    found = {path.name: header(path, path.name) for path in tmp_path.iterdir()}
+    assert {name: one.format for name, one in found.items()} == {
+        "a.jpg": "png",
+        "text.dcm": "text",
+        "empty.png": "empty",
+        "cut.png": "png",
+        "tiff.dcm": "dicom",
+        "v.nii.gz": "nifti",
+        "x.npz": "npz",
+        "s.tar": "tar",
+    }
+    assert found["a.jpg"].size == "36 x 40"
+    assert found["tiff.dcm"].size == "8 x 9"
+    assert found["tiff.dcm"].tags["Modality"] == "DX"
+    assert found["v.nii.gz"].size == "4 x 5 x 6"
+    assert found["x.npz"].tags["train_images"] == "7 x 4 x 4"
+    assert found["s.tar"].pixels == "jpg, cls"
+    assert found["empty.png"].problem
+    assert found["cut.png"].problem
+    assert str(tmp_path) not in found["cut.png"].problem
+
+
+@pytest.mark.skipif(not DICOM.exists(), reason="needs the shared DICOM files")
+def test_odd_dicom_files_are_surveyed_without_a_fall() -> None:
+    found = {path.name: header(path, path.name) for path in DICOM.iterdir()}
+    assert sum(one.format == "dicom" for one in found.values()) >= 50
+    assert found["broken_text.dcm"].format == "text"
+    assert found["pd_rtplan.dcm"].problem == "DICOM without an image"
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b1", "b2", "img.png", "7"]), min_size=1, max_size=3), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_globs_cover_every_file_once(tmp_path_factory: pytest.TempPathFactory, paths: list[list[str]]) -> None:
+    files = sorted({"/".join([*parts, "x.png"]) for parts in paths})
+    found = globs(files)
+    assert sorted(file for group in found.values() for file in group) == files
+
+
+def test_numbered_folders_become_a_star() -> None:
+    files = [f"images_{n:03}/images/{n}.png" for n in range(1, 4)] + [f"p{n}/view.jpg" for n in range(20)]
+    assert set(globs(files)) == {"images_*/images/*.png", "p*/*.jpg"}
+    assert set(globs([f"{name}/x.png" for name in ("benign", "malignant")])) == {"benign/*.png", "malignant/*.png"}
+
+
+def test_masks_are_found_by_the_names_of_their_images() -> None:
+    images = [f"images/a_{n}.png" for n in range(10)]
+    assert list(mask_templates(images, [f"masks/a_{n}_mask.gif" for n in range(10)])) == ["masks/{stem}_mask.gif"]
+    beside = [f"images/a_{n}_mask{extra}.png" for n in range(10) for extra in ("", "_1")]
+    assert list(mask_templates(images, beside)) == ["{dir}/{stem}_mask*.png"]
+    assert mask_templates(images, ["masks/other.png"]) == {}
+
+
+def test_columns_are_known_by_content_and_name(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {
+            "Image Index": f"{n:03}.png",
+            "PatientID": n // 2,
+            "Finding Labels": ["Mass|Nodule", "No Finding", "Mass", "Nodule"][n % 4],
+            "edema": ["1.0", "0.0", "", "-1.0"][n % 4],
+            "always": 0,
+            "fold": SPLITS[n % 6],
+            "Patient Age": n,
+            "Patient Gender": "FM"[n % 2],
+            "View Position": ["PA", "AP"][n % 2],
+            "site": ["north", "south"][n % 2],
+        }
+        for n in range(24)
+    ]
+    write_table(tmp_path / "t.tsv", rows, "\t")
+    facts = survey_table(str(tmp_path / "t.tsv"), "t.tsv", FileNames(f"x/{n:03}.png" for n in range(24)))
+    assert facts is not None
+    assert {column.name: column.role for column in facts.columns} == {
+        "Image Index": "image",
+        "PatientID": "patient",
+        "Finding Labels": "findings",
+        "edema": "label",
+        "always": "other",
+        "fold": "split",
+        "Patient Age": "age",
+        "Patient Gender": "sex",
+        "View Position": "view",
+        "site": "class",
+    }
+    assert facts.separator == "\t"
+    assert facts.images == 24
+
+
+def with_table(raw: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(36):
+        picture(raw / "xrays" / f"{n // 2:04}_{n % 2}.png", n)
+        rows.append(
+            {"file": f"{n // 2:04}_{n % 2}.png", "patient_id": n // 2, "opacity": n % 2, "fold": SPLITS[n // 6], "sex": "FM"[n // 18]}
+        )
+    write_table(raw / "labels.csv", rows)
+
+
+def with_findings(raw: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(60):
+        picture(raw / "images" / f"{n // 3:04}_{n % 3}.jpg", n)
+        rows.append({"Image": f"{n // 3:04}_{n % 3}.jpg", "Findings": ["Mass|Nodule", "No Finding", "Mass", "Nodule"][n % 4]})
+    write_table(raw / "entries.csv", rows)
+
+
+def settled(raw: Path, folder: Path) -> Card:
+    """The draft as a person would finish it who accepts every guess."""
+    text = draft(survey(str(raw)))
+    (folder / "draft.yaml").write_text(text)
+    unfinished = load_card(str(folder / "draft.yaml"))
+    assert {"title", "licence", "access", "citation"} <= set(open_points(unfinished))
+    with pytest.raises(RequestError, match="open points"):
+        plan(unfinished, str(raw), b"secret")
+    (folder / "card.yaml").write_text(text.replace("OPEN:", "settled:"))
+    return load_card(str(folder / "card.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "labels", "patients"),
+    [
+        (with_table, "multilabel", ["opacity"], 18),
+        (with_findings, "multilabel", ["Mass", "Nodule"], 20),
+    ],
+)
+def test_from_an_unknown_folder_to_shards(
+    make: Callable[[Path], None], kind: str, labels: list[str], patients: int, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    make(raw)
+    card = settled(raw, tmp_path)
+    assert card.kind == kind
+    assert card.labels == labels
+    manifest = pack(card, str(raw), str(tmp_path / "shards"), secret=b"secret")
+    assert manifest.quarantined == 0
+    assert sum(manifest.patients.values()) == patients
+    assert sum(manifest.counts.values()) == len(list(raw.rglob("*.[pj][np]g")))
+    corpus = Corpus(str(tmp_path / "shards"), ("train",))
+    assert {name for record in corpus.records() for name in record.labels} == set(labels)
+
+
+def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no file"):
+        survey(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(RequestError, match="no image among"):
+        draft(survey(str(tmp_path)))
+    with pytest.raises(RequestError, match="no folder"):
+        survey(str(tmp_path / "absent"))
