@@ -1,9 +1,10 @@
-"""Names that identify nobody: sample keys, patient hashes and the secret behind them.
+"""Names that identify nobody: sample keys, patient hashes and the secret behind them; and what of a header may be kept at all.
 
     names = Names.of(card)                       # secret from ALLOGRAFT_SECRET or the file ALLOGRAFT_SECRET_FILE names
     names.key("images/a.png")                    # 20 hex
     names.patient("00000061")                    # 16 hex, equal in every dataset of the card's namespace
 
+Of a DICOM header only the values of VALUES are kept, and only as one of those words: a name that stands in the wrong field is not one.
 A public card uses the constant secret `public`: its names protect nothing, and equal input gives equal shards everywhere.
 """
 
@@ -13,14 +14,35 @@ import hashlib
 import hmac
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.errors import RequestError
-from shards.card import Card, Split
+from shards.card import BurnedIn, Card, Split
+from shards.planes import Unusable
 
 PUBLIC = b"public"
 PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 365 / 7, "D": 365}  # units of a DICOM age string (PS3.5, value representation AS)
+
+DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}|(?:19|20)\d{6}(?:\d{6}(?:\.\d*)?)?")
+Rectangle = tuple[int, int, int, int]  # top, left, bottom, right in pixels, ends excluded
+
+# Name in a card's metadata -> attribute of the DICOM header and the words it may hold (PS3.3; body parts: PS3.16 annex L, the usual ones).
+VALUES: dict[str, tuple[str, str]] = {
+    "modality": ("Modality", "CR CT DX ES GM IO MG MR NM OP OPT OT PT PX RF RG SC SM US XA XC"),
+    "view": ("ViewPosition", "AP PA LL RL LATERAL LAT RLD LLD RLO LLO CC MLO ML LM XCCL XCCM FB SIO"),
+    "sex": ("PatientSex", "F M O"),
+    "laterality": ("ImageLaterality", "L R U B"),
+    "body_part": (
+        "BodyPartExamined",
+        "ABDOMEN ANKLE ARM BRAIN BREAST CHEST CSPINE ELBOW EXTREMITY EYE FOOT HAND HEAD HEART HIP KNEE LEG LIVER LSPINE LUNG NECK PELVIS"
+        " PROSTATE SHOULDER SKIN SKULL SPINE TSPINE WHOLEBODY WRIST",
+    ),
+}
+ULTRASOUND = ("1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6")  # SOP classes and their parts, retired ones too
+SECONDARY_CAPTURE = ("1.2.840.10008.5.1.4.1.1.7",)
 
 
 def keyed(secret: bytes, text: str, digits: int) -> str:
@@ -89,11 +111,47 @@ def keyed_split(patient: str, val: float, test: float) -> Split:
 
 def clean_metadata(name: str, value: str | None) -> str | int | None:
     """An allow-listed value as it is kept: text, None for nothing; ages in completed years (of a number, or of one with a unit:
-    `034Y`, `018M`, `006W`, `003D`), all above 89 as 90 (HIPAA safe harbour)."""
+    `034Y`, `018M`, `006W`, `003D`), all above 89 as 90 (HIPAA safe harbour). A date is nothing."""
     text = (value or "").strip()
-    if not text:
+    if not text or DATE.fullmatch(text.split("T")[0].split(" ")[0]):
         return None
     if name == "age":
         match = re.match(r"(\d+)(?:\.\d*)?\s*([YMWD]?)", text, re.IGNORECASE)
         return min(int(int(match.group(1)) / PER_YEAR[match.group(2).upper()]), 90) if match else None
     return text
+
+
+def header_values(header: Any) -> dict[str, str]:
+    """What of a DICOM header may be kept, by metadata name; values of no list are left out. `age` is as clean_metadata takes it."""
+    found = {name: str(header.get(attribute) or "").strip().upper() for name, (attribute, _) in VALUES.items()}
+    kept = {name: word for name, word in found.items() if word in VALUES[name][1].split()}
+    age = str(header.get("PatientAge") or "").strip()
+    return kept | ({"age": age} if re.fullmatch(r"\d{3}[YMWD]", age) else {})
+
+
+def blanked(header: Any, rules: Sequence[BurnedIn]) -> list[Rectangle]:
+    """The rectangles to blank in an image with that DICOM header: of the first rule that matches, else none.
+
+    Raises:
+        Unusable: text may be burned into the pixels, and no rule says where.
+    """
+    sop_class, says = str(header.get("SOPClassUID") or ""), str(header.get("BurnedInAnnotation") or "").strip().upper()
+    ultrasound = header.get("Modality") == "US" or any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in ULTRASOUND)
+    capture = header.get("Modality") == "SC" or any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in SECONDARY_CAPTURE)
+    rule = next((rule for rule in rules if _matches(header, rule.match)), None)
+    if says == "YES" and not (rule and rule.blank):
+        raise Unusable("text is burned into the pixels, and no rule of the card blanks it")
+    if rule is None and ultrasound:
+        raise Unusable("ultrasound may show the patient's name, and no rule of the card says where")
+    if rule is None and capture and says != "NO":
+        raise Unusable("a secondary capture may show the patient's name, and no rule of the card says where")
+    return list(rule.blank) if rule else []
+
+
+def _matches(header: Any, match: Mapping[str, str | int]) -> bool:
+    return all(str(header.get(name)).strip() == str(value) for name, value in match.items())
+
+
+def may_show_a_face(header: Any) -> bool:
+    """Whether slices of a head are left as they are (code 113102 of PS3.16 CID 7050 would say they are not)."""
+    return header.get("Modality") in ("CT", "MR", "PT") and str(header.get("BodyPartExamined") or "").upper() in ("HEAD", "BRAIN", "SKULL")

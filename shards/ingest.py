@@ -1,184 +1,258 @@
-"""From the bytes of a raw file to the bytes of a sample: decoded and checked, nothing kept but pixels.
+"""From the bytes of raw files to the bytes of samples: decoded and checked, nothing kept but pixels and where they lie.
 
-    stored = image(data, channels=1, max_side=None)       # Stored(ext, data, height, width); Unusable(reason) if it must be left out
-    seg_png = mask([left_png, right_png], classes=1, stored)
+    for frame, stored in unfold([data], card): ...        # one Stored or, of a file with several frames, several; Unusable if none
+    seg_png = mask([left_png, right_png], classes=1, of=stored)
 
-A JPEG keeps its entropy-coded bytes (decoding again and saving would cost quality) but loses every segment that can carry text:
-EXIF, XMP, ICC, comments, thumbnails, and whatever follows the end of the image. All else becomes an 8-bit PNG, bit for bit.
+What a file is, its content says, never its name. A JPEG keeps its entropy-coded bytes (decoding again and saving would cost quality)
+but loses every segment that can carry text. All else becomes an 8-bit PNG, bit for bit, or with `depth: 16` a `.u16.zst`.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 64_000_000  # a decoded image above this is refused before it is decoded: a small file can unfold to gigabytes
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+from shards import geometry, pixels16, raster
+from shards.card import Card
+from shards.planes import Measured, Planes, Unusable
+from shards.raster import png, strip_jpeg
+
+MAGIC = (
+    (128, b"DICM", "dicom"),  # first: the 128 free bytes before it may begin like anything
+    (0, b"\xff\xd8\xff", "jpeg"),
+    (0, b"\x89PNG\r\n\x1a\n", "png"),
+    (0, b"II*\x00", "tiff"),
+    (0, b"MM\x00*", "tiff"),
+    (0, b"GIF8", "gif"),
+    (0, b"BM", "bmp"),
+    (344, b"n+1\x00", "nifti"),
+    (4, b"n+2\x00", "nifti"),
+)
+BARE_DICOM = tuple(bytes([group, 0, element, 0]) for group in (2, 8) for element in range(0x20))  # how one without a preamble begins
 
 
-class Unusable(Exception):
-    """This file cannot become a sample; the text says why. The sample is quarantined, the others are packed."""
+@dataclass(frozen=True)
+class Stored:
+    """The bytes of an image as packed, its extension (jpg, png or u16.zst) and its size in pixels.
 
-
-class Stored(NamedTuple):
-    """The bytes of an image as packed, its extension (jpg or png) and its size in pixels."""
+    reduced_from: (height, width) before reduction to max_side. frame: of a file with several; of a slab, the slice in its middle.
+    facts: where it lies (`spacing_mm`, `affine`, `slices`) and `remarks`. meta: allow-listed values of the header.
+    """
 
     ext: str
     data: bytes
     height: int
     width: int
-    reduced_from: tuple[int, int] | None  # (height, width) before reduction to max_side
+    reduced_from: tuple[int, int] | None = None
+    frame: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+def kind(data: bytes, what: str = "image") -> str:
+    """jpeg, png, tiff, gif, bmp, dicom or nifti, by content. Raises Unusable."""
+    if not data:
+        raise Unusable(f"{what} is an empty file")
+    head = data[:1024]
+    if head.startswith(b"\x1f\x8b"):
+        try:
+            head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data[:4096], 1024)
+        except zlib.error:
+            raise Unusable(f"{what} is a damaged gzip file") from None
+    found = next((name for at, magic, name in MAGIC if head[at : at + len(magic)] == magic), None)
+    if found is None and head.startswith(BARE_DICOM):
+        return "dicom"
+    if found is None or (head[:2] != data[:2] and found != "nifti"):
+        raise Unusable(f"{what} is none of JPEG, PNG, TIFF, GIF, BMP, DICOM, NIfTI")
+    return found
+
+
+def planes(files: Sequence[bytes], card: Card | None = None) -> Planes:
+    """The planes of a file, or of the files of one DICOM series. Raises Unusable."""
+    kinds = {kind(data) for data in files}
+    if "dicom" in kinds:
+        from shards import dicom
+
+        if kinds != {"dicom"}:
+            raise Unusable("a folder with DICOM and other files is no series")
+        rules = card.burned_in if card else ()
+        return dicom.planes(files[0], rules) if len(files) == 1 else dicom.series(files, rules)
+    if len(files) != 1:
+        raise Unusable("only DICOM files make a series")
+    if kinds == {"nifti"}:
+        from shards import nifti
+
+        return nifti.planes(files[0])
+    return raster.planes(raster.open_picture(files[0], kinds.pop()))
+
+
+def unfold(files: Sequence[bytes], card: Card) -> Iterator[tuple[int | None, Stored | Unusable]]:
+    """What the card makes of a file (or series): its first frame, each frame or slabs of slices.
+
+    The number is what tells a sample from the others of its file: the frame, or the slab's first slice; None where the file has only one.
+    A frame that is unusable is given as such, and the others follow. Raises Unusable where the file as a whole is.
+    """
+    if card.depth == 8 and card.frames == "first" and len(files) == 1 and kind(files[0]) == "jpeg":
+        yield None, image(files[0], card.channels, card.max_side)
+        return
+    found = planes(files, card)
+    if card.slab is not None:
+        if found.count < card.slab:
+            raise Unusable(f"{found.count} slices, the card's slabs have {card.slab}")
+        starts = np.linspace(0, found.count - card.slab, -(-found.count // card.slab))  # none left over: the slabs overlap instead
+        spans = [range(start, start + card.slab) for start in np.rint(starts).astype(int).tolist()]
+    else:
+        spans = [range(i, i + 1) for i in range(found.count if card.frames == "each" else 1)]
+    for span in spans:
+        first = span.start if found.count > 1 else None
+        try:
+            stored: Stored | Unusable = _stored(found, span, card)
+        except Unusable as reason:
+            stored = reason
+        yield first, stored
+
+
+def _stored(found: Planes, span: range, card: Card) -> Stored:
+    place: dict[str, Any] = {"meta": {name: value for name, value in found.meta.items() if name in card.metadata}}
+    if found.count > 1:
+        place["frame"] = span[len(span) // 2]
+    measured = [found.measured(i) for i in span] if card.depth == 16 else []
+    grey = [plane for plane in measured if plane is not None]
+    if measured and len(grey) == len(measured):
+        deep = _deep(grey)
+        pixels_DHW, before = _reduced(deep.stored_DHW, card.max_side)
+        data = pixels16.encode(deep._replace(stored_DHW=pixels_DHW))
+        height, width = pixels_DHW.shape[1:]
+        return Stored("u16.zst", data, height, width, before, **place, facts=_facts(found, span, before, height, width))
+    if card.windows or card.slab:
+        raise Unusable("a coloured image has no windows or slabs")
+    shown = raster.to_channels(found.shown(span.start), card.channels)
+    pixels, before = _reduced(shown[None], card.max_side)
+    height, width = pixels.shape[1:3]
+    return Stored("png", png(pixels[0]), height, width, before, **place, facts=_facts(found, span, before, height, width))
 
 
 def image(data: bytes, channels: int, max_side: int | None = None) -> Stored:
-    """Check an image file and make it storable. Raises Unusable."""
-    picture = _open(data)
-    jpeg = picture.format == "JPEG"
-    upright = int(picture.getexif().get(0x0112, 1)) in (0, 1)
-    pixels = _pixels(picture if upright else ImageOps.exif_transpose(picture), channels)
-    height, width = pixels.shape[:2]
-    too_large = max_side is not None and max(height, width) > max_side
-    # A grey decoder takes the luma of a colour JPEG, which is how a colour file on a grey card is meant to be read.
-    if jpeg and upright and not too_large and (picture.mode == "RGB" or (picture.mode == "L" and channels == 1)):
-        return Stored("jpg", strip_jpeg(data), height, width, None)
-    if too_large and max_side is not None:
-        pixels = cv2.resize(pixels, _reduced(height, width, max_side), interpolation=cv2.INTER_AREA)
-        return Stored("png", png(pixels), pixels.shape[0], pixels.shape[1], (height, width))
-    return Stored("png", png(pixels), height, width, None)
+    """The first plane of an image file, in 8 bits. Raises Unusable."""
+    name = kind(data)
+    if name != "jpeg":
+        pixels = raster.to_channels(planes([data]).shown(0), channels)
+    else:
+        picture = raster.open_picture(data, "jpeg")
+        height, width = picture.height, picture.width
+        too_large = max_side is not None and max(height, width) > max_side
+        # A grey decoder takes the luma of a colour JPEG, which is how a colour file on a grey card is meant to be read.
+        if raster.upright(picture) and not too_large and (picture.mode == "RGB" or (picture.mode == "L" and channels == 1)):
+            return Stored("jpg", strip_jpeg(data), height, width)
+        pixels = raster.to_channels(raster.planes(picture).shown(0), channels)
+    small, before = _reduced(pixels[None], max_side)
+    return Stored("png", png(small[0]), small.shape[1], small.shape[2], before)
 
 
-def mask(files: list[bytes], classes: int, of: Stored) -> bytes:
+def mask(files: Sequence[bytes], classes: int, of: Stored, resize: bool = False) -> bytes:
     """The union of mask files as one 8-bit index PNG of the stored image's size. Raises Unusable.
 
     With one class every non-zero value means it; with more, values are class indices and the larger one wins where files overlap.
+    Of a file with several frames that of the image's frame counts, of a slab's the middle one.
     """
-    merged = np.zeros(of.reduced_from or (of.height, of.width), np.uint8)
-    for data in files:
-        picture = _open(data, "mask")
-        if picture.format != "PNG" or picture.mode not in ("1", "L", "P", "RGB"):
-            raise Unusable(f"mask is {picture.format} {picture.mode}, not an 8-bit PNG")
-        values = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
-        if values.ndim == 3:
-            if (values != values[..., :1]).any():
-                raise Unusable("mask is coloured, its classes are not indices")
-            values = values[..., 0]
-        if values.shape != merged.shape:
-            raise Unusable(f"mask measures {values.shape[1]} x {values.shape[0]}, its image {merged.shape[1]} x {merged.shape[0]}")
-        indices = (values > 0).astype(np.uint8) if classes == 1 else values
-        if int(indices.max(initial=0)) > classes:
-            raise Unusable(f"mask holds the value {int(indices.max())}, the card has {classes} classes")
-        merged = np.maximum(merged, indices)
-    if of.reduced_from:
-        merged = cv2.resize(merged, (of.width, of.height), interpolation=cv2.INTER_NEAREST_EXACT)
-    return png(merged)
+    return merged([mask_values(data, classes, of.frame) for data in files], classes, of, resize)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """u8 HW, or HWC in RGB, as PNG bytes: no text, no times, the same bytes for the same pixels."""
-    ok, encoded = cv2.imencode(".png", pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1]))
-    if not ok:
-        raise Unusable("cannot be encoded as PNG")
-    return encoded.tobytes()
-
-
-def strip_jpeg(data: bytes) -> bytes:
-    """The same JPEG without metadata; the JFIF header (without thumbnail) and Adobe's colour flag stay. Raises Unusable."""
-    out, position = [b"\xff\xd8"], 2
-    while True:
-        if data[position : position + 1] != b"\xff":
-            raise Unusable("a damaged JPEG: no marker where one must be")
-        while data[position + 1 : position + 2] == b"\xff":
-            position += 1
-        code = data[position + 1 : position + 2]
-        if code == b"\xd9":
-            return b"".join(out) + b"\xff\xd9"
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        segment = data[position : position + 2 + length]
-        if length < 2 or len(segment) < 2 + length:
-            raise Unusable("a truncated JPEG")
-        position += len(segment)
-        if code == b"\xe0":
-            if segment[4:9] == b"JFIF\x00":
-                out.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\x00\x00")
-        elif code == b"\xee":
-            if segment[4:9] == b"Adobe":
-                out.append(b"\xff\xee\x00\x0e" + segment[4:16])
-        elif not (b"\xe1" <= code <= b"\xef" or code == b"\xfe"):
-            out.append(segment)
-        if code == b"\xda":  # entropy-coded bytes follow, up to the next marker that is not a restart
-            found = _MARKER.search(data, position)
-            if found is None:
-                raise Unusable("a truncated JPEG: no end of image")
-            out.append(data[position : found.start()])
-            position = found.start()
-
-
-def _open(data: bytes, what: str = "image") -> Image.Image:
-    if not data:
-        raise Unusable(f"{what} is an empty file")
-    if not data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-        raise Unusable(f"{what} is neither JPEG nor PNG")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of large images; they are refused here
-            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Unusable(f"{what} measures {picture.width} x {picture.height}, more than {MAX_PIXELS // 10**6} million pixels")
-            if picture.format == "PNG":
-                _check_png(data, what)
-            picture.load()
-    except UnidentifiedImageError:
-        raise Unusable(f"{what} does not decode: its header is damaged") from None
-    except Image.DecompressionBombError:
-        raise Unusable(f"{what} has more than {MAX_PIXELS // 10**6} million pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:  # what PIL's decoders raise for damaged files
-        raise Unusable(f"{what} does not decode: {error}") from None
-    return picture
-
-
-def _check_png(data: bytes, what: str) -> None:
-    # PIL decodes a PNG whose pixel chunks fail their checksum; a flipped bit in a scan is not a scan.
-    position = 8
-    while position + 12 <= len(data):
-        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise Unusable(f"{what} does not decode: a PNG chunk fails its checksum")
-        if data[position + 4 : position + 8] == b"IEND":
-            return
-        position = end + 4
-    raise Unusable(f"{what} does not decode: a truncated PNG")
-
-
-def _pixels(picture: Image.Image, channels: int) -> np.ndarray:
-    """u8 HW or HWC (RGB) with the card's channels. Transparency is dropped where it is opaque throughout and refused elsewhere."""
-    if picture.mode == "P":
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    if picture.mode in ("LA", "RGBA"):
-        if np.asarray(picture.getchannel("A")).min() < 255:
-            raise Unusable("image is partly transparent")
-        picture = picture.convert(picture.mode[:-1])
-    if picture.mode == "1":
+def mask_values(data: bytes, classes: int, frame: int | None = None) -> np.ndarray:
+    """The numbers in a mask file, HW: indices of classes, or anything but zero for the only one. Raises Unusable."""
+    name = kind(data, "mask")
+    if name in ("dicom", "nifti"):
+        found = planes([data])
+        if not (frame or 0) < found.count:
+            raise Unusable(f"mask has {found.count} frames, its image a frame {frame}")
+        plane = found.measured(frame or 0)
+        if plane is None:
+            raise Unusable("mask is coloured, its classes are not indices")
+        return plane.raw_HW
+    picture = raster.open_picture(data, name, "mask")
+    if name == "jpeg":
+        raise Unusable("mask is a JPEG, whose values are not exact")
+    if picture.mode == "1" or (picture.mode == "P" and classes == 1):  # of two colours, the one that is not black
         picture = picture.convert("L")
-    if picture.mode not in ("L", "RGB"):
-        raise Unusable(f"image has mode {picture.mode}: only 8-bit grey and RGB are packed, deeper ones need a window")
-    pixels = np.asarray(picture)
-    if channels == 1 and pixels.ndim == 3:
-        equal = (pixels == pixels[..., :1]).all()
-        return np.ascontiguousarray(pixels[..., 0]) if equal else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    if channels == 3 and pixels.ndim == 2:
-        return np.repeat(pixels[..., None], 3, axis=2)
-    return pixels
+    if picture.mode not in ("L", "P", "RGB", "I;16", "I"):
+        raise Unusable(f"mask is {name.upper()} {picture.mode}, not an image of indices")
+    values = np.asarray(picture)
+    if values.ndim == 3:
+        if (values != values[..., :1]).any():
+            raise Unusable("mask is coloured, its classes are not indices")
+        return values[..., 0]
+    return values
 
 
-def _reduced(height: int, width: int, max_side: int) -> tuple[int, int]:
+def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool = False) -> bytes:
+    """The union of masks (HW, see `mask`) as PNG bytes; with `resize` those of another size are brought to the image's. Raises Unusable."""
+    height, width = of.reduced_from or (of.height, of.width)
+    union = np.zeros((height, width), np.uint8)
+    for values in masks:
+        if values.shape != union.shape and not resize:
+            raise Unusable(f"mask measures {values.shape[1]} x {values.shape[0]}, its image {width} x {height}")
+        low, high = (values.min(), values.max()) if values.size else (0, 0)
+        if classes > 1 and not 0 <= low <= high <= classes:
+            raise Unusable(f"mask holds the value {low if low < 0 else high}, the card has {classes} classes")
+        indices = (values != 0).astype(np.uint8) if classes == 1 else values.astype(np.uint8)
+        if (values.dtype.kind == "f") and classes > 1 and (indices != values).any():
+            raise Unusable("mask holds values between its classes")
+        if values.shape != union.shape:
+            indices = cv2.resize(indices, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        union = np.maximum(union, indices)
+    if of.reduced_from:
+        union = cv2.resize(union, (of.width, of.height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return png(union)
+
+
+def _deep(slices: list[Measured]) -> pixels16.Deep:
+    """A slab of planes in one unit. Padding becomes the darkest value that was measured."""
+    if len({plane.raw_HW.shape for plane in slices}) > 1 or len({plane.inverted for plane in slices}) > 1:
+        raise Unusable("the slices of a slab differ in size or polarity")
+    raw = [_filled(plane) for plane in slices]
+    slope, intercept = slices[0].slope, slices[0].intercept
+    if any((plane.slope, plane.intercept) != (slope, intercept) for plane in slices):
+        raw = [plane.slope * values + plane.intercept for plane, values in zip(slices, raw, strict=True)]
+        slope, intercept = 1.0, 0.0
+    stored_DHW, slope, intercept = pixels16.quantise(np.stack(raw), slope, intercept)
+    low, high = min(plane.low for plane in slices), max(plane.high for plane in slices)
+    return pixels16.Deep(stored_DHW, slope, intercept, low, high, slices[0].inverted)
+
+
+def _filled(plane: Measured) -> np.ndarray:
+    if plane.padded_HW is None or not plane.padded_HW.any():
+        return plane.raw_HW
+    seen = plane.raw_HW[~plane.padded_HW]
+    if not seen.size:
+        raise Unusable("every pixel is padding")
+    dark = seen.max() if plane.inverted == (plane.slope > 0) else seen.min()
+    return np.where(plane.padded_HW, dark, plane.raw_HW).astype(plane.raw_HW.dtype)
+
+
+def _reduced(pixels_DHW: np.ndarray, max_side: int | None) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Planes (D, H, W) or (D, H, W, 3) brought to max_side by area averaging, and their height and width before, None if they fit."""
+    height, width = pixels_DHW.shape[1:3]
+    if max_side is None or max(height, width) <= max_side:
+        return pixels_DHW, None
     scale = max_side / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in pixels_DHW]), (height, width)
+
+
+def _facts(found: Planes, span: range, before: tuple[int, int] | None, height: int, width: int) -> dict[str, Any]:
+    """Where the stored pixels lie, for the sample's .json; empty for images that say nothing."""
+    factor_y, factor_x = (before[0] / height, before[1] / width) if before else (1.0, 1.0)
+    facts: dict[str, Any] = {}
+    if found.affine is not None:
+        affine = geometry.reduced(geometry.from_slice(found.affine, span.start), factor_y, factor_x)
+        facts |= {"affine": np.round(affine, 6).tolist(), "spacing_mm": np.round(geometry.spacing_zyx(affine), 6).tolist()}
+    elif found.spacing_yx is not None:
+        facts["spacing_mm"] = [round(found.spacing_yx[0] * factor_y, 6), round(found.spacing_yx[1] * factor_x, 6)]
+    if found.count > 1:
+        facts |= {"slices": [span.start, span.stop], "of_slices": found.count}
+    return facts | ({"remarks": list(found.remarks)} if found.remarks else {})

@@ -3,7 +3,8 @@
     positives, quarantined = write_tar(card, raw, records, Path("x.tar"))
     index_N = index_of_tar("x.tar")
 
-A sample is `<dataset>-<20 hex>.jpg|png`, `.json` and, where the card has masks, `.seg.png`; any WebDataset reader takes it.
+A sample is `<dataset>-<20 hex>.jpg|png|u16.zst`, `.json` and, where the card has masks, `.seg.png`; any WebDataset reader takes it.
+A record is one sample, or several where its file has several frames and the card unfolds them; each has a key of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from base import storage
 from base.config import canonical_json
 from shards import ingest
 from shards.card import Card
+from shards.deidentify import clean_metadata, keyed
 from shards.manifest import EXTENSIONS, INDEX_DTYPE, Quarantined
 from shards.phantoms import GENERATORS
 from shards.readers import Record
@@ -34,40 +36,63 @@ def write_tar(card: Card, raw: str, records: Iterable[Record], tar: Path) -> tup
     quarantined: list[Quarantined] = []
     # Owner, mode and time are fixed and the format is ustar: the bytes depend on the samples alone.
     with tar.open("wb") as stream, wds.TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-        for record, sample in _samples(card, raw, records):
+        for key, file, sample in _samples(card, raw, records):
             if isinstance(sample, str):
-                named = record.file if card.public else None
-                quarantined.append(Quarantined(key=record.key, reason=sample, file=named))
+                quarantined.append(Quarantined(key=key, reason=sample, file=file if card.public else None))
                 continue
             content, labels = sample
             for label, value in labels.items():
                 positives[label] += value == 1
-            writer.write({"__key__": f"{card.dataset}-{record.key}", **content})
+            writer.write({"__key__": f"{card.dataset}-{key}", **content})
     return positives, quarantined
 
 
-def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[Record, tuple[dict[str, bytes], dict[str, Any]] | str]]:
-    """Each record with the files of its sample and its labels, or with the reason why it has none."""
-    make = _phantom_sample if card.phantom else _file_sample
+def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[str, str, tuple[dict[str, bytes], dict[str, Any]] | str]]:
+    """Key and file of each sample, with its contents and labels, or with the reason why it has none."""
     for record in records:
-        try:
-            content, labels, meta = make(card, raw, record)
-        except ingest.Unusable as reason:
-            yield record, str(reason)
+        if card.phantom:
+            yield record.key, record.file, _phantom_sample(card, record)
             continue
-        text = canonical_json({"labels": labels, "patient": record.patient, "split": record.split, "meta": meta})
-        yield record, ({**content, "json": text.encode()}, labels)
+        try:
+            for first, stored in ingest.unfold(_files(raw, record.file), card):
+                if first is None:
+                    yield record.key, record.file, _file_sample(card, raw, record, stored)
+                else:
+                    key = keyed(record.key.encode(), f"frame\x1f{first}", 20)
+                    yield key, f"{record.file}#{first}", _file_sample(card, raw, record, stored)
+        except ingest.Unusable as reason:
+            yield record.key, record.file, str(reason)
 
 
-def _file_sample(card: Card, raw: str, record: Record) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
-    stored = ingest.image(_read(raw, record.file, "image"), card.channels, card.max_side)
+def _file_sample(
+    card: Card, raw: str, record: Record, stored: ingest.Stored | ingest.Unusable
+) -> tuple[dict[str, bytes], dict[str, Any]] | str:
+    if isinstance(stored, ingest.Unusable):
+        return str(stored)
     content = {stored.ext: stored.data}
     if card.has_masks:
-        if not record.masks:
-            raise ingest.Unusable("no mask is named")
-        files = [_read(raw, name, "mask") for name in record.masks]
-        content["seg.png"] = ingest.mask(files, len(card.mask_classes), stored)
-    return content, record.labels, record.meta
+        try:
+            if not record.masks:
+                raise ingest.Unusable("no mask is named")
+            files = [_read(raw, name, "mask") for name in record.masks]
+            content["seg.png"] = ingest.mask(files, len(card.mask_classes), stored)
+        except ingest.Unusable as reason:
+            return str(reason)
+    header = {name: clean_metadata(name, value) for name, value in stored.meta.items()}
+    meta = header | {name: value for name, value in record.meta.items() if value is not None or name not in header}
+    return content | {"json": _side(record, record.labels, meta, stored.facts)}, record.labels
+
+
+def _side(record: Record, labels: dict[str, Any], meta: dict[str, Any], facts: dict[str, Any]) -> bytes:
+    side = {"labels": labels, "patient": record.patient, "split": record.split, "meta": meta}
+    return canonical_json(side | ({"image": facts} if facts else {})).encode()
+
+
+def _files(raw: str, name: str) -> list[bytes]:
+    """The bytes of an image file, or of all files of a folder, whose name ends in a slash."""
+    if not name.endswith("/"):
+        return [_read(raw, name, "image")]
+    return [_read(raw, storage.join(name, file), "image") for file in storage.listing(storage.join(raw, name))]
 
 
 def _read(raw: str, name: str, what: str) -> bytes:
@@ -79,7 +104,7 @@ def _read(raw: str, name: str, what: str) -> bytes:
         raise ingest.Unusable(f"{what} may not be read") from None
 
 
-def _phantom_sample(card: Card, raw: str, record: Record) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
+def _phantom_sample(card: Card, record: Record) -> tuple[dict[str, bytes], dict[str, Any]]:
     assert card.phantom is not None
     seed, size = (int(part) for part in record.stamp.split("/"))
     phantom = GENERATORS[card.phantom.generator](seed, int(record.file), size)
@@ -87,7 +112,8 @@ def _phantom_sample(card: Card, raw: str, record: Record) -> tuple[dict[str, byt
     if card.has_masks:
         assert phantom.mask is not None
         content["seg.png"] = ingest.png(phantom.mask)
-    return content, dict(phantom.labels), {name: value for name, value in phantom.metadata.items() if name in card.metadata}
+    meta = {name: value for name, value in phantom.metadata.items() if name in card.metadata}
+    return content | {"json": _side(record, dict(phantom.labels), meta, {})}, dict(phantom.labels)
 
 
 def index_of_tar(tar: str | Path) -> np.ndarray:
