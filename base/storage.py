@@ -1,14 +1,16 @@
 """Reading and writing anywhere fsspec reaches, so that nothing half-written is ever trusted.
 
 Locally a file is written beside its place and renamed into it; an object store's PUT is atomic by itself. A folder is complete
-when the file named last stands in it.
+when the file named last stands in it. Requests to an object store that fail for the moment (throttled, stalled, cut off) are sent again.
 """
 
 import errno
 import json
 import os
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,24 +23,56 @@ COMMIT = "COMMIT"
 T = TypeVar("T")
 
 
+ATTEMPTS = 6
+SILENCE_S = 15.0  # a store that sends no byte for so long has stalled
+_FIRST_PAUSE_S = 0.25  # doubled at each attempt: 8 s in all
+
+
 def _fs(url: str) -> tuple[Any, str]:
     # Looked up at each call and never kept: an s3fs instance carried into a forked child does not work there. fsspec caches by process.
     import fsspec
 
-    options: dict[str, Any] = {"use_listings_cache": False} if url.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(url, **options)
+    if not url.startswith("s3://"):
+        return fsspec.core.url_to_fs(url)
+    # `_ask` is the only one to repeat: botocore and s3fs would each multiply its attempts, and s3fs pauses without jitter.
+    config = {"read_timeout": SILENCE_S, "connect_timeout": SILENCE_S, "retries": {"total_max_attempts": 1}}
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, config_kwargs=config)
+    fs.retries = 1
+    return fs, path
 
 
 def _ask(act: Callable[[], T], url: str) -> T:
-    """A request to an object store; what the store's client cannot send (no endpoint, no credentials) becomes one line."""
-    try:
-        return act()
-    except Exception as error:
-        # The client is only loaded for URLs that need it, so its exceptions are known by where they come from.
-        if type(error).__module__.partition(".")[0] != "botocore":
-            raise
-        hint = "check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        raise WorkError(f"the object store cannot be used: {error}", where=url, hint=hint) from error
+    """A request to an object store, again while it fails for the moment; what its client cannot send becomes one line."""
+    attempts = 0
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            attempts += 1
+            if attempts < ATTEMPTS and _is_momentary(error):
+                # Jitter spreads the load of many nodes; it decides nothing that is computed.
+                time.sleep(random.uniform(0.5, 1.0) * _FIRST_PAUSE_S * 2 ** (attempts - 1))
+                continue
+            # The client is only loaded for URLs that need it, so its exceptions are known by where they come from.
+            if type(error).__module__.partition(".")[0] not in ("botocore", "aiohttp"):
+                raise
+            hint = "check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise WorkError(f"the object store cannot be used: {error}", where=url, hint=hint) from error
+
+
+def _is_momentary(error: Exception) -> bool:
+    """Throttled (503, 429), broken inside (500), silent, or cut off: the same request may work in a moment."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    room = type(error).__module__.partition(".")[0]
+    if room == "aiohttp":
+        return True
+    if room == "botocore":
+        from botocore import exceptions, parsers
+
+        broken = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, parsers.ResponseParserError)
+        return isinstance(error, broken)
+    return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
 
 
 def _guard(act: Callable[[], T], url: str) -> T:
@@ -90,7 +124,9 @@ def read_bytes(url: str) -> bytes:
     if not is_url(url):
         return Path(url).read_bytes()
     fs, path = _fs(url)
-    return _ask(lambda: bytes(fs.cat_file(path)), url)
+    # Without this s3fs asks for the size first, a round trip more, and fetches what is large in ranges.
+    whole = {"max_concurrency": 1} if url.startswith("s3://") else {}
+    return _ask(lambda: bytes(fs.cat_file(path, **whole)), url)
 
 
 def read_json(url: str) -> Any:
@@ -119,7 +155,8 @@ def create(url: str, data: str) -> bool:
         try:
             _guard(lambda: fs.pipe_file(path, data.encode(), mode="create"), url)
         except FileExistsError:
-            return False
+            # An answer may have been lost on its way back, and the request repeated: then what stands there is our own.
+            return read_bytes(url) == data.encode()
         return True
     os.makedirs(os.path.dirname(url), exist_ok=True)
     try:

@@ -115,6 +115,7 @@ class Run:
             world=ranks.world(),
             workers=config.workers,
             labels=self.labels if kind.labelled else [],
+            quarantine_url=self._at(f"quarantine-{ranks.rank()}.jsonl"),
         )
         self.epoch_steps = self.loader.steps_per_epoch
         self.total = max(1, math.ceil(recipe.epochs * self.epoch_steps))

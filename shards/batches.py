@@ -4,7 +4,9 @@ A worker reads, decodes and writes the views of a batch into one shared tensor; 
 three float32 channels. torch's DataLoader hands batches over in order whichever worker is first.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import cv2
@@ -13,7 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from base.errors import AllograftError, RequestError
-from shards.corpus import Corpus, Sample, targets
+from shards import prefetch
+from shards.corpus import Corpus, DamagedSample, Sample, targets
+from shards.device_views import table
+from shards.order import Order
+from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, make
 
 NO_MASK = 255  # class index of every pixel of a sample that has no mask, in a batch of others that have one
@@ -22,11 +28,14 @@ NO_MASK = 255  # class index of every pixel of a sample that has no mask, in a b
 class Batch(NamedTuple):
     """A rank's part of a step.
 
-    index_B: int64, id of the sample (in a mixture plus the sizes of the corpora before; -1 = padding).
+    index_B: int64, id of the sample (in a mixture plus the sizes of the corpora before; -1 = padding). One that cannot be read is, in
+        training, replaced by the next of its lane, whose id stands here; in evaluation it keeps its place and is not valid.
     views: u8 (B, C, H, W), one tensor a view.
     target_BL, mask_BL: float32; target 0 or 1, mask 1 where the label is known; None when no label was asked for.
     seg_BHW: u8 class indices, NO_MASK where the sample has no mask; None for two views and for data without masks.
-    valid_B: bool, False = padding (evaluation only).
+    valid_B: bool, False = padding, or a damaged sample (evaluation only).
+    draws_VBP: float32 on the host, with views.device_side only: `views` is then the whole images, and these are what
+        shards.device_views.apply makes the views by.
     """
 
     index_B: torch.Tensor
@@ -35,44 +44,72 @@ class Batch(NamedTuple):
     mask_BL: torch.Tensor | None
     seg_BHW: torch.Tensor | None
     valid_B: torch.Tensor
+    draws_VBP: np.ndarray | None = None
 
 
 class Parts(NamedTuple):
     """What a worker hands over: two shared tensors at most (each costs a file descriptor), the rest small arrays."""
 
     index_B: np.ndarray
-    pixels_VBCHW: torch.Tensor
+    pixels: torch.Tensor  # the views one after the other, flat
+    shapes: list[tuple[int, int, int, int]]
     target_BL: np.ndarray | None
     mask_BL: np.ndarray | None
     seg_BHW: torch.Tensor | None
     valid_B: np.ndarray
+    draws_VBP: np.ndarray | None
+    damaged: list[DamagedSample]
 
     def batch(self) -> Batch:
         return Batch(
             torch.from_numpy(self.index_B),
-            list(self.pixels_VBCHW),
+            _split(self.pixels, self.shapes),
             None if self.target_BL is None else torch.from_numpy(self.target_BL),
             None if self.mask_BL is None else torch.from_numpy(self.mask_BL),
             self.seg_BHW,
             torch.from_numpy(self.valid_B),
+            self.draws_VBP,
         )
 
 
 class BatchReader(Dataset[Parts | AllograftError]):
-    """Reads batches of (global id, epoch); id -1 is padding. Shared by training and evaluation."""
+    """Reads batches of (global id, epoch); id -1 is padding. Shared by training, which has an order, and evaluation, which has none."""
 
-    def __init__(self, corpora: Sequence[Corpus], views: ViewsConfig, labels: Sequence[str], seed: int) -> None:
-        self.corpora, self.views, self.labels, self.seed = list(corpora), views, list(labels), seed
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        views: ViewsConfig,
+        labels: Sequence[str],
+        seed: int,
+        order: Order | None = None,
+        quarantine_url: str | None = None,
+    ) -> None:
+        self.corpora, self.views, self.labels, self.seed, self.order = list(corpora), views, list(labels), seed, order
         self.starts = np.concatenate([[0], np.cumsum([len(corpus) for corpus in corpora])]).astype(np.int64)
         self.channels = corpora[0].channels
         if any(corpus.channels != self.channels for corpus in corpora):
             found = ", ".join(f"{corpus.manifest.dataset} {corpus.channels}" for corpus in corpora)
             raise RequestError(f"the datasets of a mixture must have the same channels: {found}", where="data")
-        self.with_masks = views.kind != "two" and any(corpus.has_masks for corpus in corpora)
+        self.rgb = corpora[0].card.colour
+        self.with_masks = views.moves_masks and any(corpus.has_masks for corpus in corpora)
+        self.quarantine = Quarantine(int(self.starts[-1]), quarantine_url)
 
     def sample(self, i: int) -> Sample:
         source = int(np.searchsorted(self.starts, i, side="right")) - 1
         return self.corpora[source].read(i - int(self.starts[source]), seg=self.with_masks, text=bool(self.labels))
+
+    def readable(self, i: int, epoch: int, damaged: list[DamagedSample]) -> tuple[int, Sample | None]:
+        """Sample i and its id; if it is damaged, the next in its lane that is not, or none without an order. `damaged` grows."""
+        while True:
+            try:
+                return i, self.sample(i)
+            except DamagedSample as error:
+                damaged.append(error)
+                if len(damaged) > self.quarantine.limit:
+                    raise
+                if self.order is None:
+                    return i, None
+                i = self.order.substitute(i, epoch)
 
     def __getitems__(self, order: tuple[np.ndarray, np.ndarray]) -> Parts | AllograftError:
         try:
@@ -83,34 +120,54 @@ class BatchReader(Dataset[Parts | AllograftError]):
     def read(self, id_B: np.ndarray, epoch_B: np.ndarray) -> Parts:
         """The batch of those samples in the views of those epochs."""
         count, size, shared = len(id_B), self.views.size, torch.utils.data.get_worker_info() is not None
-        pixels = _empty((self.views.views, count, self.channels, size, size), shared)
+        shapes = [(count, self.channels, side, side) for side in self.views.handed_sizes]
+        pixels = _empty((sum(math.prod(shape) for shape in shapes),), shared)
         masks = _empty((count, size, size), shared) if self.with_masks else None
-        out_VBCHW, out_seg = pixels.numpy(), None if masks is None else masks.numpy()
+        out, out_seg = [view_BCHW.numpy() for view_BCHW in _split(pixels, shapes)], None if masks is None else masks.numpy()
         labels: list[dict[str, int | None]] = []
+        damaged: list[DamagedSample] = []
+        id_B = id_B.copy()
+        valid_B = id_B >= 0
         for b, (i, epoch) in enumerate(zip(id_B.tolist(), epoch_B.tolist(), strict=True)):
-            if i < 0:
-                out_VBCHW[:, b] = 0
+            i, sample = self.readable(i, epoch, damaged) if i >= 0 else (i, None)
+            if sample is None:
+                valid_B[b] = False
+                for view_BCHW in out:
+                    view_BCHW[b] = 0
                 labels.append({})
                 if out_seg is not None:
                     out_seg[b] = NO_MASK
                 continue
-            sample = self.sample(i)
-            views, moved = make(sample.image, sample.seg, self.views, (self.seed, epoch, i))
-            for v, view_HWC in enumerate(views):
-                out_VBCHW[v, b] = view_HWC.transpose(2, 0, 1)
+            id_B[b] = i
+            views, moved = make(sample.image, sample.seg, self.views, (self.seed, epoch, i), self.rgb)
+            for view_BCHW, view_HWC in zip(out, views, strict=True):
+                view_BCHW[b] = view_HWC.transpose(2, 0, 1)
             if out_seg is not None:
                 out_seg[b] = NO_MASK if moved is None else moved
             labels.append(sample.labels)
         target_BL, mask_BL = targets(labels, self.labels) if self.labels else (None, None)
-        return Parts(id_B, pixels, target_BL, mask_BL, masks, id_B >= 0)
+        return Parts(id_B, pixels, shapes, target_BL, mask_BL, masks, valid_B, self._draws(id_B, epoch_B), damaged)
+
+    def _draws(self, id_B: np.ndarray, epoch_B: np.ndarray) -> np.ndarray | None:
+        if not (side := self.views.device_side):
+            return None
+        keys = [(self.seed, epoch, i) for i, epoch in zip(id_B.tolist(), epoch_B.tolist(), strict=True)]
+        return table(self.views, keys, side, side, self.rgb)
 
     def batches(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Batch]:
-        """Read in this process (workers=0) or by that many others."""
+        """Read in this process (workers=0) or by that many others. Raises WorkError when too many samples are damaged."""
+        with closing(prefetch.ahead(orders, self.corpora)) as looked_ahead:
+            for parts in self._parts(looked_ahead, workers):
+                if isinstance(parts, AllograftError):
+                    raise parts
+                if parts.damaged:
+                    self.quarantine.add(parts.damaged)
+                yield parts.batch()
+
+    def _parts(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Parts | AllograftError]:
         if workers == 0:
             cv2.setNumThreads(0)  # images are small: OpenCV's own threads cost more than they give, and fight with torch's
-            for order in orders:
-                yield self.read(*order).batch()
-            return
+            return map(self.__getitems__, orders)
         loader: Any = DataLoader(
             self,
             batch_sampler=_Stream(orders),
@@ -120,10 +177,7 @@ class BatchReader(Dataset[Parts | AllograftError]):
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the workers' seeds, which nothing here reads, would be drawn from the caller's random state
         )
-        for parts in loader:
-            if isinstance(parts, AllograftError):
-                raise parts
-            yield parts.batch()
+        return iter(loader)
 
 
 class _Stream(Sampler[Any]):
@@ -143,6 +197,11 @@ def _same(parts: Any) -> Any:
 def _start_worker(worker: int) -> None:
     # 0 = no threads. Never 1: that joins the pool's threads, which a fork does not carry over, and waits for ever.
     cv2.setNumThreads(0)
+
+
+def _split(pixels: torch.Tensor, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
+    parts = pixels.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _empty(shape: tuple[int, ...], shared: bool) -> torch.Tensor:

@@ -4,24 +4,26 @@
     corpus[17].image                                 # u8 HWC
     targets([r.labels for r in corpus.records()], corpus.labels)     # float32 N x L and the mask of what is known
 
-Ids count through the manifest's shards of those splits. Files are opened when first read, in the process that reads them (workers fork).
+Ids count through the manifest's shards of those splits. Nothing is opened, fetched or loaded before a sample of its shard is read.
 """
 
 import json
-import os
 import zlib
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from base import storage
 from base.errors import WorkError
-from shards import cache, decode, manifest
+from shards import decode, manifest, shardfile
 from shards.order import Source
+from shards.shardfile import Row, ShardFile
 
-_OPEN_FILES = 128  # a process's limit is often 1024
+
+class DamagedSample(WorkError):
+    """One sample cannot be read: its bytes differ from what was packed (in a fresh copy too), or do not decode."""
 
 
 class Sample(NamedTuple):
@@ -64,21 +66,11 @@ class Corpus:
         self.channels: int = self.card.channels
         self.has_masks: bool = self.card.has_masks
         self.shards = self.manifest.splits(self.splits)
-        self._starts = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
-        self._index: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._pid = os.getpid()
+        self.starts = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
+        self._starts: list[int] = self.starts.tolist()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_pid": -1}
-
-    def __del__(self) -> None:
-        if getattr(self, "_pid", None) == os.getpid():
-            for file in self._files.values():
-                os.close(file)
+        return self._starts[-1]
 
     @property
     def source(self) -> Source:
@@ -89,30 +81,45 @@ class Corpus:
         return self.read(i)
 
     def read(self, i: int, *, image: bool = True, seg: bool = True, text: bool = True) -> Sample:
-        """Sample i, or the parts of it that are asked for; the others are left empty. One pread over the parts, which lie side by side."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        row = self._rows(shard)[i - int(self._starts[shard])]
-        wanted = {"image": image, "json": text, "seg": seg and bool(row["seg_len"])}
-        spans = {part: (int(row[f"{part}_off"]), int(row[f"{part}_len"]), int(row[f"{part}_crc"])) for part, on in wanted.items() if on}
-        start = min(offset for offset, _, _ in spans.values())
-        end = max(offset + length for offset, length, _ in spans.values())
-        data = memoryview(os.pread(self._file(shard), end - start, start))
-        parts = {}
-        for part, (offset, length, crc) in spans.items():
-            parts[part] = data[offset - start : offset - start + length]
-            if zlib.crc32(parts[part]) != crc:
-                raise self._damaged(shard, row, f"the checksum of its {part} differs")
+        """Sample i, or the parts of it that are asked for; the others are left empty."""
+        row, parts = self.stored(i, image=image, seg=seg, text=text)
         try:
-            pixels = decode.image(parts["image"], self.channels) if image else np.empty((0, 0, self.channels), dtype=np.uint8)
+            pixels = decode.image(parts["image"], self.channels, self.card.windows) if image else np.empty((0, 0, self.channels), dtype=np.uint8)
             mask = decode.mask(parts["seg"]) if "seg" in parts else None
             side = json.loads(bytes(parts["json"])) if text else {}
         except ValueError as error:
-            raise self._damaged(shard, row, str(error)) from error
+            raise self._damaged(i, row, str(error)) from error
         if image and mask is not None and mask.shape != pixels.shape[:2]:
-            raise self._damaged(shard, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
-        return Sample(i, pixels, mask, side.get("labels", {}), row["patient"].decode(), side.get("meta", {}))
+            raise self._damaged(i, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
+        return Sample(i, pixels, mask, side.get("labels", {}), row.patient.decode(), side.get("meta", {}))
+
+    def stored(self, i: int, *, image: bool = True, seg: bool = True, text: bool = True) -> tuple[Row, dict[str, memoryview]]:
+        """The index row of sample i and its parts `image`, `json` and `seg` as they are stored, by one pread: they lie side by side.
+
+        A part whose checksum differs is read again from a fresh copy of its shard, where there is one to fetch.
+        """
+        if not 0 <= i < self._starts[-1]:
+            raise IndexError(f"sample {i} of {len(self)}")
+        number = bisect_right(self._starts, i) - 1
+        entry = self.shards[number]
+        while True:
+            shard = shardfile.opened(entry, self.url, self.cache_dir)
+            row = shard.row(i - self._starts[number])
+            spans = []
+            if image:
+                spans.append(("image", row.image_off, row.image_len, row.image_crc))
+            if text:
+                spans.append(("json", row.json_off, row.json_len, row.json_crc))
+            if seg and row.seg_len:
+                spans.append(("seg", row.seg_off, row.seg_len, row.seg_crc))
+            start = min(span[1] for span in spans)
+            data = memoryview(shard.read(start, max(offset + length for _, offset, length, _ in spans) - start))
+            parts = {name: data[offset - start : offset - start + length] for name, offset, length, _ in spans}
+            wrong = next((name for name, _, _, crc in spans if zlib.crc32(parts[name]) != crc), None)
+            if wrong is None:
+                return row, parts
+            if not shardfile.renewed(entry, self.url, self.cache_dir):
+                raise self._damaged(i, row, f"the checksum of its {wrong} differs")
 
     def records(self) -> list[Record]:
         """All samples without their pixels, in id order."""
@@ -121,36 +128,23 @@ class Corpus:
 
     def keys(self) -> list[str]:
         """The samples' keys, `<dataset>-<20 hex>`, in id order: the same in every packing of the same raw files."""
-        return [f"{self.manifest.dataset}-{key.decode()}" for shard in range(len(self.shards)) for key in self._rows(shard)["key"]]
+        return [f"{self.manifest.dataset}-{key.decode()}" for shard in self._opened() for key in shard.rows()["key"].tolist()]
 
-    def _rows(self, shard: int) -> np.ndarray:
-        if shard not in self._index:
-            entry = self.shards[shard]
-            path = cache.local(storage.join(self.url, f"{entry.name}.idx"), entry.index_sha256, self.cache_dir)
-            rows = manifest.load_index(storage.read_bytes(path), path)
-            if len(rows) != entry.samples:
-                raise WorkError(
-                    f"the index has {len(rows)} rows, the manifest says {entry.samples}", where=path, hint="pack the dataset again"
-                )
-            self._index[shard] = rows
-        return self._index[shard]
+    def check_keys(self) -> None:
+        """Raises WorkError unless every sample has a key of its own: a sample counted twice is a wrong metric."""
+        # The first 64 of a key's 80 bits are 8 bytes a sample; whole strings only decide where those meet.
+        bits = [bytes.fromhex(shard.rows()["key"].tobytes().decode()) for shard in self._opened()]
+        start_N = np.frombuffer(b"".join(bits), np.uint8).reshape(-1, 10)[:, :8].copy().view(np.uint64)
+        if len(np.unique(start_N)) < len(self) and (distinct := len(set(self.keys()))) < len(self):
+            raise WorkError(f"{len(self)} samples, {distinct} different keys", where=self.url, hint="pack the dataset again")
 
-    def _file(self, shard: int) -> int:
-        if self._pid != os.getpid():  # after a fork; the parent's descriptors stay the parent's to close
-            self._files, self._pid = OrderedDict(), os.getpid()
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        entry = self.shards[shard]
-        path = cache.local(storage.join(self.url, f"{entry.name}.tar"), entry.sha256, self.cache_dir)
-        self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if len(self._files) > _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return self._files[shard]
+    def _opened(self) -> Iterator[ShardFile]:
+        return (shardfile.opened(entry, self.url, self.cache_dir) for entry in self.shards)
 
-    def _damaged(self, shard: int, row: np.void, reason: str) -> WorkError:
-        where = f"{storage.join(self.url, self.shards[shard].name)}.tar: {self.manifest.dataset}-{row['key'].decode()}"
-        return WorkError(f"the sample cannot be read: {reason}", where=where, hint="pack the dataset again")
+    def _damaged(self, i: int, row: Row, reason: str) -> DamagedSample:
+        shard = self.shards[bisect_right(self._starts, i) - 1].name
+        where = f"{storage.join(self.url, shard)}.tar: {self.manifest.dataset}-{row.key.decode()}"
+        return DamagedSample(f"the sample cannot be read: {reason}", where=where, hint="pack the dataset again")
 
 
 def targets(labels: Sequence[Mapping[str, int | None]], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,8 @@ class TrainLoader:
         labels: names of the targets, in this order; masked where a corpus has no such label. None = all labels of all corpora, [] = none.
         workers: processes that read ahead, of this rank; 0 = read in this process.
         exact_epoch: wrap the last incomplete global batch into the next epoch rather than drop it.
+        quarantine_url: where this rank writes which samples could not be read (see shards.quarantine); each is replaced by the next of
+            its lane, which every world size and number of workers does alike.
     Raises:
         RequestError: the world size does not divide the global batch, a label that no corpus has, and what Order refuses.
     """
@@ -62,6 +64,7 @@ class TrainLoader:
         lanes: int = LANES,
         labels: Sequence[str] | None = None,
         exact_epoch: bool = False,
+        quarantine_url: str | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise RequestError(f"rank {rank} of a world of {world}", where="rank")
@@ -84,7 +87,7 @@ class TrainLoader:
             lanes=lanes,
             exact_epoch=exact_epoch,
         )
-        self.reader = BatchReader(corpora, views, self.labels, seed)
+        self.reader = BatchReader(corpora, views, self.labels, seed, self.order, quarantine_url)
         self.workers = workers
         self._mine = slice(rank * global_batch // world, (rank + 1) * global_batch // world)
 

@@ -3,8 +3,8 @@
 import hashlib
 import io
 import itertools
+import json
 import os
-import tarfile
 from pathlib import Path
 
 import cv2
@@ -15,9 +15,12 @@ import webdataset
 from tiny_corpus import picture, write
 
 from base.errors import RequestError, WorkError
-from shards.corpus import Corpus, targets
+from shards import manifest, shardfile
+from shards.corpus import Corpus, DamagedSample, targets
 from shards.evaluate import decode_all, eval_batches
 from shards.loader import NO_MASK, Batch, TrainLoader
+from shards.order import Order
+from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, resize, resize_mask
 
 TWO = ViewsConfig(kind="two", size=24)
@@ -187,12 +190,16 @@ def test_decoded_evaluation_equals_the_batches(masked: str) -> None:
 def test_two_samples_of_one_key_are_no_evaluation(tmp_path: Path) -> None:
     url = write(tmp_path, (5, 4))
     corpus = Corpus(url)
+    corpus.check_keys()
+    first, second = (manifest.load_index((tmp_path / f"tiny-train-0000{shard}.idx").read_bytes()) for shard in range(2))
+    second["key"][2] = first["key"][3]
+    index = manifest.dump_index(second)
+    (tmp_path / "tiny-train-00001.idx").write_bytes(index)
+    corpus.shards[1] = corpus.shards[1].model_copy(update={"index_sha256": hashlib.sha256(index).hexdigest()})
+    shardfile._opened.clear()
     assert len(corpus.keys()) == 9
-    rows = [corpus._rows(shard).copy() for shard in range(2)]
-    rows[1]["key"][2] = rows[0]["key"][3]
-    corpus._index[1] = rows[1]
     for read in (lambda: decode_all(corpus, 24), lambda: eval_batches(corpus, 24, 4)):
-        with pytest.raises(WorkError, match=rf"^{url}: 9 samples, 9 keys, 8 of them different"):
+        with pytest.raises(WorkError, match=rf"^{url}: 9 samples, 8 different keys"):
             read()
 
 
@@ -203,38 +210,93 @@ def test_reading_draws_nothing_from_the_global_random_state(url: str) -> None:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def damage(url: str, *numbers: int) -> None:
+    """Flip a bit in the images of those samples."""
+    corpus = Corpus(url)
+    for i in numbers:
+        shard = int(np.searchsorted(corpus.starts, i, side="right")) - 1
+        with open(f"{url}/{corpus.shards[shard].name}.tar", "r+b") as tar:
+            tar.seek(corpus.stored(i)[0].image_off + 60)
+            byte = tar.read(1)
+            tar.seek(-1, os.SEEK_CUR)
+            tar.write(bytes([byte[0] ^ 1]))
+
+
 def test_damage_is_named_with_shard_and_key(tmp_path: Path) -> None:
     url = write(tmp_path, (5,))
-    tar = tmp_path / "tiny-train-00000.tar"
+    damage(url, 3)
     corpus = Corpus(url)
-    corpus[0]  # the whole file has been checked; what follows is damage while in use
-    with tarfile.open(tar) as members:
-        name = members.getmembers()[6].name
-        at = members.getmembers()[6].offset_data
-    data = bytearray(tar.read_bytes())
-    data[at + 60] ^= 1
-    tar.write_bytes(bytes(data))
-    with pytest.raises(WorkError, match=rf"tiny-train-00000.tar: {name.split('.')[0]}.*checksum of its image"):
+    with pytest.raises(
+        DamagedSample, match=rf"tiny-train-00000.tar: {corpus.keys()[3]}: the sample cannot be read: the checksum of its im"
+    ):
         corpus[3]
     assert corpus[2].id == 2
-    with pytest.raises(WorkError, match="shard is damaged"):
+    with pytest.raises(DamagedSample):
+        decode_all(corpus, 24)
+
+
+def test_a_cut_shard_and_the_index_of_another_are_refused(tmp_path: Path) -> None:
+    url = write(tmp_path, (5, 5, 5))
+    tar, index = tmp_path / "tiny-train-00000.tar", tmp_path / "tiny-train-00001.idx"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    index.write_bytes((tmp_path / "tiny-train-00002.idx").read_bytes())
+    with pytest.raises(WorkError, match=r"tiny-train-00000\.tar: the shard is damaged: \d+ bytes where the manifest says"):
         Corpus(url)[2]
+    with pytest.raises(WorkError, match=r"tiny-train-00001\.idx: the index is damaged, or that of another shard"):
+        Corpus(url)[7]
+
+
+def test_a_damaged_sample_is_replaced_by_the_next_of_its_lane(tmp_path: Path) -> None:
+    url = write(tmp_path / "shards", (40, 33, 27))
+    whole = list(itertools.islice(TrainLoader([Corpus(url)], None, TWO, 20, seed=1).batches(0), 10))
+    damage(url, 17, 60)
+    order = Order([Corpus(url).source], seed=1, global_batch=20)
+    quarantine = tmp_path / "quarantine-0.jsonl"
+    seen = stream(url, 1, 0, 0, 10)
+    for world, workers in ((2, 0), (4, 0), (1, 2), (2, 1)):
+        assert stream(url, world, workers, 0, 10) == seen
+    loader = TrainLoader([Corpus(url)], None, TWO, 20, seed=1, workers=1, quarantine_url=str(quarantine))
+    for step, (batch, was) in enumerate(zip(loader.batches(0), whole, strict=False)):
+        expected = [order.substitute(i, step // 5) if i in (17, 60) else i for i in was.index_B.tolist()]
+        assert batch.index_B.tolist() == expected
+        assert batch.valid_B.all()
+        same = batch.index_B == was.index_B
+        assert torch.equal(batch.views[1][same], was.views[1][same])
+    rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert sorted(row["sample"].rsplit(" ", 1)[1] for row in rows) == sorted(Corpus(url).keys()[i] for i in (17, 60))
+    assert {row["reason"] for row in rows} == {"the sample cannot be read: the checksum of its image differs"}
+
+
+def test_evaluation_keeps_the_place_of_a_damaged_sample(tmp_path: Path) -> None:
+    url = write(tmp_path, (40, 33))
+    damage(url, 50)
+    batches = [b for rank in range(2) for b in eval_batches(Corpus(url), 24, 16, rank, 2)]
+    valid = torch.cat([b.index_B[b.valid_B] for b in batches]).tolist()
+    assert sorted(valid) == [i for i in range(73) if i != 50]
+    assert torch.cat([b.index_B[~b.valid_B] for b in batches]).unique().tolist() == [-1, 50]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_does_not_decode_stops_the_stream(tmp_path: Path, workers: int) -> None:
-    import tiny_corpus
-
-    original = tiny_corpus._parts
-    try:
-        tiny_corpus._parts = lambda i, *rest: original(i, *rest) | ({"jpg": b"no image"} if i == 3 else {})
-        url = write(tmp_path, (5,))
-    finally:
-        tiny_corpus._parts = original
+def test_a_run_does_without_ten_samples_and_not_eleven(tmp_path: Path, workers: int) -> None:
+    url = write(tmp_path, (100,))
+    damage(url, *range(20, 30))
+    list(itertools.islice(TrainLoader([Corpus(url)], None, ONE, 25, seed=0, workers=workers).batches(0), 4))
+    damage(url, 70)
     with pytest.raises(
-        WorkError, match=r"^\S+tiny-train-00000.tar: tiny-[0-9a-f]{20}: the sample cannot be read: the image does not decode"
+        WorkError, match=r"tiny-[0-9a-f]{20}: 11 samples cannot be read, at most 10 may; the last: the sample cannot be read"
     ):
-        next(TrainLoader([Corpus(url)], None, TWO, 5, seed=0, workers=workers).batches(0))
+        list(itertools.islice(TrainLoader([Corpus(url)], None, ONE, 25, seed=0, workers=workers).batches(0), 4))
+
+
+def test_a_run_that_goes_on_counts_what_it_met_before(tmp_path: Path) -> None:
+    file = str(tmp_path / "quarantine.jsonl")
+    errors = [DamagedSample("broken", where=f"x.tar: {i}") for i in range(11)]
+    first = Quarantine(100, file)
+    first.add(errors[:10])
+    Quarantine(100, file).add(errors[:10])
+    with pytest.raises(WorkError, match="11 samples cannot be read"):
+        Quarantine(100, file).add(errors[10:])
+    assert Quarantine(50_000).limit == 50
 
 
 def test_requests_that_cannot_be_met_are_refused(url: str, tmp_path: Path) -> None:

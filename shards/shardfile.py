@@ -1,0 +1,135 @@
+"""An open shard: its rows, which stay in the page cache that all processes of the node share, and the bytes that they point to.
+
+    shard = opened(entry, url, cache_dir)          # from the table of what this process has open
+    row = shard.row(17)
+    jpeg = shard.read(row.image_off, row.image_len)
+
+The index is mapped, never loaded: a loader over ten million samples holds only the pages it reads from.
+"""
+
+import hashlib
+import mmap
+import os
+import resource
+import struct
+from collections import OrderedDict
+from functools import cache as cached
+from typing import NamedTuple
+
+import numpy as np
+
+from base import storage
+from base.errors import WorkError
+from shards import cache
+from shards.manifest import INDEX_DTYPE, ShardEntry, dump_index
+
+
+class Row(NamedTuple):
+    """A row of the index as plain numbers, in the order of manifest.INDEX_DTYPE."""
+
+    key: bytes
+    patient: bytes
+    image_off: int
+    image_len: int
+    image_crc: int
+    json_off: int
+    json_len: int
+    json_crc: int
+    seg_off: int
+    seg_len: int
+    seg_crc: int
+    ext: int
+
+
+_ROW = struct.Struct("<20s16s" + 3 * "qqI" + "B")
+assert _ROW.size == INDEX_DTYPE.itemsize
+assert Row._fields == INDEX_DTYPE.names
+
+
+class ShardFile:
+    """One shard: its index, and its tar, which is opened when first read. Raises WorkError where one is missing or not the manifest's."""
+
+    def __init__(self, entry: ShardEntry, url: str, cache_dir: str | None) -> None:
+        self._entry, self._url, self._cache_dir, self._file = entry, url, cache_dir, -1
+        self._index, self._first = _map_index(entry, storage.join(url, f"{entry.name}.idx"), cache_dir)
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def row(self, n: int) -> Row:
+        """Row n: some ten times as fast as an element of a structured array."""
+        key, patient, *rest = _ROW.unpack_from(self._index, self._first + n * _ROW.size)
+        return Row(key.rstrip(b"\\0"), patient.rstrip(b"\\0"), *rest)
+
+    def rows(self) -> np.ndarray:
+        """All rows, N of INDEX_DTYPE, without a copy."""
+        return np.frombuffer(self._index, INDEX_DTYPE, offset=self._first)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """That part of the tar in one pread; fewer bytes only at its end."""
+        if self._file < 0:
+            url = storage.join(self._url, f"{self._entry.name}.tar")
+            self._file = _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir)
+        return os.pread(self._file, length, offset)
+
+
+def _open(url: str, sha256: str, size: int | None, cache_dir: str | None) -> int:
+    while True:
+        try:
+            return os.open(cache.local(url, sha256, size, cache_dir), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # removed from the cache in between, to make room for others
+            continue
+
+
+def _map_index(entry: ShardEntry, url: str, cache_dir: str | None) -> tuple[mmap.mmap, int]:
+    """The mapped index, checked, and where its rows begin."""
+    header = _header(entry.samples)
+    while True:
+        file = _open(url, entry.index_sha256, len(header) + entry.samples * _ROW.size, cache_dir)
+        try:
+            mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+        if hashlib.sha256(mapped).hexdigest() == entry.index_sha256:
+            break
+        if not cache.renew(url, entry.index_sha256, cache_dir):
+            raise WorkError("the index is damaged, or that of another shard", where=url, hint="pack the dataset again")
+    if mapped[: len(header)] != header:
+        raise WorkError(f"not an index of this version with {entry.samples} rows", where=url, hint="pack the dataset again")
+    return mapped, len(header)
+
+
+@cached
+def _header(samples: int) -> bytes:
+    """How an index of that many rows begins."""
+    whole = dump_index(np.zeros(samples, INDEX_DTYPE))
+    return whole[: len(whole) - samples * _ROW.size]
+
+
+_opened: OrderedDict[tuple[str, str, str, str | None], ShardFile] = OrderedDict()
+
+
+def opened(entry: ShardEntry, url: str, cache_dir: str | None) -> ShardFile:
+    """The shard `entry` of the packed dataset at `url`. One table a process for all datasets; what was used least recently is closed."""
+    key = (url, entry.name, entry.sha256, cache_dir)
+    if key not in _opened:
+        _opened[key] = ShardFile(entry, url, cache_dir)
+        if len(_opened) > _most_open():
+            _opened.popitem(last=False)
+    _opened.move_to_end(key)
+    return _opened[key]
+
+
+def renewed(entry: ShardEntry, url: str, cache_dir: str | None) -> bool:
+    """Whether the shard was fetched again because its local copy is not what was fetched (see cache.renew); then it is opened anew."""
+    if not cache.renew(storage.join(url, f"{entry.name}.tar"), entry.sha256, cache_dir):
+        return False
+    del _opened[url, entry.name, entry.sha256, cache_dir]
+    return True
+
+
+@cached
+def _most_open() -> int:
+    """Each takes two descriptors (a mapping keeps one of its own); half of them are left to others. 16 lanes walk 128 shards."""
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 1024)
