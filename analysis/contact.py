@@ -55,15 +55,13 @@ def draw(url: str, seed: int, cache_dir: str | None = None) -> list[Tile]:
         for i in sorted(sum(sizes[:shard]) + int(offset) for offset in chosen):
             sample = corpus[i]
             key = keys[i].rpartition("-")[2][:6]
-            tiles.append(Tile(visible(sample.image, corpus.channels), sample.seg, f"{split} {key}: {described(sample.labels)}"))
+            tiles.append(Tile(visible(sample.image, corpus.card.colour), sample.seg, f"{split} {key}: {described(sample.labels)}"))
     return tiles
 
 
-def visible(image: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """What a person is shown of u8 HWC pixels: grey and RGB as they are, of windows and slabs the middle channel."""
-    if image.shape[2] == 3 and channels == 3:
-        return image
-    return image[:, :, image.shape[2] // 2]
+def visible(image: NDArray[np.uint8], colour: bool) -> NDArray[np.uint8]:
+    """What a person is shown of u8 HWC pixels: colours as they are, of windows and slabs the middle channel."""
+    return image if colour else image[:, :, image.shape[2] // 2]
 
 
 def described(labels: Mapping[str, int | None]) -> str:

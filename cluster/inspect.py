@@ -9,10 +9,11 @@ from typing import Any
 
 from base import storage
 from cluster.screen import Rows, table
-from shards.card import SPLITS
+from shards.card import SPLITS, Benchmark
 from shards.manifest import Manifest, read
 from shards.pack import QUARANTINE
 
+LABELS = 40  # labels whose counts are printed
 REASONS = 6  # kinds of reasons that are listed; the file has them all
 
 
@@ -43,17 +44,30 @@ def show(url: str, sheet: str | None, seed: int) -> None:
 
 def _facts(found: Manifest, url: str) -> list[tuple[str, str]]:
     card = found.card
-    total = sum(found.counts.values())
-    counted = f"{total:,} images" + (f", a subset of {found.of:,}" if found.of else "")
+    counted = f"{sum(found.counts.values()):,} images"
+    counted += f", a subset of {found.of:,}" if found.of else ""
+    counted += f", {found.left_out:,} left out by the card's rules or the split files" if found.left_out else ""
+    labels = f"{len(card.labels)} labels" if card.labels else "no labels"
+    stored = f"{card.channels} channels of {card.depth} bits" + (f", at most {card.max_side} px" if card.max_side else "")
+    stored += f", windows {', '.join(f'{centre:g}/{width:g}' for centre, width in card.windows)}" if card.windows else ""
     return [
         ("dataset", f"{found.dataset}: {card.title}"),
         ("at", url),
         ("digest", found.digest),
         ("layout", f"{found.layout}: {counted}"),
-        ("kind", f"{card.kind}, {len(card.labels)} labels" + (f", masks of {', '.join(card.mask_classes)}" if card.has_masks else "")),
+        ("kind", f"{card.kind}, {labels}" + (f", masks of {', '.join(card.mask_classes)}" if card.has_masks else "")),
+        ("stored", stored),
+        ("split by", found.split_rule),
+        *([("benchmark", _benchmark(card.benchmark, found))] if card.benchmark else []),
         ("licence", card.licence),
         ("names", "public" if card.public else f"keyed with the secret {found.secret_fingerprint}"),
     ]
+
+
+def _benchmark(benchmark: Benchmark, found: Manifest) -> str:
+    wanted = ", ".join(f"{split} {n:,}" for split, n in benchmark.counts.items())
+    same = all(found.counts.get(split) == n for split, n in benchmark.counts.items())
+    return f"{'as many as' if same else 'not the split of'} {benchmark.name} ({wanted})"
 
 
 def _splits(found: Manifest) -> tuple[Rows, Sequence[str]]:
@@ -78,9 +92,11 @@ def _labels(found: Manifest) -> tuple[Rows, Sequence[str]]:
     """Samples whose value is 1, a label and split, with their share of the split."""
     splits = [split for split in SPLITS if split in found.counts]
     rows = []
-    for label in found.card.labels:
+    for label in found.card.labels[:LABELS]:
         positives = [(found.positives[split][label], found.counts[split]) for split in splits]
         rows.append((label, *(f"{n:,} ({n / total:.1%})" for n, total in positives)))
+    if len(found.card.labels) > LABELS:
+        rows.append((f"and {len(found.card.labels) - LABELS:,} others", *("" for _ in splits)))
     return rows, ("positive", *splits)
 
 

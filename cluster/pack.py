@@ -68,14 +68,18 @@ class Packing:
         return ", ".join(part for part in (stood, minutes(self.seconds), self.rates()) if part)
 
 
-def pack_command(name: str, raw: str, out: str, max_side: int | None) -> None:
-    """`allograft pack`: the card's raw files to shards, on a Ray started here or joined, with a live line and a summary."""
+def pack_command(name: str, raw: str, out: str, changes: dict[str, int]) -> None:
+    """`allograft pack`: the card's raw files to shards, on a Ray started here or joined, with a live line and a summary.
+
+    Args:
+        changes: keys of the card that are to be others than it says (max_side, depth).
+    """
     from cluster.inspect import quarantine_lines
     from cluster.session import session
 
     card = load_card(name)
-    if max_side is not None:
-        card = parse(card.model_dump(by_alias=True) | {"max_side": max_side}, Card, "--max-side")
+    if changes:
+        card = parse(card.model_dump(by_alias=True) | changes, Card, " ".join(f"--{key.replace('_', '-')}" for key in changes))
     raw = raw if raw.startswith("phantom:") else absolute(raw)
     url = absolute(out)
     check_place(card, url)

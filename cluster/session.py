@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 
 # Ray Train polls its workers every 2 s by default, which adds up at the start and the end of short runs; the preemption
 # watcher is one more process importing torch, and only managed spot nodes need it.
@@ -49,6 +49,7 @@ def session() -> Iterator[None]:
 
     Raises:
         RequestError: no cluster at RAY_ADDRESS.
+        WorkError: none could be started here.
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -78,10 +79,12 @@ def _start_here(settings: dict[str, Any]) -> None:
     """A cluster on this machine. Ray gives its node 30 s, which cannot be set and which a busy machine may exceed: it is tried twice."""
     import ray
 
-    try:
-        ray.init(address="local", **settings)
-    except Exception as error:  # Ray raises a bare Exception here
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        ray.init(address="local", **settings)
+    for _ in range(2):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    raise WorkError("Ray did not start within its 30 s, twice", hint="the machine is too busy: run the same command again")

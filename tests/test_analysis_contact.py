@@ -55,8 +55,8 @@ def test_captions_say_what_is_known(labels: dict[str, int | None], says: str) ->
 
 def test_windows_and_slabs_show_their_middle_channel() -> None:
     image = np.arange(5, dtype=np.uint8) * np.ones((4, 4, 1), np.uint8)
-    assert (contact.visible(image, 5) == 2).all()
-    assert contact.visible(image[:, :, :3], 3).shape == (4, 4, 3)
+    assert (contact.visible(image, colour=False) == 2).all()
+    assert contact.visible(image[:, :, :3], colour=True).shape == (4, 4, 3)
 
 
 def test_long_captions_and_odd_shapes_fit() -> None:
