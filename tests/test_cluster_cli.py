@@ -161,13 +161,21 @@ def test_lines_of_progress_say_brackets_as_they_are(capsys: pytest.CaptureFixtur
     assert "a file [bold]x[/bold].png" in capsys.readouterr().out
 
 
+def test_pack_refuses_what_its_options_make_of_the_card(allograft: Allograft, tmp_path: Path) -> None:
+    done = allograft("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / "shards"), "--max-side", "5")
+    assert done.code == 2
+    assert "--max-side" in done.err
+
+
 @pytest.mark.ray
-def test_pack_says_what_it_did_and_keeps_what_stands(tmp_path: Path, allograft: Allograft) -> None:
-    words = ("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / "shards"), "--max-side", "48")
-    first, again = allograft(*words), allograft(*words)
-    assert first.code == again.code == 0
-    assert "img/s" in first.out
-    assert "allograft inspect" in first.out
-    assert "3 of 3 shards stood unchanged" in again.out
-    assert read(str(tmp_path / "shards")).card.max_side == 48
-    assert allograft(*words[:-1], "5").code == 2
+def test_pack_writes_what_is_missing_and_says_what_stood(tmp_path: Path, allograft: Allograft) -> None:
+    out = str(tmp_path / "shards")
+    smaller = load_card("phantom-chest").model_copy(update={"max_side": 48})
+    manifest = pack(smaller, "phantom:40", out)
+    (tmp_path / "shards" / "phantom-chest-val-00000.entry.json").unlink()
+    done = allograft("pack", "phantom-chest", "phantom:40", "--out", out, "--max-side", "48")
+    assert done.code == 0
+    assert "2 of 3 shards stood unchanged" in done.out
+    assert "img/s" in done.out
+    assert "allograft inspect" in done.out
+    assert read(out).digest == manifest.digest
