@@ -10,6 +10,7 @@ Whether to invert follows PhotometricInterpretation alone: in a conformant file 
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -20,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from pydicom import Dataset, dcmread
 from pydicom.encaps import get_frame
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
 
 from shards import deidentify, geometry
@@ -30,12 +31,13 @@ from shards.card import BurnedIn
 from shards.pixels16 import linear_range
 from shards.planes import Measured, Planes, Unusable, check_size, own_range, show, to_bytes
 
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote values of the file, which may be names
 MAX_UNPACKED = 2**31  # bytes of a deflated data set
 NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
 # What pydicom and its decoders raise for files that are not what they say.
 FAULTS = (
-    InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError,
-    RuntimeError, TypeError, ValueError, struct.error, zlib.error,
+    ArithmeticError, AssertionError, AttributeError, BytesLengthException, EOFError, InvalidDicomError, LookupError, MemoryError,
+    NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error, zlib.error,
 )  # fmt: skip
 GROUPS = (
     "PixelValueTransformationSequence", "FrameVOILUTSequence", "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence",
@@ -161,6 +163,7 @@ def _facts(ds: Dataset, index: int) -> Dataset:
     """What decides how a frame is shown and where it lies; enhanced files keep it a frame (PS3.3 C.7.6.16)."""
     with _reading():
         facts = Dataset()
+        facts.set_original_encoding(*ds.original_encoding)
         facts.update({ds[name].tag: ds[name] for name in FACTS if name in ds})
         shared, own = ds.get("SharedFunctionalGroupsSequence") or [], ds.get("PerFrameFunctionalGroupsSequence") or []
         for group in [*shared[:1], *own[index : index + 1]]:
@@ -180,7 +183,7 @@ def _measured(ds: Dataset, index: int, facts: Dataset, blank: list[deidentify.Re
             padded_HW = np.zeros(raw_HW.shape, bool) if padded_HW is None else padded_HW
             padded_HW[top:bottom, left:right] = True
         if facts.get("ModalityLUTSequence"):
-            raw_HW, slope, intercept = apply_modality_lut(raw_HW, facts), 1.0, 0.0
+            raw_HW, slope, intercept = _looked_up(raw_HW, facts.ModalityLUTSequence[0], facts), 1.0, 0.0
         else:
             slope, intercept = float(facts.get("RescaleSlope") or 1), float(facts.get("RescaleIntercept") or 0)
         inverted = facts.get("PhotometricInterpretation") == "MONOCHROME1"
@@ -195,8 +198,8 @@ def _shown(ds: Dataset, index: int, facts: Dataset, blank: list[deidentify.Recta
     with _reading():
         values_HW = plane.raw_HW * plane.slope + plane.intercept
         if facts.get("VOILUTSequence"):
-            bits = int(facts.VOILUTSequence[0].LUTDescriptor[2])
-            unit_HW = apply_voi(np.rint(values_HW).astype(np.int32), facts, 0) / (2**bits - 1)
+            table = facts.VOILUTSequence[0]
+            unit_HW = _looked_up(values_HW, table, facts) / (2 ** int(table.LUTDescriptor[2]) - 1)
             return to_bytes(np.clip(unit_HW, 0, 1), plane.inverted, plane.padded_HW)
         window = _window(facts)
         if window is not None and facts.get("VOILUTFunction") == "SIGMOID":
@@ -206,11 +209,25 @@ def _shown(ds: Dataset, index: int, facts: Dataset, blank: list[deidentify.Recta
     return show(plane)
 
 
+def _looked_up(values_HW: np.ndarray, table: Dataset, facts: Dataset) -> np.ndarray:
+    """Through a table, u16 (PS3.3 C.11.1.1.1): what lies below its first value gets the first entry, what lies beyond its last the last.
+
+    pydicom's apply_voi folds the indices of 8-bit tables of more than 256 entries, and does not know tables of 8 bits an entry.
+    """
+    count, first = int(table.LUTDescriptor[0]) % 65536 or 65536, int(table.LUTDescriptor[1])
+    entries = table.LUTData
+    if isinstance(entries, bytes):
+        big = facts.original_encoding[1] is False
+        entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * count else ">u2" if big else "<u2")
+    place_HW = np.clip(np.rint(values_HW) - first, 0, count - 1).astype(np.int64)
+    return np.asarray(entries, np.int64).astype(np.uint16)[place_HW]
+
+
 def _range(raw_HW: np.ndarray, slope: float, intercept: float, facts: Dataset, padded_HW: np.ndarray | None) -> tuple[float, float]:
     """The values shown black and white: of the VOI LUT, else the window, else all of 8 bits, else robust extremes."""
     if facts.get("VOILUTSequence"):
-        entries, first, _ = (int(x) for x in facts.VOILUTSequence[0].LUTDescriptor)
-        return float(first), float(first + (entries or 65536) - 1)
+        count, first, _ = (int(x) for x in facts.VOILUTSequence[0].LUTDescriptor)
+        return float(first), float(first + (count % 65536 or 65536) - 1)
     window = _window(facts)
     if window is not None:
         centre, width = window
