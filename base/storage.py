@@ -49,19 +49,20 @@ def _ask(act: Callable[[], T], url: str) -> T:
             return act()
         except Exception as error:
             attempts += 1
-            if attempts < ATTEMPTS and _is_momentary(error):
+            momentary = _is_momentary(error)
+            if momentary and attempts < ATTEMPTS:
                 # Jitter spreads the load of many nodes; it decides nothing that is computed.
                 time.sleep(random.uniform(0.5, 1.0) * _FIRST_PAUSE_S * 2 ** (attempts - 1))
                 continue
             # The client is only loaded for URLs that need it, so its exceptions are known by where they come from.
-            if type(error).__module__.partition(".")[0] not in ("botocore", "aiohttp"):
+            if not momentary and type(error).__module__.partition(".")[0] != "botocore":
                 raise
             hint = "check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise WorkError(f"the object store cannot be used: {error}", where=url, hint=hint) from error
 
 
 def _is_momentary(error: Exception) -> bool:
-    """Throttled (503, 429), broken inside (500), silent, or cut off: the same request may work in a moment."""
+    """Throttled (503, 429), broken inside (500), silent, cut off or falsified: the same request may work in a moment."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     room = type(error).__module__.partition(".")[0]
@@ -71,7 +72,7 @@ def _is_momentary(error: Exception) -> bool:
         from botocore import exceptions, parsers
 
         broken = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, parsers.ResponseParserError)
-        return isinstance(error, broken)
+        return isinstance(error, (*broken, exceptions.FlexibleChecksumError))  # the last: other bytes than the store's own checksum says
     return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
 
 

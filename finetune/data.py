@@ -1,9 +1,9 @@
-"""What a cell reads: each split decoded once into arrays, label fractions, the shuffled-label control, training views.
+"""What a cell reads: each split decoded once a node and mapped, label fractions, the shuffled-label control, training views.
 
     train = load(url, digest, "train", size, task, cache_dir)
     train = train.take(fraction_of(train, 0.1, seed))
 
-Decoded splits stay in the process (a few, newest first), so that the cells of a warm worker that share a dataset decode it once.
+Maps of decoded splits stay in the process (a few, newest first), so that the cells of a warm worker open them once.
 
 Legend: N images, C channels, H W pixels, L labels.
 """
@@ -43,7 +43,9 @@ class Arrays:
         return len(self.ids)
 
     def take(self, index: NDArray[np.int64]) -> "Arrays":
-        """The images at those positions."""
+        """The images at those positions. All of them in their order are these arrays themselves: what is mapped stays mapped."""
+        if np.array_equal(index, np.arange(len(self))):
+            return self
         return replace(
             self,
             image=self.image[index],

@@ -27,7 +27,7 @@ from base.paths import is_url
 
 ATTEMPTS = 3  # at other bytes than the manifest's; storage repeats what fails on the way
 _SHARE = 0.5  # of the file system, where ALLOGRAFT_CACHE_GB does not say
-_STALE_S = 3600.0  # what a killed process left half-written
+_STALE_S = 86_400.0  # what a killed process left half-written
 
 
 def default_dir() -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from base.errors import RequestError, unknown
 from shards.batches import NO_MASK, Batch, BatchReader
 from shards.corpus import Corpus, Record, Sample, targets
-from shards.evaluate import Decoded, decode_all, eval_batches
+from shards.decoded import Decoded, decode_all
+from shards.evaluate import eval_batches
 from shards.order import LANES, Order
 from shards.views import ViewsConfig
 

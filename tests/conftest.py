@@ -1,13 +1,21 @@
 """Shared by all tests: small packed corpora, made once a session and a worker."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["ALLOGRAFT_CACHE"] = tempfile.mkdtemp(prefix="allograft-cache-")  # never the user's own
 
+import shutil
 from pathlib import Path
 
 import pytest
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache of these tests."""
+    shutil.rmtree(os.environ["ALLOGRAFT_CACHE"], ignore_errors=True)
 
 
 def _pack(card: str, raw: str, out: Path) -> str:

@@ -4,7 +4,9 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -17,7 +19,8 @@ from tiny_corpus import picture, write
 from base.errors import RequestError, WorkError
 from shards import manifest, shardfile
 from shards.corpus import Corpus, DamagedSample, targets
-from shards.evaluate import decode_all, eval_batches
+from shards.decoded import decode_all
+from shards.evaluate import eval_batches
 from shards.loader import NO_MASK, Batch, TrainLoader
 from shards.order import Order
 from shards.quarantine import Quarantine
@@ -184,7 +187,39 @@ def test_decoded_evaluation_equals_the_batches(masked: str) -> None:
     assert np.array_equal(decoded.images[5], resize(sample.image, 24).transpose(2, 0, 1))
     assert np.array_equal(decoded.seg[5], resize_mask(sample.seg, 24))
     assert decoded.ids == corpus.keys()
+    assert decoded.raw[5] == sample.labels
     assert decoded.meta[34] == {"age": 34}
+
+
+def _decode(url: str, folder: str, results: "multiprocessing.Queue[tuple[int, bytes]]") -> None:
+    decoded = decode_all(Corpus(url, cache_dir=folder), 24)
+    results.put((os.stat(next(Path(folder).glob("decoded/*/images.npy"))).st_ino, decoded.images.tobytes()))
+
+
+def test_a_node_decodes_once(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[int, bytes]] = context.Queue()
+    workers = [context.Process(target=_decode, args=(url, str(tmp_path), results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = {results.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(found) == 1
+    assert sorted(path.suffix for path in tmp_path.glob("decoded/*")) == ["", ".lock"]
+    monkeypatch.setattr("shards.decode.image", lambda *given: pytest.fail("decoded again"))
+    decoded = decode_all(Corpus(url, cache_dir=str(tmp_path)), 24, labels=["b"])
+    assert decoded.images.tobytes() == next(iter(found))[1]
+    assert decoded.target.shape == (100, 1)
+    decoded.images[0] = 0  # of this process alone
+    assert decode_all(Corpus(url, cache_dir=str(tmp_path)), 24).images.tobytes() == next(iter(found))[1]
+
+
+def test_a_decoded_set_that_made_room_is_decoded_again(url: str, tmp_path: Path) -> None:
+    corpus = Corpus(url, cache_dir=str(tmp_path))
+    first = decode_all(corpus, 24)
+    shutil.rmtree(next(path for path in tmp_path.glob("decoded/*") if path.is_dir()))
+    assert np.array_equal(decode_all(corpus, 24).images, first.images)
 
 
 def test_two_samples_of_one_key_are_no_evaluation(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""A corpus decoded once a node: arrays of bytes on disk that all processes map, for sets that are read again and again.
+
+    decoded = decode_all(corpus, size=96)              # images u8 (N, C, 96, 96), targets, patients, ...
+
+A fine-tuning cell reads a small set for tens of epochs, and a node runs many cells: the first of them decodes, the others map what it
+wrote, and none holds it in memory twice. `shards.views.augment` makes each training batch of it. The arrays lie in the node's cache under
+a key of all that decides them, and make room for others like shards do.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from base.config import digest
+from base.errors import WorkError
+from shards import cache
+from shards.batches import NO_MASK
+from shards.corpus import Corpus, targets
+from shards.evaluate import in_order
+from shards.views import VIEWS_VERSION, resize, resize_mask
+
+_FORMAT = 1
+
+
+class Decoded(NamedTuple):
+    """A corpus in id order.
+
+    images: u8 (N, C, size, size). seg: u8 (N, size, size), NO_MASK where a sample has none; None for data without masks. Both are mapped,
+        shared with other processes until written to.
+    target, mask: float32 (N, L), see shards.corpus.targets. raw: the labels as packed. ids: keys `<dataset>-<20 hex>`, which no packing
+        changes.
+    """
+
+    images: np.ndarray
+    seg: np.ndarray | None
+    target: np.ndarray
+    mask: np.ndarray
+    labels: list[str]
+    raw: list[dict[str, int | None]]
+    patients: list[str]
+    meta: list[dict[str, Any]]
+    ids: list[str]
+
+
+def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -> Decoded:
+    """The whole corpus, resized for evaluation (views.resize), from the node's cache. Targets are those of `labels` (default: its own).
+
+    Raises:
+        WorkError: as eval_batches; for a damaged sample, since the result of a cell is that of its whole dataset; no space left.
+    """
+    key = digest([_FORMAT, VIEWS_VERSION, corpus.manifest.digest, list(corpus.splits), size])[:32]
+    folder = Path(corpus.cache_dir or cache.default_dir()) / "decoded" / key
+    while True:
+        if not folder.is_dir():
+            _make(corpus, size, folder)
+        try:
+            os.utime(folder)  # the time of last use, by which the cache makes room
+            images = np.load(folder / "images.npy", mmap_mode="c")
+            seg = np.load(folder / "seg.npy", mmap_mode="c") if corpus.has_masks else None
+            rows = json.loads((folder / "rows.json").read_bytes())
+        except FileNotFoundError:  # another process made room just now
+            continue
+        names = list(corpus.labels if labels is None else labels)
+        return Decoded(images, seg, *targets(rows["raw"], names), labels=names, **rows)
+
+
+def _make(corpus: Corpus, size: int, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with cache.locked(str(folder)):
+        if folder.is_dir():
+            return
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        try:
+            _write(corpus, size, temporary)
+            temporary.chmod(0o755)
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise WorkError("no space left for decoded images", where=str(folder), hint="free some space or set ALLOGRAFT_CACHE") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        cache.evict(str(folder.parent.parent), keep=str(folder))
+
+
+def _write(corpus: Corpus, size: int, folder: Path) -> None:
+    corpus.check_keys()
+    cv2.setNumThreads(0)
+    raw, patients, meta = [], [], []
+    with ExitStack() as stack:
+        # Written from first to last, not through a map: a full disk is then an error and not a signal that ends the process.
+        images = stack.enter_context((folder / "images.npy").open("wb"))
+        _begin(images, (len(corpus), corpus.channels, size, size))
+        segs = stack.enter_context((folder / "seg.npy").open("wb")) if corpus.has_masks else None
+        if segs is not None:
+            _begin(segs, (len(corpus), size, size))
+        for i in in_order(corpus):
+            sample = corpus.read(i, seg=segs is not None)
+            images.write(resize(sample.image, size).transpose(2, 0, 1).tobytes())
+            if segs is not None:
+                mask = np.full((size, size), NO_MASK, np.uint8) if sample.seg is None else resize_mask(sample.seg, size)
+                segs.write(mask.tobytes())
+            raw.append(sample.labels)
+            patients.append(sample.patient)
+            meta.append(sample.meta)
+    rows = {"raw": raw, "patients": patients, "meta": meta, "ids": corpus.keys()}
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def _begin(file: Any, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
