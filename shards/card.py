@@ -124,7 +124,7 @@ class Layout(Strict):
 
     With `table` or `split_tables`, each row is a sample; without, each file that matches `images`. The image of a row is found by its
     relative path, by the end of its path, or by its name with or without the extension, among the files that match `images`.
-    All patterns are regular expressions, searched in the relative path without its extension.
+    All patterns are regular expressions, searched in the relative path without its extension where nothing else is said.
     """
 
     name: str
@@ -141,6 +141,7 @@ class Layout(Strict):
     keep: dict[str, list[str]] = Field(default_factory=dict)  # column -> values: other rows are left out, and counted
     repeated: Literal["majority"] | None = None  # several rows of an image are readers' votes; None: an error, but for `rle`
     image_column: str | None = None
+    image_pattern: str | None = None  # group 1 is the part of that column's value that stands in the path
 
     findings_column: str | None = None  # names of labels, joined by `separator`
     separator: str = "|"
@@ -188,6 +189,11 @@ class Layout(Strict):
         return [(None, template) for template in self.masks]
 
     @property
+    def parts(self) -> set[Part]:
+        """The parts that the layout's lists, tables and words name; empty where nothing is named, or by plain words alone."""
+        return {*self.split_tables, *self.split_lists, *self.split_words.values()}
+
+    @property
     def split_rule(self) -> str | None:
         """How this layout splits, in words; None where it does not, and patients are split by their hash."""
         if self.split_tables:
@@ -206,11 +212,13 @@ class Layout(Strict):
             raise ValueError(f"layout {self.name}: table or split_tables, not both")
         if needs_table and not self.has_table:
             raise ValueError(f"layout {self.name}: columns are named, but no table")
+        if self.image_pattern is not None and self.image_column is None:
+            raise ValueError(f"layout {self.name}: image_pattern is of image_column")
         if self.has_table and self.image_column is None:
             raise ValueError(f"layout {self.name}: a table needs image_column")
         if sum((bool(self.split_tables), bool(self.split_lists), self.split_column is not None, self.split_pattern is not None)) > 1:
             raise ValueError(f"layout {self.name}: one of split_tables, split_lists, split_column and split_pattern")
-        for field in ("label_pattern", "patient_pattern", "study_pattern", "split_pattern", "mask_pattern"):
+        for field in ("image_pattern", "label_pattern", "patient_pattern", "study_pattern", "split_pattern", "mask_pattern"):
             pattern = getattr(self, field)
             if pattern is not None:
                 try:
@@ -328,6 +336,8 @@ class Card(Strict):
             raise ValueError(f"layout {layout.name}: {sorted(stray)} are not in the card's metadata, labels or mask_classes")
         if self.has_masks and not (layout.masks or layout.mask_column or layout.rle):
             raise ValueError(f"layout {layout.name}: kind {self.kind} needs masks, mask_column or rle")
+        if layout.repeated is not None and self.kind == "multiclass":
+            raise ValueError(f"layout {layout.name}: repeated is for labels, not for classes")
         reader = self.reader_of(layout)
         if reader == "csv" and not layout.has_table:
             raise ValueError(f"layout {layout.name}: reader csv needs a table")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shards.readers import SPLIT_WORDS
-from shards.tables import CELLS
+from shards.cells import CELLS
+from shards.splitting import SPLIT_WORDS
 
 Role = Literal["image", "mask", "patient", "split", "label", "findings", "class", "view", "sex", "age", "other"]
 SEPARATORS = ("|", ";", ",")

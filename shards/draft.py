@@ -12,7 +12,7 @@ from typing import Any
 from base.errors import RequestError
 from shards.columns import Column, TableFacts
 from shards.open_points import OPEN
-from shards.readers import SPLIT_WORDS
+from shards.splitting import SPLIT_WORDS
 from shards.survey import PatientKey, Survey
 
 LARGE = 1024  # longer sides are reduced when packed: networks see a few hundred pixels
@@ -62,12 +62,14 @@ def _card(found: Survey, remarks: Remarks) -> Draft:
     card["namespace"] = name
     remarks["namespace"] = "check: datasets with the same patients share it"
     metadata = _metadata(table)
+    in_headers = any(header.format == "dicom" for group in found.image_groups() for header in group.headers)
     if not any(key in layout for key in ("split_column", "split_lists", "split_pattern")):
         card["split"] = {"val": 0.1, "test": 0.2}
         remarks["split"] = "shares of the patients, by a keyed hash; check: is there an official split?"
+    if metadata or in_headers:
+        card["metadata"] = list(metadata) or ["view", "sex", "age"]
+        remarks["metadata"] = "check: all that is kept of a sample besides its labels" + ("" if metadata else "; from the DICOM headers")
     if metadata:
-        card["metadata"] = list(metadata)
-        remarks["metadata"] = "check: all that is kept of a sample besides its labels"
         layout["metadata"] = metadata
     card["layouts"] = [layout | labels | masks | _patient(found, table, remarks)]
     card["public"] = False
@@ -87,7 +89,7 @@ def _kind(masks: bool, labels: bool, classes: bool) -> str:
 def _reader(found: Survey, table: TableFacts | None, masks: Draft) -> str:
     if not found.images:
         return next(group.format for group in found.groups if group.format in ("npz", "tar")).replace("tar", "tars")
-    return "csv" if table else "pairs" if masks else "folders"
+    return "csv" if table else "folders" if found.class_folders and not masks else "pairs"
 
 
 def _layout(found: Survey, table: TableFacts | None, remarks: Remarks) -> Draft:
@@ -218,11 +220,11 @@ def _metadata(table: TableFacts | None) -> dict[str, str]:
 def _patient(found: Survey, table: TableFacts | None, remarks: Remarks) -> Draft:
     if not found.images:
         return {}  # arrays and tars name no patient: each image counts as one
-    usable = [key for key in found.patients if key.kind == "path" or (table and key.where.endswith(f" of {table.file}"))]
+    usable = [key for key in found.patients if key.kind != "column" or (table and key.where.endswith(f" of {table.file}"))]
     if not usable:
         return {"patient_pattern": f"({OPEN} group 1 catches the patient in the path)"}
     best: PatientKey = usable[0]
-    key = "patient_column" if best.kind == "column" else "patient_pattern"
+    key = {"column": "patient_column", "tag": "patient_tag", "path": "patient_pattern"}[best.kind]
     remarks[f"layout.{key}"] = f"check: {best.patients:,} patients, at most {best.largest:,} images each; {best.where}"
     return {key: best.key}
 

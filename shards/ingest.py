@@ -17,11 +17,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shards import geometry, pixels16, raster
-from shards.card import Card
+from shards import geometry, headerless, pixels16, raster
+from shards.card import Card, RawPixels
 from shards.planes import Measured, Planes, Unusable
 from shards.raster import png, strip_jpeg
 
+NOT_JUDGED = 255  # in a mask: neither a class nor the background
 MAGIC = (
     (128, b"DICM", "dicom"),  # first: the 128 free bytes before it may begin like anything
     (0, b"\xff\xd8\xff", "jpeg"),
@@ -74,6 +75,8 @@ def kind(data: bytes, what: str = "image") -> str:
 
 def planes(files: Sequence[bytes], card: Card | None = None) -> Planes:
     """The planes of a file, or of the files of one DICOM series. Raises Unusable."""
+    if card is not None and (spec := _raw_pixels(card)) is not None:
+        return headerless.planes(files[0], spec)
     kinds = {kind(data) for data in files}
     if "dicom" in kinds:
         from shards import dicom
@@ -91,13 +94,17 @@ def planes(files: Sequence[bytes], card: Card | None = None) -> Planes:
     return raster.planes(raster.open_picture(files[0], kinds.pop()))
 
 
+def _raw_pixels(card: Card) -> RawPixels | None:
+    return card.layouts[0].raw_pixels if card.layouts else None
+
+
 def unfold(files: Sequence[bytes], card: Card) -> Iterator[tuple[int | None, Stored | Unusable]]:
     """What the card makes of a file (or series): its first frame, each frame or slabs of slices.
 
     The number is what tells a sample from the others of its file: the frame, or the slab's first slice; None where the file has only one.
     A frame that is unusable is given as such, and the others follow. Raises Unusable where the file as a whole is.
     """
-    if card.depth == 8 and card.frames == "first" and len(files) == 1 and kind(files[0]) == "jpeg":
+    if card.depth == 8 and card.frames == "first" and len(files) == 1 and _raw_pixels(card) is None and kind(files[0]) == "jpeg":
         yield None, image(files[0], card.channels, card.max_side)
         return
     found = planes(files, card)
@@ -189,8 +196,11 @@ def mask_values(data: bytes, classes: int, frame: int | None = None) -> np.ndarr
     return values
 
 
-def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool = False) -> bytes:
-    """The union of masks (HW, see `mask`) as PNG bytes; with `resize` those of another size are brought to the image's. Raises Unusable."""
+def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool = False, seen: np.ndarray | None = None) -> bytes:
+    """The union of masks (HW, see `mask`) as PNG bytes; with `resize` those of another size are brought to the image's.
+
+    seen: bool HW; where it is False nothing is judged, and the mask is NOT_JUDGED. Raises Unusable.
+    """
     height, width = of.reduced_from or (of.height, of.width)
     union = np.zeros((height, width), np.uint8)
     for values in masks:
@@ -205,6 +215,10 @@ def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool =
         if values.shape != union.shape:
             indices = cv2.resize(indices, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         union = np.maximum(union, indices)
+    if seen is not None:
+        if seen.shape != union.shape:
+            raise Unusable(f"field of view measures {seen.shape[1]} x {seen.shape[0]}, its image {width} x {height}")
+        union[~seen] = NOT_JUDGED
     if of.reduced_from:
         union = cv2.resize(union, (of.width, of.height), interpolation=cv2.INTER_NEAREST_EXACT)
     return png(union)

@@ -13,6 +13,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import webdataset as wds
 
 from base import storage
 from base.config import canonical_json
-from shards import ingest
+from shards import containers, ingest, masks
 from shards.card import Card
 from shards.deidentify import clean_metadata, keyed
 from shards.manifest import EXTENSIONS, INDEX_DTYPE, Quarantined
@@ -32,7 +33,7 @@ from shards.readers import Record
 
 def write_tar(card: Card, raw: str, records: Iterable[Record], tar: Path) -> tuple[dict[str, int], list[Quarantined]]:
     """Write the samples of these records; the positives of each label, and what was left out with its reason. Raises OSError."""
-    positives = dict.fromkeys(card.labels, 0)
+    positives: Counter[str] = Counter()
     quarantined: list[Quarantined] = []
     # Owner, mode and time are fixed and the format is ustar: the bytes depend on the samples alone.
     with tar.open("wb") as stream, wds.TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
@@ -44,7 +45,7 @@ def write_tar(card: Card, raw: str, records: Iterable[Record], tar: Path) -> tup
             for label, value in labels.items():
                 positives[label] += value == 1
             writer.write({"__key__": f"{card.dataset}-{key}", **content})
-    return positives, quarantined
+    return {label: positives[label] for label in card.labels if positives[label] or card.kind != "multiclass"}, quarantined
 
 
 def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[str, str, tuple[dict[str, bytes], dict[str, Any]] | str]]:
@@ -54,7 +55,7 @@ def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[
             yield record.key, record.file, _phantom_sample(card, record)
             continue
         try:
-            for first, stored in ingest.unfold(_files(raw, record.file), card):
+            for first, stored in ingest.unfold(_files(raw, record), card):
                 if first is None:
                     yield record.key, record.file, _file_sample(card, raw, record, stored)
                 else:
@@ -72,10 +73,8 @@ def _file_sample(
     content = {stored.ext: stored.data}
     if card.has_masks:
         try:
-            if not record.masks:
-                raise ingest.Unusable("no mask is named")
-            files = [_read(raw, name, "mask") for name in record.masks]
-            content["seg.png"] = ingest.mask(files, len(card.mask_classes), stored)
+            seg = masks.mask_png(card, record, stored, lambda name: _read(raw, name, "mask"))
+            content |= {} if seg is None else {"seg.png": seg}
         except ingest.Unusable as reason:
             return str(reason)
     header = {name: clean_metadata(name, value) for name, value in stored.meta.items()}
@@ -88,8 +87,11 @@ def _side(record: Record, labels: dict[str, Any], meta: dict[str, Any], facts: d
     return canonical_json(side | ({"image": facts} if facts else {})).encode()
 
 
-def _files(raw: str, name: str) -> list[bytes]:
-    """The bytes of an image file, or of all files of a folder, whose name ends in a slash."""
+def _files(raw: str, record: Record) -> list[bytes]:
+    """The bytes of an image file, in a container or not, or of all files of a folder, whose name ends in a slash."""
+    name = record.file
+    if record.inside is not None:
+        return [containers.read(raw, record.inside, record.stamp)]
     if not name.endswith("/"):
         return [_read(raw, name, "image")]
     return [_read(raw, storage.join(name, file), "image") for file in storage.listing(storage.join(raw, name))]

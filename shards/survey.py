@@ -17,7 +17,7 @@ from base.errors import RequestError
 from base.paths import is_url
 from shards.columns import FileNames, TableFacts, survey_table
 from shards.headers import IMAGES, Header, header
-from shards.readers import SPLIT_WORDS
+from shards.splitting import SPLIT_WORDS
 
 HEADERS = 400  # files of a group whose header is read
 SIBLINGS = 8  # more folders than this beside each other become a `*`
@@ -254,7 +254,9 @@ def _counted(where: str, kind: str, key: str, values: Counter[str], sure: bool) 
 
 def _in_names(images: Sequence[str]) -> list[PatientKey]:
     """Folders and beginnings of names that several images share, but not all."""
-    levels = range(min((file.count("/") for file in images), default=0))
+    told = {*class_folders(images), *_split_folders(images)}
+    depth = min((file.count("/") for file in images), default=0)
+    levels = [level for level in range(depth) if not told.issuperset(file.split("/")[level] for file in images)]
     patterns = [(f"folder {level + 1} of the path", "^" + "[^/]+/" * level + "([^/]+)/") for level in levels]
     for parts in (1, 2, 3):
         beginning = "[_-]".join(["[^/_-]+"] * parts)
