@@ -6,7 +6,7 @@ from pathlib import Path
 from base import storage
 from base.errors import RequestError
 from cluster.screen import Rows, table
-from shards.columns import TableFacts
+from shards.columns import MOST_ROWS, TableFacts
 from shards.draft import draft
 from shards.headers import DICOM_TAGS
 from shards.open_points import OPEN
@@ -30,10 +30,11 @@ def show(raw: str, out: str | None) -> None:
     _section("in the DICOM headers", _tags(found), ("tag", "values"))
     _section("cannot be read", _problems(found), ("files", "reason", "for instance"))
     for facts in found.tables:
-        title = f"{facts.file}: {facts.rows:,} rows, {facts.images:,} name an image that is there"
+        rows = f"the first {MOST_ROWS:,} rows" if facts.rows == MOST_ROWS else f"{facts.rows:,} rows"
+        title = f"{facts.file}: {rows}, {facts.images:,} name an image that is there"
         _section(title, _columns(facts), ("column", "filled", "values", "seems to be", "most often"))
-    rows = [(key.where, f"{key.patients:,}", f"{key.largest:,}", f"{key.images:,}") for key in found.patients]
-    _section("may tell patients apart", rows, ("by", "patients", "images of the largest", "of images"))
+    keys = [(key.where, f"{key.patients:,}", f"{key.largest:,}", f"{key.images:,}") for key in found.patients]
+    _section("may tell patients apart", keys, ("by", "patients", "images of the largest", "of images"))
     text = draft(found)
     points = text.count(OPEN)
     if out is None:

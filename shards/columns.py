@@ -5,12 +5,13 @@ facts.role("patient"), facts.role("label")
 """
 
 import csv
-import io
+import gzip
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from shards.cells import CELLS
@@ -26,6 +27,7 @@ _NAMES: tuple[tuple[Role, str], ...] = (
     ("mask", r"mask|segment|contour"),
     ("class", r"label|class|diagnos|\bdx\b|grade|level|finding|category|target"),
 )
+MOST_ROWS = 200_000  # of a table are looked at
 MOST_CLASSES = 50  # distinct values of a column beyond which they are not classes
 
 
@@ -45,7 +47,7 @@ class Column:
 
 @dataclass(frozen=True)
 class TableFacts:
-    """One table of the raw folder."""
+    """One table of the raw folder; of `rows` there are more where they are MOST_ROWS."""
 
     file: str
     separator: str
@@ -78,21 +80,21 @@ class FileNames:
 
 
 def read_rows(path: str) -> tuple[str, list[dict[str, str]]] | None:
-    """Separator and rows of a text table; None where the text is not one (no second column, ragged rows, another encoding)."""
+    """Separator and the first rows of a text table; None where the text is not one (no second column, ragged rows, another encoding)."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            text = stream.read()
-    except (UnicodeDecodeError, OSError):
-        return None
-    first = text.partition("\n")[0]
-    separator = max((",", ";", "\t"), key=first.count)
-    if separator not in first:
-        return None
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        names = [name.strip() for name in next(reader)]
-        rows = [dict(zip(names, (cell.strip() for cell in cells), strict=False)) for cells in reader if len(cells) == len(names)]
-    except csv.Error:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.endswith(".gz")
+            else open(path, encoding="utf-8-sig", newline="") as stream
+        ):
+            first = stream.readline()
+            separator = max((",", ";", "\t"), key=first.count)
+            if separator not in first:
+                return None
+            names = [name.strip() for name in next(csv.reader([first], delimiter=separator))]
+            cells = islice(csv.reader(stream, delimiter=separator), MOST_ROWS)
+            rows = [dict(zip(names, (cell.strip() for cell in row), strict=True)) for row in cells if len(row) == len(names)]
+    except (UnicodeDecodeError, OSError, EOFError, csv.Error):
         return None
     return (separator, rows) if rows and len(set(names)) == len(names) else None
 

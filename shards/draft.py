@@ -245,6 +245,9 @@ def _pixels(found: Survey, remarks: Remarks) -> Draft:
     if len(volumes) + len(ct) > len(headers) / 2:
         keys = {"channels": len(CT_WINDOWS), "depth": 16, "windows": CT_WINDOWS} | ({"frames": "each"} if volumes else {})
         remarks["windows"] = "check: [centre, width] of each channel; these are lung and mediastinum in CT"
+    elif deep := sum("16 bits" in header.pixels for header in headers):
+        keys["depth"] = 8
+        remarks["depth"] = f"check: {deep:,} of {len(headers):,} headers say 16 bits; depth 16 keeps them"
     sides = [max(int(n) for n in re.findall(r"\d+", header.size)[:2]) for header in headers]
     if sides and sorted(sides)[len(sides) // 2] > LARGE:
         keys["max_side"] = LARGE

@@ -22,7 +22,7 @@ from shards.splitting import SPLIT_WORDS
 HEADERS = 400  # files of a group whose header is read
 SIBLINGS = 8  # more folders than this beside each other become a `*`
 LARGEST_TABLE = 1 << 30  # bytes
-TABLES = (".csv", ".tsv", ".tab", ".txt")
+TABLES = (".csv", ".csv.gz", ".tsv", ".tab", ".txt")
 _MASK = re.compile(
     r"mask|contour|(?<![a-z])(segs?|segmentations?|manual\d*|annotations?|labels?|gt|ground[ _-]?truth)(?![a-z])", re.IGNORECASE
 )

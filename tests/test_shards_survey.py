@@ -174,6 +174,32 @@ def with_findings(raw: Path) -> None:
     write_table(raw / "entries.csv", rows)
 
 
+def with_class_folders(raw: Path) -> None:
+    for n in range(120):
+        patient = n // 2
+        folder = raw / ["train", "train", "test"][patient % 3] / ["benign", "malignant", "normal"][patient // 3 % 3]
+        picture(folder / f"p{patient}_{n % 2}.png", n, "RGB")
+
+
+def with_masks_beside(raw: Path) -> None:
+    for n in range(40):
+        picture(raw / "scans" / f"{n // 2:03}-{n % 2}.png", n)
+        picture(raw / "outlines_mask" / f"{n // 2:03}-{n % 2}_mask.png", n, "1")
+
+
+def with_dicom(raw: Path) -> None:
+    for n in range(80):
+        dicom(raw / f"study{n // 2}" / f"1.2.840.{n}", f"patient {n // 2}")
+
+
+def with_arrays(raw: Path) -> None:
+    raw.mkdir()
+    random = np.random.default_rng(0)
+    arrays = {f"{split}_images": random.integers(0, 255, (9, 28, 28, 3), dtype=np.uint8) for split in ("train", "val", "test")}
+    labels = {f"{split}_labels": np.arange(9, dtype=np.uint8)[:, None] % 3 for split in ("train", "val", "test")}
+    np.savez(raw / "tiny_28.npz", **arrays, **labels)
+
+
 def settled(raw: Path, folder: Path) -> Card:
     """The draft as a person would finish it who accepts every guess."""
     text = draft(survey(str(raw)))
@@ -187,14 +213,18 @@ def settled(raw: Path, folder: Path) -> Card:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "labels", "patients"),
+    ("make", "kind", "labels", "images", "patients"),
     [
-        (with_table, "multilabel", ["opacity"], 18),
-        (with_findings, "multilabel", ["Mass", "Nodule"], 20),
+        (with_table, "multilabel", ["opacity"], 36, 18),
+        (with_findings, "multilabel", ["Mass", "Nodule"], 60, 20),
+        (with_class_folders, "multiclass", ["benign", "malignant", "normal"], 120, 60),
+        (with_masks_beside, "segmentation", [], 40, 20),
+        (with_dicom, "unlabelled", [], 80, 40),
+        (with_arrays, "multiclass", ["class-0", "class-1", "class-2"], 27, 27),
     ],
 )
 def test_from_an_unknown_folder_to_shards(
-    make: Callable[[Path], None], kind: str, labels: list[str], patients: int, tmp_path: Path
+    make: Callable[[Path], None], kind: str, labels: list[str], images: int, patients: int, tmp_path: Path
 ) -> None:
     raw = tmp_path / "raw"
     make(raw)
@@ -203,10 +233,11 @@ def test_from_an_unknown_folder_to_shards(
     assert card.labels == labels
     manifest = pack(card, str(raw), str(tmp_path / "shards"), secret=b"secret")
     assert manifest.quarantined == 0
+    assert sum(manifest.counts.values()) == images
     assert sum(manifest.patients.values()) == patients
-    assert sum(manifest.counts.values()) == len(list(raw.rglob("*.[pj][np]g")))
-    corpus = Corpus(str(tmp_path / "shards"), ("train",))
-    assert {name for record in corpus.records() for name in record.labels} == set(labels)
+    samples = [Corpus(str(tmp_path / "shards"), ("train",))[i] for i in range(manifest.counts["train"])]
+    assert {name for sample in samples for name in sample.labels} == set(labels)
+    assert all((sample.seg is not None) == (kind == "segmentation") for sample in samples)
 
 
 def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
