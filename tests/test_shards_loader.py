@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -40,29 +42,57 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("masked"), (20, 15), masks=True, suffix="png", dataset="masked", splits=["train", "test"])
 
 
-def stream(url: str, world: int, workers: int, start: int, steps: int, exact: bool = False) -> tuple[str, str]:
-    """sha256 of the ids and of the pixels of the global batches, put together from all ranks."""
+def steps_of(urls: Sequence[str], world: int, workers: int, start: int) -> Iterator[tuple[str, str]]:
+    """sha256 of the ids and of the pixels of each global batch from that step on, put together from all ranks."""
     ranks = [
-        TrainLoader([Corpus(url)], None, TWO, 16, seed=1, rank=r, world=world, workers=workers, exact_epoch=exact).batches(start)
-        for r in range(world)
+        TrainLoader([Corpus(url) for url in urls], [2.0, 1.0][: len(urls)], TWO, 16, 1, rank, world, workers).batches(start)
+        for rank in range(world)
     ]
-    ids, pixels = hashlib.sha256(), hashlib.sha256()
-    for _ in range(steps):
-        parts = [next(rank) for rank in ranks]
-        ids.update(torch.cat([part.index_B for part in parts]).numpy().tobytes())
-        for v in range(2):
-            pixels.update(torch.cat([part.views[v] for part in parts]).numpy().tobytes())
-    return ids.hexdigest(), pixels.hexdigest()
+    for parts in zip(*ranks, strict=True):
+        ids = torch.cat([part.index_B for part in parts]).numpy()
+        pixels = torch.stack([torch.cat([part.views[v] for part in parts]) for v in range(2)]).numpy()
+        yield hashlib.sha256(ids.tobytes()).hexdigest(), hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("start", [0, 5, 17])
-def test_the_stream_is_the_same_for_all_worlds_and_workers(url: str, start: int) -> None:
-    # 6 steps an epoch: the first stretch crosses into the second epoch.
-    expected = stream(url, 1, 0, start, 8)
-    for world, workers in itertools.product((1, 2, 4), (0, 1, 2)):
-        if workers and world == 4:
-            continue  # four loaders with workers each are only more of the same
-        assert stream(url, world, workers, start, 8) == expected, (world, workers)
+def stream(url: str, world: int, workers: int, start: int, steps: int) -> list[tuple[str, str]]:
+    """That many steps."""
+    return list(itertools.islice(steps_of([url], world, workers, start), steps))
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_the_stream_is_the_same_for_all_worlds_and_workers_and_after_a_seek(url: str, tmp_path: Path, mixture: bool) -> None:
+    # 6 steps an epoch: the walk crosses into the third, and the stretch from step 4 on into the second.
+    urls = [url, write(tmp_path, (20, 15), dataset="other")] if mixture else [url]
+    walked = list(itertools.islice(steps_of(urls, 1, 0, 0), 14))
+    for world, workers in itertools.product((1, 2, 4), (0, 1, 2, 3)):
+        assert list(itertools.islice(steps_of(urls, world, workers, 4), 4)) == walked[4:8], (world, workers)
+    assert list(itertools.islice(steps_of(urls, 2, 1, 11), 3)) == walked[11:]
+
+
+def _log(urls: Sequence[str], world: int, workers: int, start: int, path: str) -> None:
+    with open(path, "a") as file:
+        for ids, pixels in itertools.islice(steps_of(urls, world, workers, start), 40 - start):
+            file.write(f"{ids} {pixels}\n")
+            file.flush()
+
+
+def test_a_killed_stream_goes_on_where_it_was_with_other_ranks_and_workers(url: str, tmp_path: Path) -> None:
+    urls = [url, write(tmp_path, (20, 15), dataset="other")]
+    log = tmp_path / "log"
+    log.touch()
+    context = multiprocessing.get_context("fork")
+    for world, workers, until in ((1, 2, 7), (4, 1, 19), (2, 3, 31), (1, 0, 40)):
+        process = context.Process(target=_log, args=(urls, world, workers, len(log.read_text().splitlines()), str(log)))
+        process.start()
+        while len(log.read_text().splitlines()) < until:
+            time.sleep(0.005)
+        if until < 40:
+            process.kill()
+        process.join()
+        whole, _, _ = log.read_text().rpartition("\n")  # a line that the kill cut off was not a step that was done
+        log.write_text(whole + "\n")
+    walked = [f"{ids} {pixels}" for ids, pixels in itertools.islice(steps_of(urls, 1, 0, 0), 40)]
+    assert log.read_text().splitlines() == walked
 
 
 def test_a_seek_continues_the_stream(url: str) -> None:
@@ -70,7 +100,14 @@ def test_a_seek_continues_the_stream(url: str) -> None:
     for start in (3, 6, 19):
         batch = next(TrainLoader([Corpus(url)], None, TWO, 16, seed=1).batches(start))
         assert torch.equal(batch.index_B, walked[start])
-    assert stream(url, 1, 0, 4, 9, exact=True) == stream(url, 2, 1, 4, 9, exact=True)
+
+
+def test_exact_epochs_hold_every_sample_once_and_seek(url: str) -> None:
+    walked = [b.index_B for b in itertools.islice(TrainLoader([Corpus(url)], None, ONE, 16, seed=1, exact_epoch=True).batches(0), 25)]
+    assert torch.bincount(torch.cat(walked)).tolist() == [4] * 100
+    for world in (2, 4):
+        ranks = [TrainLoader([Corpus(url)], None, ONE, 16, 1, rank, world, exact_epoch=True).batches(5) for rank in range(world)]
+        assert torch.equal(torch.cat([next(rank).index_B for rank in ranks]), walked[5])
 
 
 def test_a_batch_has_the_promised_shapes(url: str) -> None:
