@@ -63,13 +63,15 @@ def pack(
     raw: Annotated[str, typer.Argument(help="folder of raw files, or phantom:N for generated images")],
     out: Annotated[str, typer.Option(help="folder for the shards, path or URL")],
     max_side: Annotated[int | None, typer.Option(help="reduce larger images to this side in pixels; the card's rule by default")] = None,
+    split_files: Annotated[str | None, typer.Option(help="your own split: a folder with train.txt, val.txt, test.txt, or a CSV")] = None,
     depth: Annotated[int | None, typer.Option(help="bits a pixel in the shards, 8 or 16; the card's by default")] = None,
 ) -> None:
     """Make checked, de-identified WebDataset shards from raw files."""
     from cluster.pack import pack_command
 
     with _stoppable():
-        pack_command(card, raw, out, {key: value for key, value in (("max_side", max_side), ("depth", depth)) if value is not None})
+        changes = {key: value for key, value in (("max_side", max_side), ("depth", depth)) if value is not None}
+        pack_command(card, raw, out, changes, split_files)
 
 
 @contextmanager

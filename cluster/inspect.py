@@ -9,7 +9,7 @@ from typing import Any
 
 from base import storage
 from cluster.screen import Rows, table
-from shards.card import SPLITS, Benchmark
+from shards.card import SPLITS
 from shards.manifest import Manifest, read
 from shards.pack import QUARANTINE
 
@@ -58,16 +58,9 @@ def _facts(found: Manifest, url: str) -> list[tuple[str, str]]:
         ("kind", f"{card.kind}, {labels}" + (f", masks of {', '.join(card.mask_classes)}" if card.has_masks else "")),
         ("stored", stored),
         ("split by", found.split_rule),
-        *([("benchmark", _benchmark(card.benchmark, found))] if card.benchmark else []),
         ("licence", card.licence),
         ("names", "public" if card.public else f"keyed with the secret {found.secret_fingerprint}"),
     ]
-
-
-def _benchmark(benchmark: Benchmark, found: Manifest) -> str:
-    wanted = ", ".join(f"{split} {n:,}" for split, n in benchmark.counts.items())
-    same = all(found.counts.get(split) == n for split, n in benchmark.counts.items())
-    return f"{'as many as' if same else 'not the split of'} {benchmark.name} ({wanted})"
 
 
 def _splits(found: Manifest) -> tuple[Rows, Sequence[str]]:

@@ -68,11 +68,12 @@ class Packing:
         return ", ".join(part for part in (stood, minutes(self.seconds), self.rates()) if part)
 
 
-def pack_command(name: str, raw: str, out: str, changes: dict[str, int]) -> None:
+def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_files: str | None) -> None:
     """`allograft pack`: the card's raw files to shards, on a Ray started here or joined, with a live line and a summary.
 
     Args:
         changes: keys of the card that are to be others than it says (max_side, depth).
+        split_files: folder or CSV that replaces the card's rule of splitting.
     """
     from cluster.inspect import quarantine_lines
     from cluster.session import session
@@ -81,15 +82,17 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int]) -> None
     if changes:
         card = parse(card.model_dump(by_alias=True) | changes, Card, " ".join(f"--{key.replace('_', '-')}" for key in changes))
     raw = raw if raw.startswith("phantom:") else absolute(raw)
+    split_files = split_files and absolute(split_files)
     url = absolute(out)
     check_place(card, url)
-    plan(card, raw)  # bad input is refused before a cluster is started
+    plan(card, raw, split_files=split_files)  # bad input is refused before a cluster is started
     progress = Progress()
     progress.say("starting Ray")
     with session():
-        manifest, packing = pack_on_ray(card, raw, url, lambda so_far: progress.line(so_far.line()))
+        manifest, packing = pack_on_ray(card, raw, url, lambda so_far: progress.line(so_far.line()), split_files)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
     progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
+    progress.say(f"split by {manifest.split_rule}")
     progress.say(packing.summary())
     for line in quarantine_lines(url):
         progress.say(line)
@@ -109,12 +112,15 @@ def check_place(card: Card, out: str) -> None:
         raise RequestError(f"not empty, and not shards of {card.dataset} ({', '.join(foreign[:3])})", where=out, hint="give another --out")
 
 
-def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[Packing], None]) -> tuple[Manifest, Packing]:
+def pack_on_ray(
+    card: Card, raw: str, out: str, progress: Callable[[Packing], None], split_files: str | None = None
+) -> tuple[Manifest, Packing]:
     """Plan here, write everywhere, commit here. Shards that stand already are kept.
 
     Args:
         out: folder of the dataset's shards (path or URL).
         progress: called every second and after each shard.
+        split_files: folder or CSV that replaces the card's rule of splitting.
 
     Raises:
         RequestError: bad raw data, found while planning.
@@ -122,7 +128,7 @@ def pack_on_ray(card: Card, raw: str, out: str, progress: Callable[[Packing], No
     """
     import ray
 
-    jobs = plan(card, raw)
+    jobs = plan(card, raw, split_files=split_files)
     write_there = ray.remote(num_cpus=1, max_retries=2)(_keep_or_write)
     waiting = [write_there.remote(job, out) for job in jobs]
     order = {reference: i for i, reference in enumerate(waiting)}

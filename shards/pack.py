@@ -84,15 +84,17 @@ class ShardJob:
         )
 
 
-def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int = 1000) -> list[ShardJob]:
+def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int = 1000, split_files: str | None = None) -> list[ShardJob]:
     """The shards to write, train first. Decodes nothing.
 
+    Args:
+        split_files: folder or CSV that replaces the card's rule of splitting, see shards.splitting.
     Raises:
         RequestError: a draft with open points, no secret, and all that `shards.readers` refuses.
     """
     refuse_open(card)
     names = Names.of(card, secret)
-    found = readers.read(card, raw, names)
+    found = readers.read(card, raw, names, split_files)
     card = found.card
     origin = Origin(
         layout=found.layout,

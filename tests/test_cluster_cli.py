@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from base.paths import names
@@ -161,10 +163,30 @@ def test_lines_of_progress_say_brackets_as_they_are(capsys: pytest.CaptureFixtur
     assert "a file [bold]x[/bold].png" in capsys.readouterr().out
 
 
-def test_pack_refuses_what_its_options_make_of_the_card(allograft: Allograft, tmp_path: Path) -> None:
-    done = allograft("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / "shards"), "--max-side", "5")
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--max-side", "5", "--max-side"), ("--depth", "12", "--depth"), ("--split-files", "/nowhere", "no such split files")],
+)
+def test_pack_refuses_options_before_any_work(option: str, value: str, says: str, allograft: Allograft, tmp_path: Path) -> None:
+    done = allograft("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / "shards"), option, value)
     assert done.code == 2
-    assert "--max-side" in done.err
+    assert says in done.err
+    assert not (tmp_path / "shards").exists()
+
+
+def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft: Allograft) -> None:
+    (tmp_path / "raw").mkdir()
+    for n in range(8):
+        Image.fromarray(np.full((9, 12), n, np.uint8)).save(tmp_path / "raw" / f"p{n // 2}_{n % 2}.png")
+    done = allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "card.yaml"))
+    assert done.code == 0
+    assert "9 x 12" in done.out
+    assert "the first part of the name  4" in done.out
+    assert "4 open points" in done.out
+    assert load_card(str(tmp_path / "card.yaml")).kind == "unlabelled"
+    again = allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "card.yaml"))
+    assert again.code == 2
+    assert "there already" in again.err
 
 
 @pytest.mark.ray
