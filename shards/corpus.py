@@ -8,12 +8,12 @@ Ids count through the manifest's shards of those splits. Nothing is opened, fetc
 """
 
 import json
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from base import storage
 from base.errors import WorkError
@@ -84,7 +84,9 @@ class Corpus:
         """Sample i, or the parts of it that are asked for; the others are left empty."""
         row, parts = self.stored(i, image=image, seg=seg, text=text)
         try:
-            pixels = decode.image(parts["image"], self.channels, self.card.windows) if image else np.empty((0, 0, self.channels), dtype=np.uint8)
+            pixels = (
+                decode.image(parts["image"], self.channels, self.card.windows) if image else np.empty((0, 0, self.channels), dtype=np.uint8)
+            )
             mask = decode.mask(parts["seg"]) if "seg" in parts else None
             side = json.loads(bytes(parts["json"])) if text else {}
         except ValueError as error:
@@ -115,7 +117,7 @@ class Corpus:
             start = min(span[1] for span in spans)
             data = memoryview(shard.read(start, max(offset + length for _, offset, length, _ in spans) - start))
             parts = {name: data[offset - start : offset - start + length] for name, offset, length, _ in spans}
-            wrong = next((name for name, _, _, crc in spans if zlib.crc32(parts[name]) != crc), None)
+            wrong = next((name for name, _, _, crc in spans if isal_zlib.crc32(parts[name]) != crc), None)
             if wrong is None:
                 return row, parts
             if not shardfile.renewed(entry, self.url, self.cache_dir):
