@@ -142,13 +142,13 @@ def _light(pixels: np.ndarray, brightness: float, contrast: float, brightness_fi
         return pixels
     table = _RAMP
     if brightness_first:
-        table = np.clip(table * brightness, 0, 255)
-        centre = _luminance(cv2.LUT(pixels, np.rint(table).astype(np.uint8)))
+        table = np.minimum(table * brightness, 255)
+        centre = _luminance(cv2.convertScaleAbs(pixels, alpha=brightness))  # what a table lookup of it would give, in less time
     else:
         centre = _luminance(pixels)
-    table = np.clip((table - centre) * contrast + centre, 0, 255)
+    table = np.minimum(np.maximum((table - centre) * contrast + centre, 0), 255)
     if not brightness_first:
-        table = np.clip(table * brightness, 0, 255)
+        table = np.minimum(table * brightness, 255)
     return _with_channels(cv2.LUT(pixels, np.rint(table).astype(np.uint8)))
 
 
