@@ -218,7 +218,7 @@ def siim(folder: Path, name: str) -> Truths:
 @layout("scr", "official")
 def scr(folder: Path, name: str) -> Truths:
     truths: Truths = {}
-    for i in range(1, 13):  # of 8 MB each
+    for i in range(1, 9):  # of 8 MB each
         stem, fold = f"JPC{'LN'[i % 2]}N{i:03d}", 1 if i % 2 else 2
         image(folder, f"All247images/{stem}.IMG", i, values=np.full((2048, 2048), i * 100, ">u2"))
         side = 1024
