@@ -51,11 +51,12 @@ def draw(url: str, seed: int, cache_dir: str | None = None) -> list[Tile]:
         shard = int(random.choice(len(sizes), p=np.array(sizes) / sum(sizes)))
         share = SHOWN // len(splits) + (place < SHOWN % len(splits))
         chosen = random.choice(sizes[shard], size=min(share, sizes[shard]), replace=False)
-        keys = corpus.keys()
         for i in sorted(sum(sizes[:shard]) + int(offset) for offset in chosen):
             sample = corpus[i]
-            key = keys[i].rpartition("-")[2][:6]
-            tiles.append(Tile(visible(sample.image, corpus.card.colour), sample.seg, f"{split} {key}: {described(sample.labels)}"))
+            key = corpus.stored(i, image=False, seg=False)[0].key.decode()[:6]
+            words = described(sample.labels)
+            caption = f"{split} {key}" + (f": {words}" if words else "")
+            tiles.append(Tile(visible(sample.image, corpus.card.colour), sample.seg, caption))
     return tiles
 
 
