@@ -187,12 +187,11 @@ def of_shards(
         corpus = Corpus(url, (split,), None)
         if not len(corpus):
             continue
-        held = decode_all(corpus, size)
+        held = decode_all(corpus, size, labels)
         strata = [meta.get(stratify_by) for meta in held.meta] if stratify_by else None
         target = None
-        if held.target is not None and labels:
-            at = [list(corpus.labels).index(name) for name in labels]
-            target = np.where(np.asarray(held.mask)[:, at] > 0, np.asarray(held.target)[:, at], np.nan).astype(float)
+        if labels:
+            target = np.where(held.mask > 0, held.target, np.nan).astype(float)
         splits[split] = Arrays(np.asarray(held.images), target, strata, None if held.seg is None else np.asarray(held.seg))
         if split == "train":
             patients = [patient or f"image {i}" for i, patient in enumerate(held.patients)]

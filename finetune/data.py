@@ -23,13 +23,13 @@ from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
 from finetune.task import Augmentation, Task
 from shards import views
-from shards.loader import NO_MASK, Corpus, Decoded, decode_all
+from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1) for masks; who, and of which stratum
-    (None: not known)."""
+    """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1, NOT_JUDGED) for masks; who, and of which
+    stratum (None: not known)."""
 
     split: str
     image: NDArray[np.uint8]
@@ -76,6 +76,9 @@ def describe(url: str, digest: str, cache_dir: str | None) -> Corpus:
     return _corpus(url, digest, "train", cache_dir)
 
 
+NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
+
+
 def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: str | None = None) -> Arrays:
     """A split under the task's view of labels, at `size` pixels (antialiased resize). Nothing is copied that is not changed.
 
@@ -91,16 +94,14 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
     if task.kind == "segmentation":
         if decoded.seg is None:
             raise RequestError(f"{corpus.manifest.dataset} has no masks", where=f"task {task.task}")
-        target = (decoded.seg > 0).astype(np.float32)
+        target = np.where(decoded.seg == NO_MASK, NOT_JUDGED, decoded.seg > 0).astype(np.float32)
         arrays = Arrays(split, image, target, np.ones((len(ids), 1), np.float32), tuple(decoded.patients), strata, ids)
-        masked = (decoded.seg != NO_MASK).all(axis=(1, 2))
+        masked = (decoded.seg != NO_MASK).any(axis=(1, 2))
         return arrays if masked.all() else arrays.take(np.flatnonzero(masked))
-    absent = [label for label in task.labels if label not in corpus.labels]
+    absent = [label for label in task.labels if label not in corpus.labels and label not in card.derived]
     if absent:
         raise RequestError(f"{corpus.manifest.dataset} has no label {', '.join(absent)}", where=f"task {task.task}: labels")
-    columns = [list(corpus.labels).index(label) for label in task.labels]
-    target = decoded.target[:, columns]
-    known = decoded.mask[:, columns]
+    target, known = Targets(card, task.labels, task.uncertain, training=split == "train")(decoded.raw, ids)
     arrays = Arrays(split, image, target, known, tuple(decoded.patients), strata, ids)
     if task.kind == "multiclass":
         return arrays.take(np.flatnonzero((known.min(1) > 0) & (target.sum(1) == 1)))

@@ -13,10 +13,13 @@ from finetune.task import Task
 def bce_dice(logits_BHW: Tensor, target_BHW: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice loss (Milletari et al. 2016, arXiv 1606.04797), each per image, then the mean over images.
 
+    Targets above 1 are pixels that nobody judged (outside the field of view): they count for nothing.
     Dice over the flattened batch, as often coded, makes the loss depend on which images share a batch.
     """
-    bce_B = F.binary_cross_entropy_with_logits(logits_BHW, target_BHW, reduction="none").flatten(1).mean(1)
-    p, t = logits_BHW.sigmoid().flatten(1), target_BHW.flatten(1)
+    judged = (target_BHW <= 1).flatten(1).float()
+    t = target_BHW.flatten(1) * judged
+    bce_B = (F.binary_cross_entropy_with_logits(logits_BHW.flatten(1), t, reduction="none") * judged).sum(1) / judged.sum(1).clamp(min=1)
+    p = logits_BHW.sigmoid().flatten(1) * judged
     dice_B = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
     return (bce_B + dice_B).mean()
 

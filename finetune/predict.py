@@ -43,7 +43,7 @@ def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row
     """
     split = arrays.split
     if task.kind == "segmentation":
-        dice = metrics.dice_per_image(logits > 0, arrays.target > 0.5)  # logit 0 is probability 0.5
+        dice = metrics.dice_per_image(*_masks(logits, arrays.target))
         return [_row(split, "", "dice", float(dice.mean()), len(dice))]
     scores = probabilities(task, logits)
     rows: list[Row] = []
@@ -65,6 +65,11 @@ def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row
     return rows
 
 
+def _masks(logits: NDArray[np.float32], target: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Predicted and true masks; both False where nobody judged."""
+    return (logits > 0) & (target <= 1), target == 1  # logit 0 is probability 0.5
+
+
 def headline(task: Task, rows: list[Row]) -> float:
     """The value of the task's metric; nan where it is not defined."""
     value = next((row["value"] for row in rows if row["metric"] == task.metric and row["class"] == ""), None)
@@ -80,7 +85,7 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> pd.D
         "stratum": list(arrays.strata),
     }
     if task.kind == "segmentation":
-        frame["dice"] = metrics.dice_per_image(logits > 0, arrays.target > 0.5)
+        frame["dice"] = metrics.dice_per_image(*_masks(logits, arrays.target))
     else:
         scores = probabilities(task, logits)
         for column, label in enumerate(task.labels):
@@ -101,7 +106,7 @@ def shown(arrays: Arrays, logits: NDArray[np.float32]) -> dict[str, NDArray[Any]
     """
     at = np.unique(np.linspace(0, len(arrays) - 1, SHOWN).round().astype(int))
     image = arrays.image[at].transpose(0, 2, 3, 1)
-    true, pred = arrays.target[at] > 0.5, logits[at] > 0
+    pred, true = _masks(logits[at], arrays.target[at])
     return {
         "ids": np.array([arrays.ids[i] for i in at]),
         "image": image[..., 0] if image.shape[-1] == 1 else image,

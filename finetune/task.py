@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from base.config import Settings, Strict, load
 from base.paths import named
+from shards.card import Uncertain
 
 Metric = Literal["auroc_mean", "auprc_mean", "auroc_within_mean", "dice"]
 
@@ -59,14 +60,19 @@ class LinearRecipe(Strict):
 
 
 class Task(Strict):
-    """One task. `metric` is the one that validation selects on; `resolution` the default side in pixels."""
+    """One task. `metric` is the one that validation selects on; `resolution` the default side in pixels.
 
-    schema_: Literal[1] = Field(alias="schema")
+    labels: of the card, or made by its views. uncertain: what labels that are -1 count as in training, where it is not the card's own
+    policy; validation and test leave them out.
+    """
+
+    schema_: Literal[2] = Field(alias="schema")
     task: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     dataset: str
     kind: Literal["multilabel", "multiclass", "segmentation"]
     labels: list[str] = Field(default=[])
+    uncertain: Uncertain | None = None
     metric: Metric
     resolution: int = Field(ge=16)
     recipe: Recipe

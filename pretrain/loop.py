@@ -23,7 +23,7 @@ from engine.throughput import Meter
 from pretrain import health, methods, probes, publish
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
 from shards import device_views
-from shards.loader import Batch, Corpus, TrainLoader, targets
+from shards.loader import Batch, Corpus, Targets, TrainLoader
 
 SECONDS_BETWEEN_PUTS = 5.0
 STEPS_BETWEEN_CHECKS_ON_GPU = 10  # a check reads a number back from the GPU
@@ -134,8 +134,11 @@ class Run:
 
     def _rates(self) -> list[float]:
         """Positive rate of each label among the samples where it is known."""
-        records = [record.labels for corpus in self.corpora for record in corpus.records()]
-        target_NL, mask_NL = targets(records, self.labels)
+        parts = []
+        for corpus in self.corpora:
+            resolve = Targets(corpus.card, self.labels, training=True, seed=self.config.seed)
+            parts.append(resolve([record.labels for record in corpus.records()], corpus.keys()))
+        target_NL, mask_NL = (np.concatenate(of_corpora) for of_corpora in zip(*parts, strict=True))
         rates: list[float] = ((target_NL * mask_NL).sum(axis=0) / np.maximum(mask_NL.sum(axis=0), 1)).tolist()
         return rates
 

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from base.errors import AllograftError, RequestError
 from shards import prefetch
-from shards.corpus import Corpus, DamagedSample, Sample, targets
+from shards.corpus import Corpus, DamagedSample, Sample
 from shards.device_views import table
+from shards.labels import Targets
 from shards.order import Order
 from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, make
@@ -92,10 +93,14 @@ class BatchReader(Dataset[Parts | AllograftError]):
             raise RequestError(f"the datasets of a mixture must have the same channels: {found}", where="data")
         self.rgb = corpora[0].card.colour
         self.with_masks = views.moves_masks and any(corpus.has_masks for corpus in corpora)
+        self.targets = [Targets(corpus.card, labels, training=order is not None, seed=seed) for corpus in corpora]
         self.quarantine = Quarantine(int(self.starts[-1]), quarantine_url)
 
+    def source(self, i: int) -> int:
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
     def sample(self, i: int) -> Sample:
-        source = int(np.searchsorted(self.starts, i, side="right")) - 1
+        source = self.source(i)
         return self.corpora[source].read(i - int(self.starts[source]), seg=self.with_masks, text=bool(self.labels))
 
     def readable(self, i: int, epoch: int, damaged: list[DamagedSample]) -> tuple[int, Sample | None]:
@@ -124,7 +129,7 @@ class BatchReader(Dataset[Parts | AllograftError]):
         pixels = _empty((sum(math.prod(shape) for shape in shapes),), shared)
         masks = _empty((count, size, size), shared) if self.with_masks else None
         out, out_seg = [view_BCHW.numpy() for view_BCHW in _split(pixels, shapes)], None if masks is None else masks.numpy()
-        labels: list[dict[str, int | None]] = []
+        target_BL, mask_BL = np.zeros((2, count, len(self.labels)), np.float32) if self.labels else (None, None)
         damaged: list[DamagedSample] = []
         id_B = id_B.copy()
         valid_B = id_B >= 0
@@ -134,7 +139,6 @@ class BatchReader(Dataset[Parts | AllograftError]):
                 valid_B[b] = False
                 for view_BCHW in out:
                     view_BCHW[b] = 0
-                labels.append({})
                 if out_seg is not None:
                     out_seg[b] = NO_MASK
                 continue
@@ -144,8 +148,8 @@ class BatchReader(Dataset[Parts | AllograftError]):
                 view_BCHW[b] = view_HWC.transpose(2, 0, 1)
             if out_seg is not None:
                 out_seg[b] = NO_MASK if moved is None else moved
-            labels.append(sample.labels)
-        target_BL, mask_BL = targets(labels, self.labels) if self.labels else (None, None)
+            if target_BL is not None and mask_BL is not None:
+                self.targets[self.source(i)].fill(sample.labels, sample.key, target_BL[b], mask_BL[b])
         return Parts(id_B, pixels, shapes, target_BL, mask_BL, masks, valid_B, self._draws(id_B, epoch_B), damaged)
 
     def _draws(self, id_B: np.ndarray, epoch_B: np.ndarray) -> np.ndarray | None:

@@ -2,14 +2,14 @@
 
     corpus = Corpus("OUT/shards/nih-cxr14", splits=("train", "val"))
     corpus[17].image                                 # u8 HWC
-    targets([r.labels for r in corpus.records()], corpus.labels)     # float32 N x L and the mask of what is known
+    corpus.records()                                 # raw labels, patients and metadata; shards.labels makes targets of them
 
 Ids count through the manifest's shards of those splits. Nothing is opened, fetched or loaded before a sample of its shard is read.
 """
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ class DamagedSample(WorkError):
 
 
 class Sample(NamedTuple):
-    """id; image u8 HWC; seg u8 HW or None; raw labels {name: 1 | 0 | -1 (uncertain) | None (unknown)}; patient hash; metadata."""
+    """id; image u8 HWC; seg u8 HW or None; raw labels {name: 1 | 0 | -1 (uncertain) | None (unknown)} (of a
+    multiclass dataset the class alone); patient hash; metadata; key `<dataset>-<20 hex>`."""
 
     id: int
     image: np.ndarray
@@ -35,6 +36,7 @@ class Sample(NamedTuple):
     labels: dict[str, int | None]
     patient: str
     meta: dict[str, Any]
+    key: str
 
 
 class Record(NamedTuple):
@@ -93,7 +95,8 @@ class Corpus:
             raise self._damaged(i, row, str(error)) from error
         if image and mask is not None and mask.shape != pixels.shape[:2]:
             raise self._damaged(i, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
-        return Sample(i, pixels, mask, side.get("labels", {}), row.patient.decode(), side.get("meta", {}))
+        key = f"{self.manifest.dataset}-{row.key.decode()}"
+        return Sample(i, pixels, mask, side.get("labels", {}), row.patient.decode(), side.get("meta", {}), key)
 
     def stored(self, i: int, *, image: bool = True, seg: bool = True, text: bool = True) -> tuple[Row, dict[str, memoryview]]:
         """The index row of sample i and its parts `image`, `json` and `seg` as they are stored, by one pread: they lie side by side.
@@ -147,17 +150,3 @@ class Corpus:
         shard = self.shards[bisect_right(self._starts, i) - 1].name
         where = f"{storage.join(self.url, shard)}.tar: {self.manifest.dataset}-{row.key.decode()}"
         return DamagedSample(f"the sample cannot be read: {reason}", where=where, hint="pack the dataset again")
-
-
-def targets(labels: Sequence[Mapping[str, int | None]], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Raw labels of N samples as float32 (N, L) of 0 and 1, and the mask (N, L), 1 where known.
-
-    Uncertain (-1) counts as unknown, and so does a label that the sample's dataset does not have. Unknown targets are 0.
-    """
-    mask_NL = np.array([[sample.get(name) in (0, 1) for name in names] for sample in labels], dtype=np.float32).reshape(
-        len(labels), len(names)
-    )
-    target_NL = np.array([[sample.get(name) == 1 for name in names] for sample in labels], dtype=np.float32).reshape(
-        len(labels), len(names)
-    )
-    return target_NL, mask_NL

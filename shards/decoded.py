@@ -24,8 +24,9 @@ from base.config import digest
 from base.errors import WorkError
 from shards import cache
 from shards.batches import NO_MASK
-from shards.corpus import Corpus, targets
+from shards.corpus import Corpus
 from shards.evaluate import in_order
+from shards.labels import targets
 from shards.views import VIEWS_VERSION, resize, resize_mask
 
 _FORMAT = 1
@@ -36,7 +37,7 @@ class Decoded(NamedTuple):
 
     images: u8 (N, C, size, size). seg: u8 (N, size, size), NO_MASK where a sample has none; None for data without masks. Both are mapped,
         shared with other processes until written to.
-    target, mask: float32 (N, L), see shards.corpus.targets. raw: the labels as packed. ids: keys `<dataset>-<20 hex>`, which no packing
+    target, mask: float32 (N, L), see shards.labels.targets. raw: the labels as packed. ids: keys `<dataset>-<20 hex>`, which no packing
         changes.
     """
 
@@ -70,7 +71,7 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -
         except FileNotFoundError:  # another process made room just now
             continue
         names = list(corpus.labels if labels is None else labels)
-        return Decoded(images, seg, *targets(rows["raw"], names), labels=names, **rows)
+        return Decoded(images, seg, *targets(rows["raw"], corpus.card, names), labels=names, **rows)
 
 
 def _make(corpus: Corpus, size: int, folder: Path) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 
 from base.errors import RequestError, unknown
 from shards.batches import NO_MASK, Batch, BatchReader
-from shards.corpus import Corpus, Record, Sample, targets
+from shards.corpus import Corpus, Record, Sample
 from shards.decoded import Decoded, decode_all
 from shards.evaluate import eval_batches
+from shards.labels import Targets, targets
 from shards.order import LANES, Order
 from shards.views import ViewsConfig
 
@@ -27,6 +28,7 @@ __all__ = [
     "Decoded",
     "Record",
     "Sample",
+    "Targets",
     "TrainLoader",
     "ViewsConfig",
     "decode_all",
@@ -76,9 +78,10 @@ class TrainLoader:
                 hint=f"use {global_batch - global_batch % world or world} or {global_batch - global_batch % world + world}",
             )
         known = list(dict.fromkeys(name for corpus in corpora for name in corpus.labels))
+        made = [name for corpus in corpora for name in corpus.card.derived]
         for name in labels or []:
-            if name not in known:
-                raise unknown("label", name, known, where="labels")
+            if name not in known and name not in made:
+                raise unknown("label", name, [*known, *made], where="labels")
         self.labels = known if labels is None else list(labels)
         self.order = Order(
             [corpus.source for corpus in corpora],

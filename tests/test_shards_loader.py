@@ -20,10 +20,10 @@ from tiny_corpus import picture, write
 
 from base.errors import RequestError, WorkError
 from shards import manifest, shardfile
-from shards.corpus import Corpus, DamagedSample, targets
+from shards.corpus import Corpus, DamagedSample
 from shards.decoded import decode_all
 from shards.evaluate import eval_batches
-from shards.loader import NO_MASK, Batch, TrainLoader
+from shards.loader import NO_MASK, Batch, TrainLoader, targets
 from shards.order import Order
 from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, resize, resize_mask
@@ -172,7 +172,7 @@ def test_samples_and_records_say_the_same(url: str) -> None:
         assert np.abs(sample.image.astype(int) - picture(i, 40)).mean() < 5
     with pytest.raises(IndexError):
         corpus[100]
-    target_NL, mask_NL = targets([record.labels for record in records], ["a", "missing"])
+    target_NL, mask_NL = targets([record.labels for record in records], corpus.card, ["a", "missing"])
     assert mask_NL[:, 1].sum() == 0
     assert target_NL.sum() == 25
 
