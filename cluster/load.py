@@ -54,6 +54,7 @@ def resolve_paths(study: Study, base: Path) -> Study:
         name: entry.model_copy(
             update={
                 "raw": resolve(entry.raw, f"data.{name}.raw") if entry.raw else None,
+                "split_files": resolve(entry.split_files, f"data.{name}.split_files") if entry.split_files else None,
                 "shards": resolve(entry.shards, f"data.{name}.shards") if entry.shards else None,
             }
         )

@@ -36,7 +36,7 @@ def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
             corpora[name] = Corpus(entry.shards, manifest.read(entry.shards))
             continue
         url = shards_url(study, name)
-        made, packing = pack_on_ray(load_card(name), entry.raw, url, partial(_show_packing, progress, name))
+        made, packing = pack_on_ray(load_card(name), entry.raw, url, partial(_show_packing, progress, name), entry.split_files)
         corpora[name] = Corpus(url, made)
         counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
         quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""

@@ -30,7 +30,7 @@ def standing_corpora(study: Study) -> dict[str, Corpus]:
         if entry.shards and not storage.exists(storage.join(url, manifest.MANIFEST)):
             hint = f"allograft pack {name} RAW --out {url}"
             raise RequestError("no packed dataset here", where=f"data.{name}.shards = {url}", hint=hint)
-        jobs = pack.plan(load_card(name), entry.raw) if entry.raw else []
+        jobs = pack.plan(load_card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
         if storage.exists(storage.join(url, manifest.MANIFEST)):
             read = manifest.read(url)
             if entry.shards or read.raw_digest == jobs[0].origin.raw_digest:

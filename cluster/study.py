@@ -19,11 +19,14 @@ class DataEntry(Strict):
 
     raw: str | None = None
     shards: str | None = None
+    split_files: str | None = Field(None, description="lists of your own that replace the card's split: see allograft pack --split-files")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
         if (self.raw is None) == (self.shards is None):
             raise ValueError("give exactly one of raw and shards")
+        if self.split_files is not None and self.raw is None:
+            raise ValueError("split_files go with raw: shards are split already")
         return self
 
 
