@@ -301,7 +301,7 @@ def _affine(facts: list[Dataset]) -> np.ndarray | None:
 def _refuse_unfolding(data: bytes) -> None:
     """A deflated data set is unpacked whole by pydicom; this looks at its size first."""
     start = 144 + int.from_bytes(data[140:144], "little")
-    if DeflatedExplicitVRLittleEndian.encode() + b"\0" in data[132:start]:
+    if b"\x02\x00\x10\x00UI\x16\x00" + DeflatedExplicitVRLittleEndian.encode() in data[132:start]:
         unpacker, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
         rest = data[start:]
         while rest and not unpacker.eof:

@@ -228,6 +228,15 @@ def test_files_that_unfold_are_refused_before_they_do() -> None:
         planes(dicom(RAMP, NumberOfFrames=2**31 - 1))
 
 
+def test_a_deflated_file_is_measured_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dicom(np.zeros((600, 600), np.uint8), deflated=True)
+    assert len(data) < 2000
+    assert planes(data).shown(0).shape == (600, 600)
+    monkeypatch.setattr("shards.dicom.MAX_UNPACKED", 100_000)
+    with pytest.raises(Unusable, match="unfolds to more than"):
+        planes(data)
+
+
 @here
 def test_the_size_inside_a_compressed_frame_is_checked() -> None:
     for name in ("wg_CT1_J2KR", "wg_CT1_JPLL", "wg_CT1_JLSL"):
