@@ -4,6 +4,7 @@ A worker reads, decodes and writes the views of a batch into one shared tensor; 
 three float32 channels. torch's DataLoader hands batches over in order whichever worker is first.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,8 +22,10 @@ from shards.device_views import table
 from shards.labels import Targets
 from shards.order import Order
 from shards.quarantine import Quarantine
+from shards.slots import Slots
 from shards.views import ViewsConfig, make
 
+PREFETCH = 2  # batches that each worker reads ahead
 NO_MASK = 255  # class index of every pixel of a sample that has no mask, in a batch of others that have one
 
 
@@ -49,10 +52,10 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a worker hands over: two shared tensors at most (each costs a file descriptor), the rest small arrays."""
+    """What a worker hands over: pixels by shared memory, the rest as small arrays."""
 
     index_B: np.ndarray
-    pixels: torch.Tensor  # the views one after the other, flat
+    pixels: torch.Tensor | int  # the views one after the other, flat; or the number of the slot that holds them
     shapes: list[tuple[int, int, int, int]]
     target_BL: np.ndarray | None
     mask_BL: np.ndarray | None
@@ -61,10 +64,15 @@ class Parts(NamedTuple):
     draws_VBP: np.ndarray | None
     damaged: list[DamagedSample]
 
-    def batch(self) -> Batch:
+    def batch(self, slots: Slots | None) -> Batch:
+        if isinstance(self.pixels, int):
+            assert slots is not None
+            pixels = slots.lend(self.pixels, _bytes(self.shapes))
+        else:
+            pixels = self.pixels
         return Batch(
             torch.from_numpy(self.index_B),
-            _split(self.pixels, self.shapes),
+            _split(pixels, self.shapes),
             None if self.target_BL is None else torch.from_numpy(self.target_BL),
             None if self.mask_BL is None else torch.from_numpy(self.mask_BL),
             self.seg_BHW,
@@ -95,6 +103,7 @@ class BatchReader(Dataset[Parts | AllograftError]):
         self.with_masks = views.moves_masks and any(corpus.has_masks for corpus in corpora)
         self.targets = [Targets(corpus.card, labels, training=order is not None, seed=seed) for corpus in corpora]
         self.quarantine = Quarantine(int(self.starts[-1]), quarantine_url)
+        self.slots: Slots | None = None
 
     def source(self, i: int) -> int:
         return int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -116,17 +125,18 @@ class BatchReader(Dataset[Parts | AllograftError]):
                     return i, None
                 i = self.order.substitute(i, epoch)
 
-    def __getitems__(self, order: tuple[np.ndarray, np.ndarray]) -> Parts | AllograftError:
+    def __getitems__(self, order: tuple[Any, ...]) -> Parts | AllograftError:
         try:
             return self.read(*order)
         except AllograftError as error:
             return error  # raised again by `batches`: DataLoader would turn it into a page of traceback
 
-    def read(self, id_B: np.ndarray, epoch_B: np.ndarray) -> Parts:
-        """The batch of those samples in the views of those epochs."""
+    def read(self, id_B: np.ndarray, epoch_B: np.ndarray, slot: int | None = None) -> Parts:
+        """The batch of those samples in the views of those epochs, written to that slot if there is one."""
         count, size, shared = len(id_B), self.views.size, torch.utils.data.get_worker_info() is not None
-        shapes = [(count, self.channels, side, side) for side in self.views.handed_sizes]
-        pixels = _empty((sum(math.prod(shape) for shape in shapes),), shared)
+        shapes = self._shapes(count)
+        held = None if slot is None or self.slots is None else self.slots.memory[slot, : _bytes(shapes)]
+        pixels = _empty((_bytes(shapes),), shared) if held is None else held
         masks = _empty((count, size, size), shared) if self.with_masks else None
         out, out_seg = [view_BCHW.numpy() for view_BCHW in _split(pixels, shapes)], None if masks is None else masks.numpy()
         target_BL, mask_BL = np.zeros((2, count, len(self.labels)), np.float32) if self.labels else (None, None)
@@ -150,7 +160,11 @@ class BatchReader(Dataset[Parts | AllograftError]):
                 out_seg[b] = NO_MASK if moved is None else moved
             if target_BL is not None and mask_BL is not None:
                 self.targets[self.source(i)].fill(sample.labels, sample.key, target_BL[b], mask_BL[b])
-        return Parts(id_B, pixels, shapes, target_BL, mask_BL, masks, valid_B, self._draws(id_B, epoch_B), damaged)
+        handed, draws_VBP = pixels if slot is None else slot, self._draws(id_B, epoch_B)
+        return Parts(id_B, handed, shapes, target_BL, mask_BL, masks, valid_B, draws_VBP, damaged)
+
+    def _shapes(self, count: int) -> list[tuple[int, int, int, int]]:
+        return [(count, self.channels, side, side) for side in self.views.handed_sizes]
 
     def _draws(self, id_B: np.ndarray, epoch_B: np.ndarray) -> np.ndarray | None:
         if not (side := self.views.device_side):
@@ -161,33 +175,41 @@ class BatchReader(Dataset[Parts | AllograftError]):
     def batches(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Batch]:
         """Read in this process (workers=0) or by that many others. Raises WorkError when too many samples are damaged."""
         with closing(prefetch.ahead(orders, self.corpora)) as looked_ahead:
-            for parts in self._parts(looked_ahead, workers):
+            handed, slots = self._start(looked_ahead, workers)
+            for parts in handed:
                 if isinstance(parts, AllograftError):
                     raise parts
                 if parts.damaged:
                     self.quarantine.add(parts.damaged)
-                yield parts.batch()
+                yield parts.batch(slots)
 
-    def _parts(self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[Parts | AllograftError]:
+    def _start(
+        self, orders: Iterator[tuple[np.ndarray, np.ndarray]], workers: int
+    ) -> tuple[Iterator[Parts | AllograftError], Slots | None]:
         if workers == 0:
             cv2.setNumThreads(0)  # images are small: OpenCV's own threads cost more than they give, and fight with torch's
-            return map(self.__getitems__, orders)
+            return map(self.__getitems__, orders), None
+        first = next(orders, None)
+        if first is None:
+            return iter(()), None
+        # The workers that start now inherit self.slots; another stream of this reader will have its own.
+        slots = self.slots = Slots(PREFETCH * workers + 3, _bytes(self._shapes(len(first[0]))))
         loader: Any = DataLoader(
             self,
-            batch_sampler=_Stream(orders),
+            batch_sampler=_Stream((*order, slots.take()) for order in itertools.chain([first], orders)),
             num_workers=workers,
             collate_fn=_same,
-            prefetch_factor=2,
+            prefetch_factor=PREFETCH,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the workers' seeds, which nothing here reads, would be drawn from the caller's random state
         )
-        return iter(loader)
+        return iter(loader), slots
 
 
 class _Stream(Sampler[Any]):
     """A one-off stream of orders in the shape that DataLoader asks for."""
 
-    def __init__(self, orders: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, orders: Iterator[tuple[Any, ...]]) -> None:
         self.orders = orders
 
     def __iter__(self) -> Iterator[Any]:
@@ -201,6 +223,10 @@ def _same(parts: Any) -> Any:
 def _start_worker(worker: int) -> None:
     # 0 = no threads. Never 1: that joins the pool's threads, which a fork does not carry over, and waits for ever.
     cv2.setNumThreads(0)
+
+
+def _bytes(shapes: Sequence[tuple[int, int, int, int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _split(pixels: torch.Tensor, shapes: Sequence[tuple[int, int, int, int]]) -> list[torch.Tensor]:
