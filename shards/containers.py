@@ -62,13 +62,15 @@ def npz(raw: str, name: str, card: Card) -> Iterator[Found]:
                 )
             for split in splits:
                 count = _Array(url, f"{split}_images").shape[0]
-                labels = arrays[f"{split}_labels"].reshape(count, -1) if f"{split}_labels" in arrays.files else None
+                labels = arrays[f"{split}_labels"] if f"{split}_labels" in arrays.files else None
+                if labels is not None and len(labels) != count:
+                    raise RequestError(f"{count} {split}_images, {len(labels)} {split}_labels", where=url)
                 for i in range(count):
                     where = f"{url}: {split}_labels, row {i}"
                     numbers = (
                         None
                         if labels is None or card.kind == "unlabelled"
-                        else cells.of_numbers(card, labels[i].astype(int).tolist(), where)
+                        else cells.of_numbers(card, labels[i].reshape(-1).astype(int).tolist(), where)
                     )
                     place = Inside(name, i, array=f"{split}_images")
                     yield Found(f"{name}/{split}/{i:07d}", place, numbers, split)  # type: ignore[arg-type]

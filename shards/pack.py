@@ -207,10 +207,16 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
 
 
 def pack(
-    card: Card, raw: str, out_url: str, map: Callable[..., Iterable[Any]] = map, secret: bytes | None = None, shard_samples: int = 1000
+    card: Card,
+    raw: str,
+    out_url: str,
+    map: Callable[..., Iterable[Any]] = map,
+    secret: bytes | None = None,
+    shard_samples: int = 1000,
+    split_files: str | None = None,
 ) -> Manifest:
     """Plan, write through `map` (the built-in's signature) and commit."""
-    jobs = plan(card, raw, secret, shard_samples)
+    jobs = plan(card, raw, secret, shard_samples, split_files)
     return commit(jobs[0].card, list(map(partial(write, out_url=out_url), jobs)), out_url)
 
 
