@@ -175,7 +175,9 @@ def data(evidence: Evidence) -> str:
             ("licence", card.get("licence", "–")),
             ("images", ", ".join(f"{split} {n}" for split, n in counts.items())),
             ("patients", ", ".join(f"{split} {n}" for split, n in patients.items())),
+            ("split by", manifest.get("split_rule", "–")),
             ("quarantined", manifest.get("quarantined", 0)),
+            ("left out by the card or split files", manifest.get("left_out", 0)),
             (
                 "layout",
                 f"{manifest.get('layout', '–')}" + (f", {sum(counts.values())} of {manifest['of']} images" if manifest.get("of") else ""),
