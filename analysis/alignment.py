@@ -26,7 +26,7 @@ STAGES = ((64, 3, 0.5), (64, 5, 0.85), (128, 4, 0.85))
 INNER = 0.05  # cut from each side before anything is compared: a copy may have been cropped that far
 FURTHEST = 0.12  # shift, as a share of the side; scale within 0.8 to 1.25
 SMOOTH = 1.0  # pixels: standard deviation of the blur before gradients
-FINE = (0.7, 4.0)  # pixels at 128: the band of fine structure
+FINE = (1.0, 4.0)  # pixels at 128: the band of fine structure
 PLACE = 16  # pixels: side of a place; 7 x 7 of them lie in the middle
 CONTRAST = 1.0  # grey levels of fine structure below which a place says nothing
 FEWEST = 6  # places of contrast that a comparison needs
@@ -96,7 +96,7 @@ class _Level:
         slope_4D = np.stack([inner(slope) for slope in slopes]) / length
         slope_4D -= slope_4D.mean(1, keepdims=True)
         slope_4D -= np.outer(slope_4D @ fixed_D, fixed_D)  # the step is taken on the sphere of unit images
-        inverse_44 = np.linalg.inv((slope_4D @ slope_4D.T).astype(np.float64) + TINY * np.eye(4))
+        inverse_44 = np.asarray(np.linalg.inv((slope_4D @ slope_4D.T).astype(np.float64) + TINY * np.eye(4)), np.float64)
         return cls(fixed_D, slope_4D, inverse_44, mean, without(inner(plain_HW), mean))
 
     def align(self, moving_HW: Floats, start: Placement, steps: int) -> Placement:

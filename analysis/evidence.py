@@ -23,11 +23,13 @@ from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectab
 from base import storage
 
 LEVEL = 0.05
+APART = {"own": "own source (its pretraining saw these labels)", "exposed": "exposed (its pretraining may have seen these test images)"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A) or "own" (pretrained on these labels)."""
+    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A), "own" (pretrained on these labels) or
+    "exposed" (pretrained on corpora that may hold these test images)."""
 
     kind: str
     a: str
@@ -45,7 +47,7 @@ class Finding:
 
     @property
     def declared(self) -> bool:
-        return self.kind != "own" and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
+        return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
 
     @property
     def mark(self) -> str:
@@ -79,8 +81,8 @@ class Finding:
         if c.basis == "not comparable":
             return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
         numbers = effect(c, unit)
-        if self.kind == "own":
-            return f"{self.a} against {self.b}{where}: {numbers}, own source (its pretraining saw these labels), nothing declared"
+        if self.kind in APART:
+            return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, nothing declared"
         if self.declared:
             if self.kind == "control":
                 return f"{self.a} against {self.b}{where}: FLAGGED, {numbers}, though the two are the same source"
@@ -148,6 +150,10 @@ class Evidence:
     def asked(self) -> int:
         return len(self.cells) + len(self.missing)
 
+    def exposed(self, cell: Cell) -> bool:
+        """Whether a cell stays out of ranks because its source may have seen its test images."""
+        return bool(cell.exposed_to) and self.study.get("exposed") != "ranked"
+
     def card(self, dataset: str) -> dict[str, Any]:
         return (self.manifests.get(dataset) or {}).get("card") or {}
 
@@ -163,7 +169,7 @@ class Evidence:
 
     def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
         """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
-        rank = {"gain": 1, "chain": 1, "own": 3, "control": 2}
+        rank = {"gain": 1, "chain": 1, "own": 3, "exposed": 3, "control": 2}
         ordered = sorted(self.findings, key=lambda f: 0 if f.declared and f.kind != "control" else rank[f.kind])
         controls = sorted((f for f in ordered if f.kind == "control"), key=lambda f: not f.declared)
         others = [f for f in ordered if f.kind != "control"]
@@ -244,11 +250,12 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
             continue
         arrays = {source: [s for cell in held[(source,)] if (s := scores(cell))] for source in sources}
         for kind, a, b in _pairs(evidence.study, sources, same, random):
-            own = any(cell.own_source for source in (a, b) for cell in held[(source,)])
+            two = [cell for source in (a, b) for cell in held[(source,)]]
+            apart = "own" if any(cell.own_source for cell in two) else "exposed" if any(map(evidence.exposed, two)) else ""
             result = compare(arrays[a], arrays[b], metric, bootstrap=bootstrap)
             architecture, strategy, options, task, fraction, resolution = group
             setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
-            found.append(Finding("own" if own else kind, a, b, *setting, result))
+            found.append(Finding(apart or kind, a, b, *setting, result))
     return _adjust(found)
 
 

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from analysis import floors as floors_of_tasks
-from analysis import results, samples, sections, tables
+from analysis import leakage_section, results, samples, sections, tables
 from analysis.evidence import Evidence, gather, significance
 from analysis.floors import Floors
 from analysis.tables import esc, num, short
@@ -87,10 +87,10 @@ def tables_json(value: Any) -> str:
 
 
 def best_on_validation(evidence: Evidence) -> str:
-    """Which encoder and strategy lead on validation under the study's rule; own-source cells do not compete."""
+    """Which encoder and strategy lead on validation under the study's rule; own-source and exposed cells do not compete."""
     rule = evidence.study.get("champion") or {}
     task, metric = rule.get("task"), rule.get("metric")
-    competing = [c for c in evidence.cells if c.task == task and not c.own_source] if task and metric else []
+    competing = [c for c in evidence.cells if c.task == task and not (c.own_source or evidence.exposed(c))] if task and metric else []
     ranked = []
     for (source, strategy), cells in results.by(competing, "source", "strategy").items():
         mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
@@ -173,6 +173,7 @@ def page(evidence: Evidence) -> str:
         ("curves", "Learning curves", sections.curves(evidence)),
         ("images", "Sample images", pictures),
         ("pretraining", "Health of the pretrainings", sections.health(evidence)),
+        ("leakage", "Leakage", leakage_section.leakage(evidence)),
         ("data", "Data", sections.data(evidence)),
         ("cells", "All cells", tables.cells(evidence) if tasks else ""),
         ("environment", "Environment and reproduction", sections.environment(evidence)),

@@ -65,6 +65,11 @@ class Cell:
         return bool(self.result.get("own_source"))
 
     @property
+    def exposed_to(self) -> list[str]:
+        """Corpora in the source's past that may hold test images of this cell's dataset."""
+        return list(self.result.get("exposed_to") or [])
+
+    @property
     def options(self) -> str:
         """Options of the strategy as canonical JSON. Shuffled labels are named here, so that no table mixes the control with the rest."""
         shuffled = {"shuffle_labels": True} if self.shuffled else {}

@@ -104,11 +104,13 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             others = [stats[other, column][0] for other in keys if math.isfinite(stats[other, column][0])]
             span = max(others) - min(others)
             shade = (mean - min(others)) / span if span > 0 else 0.5
-            own = any(c.own_source for c in groups[key] if (c.task, c.dataset) == column[:2])
+            here = [c for c in groups[key] if (c.task, c.dataset) == column[:2]]
+            own, corpora = any(c.own_source for c in here), sorted({name for c in here for name in c.exposed_to})
             under, which = bar(floors.get((column[0], float(key[4])), {}), column[2])
             below = mean < under
             spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
             marks = '<span class="tag own">own source</span>' if own else ""
+            marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
             marks += f'<span class="tag bad">under floor {num(under)}</span>' if below else ""
             why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({FLOOR_WORDS.get(which, which)})" if which else "")
             marks = f"<br>{marks}" if marks else ""
@@ -139,7 +141,7 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
 
 def findings(evidence: Evidence) -> str:
     """All comparisons with raw intervals and Holm-adjusted p."""
-    words = {"gain": "gain", "chain": "chain", "control": "A/A control", "own": "own source"}
+    words = {"gain": "gain", "chain": "chain", "control": "A/A control", "own": "own source", "exposed": "exposed"}
     rows = []
     for f in evidence.findings:
         c = f.comparison

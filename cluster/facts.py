@@ -86,6 +86,8 @@ def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
         "macs_million": result["macs"] / 1e6,
     }
     tags = _tags(config["source"], result) | {"allograft.own_source": str(config.get("own_source", False)).lower()}
+    if config.get("exposed_to"):
+        tags["allograft.exposed_to"] = ", ".join(config["exposed_to"])
     return Facts(_flat(params), _numbers(metrics), tags)
 
 
@@ -99,8 +101,8 @@ def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, An
     """What the cells of one encoder reached: means by task and strategy, `phantom-chest/linear/test_auroc_mean`, and the number of cells.
 
     Where the study has the same cells from random weights, the difference in the task's metric stands beside it (`..._over_random`);
-    whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels the encoder has seen, and
-    all but the largest fraction of the labels.
+    whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels or test images the encoder
+    has seen, and all but the largest fraction of the labels.
 
     Args:
         mine: results of the encoder's cells. everything: results of all cells of the study.
@@ -121,10 +123,14 @@ def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, An
 def _groups(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not result.get("own_source"):
+        if result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not _apart(result):
             groups.setdefault(f"{result['task']}/{result['strategy']}", []).append(result)
     largest = {group: max(member["fraction"] for member in members) for group, members in groups.items()}
     return {group: [member for member in members if member["fraction"] == largest[group]] for group, members in groups.items()}
+
+
+def _apart(result: dict[str, Any]) -> bool:
+    return bool(result.get("own_source") or result.get("exposed_to"))
 
 
 def _means(results: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -122,6 +122,12 @@ def check_names(study: Study, where: str) -> None:
     for name in study.cells.shuffled_labels:
         if name not in sources:
             raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
+    tested = {load_task(task, study.cells.task_settings.get(task, {})).dataset for task in study.cells.tasks}
+    for i, entry in enumerate(study.pretrain):
+        for dataset, split in entry.data.items():
+            if split == "test" and dataset in tested:
+                key, hint = f"{where}: pretrain[{i}].data.{dataset}", f"pretrain.{i}.data.{dataset}=train"
+                raise RequestError("pretraining on the test images of a task of this study", where=key, hint=hint)
     if study.champion and study.champion.task not in study.cells.tasks:
         raise unknown("task", study.champion.task, study.cells.tasks, where=f"{where}: champion.task")
     if study.champion and (load_task(study.champion.task).kind == "segmentation") != (study.champion.metric == "dice"):

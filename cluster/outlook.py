@@ -2,7 +2,7 @@
 
 from base import storage
 from base.errors import RequestError
-from cluster import plan
+from cluster import leakage, plan
 from cluster.plan import Corpus
 from cluster.progress import minutes
 from cluster.run import claim
@@ -15,7 +15,7 @@ def outlook(study: Study) -> bool:
     """Print the plan.
 
     Returns:
-        False when raw data is missing, so that the study could not start.
+        False when the study could not start, or would stop: raw data is missing, or pretraining would see test images.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -41,16 +41,28 @@ def outlook(study: Study) -> bool:
             table.add_row(f"pack {name}", f"to do, from {entry.raw}")
     complete = set(corpora) == set(study.data)
     uri = tracking_uri(study.out, study.tracking)
-    weights, missing = standing_weights(study, corpora, uri) if complete else ({}, [])
+    try:
+        leakage.refuse_shared_patients(corpora)
+        checked = (leakage.standing(study, corpora) if complete else None) or corpora
+    except RequestError as error:
+        problems["leakage"], checked = str(error), corpora
+    weights, missing = standing_weights(study, checked, uri) if complete else ({}, [])
+    for what, state, found in leakage.foretold(study, corpora):
+        stops = found and study.leakage == "stop"
+        if stops:
+            problems.setdefault("leakage", what)
+        table.add_row(f"leakage {what}", f"[red]{escape(state)}; the study would stop[/red]" if stops else escape(state))
     for run in study.pretrain:
         todo = missing.count(run.name) if complete else len(run.seeds)
         state = f"{todo} of {len(run.seeds)} to do" if todo else "stands"
         table.add_row(f"pretrain {run.name}", f"{state}  ({run.recipe} from {run.start_from})")
     if study.cells:
         if complete and not missing:
-            configs = list(plan.cells(study, corpora, weights))
+            configs = list(plan.cells(study, checked, weights))
             standing = [config for config in configs if storage.exists(storage.join(config.out, "result.json"))]
-            table.add_row("cells", f"{len(configs)}, of which {len(standing)} stand")
+            exposed = sum(bool(config.exposed_to) for config in configs)
+            apart = f", {exposed} exposed to test images by their source's past ({study.exposed})" if exposed else ""
+            table.add_row("cells", f"{len(configs)}, of which {len(standing)} stand{apart}")
             seconds = [storage.read_json(storage.join(config.out, "result.json"))["seconds"] for config in standing]
             if seconds and len(standing) < len(configs):
                 left = sum(seconds) / len(seconds) * (len(configs) - len(standing))

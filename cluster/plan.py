@@ -5,9 +5,10 @@ A key needs what lies before it (manifest digests, the encoder's hash), so the p
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from analysis.exposure import Seen, exposed_to
 from base.config import digest
 from base.errors import RequestError
 from base.storage import join
@@ -15,7 +16,7 @@ from cluster.study import PretrainEntry, Study
 from finetune.cell import CELL_VERSION, CellConfig
 from finetune.task import Task, load_task
 from pretrain.recipe import load_recipe
-from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig
+from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig, without_name
 from shards.manifest import Manifest
 from shards.views import VIEWS_VERSION
 
@@ -24,10 +25,11 @@ KEY_DIGITS = 16
 
 @dataclass(frozen=True)
 class Corpus:
-    """A packed dataset: where its shards are, and its manifest."""
+    """A packed dataset: where its shards are, its manifest, and by split the ids that pretraining leaves out."""
 
     url: str
     manifest: Manifest
+    without: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Weights:
     architecture: str
     seed: int = 0
     labelled: tuple[str, ...] = ()
+    data: tuple[dict[str, Any], ...] = ()  # what they have seen, as in allograft.json
 
 
 def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Corpus], start: Weights | None) -> PretrainConfig:
@@ -48,14 +51,22 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     if architecture is None:
         raise RequestError("no architecture", where=f"pretrain.{entry.name}")
     data = [
-        DataRef(dataset=name, shards=corpora[name].url, split=split, digest=corpora[name].manifest.digest, weight=1.0)
+        DataRef(
+            dataset=name,
+            shards=corpora[name].url,
+            split=split,
+            digest=corpora[name].manifest.digest,
+            weight=1.0,
+            without=list(corpora[name].without.get(split, ())),
+        )
         for name, split in entry.data.items()
     ]
     identity = {
         "name": entry.name,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "architecture": architecture,
-        "data": [{"dataset": ref.dataset, "split": ref.split, "digest": ref.digest, "weight": ref.weight} for ref in data],
+        # What is left out is named only where something is, so that other runs keep their keys.
+        "data": [ref.model_dump(exclude={"shards"} if ref.without else {"shards", "without"}) for ref in data],
         "start_from_sha256": start.sha256 if start else None,
         "seed": seed,
         "threads": study.resources.threads,
@@ -79,6 +90,12 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     )
 
 
+def compared_corpora(study: Study, corpora: Mapping[str, Corpus]) -> set[Seen]:
+    """What the pretraining runs of this study read: held against every task's test images before they started."""
+    read = {(name, split) for entry in study.pretrain for name, split in entry.data.items()}
+    return {(name, split, corpora[name].manifest.digest, without_name(corpora[name].without.get(split, ()))) for name, split in read}
+
+
 def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:
     """Every cell of the matrix, in a fixed order.
 
@@ -89,6 +106,7 @@ def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, lis
     matrix = study.cells
     if matrix is None:
         return
+    compared = compared_corpora(study, corpora)
     own = list(dict.fromkeys([found.architecture for group in weights.values() for found in group]))
     architectures = matrix.architectures or own
     if not architectures:
@@ -106,7 +124,8 @@ def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, lis
             fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
             axes = itertools.product(group, matrix.strategies, fractions, resolutions, matrix.seeds, shuffles)
             for (architecture, found), strategy, fraction, resolution, seed, shuffled in axes:
-                yield _cell(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, seed, shuffled)
+                exposed = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
+                yield _cell(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, seed, shuffled, exposed)
 
 
 def _cell(
@@ -121,6 +140,7 @@ def _cell(
     resolution: int,
     seed: int,
     shuffled: bool,
+    exposed: list[str],
 ) -> CellConfig:
     threads = study.resources.threads
     identity = {
@@ -161,5 +181,6 @@ def _cell(
         shuffle_labels=shuffled,
         threads=threads,
         own_source=bool(found and task.dataset in found.labelled),
+        exposed_to=exposed,
         out=join(study.out, "cells", key),
     )

@@ -84,6 +84,7 @@ def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, 
     groups: dict[tuple[Any, ...], list[float]] = {}
     for cell in cells:
         counts = cell["role"] == "cell" and not cell["own_source"] and not cell.get("shuffle_labels")
+        counts = counts and (study.exposed == "ranked" or not cell.get("exposed_to"))
         if not counts or cell["task"] != study.champion.task or cell["encoder_sha256"] != encoder_sha256:
             continue
         for row in cell["metrics"]:

@@ -12,7 +12,7 @@ from base import storage
 from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import is_url, revision
-from cluster import plan, stages
+from cluster import leakage, plan, stages
 from cluster.events import Events
 from cluster.lock import DriverLock
 from cluster.plan import Corpus
@@ -71,18 +71,19 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
     failed: dict[str, str] = {}
     # A finished study needs no cluster: looking at storage is enough.
     complete = set(corpora) == set(study.data)
-    weights, missing = standing_weights(study, corpora, uri) if complete else ({}, ["everything"])
-    todo = [config for config in plan.cells(study, corpora, weights) if not done(config.out)] if not missing else [None]
-    if missing or todo:
+    checked = leakage.standing(study, corpora) if complete else None
+    weights, missing = standing_weights(study, checked, uri) if checked is not None else ({}, ["everything"])
+    configs = list(plan.cells(study, checked, weights)) if checked is not None and not missing else []
+    if missing or any(not done(config.out) for config in configs):
         progress.say("starting Ray")
         with session():
-            corpora = stages.pack(study, progress, events)
+            corpora = leakage.compare(study, stages.pack(study, progress, events), progress, events)
             weights, restarts = stages.pretrain(study, corpora, uri, progress, events)
             configs = list(plan.cells(study, corpora, weights))
             stages.write_plan(study.out, configs)
             kept, new, failed, deaths = stages.cells(study, configs, progress, events)
     else:
-        configs = list(plan.cells(study, corpora, weights))
+        leakage.summarise(study, corpora)
         stages.write_plan(study.out, configs)
         kept = len(configs)
         progress.say(f"all {kept} cells stand already")

@@ -23,7 +23,8 @@ def read_weights(url: str, seed: int = 0) -> Weights:
     if not storage.exists(file):
         raise RequestError("no exported encoder here (no allograft.json)", where=url)
     info = parse(storage.read_json(file), ExportInfo, file)
-    return Weights(url=url, sha256=info.sha256, architecture=info.architecture, seed=seed, labelled=tuple(info.labelled_datasets))
+    labelled, data = tuple(info.labelled_datasets), tuple(info.data)
+    return Weights(url=url, sha256=info.sha256, architecture=info.architecture, seed=seed, labelled=labelled, data=data)
 
 
 def local_encoder(url: str, sha256: str) -> str:

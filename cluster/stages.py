@@ -47,7 +47,7 @@ def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
 
 def write_plan(out: str, configs: list[CellConfig]) -> None:
     """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
-    axes = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "shuffle_labels", "own_source")
+    axes = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "shuffle_labels", "own_source", "exposed_to")
     rows = [
         {**{name: getattr(config, name) for name in axes}, "strategy": config.strategy["name"], "task": config.task.task}
         for config in configs

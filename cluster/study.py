@@ -123,6 +123,10 @@ class Study(Strict):
     pretrain: list[PretrainEntry] = Field([])
     cells: Cells | None = None
     champion: Champion | None = None
+    leakage: Literal["stop", "exclude"] = Field(
+        "stop", description="pretraining images that match test images: stop, or train without them"
+    )
+    exposed: Literal["apart", "ranked"] = Field("apart", description="cells whose source has seen test images: left out of ranks, or not")
     resources: Resources = Resources()
     presets: dict[str, dict[str, Any]] = Field({}, description="named sets of settings; `preset=NAME` applies one")
     preset: str | None = None

@@ -133,9 +133,28 @@ def export_published(tag: str, dir: str | Path, *, revision: str, file: str | No
     encoder = build(found.architecture, len(found.mean), found.mean, found.std)
     load_into(encoder.net, found.state)
     step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
-    data = [{"dataset": tag.partition(".")[2], "digest": "not ours", "licence": found.licence}]
+    data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
     name = f"timm-{tag}"
     return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
+
+
+# Corpora by the marks that timm's tags name them with.
+CORPORA = {
+    "in21k": ("imagenet-21k",),
+    "in22k": ("imagenet-21k",),
+    "in12k": ("imagenet-21k",),
+    "in1k": ("imagenet-1k",),
+    "inat21": ("inat2021",),
+    "laion2b": ("laion-2b",),
+    "laion400m": ("laion-400m",),
+    "lvd142m": ("lvd-142m", "imagenet-1k", "imagenet-21k"),
+    "yfcc": ("yfcc-100m",),
+}
+
+
+def corpora_of_tag(tag: str) -> list[str]:
+    """The corpora that weights have seen, by timm's name for them (`augreg_in21k_ft_in1k`: two); the tag itself where it names none."""
+    return sorted({corpus for mark, corpora in CORPORA.items() if mark in tag for corpus in corpora}) or [tag]
 
 
 def read_export(dir: str | Path, verify: bool = True) -> ExportInfo:

@@ -20,6 +20,7 @@ class CellConfig(Strict):
         strategy: `name` and the strategy's options.
         fraction: share of the training images, by whole patients.
         own_source: the source has seen this dataset's labels.
+        exposed_to: corpora in the source's past that may hold test images of this dataset, or other images of their patients.
         shuffle_labels: the control: targets permuted over the training and over the validation images, and the correlation with the
             true labels that is left by chance removed; the test split stays as it is.
         role: a `trial` of a search never opens the test split.
@@ -44,6 +45,7 @@ class CellConfig(Strict):
     dtype: Literal["fp32"] = "fp32"
     threads: int = Field(1, gt=0)
     own_source: bool = False
+    exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False
     role: Literal["cell", "trial"] = "cell"
     out: str
@@ -86,6 +88,7 @@ class Result(Strict):
     resolution: int
     seed: int
     own_source: bool
+    exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False
     metrics: list[MetricRow]
     selection: Selection

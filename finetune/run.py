@@ -81,6 +81,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             resolution=config.resolution,
             seed=config.seed,
             own_source=config.own_source,
+            exposed_to=config.exposed_to,
             shuffle_labels=config.shuffle_labels,
             metrics=rows,
             selection=history,

@@ -89,7 +89,7 @@ class Run:
                 f"{recipe.method} needs views.kind '{kind.views}'", where="recipe: views.kind", hint=f"views.kind={kind.views}"
             )
         size = rank_batch(recipe.global_batch, ranks.world())
-        self.corpora = [Corpus(ref.shards, (ref.split,), config.cache_dir) for ref in config.data]
+        self.corpora = [Corpus(ref.shards, (ref.split,), config.cache_dir, ref.without) for ref in config.data]
         for ref, corpus in zip(config.data, self.corpora, strict=True):
             if corpus.manifest.digest != ref.digest:
                 raise RequestError(

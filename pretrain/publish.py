@@ -15,7 +15,7 @@ from encoders.build import Encoder, build
 from encoders.export import ExportInfo, export, read_export
 from encoders.weights import load_into, load_local
 from pretrain.methods import Method
-from pretrain.run import PretrainConfig
+from pretrain.run import PretrainConfig, without_name
 
 PREFIX = "encoder.net."  # of the encoder's tensors inside a method's state
 
@@ -68,6 +68,7 @@ def publish(
     seen = list(parent.data) if parent else []  # terms and digests of all data that shaped these weights, not of the last step alone
     seen += [
         {"dataset": ref.dataset, "split": ref.split, "digest": ref.digest, "licence": licence}
+        | ({"without": without_name(ref.without), "left_out": len(ref.without)} if ref.without else {})
         for ref, licence in zip(config.data, licences, strict=True)
     ]
     data = list({canonical_json(entry): entry for entry in seen}.values())

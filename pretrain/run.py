@@ -8,11 +8,12 @@ A run with a result is not run again. A run with a committed checkpoint resumes 
 number of workers. To continue from other weights is a new run: `start_from`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from base.config import Strict
+from base.config import Strict, digest
 from engine.context import Context
 from pretrain.recipe import Recipe
 from shards.order import ORDER_VERSION
@@ -23,13 +24,22 @@ PRETRAIN_VERSION = f"1.{VIEWS_VERSION}.{ORDER_VERSION}"
 
 
 class DataRef(Strict):
-    """A split of a packed dataset. Equal weights mean: every sample once an epoch; others are shares of the mixture."""
+    """A split of a packed dataset. Equal weights mean: every sample once an epoch; others are shares of the mixture.
+
+    without: ids of samples that are left out, because they are test images of a task.
+    """
 
     dataset: str
     shards: str
     split: str = "train"
     digest: str
     weight: float = Field(default=1.0, gt=0)
+    without: list[int] = Field(default=[])
+
+
+def without_name(without: Sequence[int]) -> str:
+    """16 hex for the ids that are left out, as lineages name them; empty for none."""
+    return digest(sorted(without))[:16] if without else ""
 
 
 class PretrainConfig(Strict):

@@ -16,10 +16,11 @@ import numpy as np
 from isal import isal_zlib
 
 from base import storage
-from base.errors import WorkError
+from base.config import digest
+from base.errors import RequestError, WorkError
 from shards import decode, manifest, shardfile
 from shards.order import Source
-from shards.shardfile import Row, ShardFile
+from shards.shardfile import Row
 
 
 class DamagedSample(WorkError):
@@ -55,20 +56,23 @@ class Corpus:
         url: folder of manifest and shards, local or remote.
         splits: their shards, in the manifest's order.
         cache_dir: where local copies of remote shards go (default: shards.cache.default_dir()).
+        without: ids of samples to leave out, as they count without this setting; the others close up.
     Raises:
         RequestError: nothing packed there, or no such split.
     Reading raises WorkError naming shard, key and reason for a damaged sample: none is skipped in silence.
     """
 
-    def __init__(self, url: str, splits: Sequence[str] = ("train",), cache_dir: str | None = None) -> None:
-        self.url, self.splits, self.cache_dir = url, tuple(splits), cache_dir
+    def __init__(self, url: str, splits: Sequence[str] = ("train",), cache_dir: str | None = None, without: Sequence[int] = ()) -> None:
+        self.url, self.splits, self.cache_dir, self.without = url, tuple(splits), cache_dir, sorted(set(without))
         self.manifest = manifest.read(url)
         self.card = self.manifest.card
         self.labels = list(self.card.labels)
         self.channels: int = self.card.channels
         self.has_masks: bool = self.card.has_masks
         self.shards = self.manifest.splits(self.splits)
-        self.starts = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
+        self._kept = _kept_rows([shard.samples for shard in self.shards], self.without)
+        sizes = [len(self._kept[n]) if n in self._kept else shard.samples for n, shard in enumerate(self.shards)]
+        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._starts: list[int] = self.starts.tolist()
 
     def __len__(self) -> int:
@@ -77,7 +81,8 @@ class Corpus:
     @property
     def source(self) -> Source:
         """Identity and sizes for shards.order."""
-        return Source(f"{self.manifest.digest}:{'+'.join(self.splits)}", tuple(shard.samples for shard in self.shards))
+        name = f"{self.manifest.digest}:{'+'.join(self.splits)}" + (f":without {digest(self.without)}" if self.without else "")
+        return Source(name, tuple(np.diff(self.starts).tolist()))
 
     def __getitem__(self, i: int) -> Sample:
         return self.read(i)
@@ -96,7 +101,7 @@ class Corpus:
         if image and mask is not None and mask.shape != pixels.shape[:2]:
             raise self._damaged(i, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
         key = f"{self.manifest.dataset}-{row.key.decode()}"
-        return Sample(i, pixels, mask, side.get("labels", {}), row.patient.decode(), side.get("meta", {}), key)
+        return Sample(i, pixels, mask, side.get("labels", {}), row.patient.rstrip(b"\0").decode(), side.get("meta", {}), key)
 
     def stored(self, i: int, *, image: bool = True, seg: bool = True, text: bool = True) -> tuple[Row, dict[str, memoryview]]:
         """The index row of sample i and its parts `image`, `json` and `seg` as they are stored, by one pread: they lie side by side.
@@ -109,7 +114,8 @@ class Corpus:
         entry = self.shards[number]
         while True:
             shard = shardfile.opened(entry, self.url, self.cache_dir)
-            row = shard.row(i - self._starts[number])
+            place = i - self._starts[number]
+            row = shard.row(int(self._kept[number][place]) if number in self._kept else place)
             spans = []
             if image:
                 spans.append(("image", row.image_off, row.image_len, row.image_crc))
@@ -117,10 +123,14 @@ class Corpus:
                 spans.append(("json", row.json_off, row.json_len, row.json_crc))
             if seg and row.seg_len:
                 spans.append(("seg", row.seg_off, row.seg_len, row.seg_crc))
-            start = min(span[1] for span in spans)
-            data = memoryview(shard.read(start, max(offset + length for _, offset, length, _ in spans) - start))
-            parts = {name: data[offset - start : offset - start + length] for name, offset, length, _ in spans}
-            wrong = next((name for name, _, _, crc in spans if isal_zlib.crc32(parts[name]) != crc), None)
+            start, end = spans[0][1], 0
+            for _, offset, length, _ in spans:  # plain loops: this runs for each sample, and generators cost as much as the read
+                start, end = min(start, offset), max(end, offset + length)
+            data, parts, wrong = memoryview(shard.read(start, end - start)), {}, None
+            for name, offset, length, crc in spans:
+                parts[name] = part = data[offset - start : offset - start + length]
+                if isal_zlib.crc32(part) != crc:
+                    wrong = name
             if wrong is None:
                 return row, parts
             if not shardfile.renewed(entry, self.url, self.cache_dir):
@@ -133,20 +143,32 @@ class Corpus:
 
     def keys(self) -> list[str]:
         """The samples' keys, `<dataset>-<20 hex>`, in id order: the same in every packing of the same raw files."""
-        return [f"{self.manifest.dataset}-{key.decode()}" for shard in self._opened() for key in shard.rows()["key"].tolist()]
+        return [f"{self.manifest.dataset}-{key.decode()}" for rows in self.rows() for key in rows["key"].tolist()]
 
     def check_keys(self) -> None:
         """Raises WorkError unless every sample has a key of its own: a sample counted twice is a wrong metric."""
         # The first 64 of a key's 80 bits are 8 bytes a sample; whole strings only decide where those meet.
-        bits = [bytes.fromhex(shard.rows()["key"].tobytes().decode()) for shard in self._opened()]
+        bits = [bytes.fromhex(rows["key"].tobytes().decode()) for rows in self.rows()]
         start_N = np.frombuffer(b"".join(bits), np.uint8).reshape(-1, 10)[:, :8].copy().view(np.uint64)
         if len(np.unique(start_N)) < len(self) and (distinct := len(set(self.keys()))) < len(self):
             raise WorkError(f"{len(self)} samples, {distinct} different keys", where=self.url, hint="pack the dataset again")
 
-    def _opened(self) -> Iterator[ShardFile]:
-        return (shardfile.opened(entry, self.url, self.cache_dir) for entry in self.shards)
+    def rows(self) -> Iterator[np.ndarray]:
+        """The index rows of each shard, of manifest.INDEX_DTYPE, in id order."""
+        for number, entry in enumerate(self.shards):
+            rows = shardfile.opened(entry, self.url, self.cache_dir).rows()
+            yield rows[self._kept[number]] if number in self._kept else rows
 
     def _damaged(self, i: int, row: Row, reason: str) -> DamagedSample:
         shard = self.shards[bisect_right(self._starts, i) - 1].name
         where = f"{storage.join(self.url, shard)}.tar: {self.manifest.dataset}-{row.key.decode()}"
         return DamagedSample(f"the sample cannot be read: {reason}", where=where, hint="pack the dataset again")
+
+
+def _kept_rows(sizes: Sequence[int], without: Sequence[int]) -> dict[int, np.ndarray]:
+    """What is kept of the shards that lose samples, by their number. Raises RequestError for an id that there is not."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    if without and (without[0] < 0 or without[-1] >= starts[-1]):
+        raise RequestError(f"samples {without[0]} to {without[-1]} cannot be left out of {starts[-1]}", where="without")
+    number_K = np.searchsorted(starts, without, side="right") - 1
+    return {n: np.delete(np.arange(sizes[n]), np.asarray(without)[number_K == n] - starts[n]) for n in set(number_K.tolist())}

@@ -1,0 +1,54 @@
+"""The section of the report on leakage: what was compared, what was found and left out, which cells stay out of ranks and why."""
+
+from typing import Any
+
+from analysis import results
+from analysis.evidence import Evidence
+from analysis.tables import cell, esc, table
+from base import storage
+
+PATIENTS = {
+    "compared": "compared",
+    "other namespace": "cannot be compared: the two datasets name patients differently",
+    "other secret": "cannot be compared: packed with different secrets",
+}
+
+
+def leakage(evidence: Evidence) -> str:
+    """HTML, or an empty string for a study that pretrains nothing and has no exposed cells."""
+    held = results.read_json(storage.join(evidence.out, "leakage.json")) or {}
+    checks = held.get("checks") or []
+    parts = [_comparisons(checks, str(held.get("setting")))] if checks else []
+    exposed: dict[tuple[str, str], int] = {}
+    for c in evidence.cells:
+        if c.exposed_to:
+            place = (f"{c.source} on {c.task}", ", ".join(c.exposed_to))
+            exposed[place] = exposed.get(place, 0) + 1
+    if exposed:
+        ranks = "left out of ranks" if evidence.study.get("exposed") != "ranked" else "ranked all the same, as the study asks"
+        lines = "".join(f"<li>{esc(what)}: its past holds {esc(corpora)} ({n} cells).</li>" for (what, corpora), n in exposed.items())
+        parts.append(f"<p>Exposed cells, {ranks}: their source may have seen the test images.</p><ul>{lines}</ul>")
+    return "".join(parts)
+
+
+def _comparisons(checks: list[dict[str, Any]], setting: str) -> str:
+    rows, notes = [], []
+    for check in checks:
+        corpus, test = check["corpus"], check["test"]
+        left_out = check["leaked"] if setting == "exclude" else 0
+        parts = [f'<th scope="row">{esc(corpus["dataset"])} {esc(corpus["split"])} ({corpus["images"]:,})</th>']
+        parts += [cell(f"{esc(test['dataset'])} ({test['images']:,})"), cell(esc(PATIENTS[check["patients"]]))]
+        parts += [cell(str(check[name])) for name in ("same_patient", "same_pixels", "near_duplicate", "follow_up")]
+        rows.append("".join([*parts, cell(str(left_out))]))
+        notes += [f"Known overlap: {note}." for note in check["known"]]
+        unread, names = corpus["unread"] + test["unread"], f"{corpus['dataset']} and {test['dataset']}"
+        notes += [f"{unread} images of {names} could not be read and were not compared."] if unread else []
+        if check["known"] and check["patients"] != "compared":
+            notes.append(f"Other pictures of one patient in {names} cannot be told, since the two name patients differently.")
+    heads = ["pretraining corpus (images)", "test images of", "patients", "same patient", "same pixels", "near-duplicate"]
+    heads += ["of them one patient's", "left out of training"]
+    shown = table(heads, rows, "Pretraining images that match a test image.", cls="numbers")
+    found = any(check["leaked"] or check["known"] for check in checks)
+    what = "The study excludes what matches: those images were left out of pretraining." if setting == "exclude" and found else ""
+    lines = "".join(f"<li>{esc(note)}</li>" for note in notes)
+    return shown + (f'<p class="bad">{what}</p>' if what else "") + (f"<ul>{lines}</ul>" if lines else "")

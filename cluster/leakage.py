@@ -1,0 +1,191 @@
+"""Leakage at the level of a study: every pretraining corpus held against the test images of every task, before anything is trained.
+
+Checks are kept by the digests of both sides under OUT/analyses/<key>/leakage.json, so a study that grows compares only what is new;
+OUT/leakage.json sums them up for the report. With `leakage: stop` a finding ends the study; with `exclude` the pretraining images that
+match are left out of training.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from analysis.exposure import overlap_notes
+from analysis.leakage import Check, Match, by_index, by_pixels, check_key, conclude, patients_in_two_splits, prepare
+from base import storage
+from base.config import canonical_json, parse
+from base.errors import RequestError
+from cluster.events import Events
+from cluster.plan import Corpus
+from cluster.progress import Progress, minutes
+from cluster.study import Study
+from finetune.task import load_task
+from shards import corpus as packed
+
+SHOWN = 20  # pairs in an error
+SUMMARY = "leakage.json"
+
+
+def pairs(study: Study) -> list[tuple[str, str, str]]:
+    """(corpus, its split, dataset of a task) of every comparison that the study needs, each once."""
+    tasks = study.cells.tasks if study.cells else []
+    settings = study.cells.task_settings if study.cells else {}
+    tested = list(dict.fromkeys(load_task(task, settings.get(task, {})).dataset for task in tasks))
+    read = dict.fromkeys((dataset, split) for entry in study.pretrain for dataset, split in entry.data.items())
+    return [(dataset, split, test) for dataset, split in read for test in tested]
+
+
+def standing(study: Study, corpora: Mapping[str, Corpus]) -> dict[str, Corpus] | None:
+    """The corpora as they will be trained on, where every comparison stands in OUT already; None where one is missing.
+
+    Raises:
+        RequestError: there is a finding, and the study does not exclude what matches.
+    """
+    checks = _standing(study, corpora)
+    return None if any(check is None for check in checks) else _concluded(study, corpora, [check for check in checks if check])
+
+
+def _standing(study: Study, corpora: Mapping[str, Corpus]) -> list[Check | None]:
+    found: list[Check | None] = []
+    for dataset, split, test in pairs(study):
+        url = _url(study, corpora, dataset, split, test)
+        found.append(parse(storage.read_json(url), Check, url) if storage.exists(url) else None)
+    return found
+
+
+def _url(study: Study, corpora: Mapping[str, Corpus], dataset: str, split: str, test: str) -> str:
+    key = check_key(corpora[dataset].manifest, split, corpora[test].manifest)
+    return storage.join(study.out, "analyses", key, "leakage.json")
+
+
+def compare(study: Study, corpora: Mapping[str, Corpus], progress: Progress, events: Events) -> dict[str, Corpus]:
+    """Make the comparisons that are missing, on Ray, a task for each shard of a corpus; returns the corpora as they will be trained on.
+
+    Raises:
+        RequestError: there is a finding and the study does not exclude what matches, or a dataset has a patient in two splits.
+    """
+    import ray
+
+    refuse_shared_patients(corpora)
+    began, wanted = time.monotonic(), [pair for pair, check in zip(pairs(study), _standing(study, corpora), strict=True) if check is None]
+    prepare_there, look_there = ray.remote(num_cpus=1)(prepare), ray.remote(num_cpus=1)(_by_pixels)
+    tests = {test: prepare_there.remote(corpora[test].url) for test in dict.fromkeys(test for _, _, test in wanted)}
+    for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _ in wanted):
+        corpus = packed.Corpus(corpora[dataset].url, (split,))
+        against = [test for one, part, test in wanted if (one, part) == (dataset, split)]
+        waiting = [look_there.remote(corpus.url, split, at, *(tests[test] for test in against)) for at in range(len(corpus.shards))]
+        parts: dict[int, Any] = {}
+        order = {reference: at for at, reference in enumerate(waiting)}
+        while waiting:
+            progress.line(f"leakage {dataset} {split}: {len(parts)}/{len(order)} shards compared with {', '.join(against)}")
+            for reference in ray.wait(waiting, num_returns=1)[0]:
+                waiting.remove(reference)
+                try:
+                    parts[order[reference]] = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+        for number, test in enumerate(against):
+            other = packed.Corpus(corpora[test].url, ("test",))
+            check = conclude(corpus, other, by_index(corpus, other), [parts[at][number] for at in range(len(order))])
+            storage.put(_url(study, corpora, dataset, split, test), canonical_json(check))
+            events.add("compared", corpus=dataset, split=split, test=test, leaked=len(check.leaked))
+    made = [check for check in _standing(study, corpora) if check]
+    if made:
+        leaked = sum(len(check.leaked) for check in made)
+        summarise(study, corpora)
+        progress.say(f"leakage: {len(made)} corpora and test sets compared, {leaked} images match, {minutes(time.monotonic() - began)}")
+    return _concluded(study, corpora, made)
+
+
+def _by_pixels(url: str, split: str, shard: int, *tests: Any) -> Any:
+    # Ray resolves references among the arguments themselves, not inside a list.
+    return by_pixels(url, split, shard, tests)
+
+
+def refuse_shared_patients(corpora: Mapping[str, Corpus]) -> None:
+    """Raises RequestError where a packed dataset has a patient in two splits."""
+    for name, corpus in corpora.items():
+        shared = patients_in_two_splits(corpus.url, list(corpus.manifest.counts))
+        if shared:
+            raise RequestError(f"{shared} patients of '{name}' stand in two splits", where=corpus.url, hint="pack the dataset again")
+
+
+def _concluded(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Check]) -> dict[str, Corpus]:
+    """Refuse findings, or leave out what matches."""
+    if study.leakage == "stop":
+        _refuse(study, corpora, checks)
+        return dict(corpora)
+    left_out: dict[str, dict[str, set[int]]] = {}
+    for check in checks:
+        left_out.setdefault(check.corpus.dataset, {}).setdefault(check.corpus.split, set()).update(check.leaked)
+    found = dict(corpora)
+    for name, splits in left_out.items():
+        for split, ids in splits.items():
+            if len(ids) == corpora[name].manifest.counts[split]:
+                raise RequestError(f"every image of {name} {split} matches a test image", where=f"pretrain: data.{name}")
+        found[name] = replace(corpora[name], without={split: tuple(sorted(ids)) for split, ids in splits.items() if ids})
+    return found
+
+
+def summarise(study: Study, corpora: Mapping[str, Corpus]) -> None:
+    """OUT/leakage.json: what was compared and found, and what the study does with it. Nothing is written where nothing is compared."""
+    checks = [check for check in _standing(study, corpora) if check]
+    rows = [
+        {
+            "corpus": check.corpus.model_dump(),
+            "test": check.test.model_dump(),
+            "key": check_key(corpora[check.corpus.dataset].manifest, check.corpus.split, corpora[check.test.dataset].manifest),
+            "patients": check.patients,
+            "same_patient": check.count("patient"),
+            "same_pixels": check.count("file", "pixels"),
+            "near_duplicate": check.count("near-duplicate"),
+            "follow_up": len({match.corpus_id for match in check.matches if match.kind == "near-duplicate" and match.same_patient}),
+            "leaked": len(check.leaked),
+            "known": overlap_notes(check.corpus.dataset, check.test.dataset),
+        }
+        for check in checks
+    ]
+    if rows:
+        storage.put(storage.join(study.out, SUMMARY), json.dumps({"setting": study.leakage, "checks": rows}, indent=1))
+
+
+def _refuse(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Check]) -> None:
+    lines = []
+    for check in checks:
+        of, place = f"{check.corpus.dataset} {check.corpus.split}", f"the test images of {check.test.dataset}"
+        lines += [f"  {of} and {place}: {note}" for note in overlap_notes(check.corpus.dataset, check.test.dataset)]
+        if check.leaked:
+            file = _url(study, corpora, check.corpus.dataset, check.corpus.split, check.test.dataset)
+            lines.append(f"  {len(check.leaked)} images of {of} match {place}; all of them in {file}")
+            lines += [f"    {words(match)}" for match in check.matches[:SHOWN]]
+    if lines:
+        hint = "leakage=exclude leaves the pretraining images that match out, and the report says so"
+        raise RequestError("pretraining has seen, or would see, test images:\n" + "\n".join(lines) + "\n ", where="leakage", hint=hint)
+
+
+def words(match: Match) -> str:
+    """`near-duplicate, correlation 0.98, inverted: siim-acr-12.. and nih-cxr14-34..`."""
+    parts = [match.kind] + ([f"correlation {match.correlation:.2f}"] if match.correlation is not None else [])
+    parts += (["inverted"] if match.inverted else []) + (["of one patient"] if match.same_patient and match.kind != "patient" else [])
+    return f"{', '.join(parts)}: {match.corpus} and {match.test}"
+
+
+def foretold(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[str, str, bool]]:
+    """What a plan can say without decoding an image: (which comparison, what is known, whether it would stop the study)."""
+    rows = []
+    for (dataset, split, test), check in zip(pairs(study), _standing_or_none(study, corpora), strict=True):
+        known, state = overlap_notes(dataset, test), "images are compared when it runs"
+        leaked = 0
+        if check is not None:
+            leaked, state = len(check.leaked), f"compared: {len(check.leaked)} images match"
+        elif {dataset, test} <= set(corpora):
+            one, other = packed.Corpus(corpora[dataset].url, (split,)), packed.Corpus(corpora[test].url, ("test",))
+            leaked = len({match.corpus_id for match in by_index(one, other)})
+            state = f"{leaked} images of the same patients or with the same bytes; {state}"
+        rows.append((f"{dataset} {split} against the test images of {test}", "; ".join([*known, state]), bool(known or leaked)))
+    return rows
+
+
+def _standing_or_none(study: Study, corpora: Mapping[str, Corpus]) -> list[Check | None]:
+    return _standing(study, corpora) if set(corpora) == set(study.data) else [None] * len(pairs(study))
