@@ -2,13 +2,16 @@
 
 import math
 import random
+import re
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 from tiny_corpus import picture
 
+from base.paths import ROOT
 from shards.draws import Draw, ViewsConfig, crop_box, draw, to_level
 from shards.views import _crop, _kernel, _light, augment, make, resize, resize_mask
 
@@ -282,3 +285,19 @@ def test_a_wrong_configuration_is_refused() -> None:
             ViewsConfig.model_validate({"kind": "two", "size": 32} | settings)
     with pytest.raises(ValidationError, match=r"views.library: lightly"):
         ViewsConfig.model_validate("lightly")
+
+
+def official_views() -> dict[str, ViewsConfig]:
+    """The blocks of docs/views.md, by their names."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "views.md").read_text(), flags=re.DOTALL)
+    return {name: ViewsConfig.model_validate(tree) for block in blocks for name, tree in yaml.safe_load(block).items()}
+
+
+@pytest.mark.parametrize(("name", "cfg"), official_views().items())
+@pytest.mark.parametrize("channels", [1, 3])
+def test_official_views_are_made_of_grey_and_colour(name: str, cfg: ViewsConfig, channels: int) -> None:
+    expected = {"swav": [224] * 2 + [96] * 6, "dino": [224] * 2 + [96] * 6, "mae": [224], "pirl": [224] + [64] * 9}
+    expected |= {"infomin": [224] * 2 + [64] * 9}
+    views, _ = make(picture(0, 320, channels), None, cfg, (0, 0, 0))
+    assert [view.shape for view in views] == [(side, side, channels) for side in expected.get(name, [224, 224])]
+    assert all(view.dtype == np.uint8 for view in views)

@@ -1,0 +1,43 @@
+"""Do our views train as well as lightly's? Runs studies/views-parity.yaml; prints the difference in the task's AUROC with its interval.
+
+    .venv/bin/python benchmarks/views_parity.py RAW [key=value ...]      # RAW: the nih-cxr14 files; goes on where it stopped
+
+Six pretrainings and 28 cells: some hours on two cores; preset=smoke takes minutes and claims nothing. Both against random weights are
+printed too: two pretrainings that taught nothing would be equal as well. The last line is ours minus lightly's.
+"""
+
+import os
+import subprocess
+import sys
+
+from analysis.evidence import gather, scores
+from analysis.statistics import Bootstrap, Comparison, compare
+from base.paths import ROOT
+
+OURS, LIGHTLY = "simclr-ours", "simclr-lightly"
+
+
+def line(strategy: str, metric: str, a: str, b: str, found: Comparison) -> str:
+    seeds = f"{found.pretraining_seeds} pretraining seeds, {found.patients} patients"
+    return f"{strategy}, {metric}, {a} minus {b}: {found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {seeds}"
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        print(__doc__)
+        return 2
+    settings = [f"data.nih-cxr14.raw={os.path.abspath(sys.argv[1])}", *sys.argv[2:]]
+    out = next((os.path.abspath(setting[4:]) for setting in settings if setting.startswith("out=")), os.path.abspath("runs/views-parity"))
+    subprocess.run([sys.executable, "-m", "cluster", "run", str(ROOT / "studies" / "views-parity.yaml"), *settings], check=True)
+    cells, bootstrap = gather(out).cells, Bootstrap()
+    metric = cells[0].primary() or "auroc_mean"
+    for a, b in ((OURS, "random"), (LIGHTLY, "random"), (OURS, LIGHTLY)):
+        for strategy in sorted({cell.strategy for cell in cells}):
+            held = {name: [cell for cell in cells if (cell.source, cell.strategy) == (name, strategy)] for name in (a, b)}
+            sides = [[found for cell in held[name] if (found := scores(cell))] for name in (a, b)]
+            print(line(strategy, metric, a, b, compare(*sides, metric, bootstrap=bootstrap)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
