@@ -1,6 +1,7 @@
 """Losses, heads, transplants, label fractions: each property by itself."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_corpus import write
 
-from base.errors import WorkError
+from base.errors import RequestError, WorkError
 from encoders.build import build
 from encoders.weights import sha256_of
-from finetune.data import Arrays, batches, fraction_of, shuffled
+from finetune.data import NOT_JUDGED, Arrays, batches, fraction_of, load, shuffled
 from finetune.heads import PyramidHead, UnetHead
 from finetune.losses import bce_dice, loss_of
+from finetune.predict import measure
 from finetune.strategies import resolve
 from finetune.task import load_task
 from finetune.transplant import EncoderSpec, Transplant
+from shards.manifest import read
 
 CHEST, LUNGS = load_task("phantom-chest"), load_task("lxs")
 SPEC = EncoderSpec(architecture="test_resnet", in_chans=1)
@@ -58,6 +62,33 @@ def test_bce_dice_does_not_depend_on_which_images_share_a_batch() -> None:
     torch.testing.assert_close(bce_dice(logits, target), one_by_one)
     perfect = (target * 2 - 1) * 50
     assert bce_dice(perfect, target) < 1e-3
+
+
+def test_pixels_that_nobody_judged_count_for_nothing() -> None:
+    logits, target = torch.randn(3, 8, 8), (torch.rand(3, 8, 8) > 0.5).float()
+    outside = target.clone()
+    outside[:, :, 5:] = NOT_JUDGED
+    torch.testing.assert_close(bce_dice(logits, outside), bce_dice(logits[:, :, :5], target[:, :, :5]))
+    of = Arrays("test", np.zeros((3, 1, 8, 8), np.uint8), outside.numpy(), np.ones((3, 1), np.float32), ("p",) * 3, (None,) * 3, ("i",) * 3)
+    inside = dataclasses.replace(of, target=target[:, :, :5].numpy())
+    assert measure(LUNGS, of, logits.numpy()) == measure(LUNGS, inside, logits[:, :, :5].numpy())
+
+
+# -- data
+
+
+@pytest.mark.parametrize(("uncertain", "trains_on"), [(None, 20), ("ones", 30), ({"smoothed": [0.6, 0.9]}, 30)])
+def test_uncertain_labels_train_by_the_tasks_policy_and_are_never_measured(tmp_path: Path, uncertain: object, trains_on: int) -> None:
+    url = write(tmp_path, (40, 40), splits=["train", "test"])  # 0, 1, -1, None in turn
+    task = load_task("phantom-chest", {"labels": ["a"], "uncertain": uncertain})
+    train = load(url, read(url).digest, "train", 24, task, str(tmp_path / "cache"))
+    test = load(url, read(url).digest, "test", 24, task, str(tmp_path / "cache"))
+    assert (len(train), len(test)) == (trains_on, 20)
+    assert set(np.unique(test.target)) == {0, 1}
+    assert ((train.target > 0) & (train.target < 1)).sum() == (10 if isinstance(uncertain, dict) else 0)
+    absent = load_task("phantom-chest", {"labels": ["absent"]})
+    with pytest.raises(RequestError, match="tiny has no label absent"):
+        load(url, read(url).digest, "train", 24, absent, str(tmp_path / "cache"))
 
 
 # -- transplants

@@ -65,6 +65,18 @@ def test_nih_card_states_the_official_layout_first() -> None:
         ({"layouts": [SMALL["layouts"][0] | {"label_columns": {"b": "b"}}]}, "are not in the card"),
         ({"layouts": [SMALL["layouts"][0] | {"patient_pattern": "(("}]}, "regular expression"),
         ({"layouts": [SMALL["layouts"][0] | {"table": None}]}, "no table"),
+        ({"layouts": [SMALL["layouts"][0] | {"split_tables": {"test": "u.csv"}}]}, "not both"),
+        ({"layouts": [SMALL["layouts"][0] | {"split_column": "s", "split_pattern": "(s)"}]}, "one of split_tables"),
+        ({"layouts": [SMALL["layouts"][0] | {"masks": ["masks/all.png"]}]}, "needs {stem} or {id}"),
+        ({"layouts": [SMALL["layouts"][0] | {"masks": ["{id}.png"]}]}, "needs mask_pattern"),
+        ({"layouts": [SMALL["layouts"][0] | {"masks": {"lung": ["{stem}.png"]}}]}, "not in the card's metadata, labels or mask_classes"),
+        ({"layouts": [SMALL["layouts"][0] | {"reader": "folders"}]}, "reads no table"),
+        ({"kind": "unlabelled"}, "neither labels nor mask_classes"),
+        ({"labels": "found"}, "found is for kind multiclass"),
+        ({"channels": 2}, "1 or 3"),
+        ({"windows": [[40, 400]]}, "depth: 16"),
+        ({"depth": 16, "windows": [[40, 400], [-600, 1500]]}, "2 windows of 1 slices make 2"),
+        ({"frames": "slab"}, "the key slab"),
     ],
 )
 def test_wrong_cards_are_refused(change: dict[str, Any], says: str) -> None:
