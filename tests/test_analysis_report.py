@@ -12,7 +12,7 @@ import pytest
 from made_study import make
 from tiny_corpus import write
 
-from analysis import figures, samples
+from analysis import figures, leakage_section, samples
 from analysis import report as reports
 from analysis.evidence import gather, significance
 from analysis.results import finished
@@ -109,6 +109,48 @@ def test_own_source_cells_are_marked_and_neither_declared_nor_ranked(tmp_path: P
     assert "own source" in evidence.answer()
     assert "simclr</b>" in reports.best_on_validation(evidence)
     assert '<span class="tag own">own source</span>' in reports.page(evidence)
+
+
+def test_exposed_cells_are_marked_and_ranked_only_on_request(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3, "simclr-sup": 3.0}, seeds=3, images=150)
+    for file in (out / "cells").glob("*/result.json"):
+        result = json.loads(file.read_text())
+        if result["source"].endswith("simclr-sup"):
+            file.write_text(json.dumps(result | {"exposed_to": ["nih-cxr14"]}))
+    evidence = gather(str(out), QUICK)
+    assert {f.kind for f in evidence.findings if "simclr-sup" in (f.a, f.b)} == {"exposed"}
+    assert "exposed (its pretraining may have seen these test images), nothing declared" in evidence.answer()
+    assert "simclr</b>" in reports.best_on_validation(evidence)
+    page = reports.page(evidence)
+    assert '<span class="tag own">exposed to nih-cxr14</span>' in page
+    assert "Exposed cells, left out of ranks" in page
+    evidence.study["exposed"] = "ranked"
+    assert "simclr-sup</b>" in reports.best_on_validation(evidence)
+    assert "ranked all the same" in leakage_section.leakage(evidence)
+
+
+def test_the_report_says_what_was_compared_and_left_out(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3}, seeds=2, images=100)
+    assert leakage_section.leakage(gather(str(out), QUICK)) == ""
+    sides = {"dataset": "nih-cxr14", "split": "train", "digest": "d", "images": 1063, "unread": 1}
+    counts = {"same_patient": 0, "same_pixels": 2, "near_duplicate": 5, "follow_up": 0, "leaked": 6}
+    check = {
+        "corpus": sides,
+        "test": sides | {"dataset": "siim-acr", "split": "test", "unread": 0},
+        "key": "k",
+        "patients": "other namespace",
+    }
+    held = {"setting": "exclude", "checks": [check | counts | {"known": ["siim-acr and nih-cxr14 share images: annotated again"]}]}
+    (out / "leakage.json").write_text(json.dumps(held))
+    said = leakage_section.leakage(gather(str(out), QUICK))
+    for words in (
+        "nih-cxr14 train (1,063)",
+        "left out of pretraining",
+        "share images",
+        "1 images of nih-cxr14",
+        "name patients differently",
+    ):
+        assert words in said
 
 
 def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""A study whose pretraining would see test images: stopped with the pairs named, or run without those images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_corpus
+import tiny_study
+
+from base import storage
+from base.errors import RequestError
+from cluster import leakage, plan
+from cluster.events import Events
+from cluster.load import load_study
+from cluster.outlook import outlook
+from cluster.progress import Progress
+from cluster.session import session
+from cluster.standing import standing_corpora
+from cluster.study import Study
+
+LEAKED = 8
+
+
+@pytest.fixture
+def leaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Test pictures 0 to 7 stand in the training split too, under other names."""
+    picture = tiny_corpus.picture
+    monkeypatch.setattr(tiny_corpus, "picture", lambda i, size, channels=1: picture(i - 40 if 40 <= i < 40 + LEAKED else i, size, channels))
+    splits = ("train", "train", "val", "test")
+    shards = tiny_corpus.write(tmp_path / "shards", (20, 10, 10, 20), dataset="phantom-chest", splits=splits, size=64)
+    data = {"phantom-chest": {"shards": shards}}
+    return load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, data=data))
+
+
+def test_a_plan_tells_without_decoding(leaky: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards import decode
+
+    monkeypatch.delattr(decode, "image")
+    monkeypatch.setenv("COLUMNS", "400")
+    assert outlook(leaky) is False
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{LEAKED} images of the same patients or with the same bytes" in said
+    assert "the study would stop" in said
+    assert outlook(leaky.model_copy(update={"leakage": "exclude"})) is True
+    assert storage.listing(leaky.out) == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
+    corpora = standing_corpora(leaky)
+    assert leakage.standing(leaky, corpora) is None
+    with session(), pytest.raises(RequestError, match="would see, test images") as stopped:
+        leakage.compare(leaky, corpora, Progress(), Events(leaky.out))
+    assert f"{LEAKED} images of phantom-chest train match the test images of phantom-chest" in str(stopped.value)
+    assert str(stopped.value).count("file: phantom-chest-") == LEAKED
+    assert "leakage=exclude" in str(stopped.value)
+    with pytest.raises(RequestError):  # from what stands, without Ray
+        leakage.standing(leaky, corpora)
+
+    excluding = leaky.model_copy(update={"leakage": "exclude"})
+    kept = leakage.standing(excluding, corpora)
+    assert kept is not None
+    assert kept["phantom-chest"].without == {"train": tuple(range(LEAKED))}
+    before, after = (plan.pretrain_config(leaky, leaky.pretrain[0], 0, held, None) for held in (corpora, kept))
+    assert before.key != after.key
+    assert after.data[0].without == list(range(LEAKED))
+    leakage.summarise(excluding, corpora)
+    summary = json.loads(storage.read_bytes(f"{leaky.out}/leakage.json"))
+    assert summary["setting"] == "exclude"
+    assert (summary["checks"][0]["leaked"], summary["checks"][0]["same_pixels"]) == (LEAKED, LEAKED)
+
+
+def test_a_study_without_leakage_keeps_its_keys(leaky: Study) -> None:
+    config = plan.pretrain_config(leaky, leaky.pretrain[0], 0, standing_corpora(leaky), None)
+    assert config.data[0].without == []
+    identity = {key: getattr(config.data[0], key) for key in ("dataset", "split", "digest", "weight")}
+    assert config.data[0].model_dump(exclude={"shards", "without"}) == identity
+
+
+def test_pretraining_on_a_tasks_test_split_is_refused(tmp_path: Path) -> None:
+    entry = {**tiny_study.SIMCLR, "data": {"phantom-chest": "test"}}
+    with pytest.raises(RequestError, match="pretraining on the test images of a task"):
+        load_study(tiny_study.write(tmp_path, {**tiny_study.SMALLER, "pretrain": [entry]}))
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards.manifest import Manifest, read
+
+    one = tiny_corpus.write(tmp_path / "one", (12,), splits=("train",), size=32)
+    tiny_corpus.write(tmp_path / "two", (12,), splits=("test",), size=32)  # the same samples again
+    for file in (tmp_path / "two").glob("tiny-test-*"):
+        file.rename(tmp_path / "one" / file.name)
+    first, second = read(one), read(str(tmp_path / "two"))
+    counts = {"train": 12, "test": 12}
+    both = first.model_copy(update={"shards": [*first.shards, *second.shards], "counts": counts, "patients": counts})
+    (tmp_path / "one" / "manifest.json").write_text(Manifest.model_validate(both.model_dump(by_alias=True)).text())
+    with pytest.raises(RequestError, match="12 patients of 'tiny' stand in two splits"):
+        leakage.refuse_shared_patients({"tiny": plan.Corpus(one, read(one))})
+
+
+def test_weights_from_outside_are_exposed_by_their_lineage(leaky: Study) -> None:
+    corpora = standing_corpora(leaky)
+    seen = ({"dataset": "phantom-chest", "split": "train", "digest": "of another packing", "licence": "none"},)
+    for data, exposed in ((seen, ["phantom-chest"]), ((), [])):
+        found = plan.Weights(url="x", sha256="0" * 64, architecture="test_resnet", data=data)
+        made = plan.cells(leaky, corpora, {"simclr": [found]})
+        assert {config.source: config.exposed_to for config in made} == {"random": [], "simclr": exposed}
