@@ -123,13 +123,9 @@ class Corpus:
                 spans.append(("json", row.json_off, row.json_len, row.json_crc))
             if seg and row.seg_len:
                 spans.append(("seg", row.seg_off, row.seg_len, row.seg_crc))
-            start, end = spans[0][1], 0
-            for _, offset, length, _ in spans:  # plain loops: this runs for each sample, and generators cost as much as the read
-                start, end = min(start, offset), max(end, offset + length)
-            data, parts, wrong = memoryview(shard.read(start, end - start)), {}, None
-            for name, offset, length, crc in spans:
-                parts[name] = part = data[offset - start : offset - start + length]
-                if isal_zlib.crc32(part) != crc:
+            parts, wrong = shard.parts(spans), None
+            for name, _, _, crc in spans:
+                if isal_zlib.crc32(parts[name]) != crc:
                     wrong = name
             if wrong is None:
                 return row, parts

@@ -50,8 +50,17 @@ class Quarantined(Strict):
     file: str | None = None
 
 
+class Elsewhere(Strict):
+    """A tar of others that holds a shard's images, where it lies."""
+
+    url: str
+    bytes: int
+    sha256: str
+
+
 class ShardEntry(Strict):
-    """One shard. `positives` counts, a label, the samples in it whose value is 1."""
+    """One shard. `positives` counts, a label, the samples in it whose value is 1. `images` names the tar into which the index's image
+    offsets point, where that is not the shard itself."""
 
     name: str  # without extension
     split: Split
@@ -61,6 +70,7 @@ class ShardEntry(Strict):
     index_sha256: str
     positives: dict[str, int] = Field(default_factory=dict)
     quarantined: list[Quarantined] = Field(default_factory=list)
+    images: Elsewhere | None = None
 
 
 class Manifest(Strict):

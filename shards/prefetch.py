@@ -41,7 +41,7 @@ def ahead(orders: Iterator[Order], corpora: Sequence[Corpus]) -> Generator[Order
     Raises:
         WorkError: the process was ended by someone else.
     """
-    if not any(is_url(corpus.url) for corpus in corpora):
+    if not any(is_url(corpus.url) or any(shard.images and is_url(shard.images.url) for shard in corpus.shards) for corpus in corpora):
         yield from orders
         return
     shards = _Shards(corpora)
@@ -92,15 +92,13 @@ class _Shards:
         return set((np.searchsorted(self._starts, id_B[id_B >= 0], side="right") - 1).tolist())
 
     def requests(self, number: int) -> str:
-        """What the process is asked for: index and tar of the shard, a line each; nothing for a local one."""
+        """What the process is asked for: the remote ones of a shard's files, a line each."""
         corpus, shard = self._shards[number]
-        if not is_url(corpus.url):
-            return ""
-        folder = absolute(corpus.cache_dir or cache.default_dir())
-        files = (("idx", shard.index_sha256, None), ("tar", shard.sha256, shard.bytes))
-        return "".join(
-            json.dumps([storage.join(corpus.url, f"{shard.name}.{ending}"), sha256, size, folder]) + "\n" for ending, sha256, size in files
-        )
+        folder, place = absolute(corpus.cache_dir or cache.default_dir()), storage.join(corpus.url, shard.name)
+        files: list[tuple[str, str, int | None]] = [(f"{place}.idx", shard.index_sha256, None), (f"{place}.tar", shard.sha256, shard.bytes)]
+        if shard.images is not None:
+            files.append((shard.images.url, shard.images.sha256, shard.images.bytes))
+        return "".join(json.dumps([url, sha256, size, folder]) + "\n" for url, sha256, size in files if is_url(url))
 
 
 def _fetch(url: str, sha256: str, size: int | None, folder: str) -> None:

@@ -13,6 +13,7 @@ import os
 import resource
 import struct
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cache as cached
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from base import storage
 from base.errors import WorkError
 from shards import cache
-from shards.manifest import INDEX_DTYPE, ShardEntry, dump_index
+from shards.manifest import INDEX_DTYPE, Elsewhere, ShardEntry, dump_index
 
 
 class Row(NamedTuple):
@@ -42,6 +43,7 @@ class Row(NamedTuple):
 
 
 _ROW = struct.Struct("<20s16s" + 3 * "qqI" + "B")
+_unpack, _make_row = _ROW.unpack_from, Row._make
 assert _ROW.size == INDEX_DTYPE.itemsize
 assert Row._fields == INDEX_DTYPE.names
 
@@ -50,24 +52,45 @@ class ShardFile:
     """One shard: its index, and its tar, which is opened when first read. Raises WorkError where one is missing or not the manifest's."""
 
     def __init__(self, entry: ShardEntry, url: str, cache_dir: str | None) -> None:
-        self._entry, self._url, self._cache_dir, self._file = entry, url, cache_dir, -1
+        self._entry, self._url, self._cache_dir = entry, url, cache_dir
+        self._file = self._images = -1
         self._index, self._first = _map_index(entry, storage.join(url, f"{entry.name}.idx"), cache_dir)
 
     def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
+        for file in (self._file, self._images):
+            if file >= 0:
+                os.close(file)
 
     def row(self, n: int) -> Row:
-        """Row n: some ten times as fast as an element of a structured array."""
-        key, patient, *rest = _ROW.unpack_from(self._index, self._first + n * _ROW.size)
-        return Row(key.rstrip(b"\\0"), patient.rstrip(b"\\0"), *rest)
+        """Row n: some ten times as fast as an element of a structured array. Short names end in zeros."""
+        return _make_row(_unpack(self._index, self._first + n * _ROW.size))
 
     def rows(self) -> np.ndarray:
         """All rows, N of INDEX_DTYPE, without a copy."""
         return np.frombuffer(self._index, INDEX_DTYPE, offset=self._first)
 
+    def parts(self, spans: Sequence[tuple[str, int, int, int]]) -> dict[str, memoryview]:
+        """The named parts (name, offset, length, checksum) by one pread, for they lie side by side; an image elsewhere by another."""
+        parts: dict[str, memoryview] = {}
+        if self._entry.images is not None and spans[0][0] == "image":
+            parts["image"] = memoryview(self._read_elsewhere(self._entry.images, *spans[0][1:3]))
+            spans = spans[1:]
+        if spans:
+            start, end = spans[0][1], 0
+            for _, offset, length, _ in spans:  # plain loops: this runs for each sample, and generators cost as much as the read
+                start, end = min(start, offset), max(end, offset + length)
+            data = memoryview(self.read(start, end - start))
+            for name, offset, length, _ in spans:
+                parts[name] = data[offset - start : offset - start + length]
+        return parts
+
+    def _read_elsewhere(self, images: Elsewhere, offset: int, length: int) -> bytes:
+        if self._images < 0:
+            self._images = _open(images.url, images.sha256, images.bytes, self._cache_dir)
+        return os.pread(self._images, length, offset)
+
     def read(self, offset: int, length: int) -> bytes:
-        """That part of the tar in one pread; fewer bytes only at its end."""
+        """That part of the tar; fewer bytes only at its end."""
         if self._file < 0:
             url = storage.join(self._url, f"{self._entry.name}.tar")
             self._file = _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir)
@@ -123,10 +146,18 @@ def opened(entry: ShardEntry, url: str, cache_dir: str | None) -> ShardFile:
 
 def renewed(entry: ShardEntry, url: str, cache_dir: str | None) -> bool:
     """Whether the shard was fetched again because its local copy is not what was fetched (see cache.renew); then it is opened anew."""
-    if not cache.renew(storage.join(url, f"{entry.name}.tar"), entry.sha256, cache_dir):
+    tars = [(storage.join(url, f"{entry.name}.tar"), entry.sha256)]
+    tars += [(entry.images.url, entry.images.sha256)] if entry.images else []
+    fetched = [cache.renew(tar, sha256, cache_dir) for tar, sha256 in tars]
+    if not any(fetched):
         return False
     del _opened[url, entry.name, entry.sha256, cache_dir]
     return True
+
+
+def forget() -> None:
+    """Close all that is open."""
+    _opened.clear()
 
 
 @cached

@@ -1,9 +1,13 @@
-"""An S3 server that is far away and fails: moto's server behind a proxy that delays, refuses, stalls, cuts, falsifies and drops.
+"""An S3 server that fails or is far away: moto's server behind a proxy that refuses, stalls, cuts, falsifies and drops, or delays.
 
-with store(folder, faults=True, latency_ms=0) as seen: ...      # the environment points to it; seen() = how often each fault was served
+with store(folder, faults=True) as seen: ...      # the environment points to it; seen() = how often each fault was served
+with store(folder, far=True): ...
 
 Which request fails how depends on its path and on how often it came, so every run meets the same faults. The first two requests for a file
 fail, each in another way, and later ones work. Other bytes are served of files whose sha256 is known, for nothing else could tell.
+
+A store that is far away takes 30 ms to answer and sends 80 MB/s on a connection, as the first prototypes were measured. It answers
+from the proxy's memory what it was asked before, so that moto, slower than any store, is not what is measured.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 import urllib.request
 import zlib
 from collections import Counter
@@ -26,6 +31,7 @@ from aiohttp import ClientSession, DummyCookieJar, web
 READS = ("slow down", "stall", "cut", "other bytes", "drop", "short")
 WRITES = ("slow down", "drop")
 FAILS = 2  # requests for each file
+LATENCY_S, BYTES_PER_S, PIECE = 0.03, 80e6, 1 << 20
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
 SLOW_DOWN = "<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
@@ -33,8 +39,9 @@ SLOW_DOWN = "<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please re
 class Proxy:
     """Handles one request after the other as the plan says."""
 
-    def __init__(self, upstream: str, latency_ms: float, faults: bool) -> None:
-        self.upstream, self.latency_s, self.faults = upstream, latency_ms / 1000, faults
+    def __init__(self, upstream: str, faults: bool, far: bool) -> None:
+        self.upstream, self.faults, self.far = upstream, faults, far
+        self.known: dict[tuple[str, str], tuple[int, dict[str, str], bytes]] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
         self.served: Counter[str] = Counter()
 
@@ -53,13 +60,40 @@ class Proxy:
         if request.path == "/served":
             return web.json_response(self.served)
         body = await request.read()
-        await asyncio.sleep(self.latency_s)
+        if self.far:
+            await asyncio.sleep(LATENCY_S)
         fault = self.fault(request)
         self.served[fault or "nothing"] += 1
         if fault == "slow down":
             return web.Response(status=503, text=SLOW_DOWN, content_type="application/xml")
         if fault == "drop":
             return self.dropped(request)
+        status, headers, data = await self.answer(request, body)
+        if fault == "other bytes":
+            data = data[:-600] + bytes(byte ^ 1 for byte in data[-600:])
+        if fault == "short":
+            data = data[: len(data) // 2]
+        if fault not in ("stall", "cut") and not (self.far and len(data) > PIECE):
+            return web.Response(status=status, headers=headers, body=data)
+        response = web.StreamResponse(status=status, headers=headers | {"Content-Length": str(len(data))})
+        await response.prepare(request)
+        if fault is None:
+            started = time.monotonic()
+            for at in range(0, len(data), PIECE):
+                await response.write(data[at : at + PIECE])
+                await asyncio.sleep(started + (at + PIECE) / BYTES_PER_S - time.monotonic())
+            return response
+        await response.write(data[: len(data) // 2])
+        if fault == "cut":
+            return self.dropped(request)
+        await asyncio.sleep(3600)
+        return response
+
+    async def answer(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of moto's answer."""
+        asked = request.raw_path, request.headers.get("Range", "")
+        if request.method == "GET" and asked in self.known:
+            return self.known[asked]
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP}
         session: ClientSession = request.app["session"]
         async with session.request(request.method, self.upstream + request.raw_path, headers=headers, data=body) as reply:
@@ -67,19 +101,9 @@ class Proxy:
         passed = {name: value for name, value in reply.headers.items() if name.lower() not in _HOP}
         if request.method == "HEAD":
             passed["Content-Length"] = reply.headers.get("Content-Length", "0")
-        if fault == "other bytes":
-            data = data[:-600] + bytes(byte ^ 1 for byte in data[-600:])
-        if fault == "short":
-            data = data[: len(data) // 2]
-        if fault not in ("stall", "cut"):
-            return web.Response(status=reply.status, headers=passed, body=data)
-        response = web.StreamResponse(status=reply.status, headers=passed | {"Content-Length": str(len(data))})
-        await response.prepare(request)
-        await response.write(data[: len(data) // 2])
-        if fault == "cut":
-            return self.dropped(request)
-        await asyncio.sleep(3600)
-        return response
+        if self.far and request.method == "GET":
+            self.known[asked] = reply.status, passed, data
+        return reply.status, passed, data
 
     @staticmethod
     def dropped(request: web.Request) -> web.StreamResponse:
@@ -93,10 +117,10 @@ def serve() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream", required=True)
-    parser.add_argument("--latency-ms", type=float, required=True)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--far", action="store_true")
     options = parser.parse_args()
-    proxy = Proxy(options.upstream, options.latency_ms, options.faults)
+    proxy = Proxy(options.upstream, options.faults, options.far)
 
     async def session(app: web.Application) -> None:
         app["session"] = ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar())
@@ -108,7 +132,7 @@ def serve() -> None:
 
 
 @contextmanager
-def store(folder: Path, *, faults: bool, latency_ms: float = 0.0) -> Iterator[Callable[[], dict[str, int]]]:
+def store(folder: Path, *, faults: bool = False, far: bool = False) -> Iterator[Callable[[], dict[str, int]]]:
     """An empty store with the bucket `allograft`, and this process's environment set to use it through the proxy."""
     import boto3
     import s3fs
@@ -124,9 +148,8 @@ def store(folder: Path, *, faults: bool, latency_ms: float = 0.0) -> Iterator[Ca
     before = {name: os.environ.get(name) for name in given}
     commands = [
         [services.tool("moto_server"), "-H", "127.0.0.1", "-p", str(ports[0])],
-        [sys.executable, __file__, "--port", str(ports[1]), "--upstream", moto, "--latency-ms", str(latency_ms)],
+        [sys.executable, __file__, "--port", str(ports[1]), "--upstream", moto, *["--faults"] * faults, *["--far"] * far],
     ]
-    commands[1] += ["--faults"] if faults else []
     running = services.Services(folder, dict(os.environ), {})
     try:
         os.environ.update(given)

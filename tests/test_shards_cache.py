@@ -125,7 +125,7 @@ def test_a_copy_that_went_bad_is_fetched_again(tmp_path: Path) -> None:
     assert np.array_equal(corpus[3].image, local[3].image)
     (index,) = (tmp_path / "cache").rglob("*.idx")
     index.write_bytes(bytes(index.stat().st_size))
-    shardfile._opened.clear()
+    shardfile.forget()
     assert np.array_equal(Corpus(url, cache_dir=str(tmp_path / "cache"))[3].image, local[3].image)
 
 
@@ -139,7 +139,7 @@ def test_what_the_store_itself_damaged_is_named_and_not_fetched_for_ever(tmp_pat
 def test_more_shards_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shardfile, "_most_open", lambda: 2)
     corpus = Corpus(write(tmp_path, (3,) * 7))
-    shardfile._opened.clear()
+    shardfile.forget()
     before = len(os.listdir("/proc/self/fd"))
     assert [corpus[i].meta["age"] for i in (0, 20, 3, 6, 9, 1)] == [0, 20, 3, 6, 9, 1]
     assert len(shardfile._opened) == 2

@@ -268,7 +268,7 @@ def test_two_samples_of_one_key_are_no_evaluation(tmp_path: Path) -> None:
     index = manifest.dump_index(second)
     (tmp_path / "tiny-train-00001.idx").write_bytes(index)
     corpus.shards[1] = corpus.shards[1].model_copy(update={"index_sha256": hashlib.sha256(index).hexdigest()})
-    shardfile._opened.clear()
+    shardfile.forget()
     assert len(corpus.keys()) == 9
     for read in (lambda: decode_all(corpus, 24), lambda: eval_batches(corpus, 24, 4)):
         with pytest.raises(WorkError, match=rf"^{url}: 9 samples, 8 different keys"):

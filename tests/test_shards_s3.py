@@ -52,7 +52,7 @@ def test_pack_train_and_evaluate_through_faults(seen: Callable[[], dict[str, int
     local = Corpus(here)
     expected = streams(local, 0)
     for workers in (0, 2):
-        shardfile._opened.clear()
+        shardfile.forget()
         assert streams(Corpus(there, cache_dir=str(tmp_path / f"cache-{workers}")), workers) == expected
     decoded = decode_all(Corpus(there, ("test",), str(tmp_path / "cache-test")), 32)
     assert np.array_equal(decoded.images, decode_all(Corpus(here, ("test",)), 32).images)

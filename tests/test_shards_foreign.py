@@ -1,0 +1,138 @@
+"""Tars of others are read where they lie, as if they had been packed."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import webdataset
+from tiny_corpus import picture
+
+from base.errors import RequestError, WorkError
+from shards import foreign, shardfile
+from shards.card import Card
+from shards.corpus import Corpus
+from shards.loader import TrainLoader, ViewsConfig
+from shards.pack import pack
+
+CARD = Card.model_validate(
+    {
+        "schema": 2,
+        "dataset": "photos",
+        "title": "tiny",
+        "reader": "tars",
+        "kind": "multiclass",
+        "channels": 3,
+        "labels": ["cat", "dog", "newt"],
+        "layouts": [
+            {
+                "name": "tars",
+                "requires": ["*-train-*.tar"],
+                "images": ["*.tar"],
+                "split_pattern": "-(train|val)-",
+                "split_words": {"train": "train_val", "val": "test"},
+            }
+        ],
+        "namespace": "photos",
+        "split": {"val": 0.3, "test": 0},
+        "public": True,
+        "licence": "none",
+        "access": "none",
+        "citation": "none",
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars as webdataset's own writer makes them: a time in each header, jpeg and cls; and one image that is no JPEG or PNG."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number, name in enumerate(("x-train-0", "x-train-1", "x-val-0")):
+        with webdataset.TarWriter(str(folder / f"{name}.tar")) as writer:
+            for i in range(number * 12, number * 12 + 12):
+                image = cv2.imencode(".jpeg", picture(i, 40, 3)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+                writer.write({"__key__": f"{i % 3}/{i:06d}", "bmp" if i == 5 else "jpeg": image, "cls": i % 3})
+    return folder
+
+
+SPLITS = ("train", "val", "test")
+
+
+def test_they_give_what_packing_gives(tars: Path, tmp_path: Path) -> None:
+    made = foreign.index(CARD, str(tars), str(tmp_path / "there"))
+    packed = pack(CARD, str(tars), str(tmp_path / "packed"), shard_samples=7)
+    assert sum(made.counts.values()) == sum(packed.counts.values()) - 1 == 35
+    there, copied = Corpus(str(tmp_path / "there"), SPLITS), Corpus(str(tmp_path / "packed"), SPLITS)
+    assert not (tmp_path / "there").joinpath("cache").exists()
+    place = {key: i for i, key in enumerate(copied.keys())}
+    for i, key in enumerate(there.keys()):
+        sample, other = there[i], copied[place[key]]
+        assert (sample.labels, sample.patient, sample.meta) == (other.labels, other.patient, other.meta)
+        assert np.abs(sample.image.astype(int) - other.image).mean() < 3  # packing may encode anew
+    (left_out,) = (row for shard in made.shards for row in shard.quarantined)
+    assert left_out.file is not None
+    assert left_out.file.endswith("000005.bmp")
+    batch = next(TrainLoader([Corpus(str(tmp_path / "there"))], None, ViewsConfig(kind="two", size=16), 8, seed=0, workers=1).batches(0))
+    assert batch.target_BL is not None
+    assert torch.equal(batch.target_BL.sum(1), torch.ones(8))
+
+
+def test_they_are_indexed_once(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(tars, raw)
+    out = str(tmp_path / "out")
+    first = foreign.index(CARD, str(raw), out)
+    written: list[str] = []
+    real = foreign.index_of_tar
+    monkeypatch.setattr(foreign, "index_of_tar", lambda tar: (written.append(Path(tar).stem), real(tar))[1])
+    assert foreign.index(CARD, str(raw), out).digest == first.digest
+    assert not written
+    with webdataset.TarWriter(str(raw / "x-val-0.tar")) as writer:
+        image = cv2.imencode(".png", picture(99, 40, 3))[1].tobytes()
+        writer.write({"__key__": "new", "png": image, "cls": 2})
+    changed = foreign.index(CARD, str(raw), out)
+    assert written == ["photos-test-00000"]
+    assert changed.counts["test"] == 1
+    assert Corpus(out, ("test",))[0].labels["newt"] == 1
+
+
+def test_they_come_from_a_store_through_the_node_s_cache(tars: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    out, cache_dir = f"file://{tmp_path}/out", tmp_path / "cache"
+    foreign.index(CARD, f"file://{tars}", out)
+    here = str(tmp_path / "here")
+    foreign.index(CARD, str(tars), here)
+    there, near = Corpus(out, SPLITS, str(cache_dir)), Corpus(here, SPLITS)
+    assert there.keys() == near.keys()
+    views = ViewsConfig(kind="two", size=16)
+    for batch in itertools.islice(TrainLoader([there], None, views, 8, seed=0, workers=2, labels=[]).batches(0), 4):
+        assert batch.valid_B.all()
+    shardfile.forget()
+    assert all(np.array_equal(there[i].image, near[i].image) for i in range(len(near)))
+    assert {path.stat().st_size for path in cache_dir.rglob("*.tar")} >= {path.stat().st_size for path in tars.glob("*.tar")}
+
+
+def test_a_tar_that_changed_since_is_refused(tars: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", str(tmp_path / "out")
+    shutil.copytree(tars, raw)
+    foreign.index(CARD, str(raw), out)
+    path = raw / "x-val-0.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(WorkError, match=r"x-val-0\.tar: the shard is damaged: \d+ bytes where the manifest says"):
+        Corpus(out, ("test",))[0]
+
+
+def test_what_needs_packing_is_refused(tars: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="not de-identified"):
+        foreign.index(CARD.model_copy(update={"public": False}), str(tars), str(tmp_path))
+    folders = tmp_path / "folders"
+    for split, i in (("train", 0), ("train", 1), ("train", 2), ("train", 4), ("val", 5)):
+        (folders / split).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folders / split / f"cat{i}.png"), picture(i, 40, 3))
+    layout = {"name": "folders", "requires": ["*/*.png"], "images": ["*/*.png"], "split_pattern": "^(train|val)/", "label_pattern": "(cat)"}
+    card = Card.model_validate({**CARD.model_dump(by_alias=True), "reader": "folders", "layouts": [layout], "split": {"val": 0, "test": 0}})
+    with pytest.raises(RequestError):
+        foreign.index(card, str(folders), str(tmp_path / "out"))
