@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty_s3 import READS, store
+from test_pretrain_run import metrics, tree
+from tiny_corpus import write
 
 from base import storage
+from base.config import parse
 from base.errors import WorkError
+from engine.context import LocalContext
+from pretrain.run import PretrainConfig, run
 from shards import shardfile
 from shards.card import load_card
 from shards.corpus import Corpus
@@ -57,6 +62,21 @@ def test_pack_train_and_evaluate_through_faults(seen: Callable[[], dict[str, int
     decoded = decode_all(Corpus(there, ("test",), str(tmp_path / "cache-test")), 32)
     assert np.array_equal(decoded.images, decode_all(Corpus(here, ("test",)), 32).images)
     assert set(READS) <= set(seen())  # and every fault was met
+
+
+def test_a_pretraining_from_a_failing_store_is_that_from_a_disk(seen: Callable[[], dict[str, int]], tmp_path: Path) -> None:
+    here, there = write(tmp_path / "tiny"), f"{BUCKET}/tiny"
+    storage.put_dir(here, there, last=("manifest.json",))
+    rows = []
+    for name, url in (("here", here), ("there", there)):
+        shardfile.forget()
+        place = {"out": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "workers": 1}
+        config = parse(tree("simclr", url, "simclr", epochs=1) | place, PretrainConfig, name)
+        assert run(config, LocalContext(dir=config.out)) is not None
+        rows.append(metrics(tmp_path / name))
+    assert rows[0] == rows[1]
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 3
+    assert not list(tmp_path.glob("*/quarantine-*.jsonl"))
 
 
 def test_a_store_that_keeps_failing_is_an_error_that_names_the_file(
