@@ -123,7 +123,8 @@ def _turn_hue(pixels_B3SS: Tensor, turns: Tensor) -> Tensor:
     safe = chroma.clamp(min=1)
     blue_or_green = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     sixths = torch.where(value == red, (green - blue) / safe, blue_or_green) + 6 * turns
-    away = (torch.tensor([5.0, 3.0, 1.0], device=turns.device)[:, None, None] + sixths) % 6
+    channel = torch.arange(3, device=turns.device)[:, None, None]
+    away = (5 - 2 * channel + sixths) % 6
     return (value - chroma * torch.minimum(away, 4 - away).clamp(0, 1)).round().clamp_(0, 255)
 
 

@@ -165,3 +165,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
     plan |= {"start_from": None, "start_from_sha256": None, "start_from_name": None, "out": str(tmp_path / "out")}
     with pytest.raises(WorkError, match=r"not finite at step \d+ on rank \[0\]"):
         run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+
+
+def test_views_made_on_the_device_or_by_lightly_train_too(tmp_path: Path) -> None:
+    shards, losses = write(tmp_path / "shards"), {}
+    settings: dict[str, dict[str, Any]] = {"cpu": {}, "device": {"views.device_side": 40}, "lightly": {"views.library": "lightly"}}
+    for name, setting in settings.items():
+        plan = tree("simclr", shards, name, max_steps=1, checkpoint_every_steps=0, **setting) | {"out": str(tmp_path / name)}
+        assert run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path / name))) is not None
+        losses[name] = metrics(tmp_path / name)[0]["loss"]
+    assert losses["device"] == pytest.approx(losses["cpu"], rel=1e-3)
+    assert losses["lightly"] == pytest.approx(losses["cpu"], rel=0.3)
+    assert losses["lightly"] != losses["cpu"]
