@@ -114,15 +114,15 @@ def main() -> None:
     count = len(images) * (len(images) - 1) // 2
     alike = sum(1 for i, name in enumerate(patients) for other in patients[:i] if name == other)
     rest = [(i, j) for i, j in proposed if i < j and patients[i] != patients[j]]
-    print(
-        f"{count - alike:,} pairs of different patients: {len(rest)} proposed ({len(rest) / (count - alike):.1e}), {len(pairs) - len(same)} found"
-    )
+    print(f"{count - alike:,} pairs of different patients: {len(rest)} proposed, {len(pairs) - len(same)} found")
     print(f"{alike} pairs of one patient: {len(same)} found")
-    decide = (decided - multiplied) - (multiplied - start)
-    print(
-        f"processor time: look {1e3 * (looked - began) / len(images):.2f} ms an image, hashes {1e3 * (hashed - looked) / len(images):.2f} ms,"
-        f" products {1e9 * (multiplied - start) / len(images) ** 2:.0f} s per 1e9 pairs, decision {1e3 * decide / len(proposed):.2f} ms a proposal"
-    )
+    costs = {
+        "look, ms an image": 1e3 * (looked - began) / len(images),
+        "hashes, ms an image": 1e3 * (hashed - looked) / len(images),
+        "products, s per 1e9 pairs": 1e9 * (multiplied - start) / len(images) ** 2,
+        "decision, ms a proposal": 1e3 * (decided - 2 * multiplied + start) / len(proposed),
+    }
+    print("processor time: " + "; ".join(f"{name} {value:.2f}" for name, value in costs.items()))
     if args.pairs:
         sizes = [int(size) for size in args.pairs.split("x")]
         one, other = (
