@@ -61,6 +61,12 @@ def _ask(act: Callable[[], T], url: str) -> T:
             raise WorkError(f"the object store cannot be used: {error}", where=url, hint=hint) from error
 
 
+def _patience(fs: Any, size: int) -> dict[str, float]:
+    """How long a write may take, s. A store that drops the connection while the client waits for its leave to send leaves it waiting for
+    ever: the read timeout does not count there."""
+    return {"timeout": 4 * SILENCE_S + size / 1e6} if fs.async_impl else {}
+
+
 def _is_momentary(error: Exception) -> bool:
     """Throttled (503, 429), broken inside (500), silent, cut off or falsified: the same request may work in a moment."""
     if isinstance(error, TimeoutError | ConnectionError):
@@ -144,7 +150,7 @@ def put(url: str, data: bytes | str) -> None:
     raw = data.encode() if isinstance(data, str) else data
     if is_url(url):
         fs, path = _fs(url)
-        _guard(lambda: fs.pipe_file(path, raw), url)
+        _guard(lambda: fs.pipe_file(path, raw, **_patience(fs, len(raw))), url)
         return
     _guard(lambda: _write_and_rename(url, lambda temporary: Path(temporary).write_bytes(raw)), url)
 
@@ -154,7 +160,7 @@ def create(url: str, data: str) -> bool:
     if is_url(url):
         fs, path = _fs(url)
         try:
-            _guard(lambda: fs.pipe_file(path, data.encode(), mode="create"), url)
+            _guard(lambda: fs.pipe_file(path, data.encode(), mode="create", **_patience(fs, len(data))), url)
         except FileExistsError:
             # An answer may have been lost on its way back, and the request repeated: then what stands there is our own.
             return read_bytes(url) == data.encode()
@@ -173,7 +179,7 @@ def put_file(local: str | Path, url: str) -> None:
     """Copy a local file to its place, whole or not at all."""
     if is_url(url):
         fs, path = _fs(url)
-        _guard(lambda: fs.put_file(str(local), path), url)
+        _guard(lambda: fs.put_file(str(local), path, **_patience(fs, os.path.getsize(local))), url)
         return
     _guard(lambda: _write_and_rename(url, lambda temporary: shutil.copyfile(local, temporary)), url)
 
