@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/views_parity.py RAW [key=value ...]      # RAW: the nih-cxr14 files; goes on where it stopped
 
-Six pretrainings and 28 cells: some hours on two cores; preset=smoke takes minutes and claims nothing. Both against random weights are
+Six pretrainings and 14 cells: an hour on two cores; preset=smoke takes minutes and claims nothing. Both against random weights are
 printed too: two pretrainings that taught nothing would be equal as well. The last line is ours minus lightly's.
 """
 
