@@ -54,7 +54,7 @@ class DecodeOnly(BatchReader):
     def read(self, id_B: np.ndarray, epoch_B: np.ndarray, slot: int | None = None) -> Parts:
         for i in id_B.tolist():
             self.sample(i)
-        return Parts(id_B, torch.empty(0, dtype=torch.uint8), [], None, None, None, id_B >= 0, None, [])
+        return Parts(id_B, epoch_B, torch.empty(0, dtype=torch.uint8), [], None, None, None, id_B >= 0, None, [])
 
 
 def limit(folder: Path, workers: int) -> Iterator[Any]:

@@ -70,6 +70,7 @@ def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
     from encoders.cuts import family
     from finetune.strategies import resolve
+    from pretrain import methods
     from pretrain.recipe import load_recipe
     from shards.card import load_card
 
@@ -79,7 +80,8 @@ def check_names(study: Study, where: str) -> None:
         key = f"{where}: pretrain[{i}]"
         if entry.name in earlier:
             raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
-        load_recipe(entry.recipe, entry.settings)
+        recipe = load_recipe(entry.recipe, entry.settings)
+        methods.check(recipe.method, recipe.options, views=recipe.views, architecture=entry.architecture)
         for dataset in entry.data:
             if dataset not in study.data:
                 raise unknown("dataset", dataset, study.data, where=f"{key}.data")

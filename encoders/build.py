@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.cuts import Cut, cuts
+from encoders.cuts import Cut, cuts, is_vit
 
 # Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
+VIT_SIDE = 224
 
 
 class Normalise(nn.Module):
@@ -43,12 +44,16 @@ class Encoder(nn.Module):
 
     Attributes:
         net: the timm network (`num_classes=0`); its state dict is the encoder's weights.
+        image_size: side that a vision transformer's positions are for (other sides are interpolated); None for convolutions.
         num_features: D.
         pyramid_channels, pyramid_reductions: of the maps that `pyramid` gives, stem first.
     """
 
-    def __init__(self, architecture: str, net: nn.Module, in_chans: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, architecture: str, net: nn.Module, in_chans: int, mean: Sequence[float], std: Sequence[float], image_size: int | None = None
+    ) -> None:
         super().__init__()
+        self.image_size = image_size
         self.architecture, self.in_chans = architecture, in_chans
         self.mean, self.std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
         self.normalise = Normalise(self.mean, self.std)
@@ -59,12 +64,23 @@ class Encoder(nn.Module):
         self.pyramid_reductions = tuple(cut.reduction for cut in self.cuts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: u8 or float BCHW -> z_BD, globally averaged."""
+        """x: u8 or float BCHW -> z_BD, globally averaged, or a vision transformer's class token."""
         return self.net(self.normalise(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: u8 or float BCHW -> the last map B,D,h,w, or tokens B,T,D with the class token first. `pool` of it is `forward`'s."""
+        return self.net.forward_features(self.normalise(x))  # type: ignore[operator]
+
+    def pool(self, features: Tensor) -> Tensor:
+        """`features` -> z_BD."""
+        return self.net.forward_head(features)  # type: ignore[operator]
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """x: u8 or float BCHW -> feature maps at the cut points, stem (/2) first, taken from this very network's modules."""
         h = self.normalise(x)
+        if self.image_size:
+            of_blocks: list[Tensor] = self.net.forward_intermediates(h, norm=False, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
+            return of_blocks
         maps: list[Tensor] = []
         wanted = {cut.module for cut in self.cuts}
         for name, module in self.net.named_children():
@@ -93,7 +109,7 @@ def build(
 
     Args:
         mean, std: per channel, of pixels scaled to 0..1; `neutral` when not given.
-        image_size: for families with a fixed input side; convolutional ones take any size.
+        image_size: side in pixels that a vision transformer's positions are for, 224 unless given; convolutions take any.
 
     Raises:
         RequestError: unknown architecture.
@@ -102,11 +118,18 @@ def build(
 
     points = cuts(architecture)
     default_mean, default_std = neutral(in_chans)
+    size = (image_size or VIT_SIDE) if is_vit(architecture) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = timm.create_model(architecture, pretrained=False, num_classes=0, in_chans=in_chans)
+        net = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args(in_chans, size))
     _check(architecture, net, points)
-    return Encoder(architecture, net, in_chans, default_mean if mean is None else mean, default_std if std is None else std)
+    return Encoder(architecture, net, in_chans, default_mean if mean is None else mean, default_std if std is None else std, size)
+
+
+def model_args(in_chans: int, image_size: int | None) -> dict[str, Any]:
+    """What timm is told beside the architecture's name, here and in exports."""
+    # Sides other than image_size (small crops, evaluation) have their positions interpolated.
+    return {"in_chans": in_chans} | ({"img_size": image_size, "dynamic_img_size": True} if image_size else {})
 
 
 def _check(architecture: str, net: nn.Module, points: tuple[Cut, ...]) -> None:

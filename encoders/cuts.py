@@ -3,8 +3,9 @@
     cuts("resnet18")[0]         # Cut(name="stem", module="act1", reduction=2)
     refuse an unknown name:     family("vgg16") raises RequestError with the families
 
-One explicit list a family. A cut is where feature maps are taken for pyramids and, by strategies, where networks are cut; it is
-the output of a module of the timm network, so the tensors that a decoder sees come from the very weights that were loaded.
+One explicit list a family; those of vision transformers differ by depth. A cut is where feature maps are taken for pyramids and, by
+strategies, where networks are cut; it is the output of a module of the timm network, so the tensors that a decoder sees come from the very
+weights that were loaded.
 """
 
 from typing import NamedTuple
@@ -25,6 +26,10 @@ class Family(NamedTuple):
 
     architectures: tuple[str, ...]
     cuts: tuple[Cut, ...]
+
+
+def _blocks(depth: int) -> tuple[Cut, ...]:
+    return tuple(Cut(f"block{i + 1}", f"blocks.{i}", 16) for i in range(depth))
 
 
 # The stem's cut is its activation, before the max pooling: that is the /2 map which a U-Net's last skip needs.
@@ -54,6 +59,9 @@ FAMILIES: dict[str, Family] = {
             Cut("layer4", "layer4", 32),
         ),
     ),
+    "vit": Family(("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"), _blocks(12)),
+    "vit-large": Family(("vit_large_patch16_224",), _blocks(24)),
+    "vit-test": Family(("test_vit",), _blocks(6)),
 }
 
 
@@ -77,6 +85,11 @@ def family(architecture: str) -> str:
         f"unknown architecture '{architecture}'",
         hint=(f"did you mean '{close}'? " if close else "") + f"families are {listed}",
     )
+
+
+def is_vit(architecture: str) -> bool:
+    """Whether images become tokens: patches of 16 px, and positions that belong to an image size."""
+    return family(architecture).startswith("vit")
 
 
 def cuts(architecture: str) -> tuple[Cut, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from base.config import Strict, parse
 from base.errors import RequestError, WorkError
-from encoders.build import Encoder, build
+from encoders.build import Encoder, build, model_args
 from encoders.weights import State, load_into, load_local, sha256_of, timm_pretrained
 
 GOLDEN_SEED = 0
@@ -90,7 +90,7 @@ def export(
     mean, std = tuple(mean or encoder.mean), tuple(std or encoder.std)
     state = _plain(encoder.net.state_dict())
     # A fresh network, so that wrappers, memory layouts and replaced norms of training leave no trace in the golden numbers.
-    fresh = build(encoder.architecture, encoder.in_chans, mean, std)
+    fresh = build(encoder.architecture, encoder.in_chans, mean, std, image_size=encoder.image_size)
     fresh.net.load_state_dict(state, strict=True)
     save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
     save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"format": "pt"})
@@ -130,7 +130,7 @@ def export_published(tag: str, dir: str | Path, *, revision: str, file: str | No
         WorkError: they could not be fetched.
     """
     found = timm_pretrained(tag, file)
-    encoder = build(found.architecture, len(found.mean), found.mean, found.std)
+    encoder = build(found.architecture, len(found.mean), found.mean, found.std, image_size=found.image_size)
     load_into(encoder.net, found.state)
     step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
     data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
@@ -207,8 +207,8 @@ def _timm_config(encoder: Encoder, info: ExportInfo) -> dict[str, Any]:
         "architecture": info.architecture,
         "num_classes": 0,
         "num_features": encoder.num_features,
-        "global_pool": "avg",
-        "model_args": {"in_chans": info.in_chans},
+        "global_pool": "token" if encoder.image_size else "avg",
+        "model_args": model_args(info.in_chans, encoder.image_size),
         "pretrained_cfg": {
             "tag": f"allograft_{info.name}",
             "license": info.licence,

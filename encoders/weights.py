@@ -30,7 +30,8 @@ PREFIXES = ("module.encoder_q.", "module.encoder.", "module.backbone.", "module.
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of each tensor. `reshaped`: the first convolution, adapted to another number of input channels."""
+    """What became of each tensor. `reshaped`: the first convolution, adapted to another number of input channels, and positions of
+    another image size, interpolated."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
@@ -167,6 +168,9 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], allow_partial: bool =
             continue
         if tensor.shape == wanted.shape:
             ready[name] = tensor
+        elif name == "pos_embed" and tensor.shape[2] == wanted.shape[2]:
+            ready[name] = _resized_positions(tensor, wanted.shape[1], net)
+            reshaped.append(name)
         elif name == first and tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]:
             ready[name] = adapt_input(tensor, wanted.shape[1])
             reshaped.append(name)
@@ -185,6 +189,14 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], allow_partial: bool =
     if prefix or report.missing or reshaped:
         log.warning("weights: %s", report.table())
     return report
+
+
+def _resized_positions(tensor_1TD: Tensor, tokens: int, net: Any) -> Tensor:
+    from timm.layers import resample_abs_pos_embed
+
+    side = round((tokens - net.num_prefix_tokens) ** 0.5)
+    resized: Tensor = resample_abs_pos_embed(tensor_1TD, [side, side], num_prefix_tokens=net.num_prefix_tokens)
+    return resized
 
 
 def _prefix(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -130,6 +130,11 @@ def convert(module: nn.Module) -> nn.Module:
     return _convert(module)
 
 
+def batch_norms(module: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+
+
 def _convert(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GlobalBatchNorm):
         kind = GlobalBatchNorm1d if isinstance(module, nn.BatchNorm1d) else GlobalBatchNorm2d

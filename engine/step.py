@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import RequestError, WorkError
-from engine import ranks, schedules
+from engine import ema, ranks, schedules
 from engine.config import EngineConfig, OptimizerConfig
 
 State = dict[str, Tensor]
@@ -118,16 +118,17 @@ class Engine:
         Raises:
             WorkError: a buffer differs between ranks, so no single file could hold it.
         """
-        apart = ranks.differing_buffers(self.module)
+        return self.whole(self.module)
+
+    def whole(self, module: nn.Module) -> State:
+        """`model_state` of any module beside or inside the engine's: of a teacher, for instance."""
+        apart = ranks.differing_buffers(module)
         if apart:
             raise WorkError(
                 f"buffers differ between ranks: {', '.join(apart[:5])}", where="engine", hint="normalise with engine.norm.convert"
             )
-        if self.config.zero_stage < 3:
-            return {name: t.detach().cpu().clone().contiguous() for name, t in self.module.state_dict().items()}
-        deepspeed = ranks.import_deepspeed()
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return {name: t.detach().cpu().clone().contiguous() for name, t in self.module.state_dict().items()}
+        with ema.whole(list(module.parameters())):
+            return {name: t.detach().cpu().clone().contiguous() for name, t in module.state_dict().items()}
 
     def optimizer_state(self) -> tuple[State, dict[str, Any]]:
         """Tensors as `<slot>|<parameter name>`, and the other values as JSON under the same names.

@@ -133,12 +133,14 @@ def plant(config: CellConfig, channels: int) -> tuple[Transplant, str, dict[str,
 def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     """Network and weights of the cell's source. Random weights are drawn from the source's name and the cell's seed alone."""
     if config.source_kind == "random":
-        encoder = build(config.architecture, channels, seed=seed_of("source", config.source, config.seed))
-        return EncoderSpec(architecture=config.architecture, in_chans=channels), dict(encoder.net.state_dict())
+        encoder = build(config.architecture, channels, seed=seed_of("source", config.source, config.seed), image_size=config.resolution)
+        spec = EncoderSpec(architecture=config.architecture, in_chans=channels, image_size=config.resolution)
+        return spec, dict(encoder.net.state_dict())
     if config.encoder_dir is None:
         raise RequestError("source_kind weights needs encoder_dir", where=f"cell {config.key}")
     info = read_export(config.encoder_dir, verify=False)  # `plant` hashes the tensors
     if info.architecture != config.architecture:
         raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
     mean, std = info.normalisation(channels)
-    return EncoderSpec(architecture=info.architecture, in_chans=channels, mean=mean, std=std), load_local(config.encoder_dir)
+    spec = EncoderSpec(architecture=info.architecture, in_chans=channels, mean=mean, std=std, image_size=info.image_size)
+    return spec, load_local(config.encoder_dir)

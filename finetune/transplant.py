@@ -27,6 +27,7 @@ class EncoderSpec(Strict):
     in_chans: int
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    image_size: int | None = None  # see encoders.build.Encoder
 
 
 @dataclass
@@ -55,7 +56,7 @@ def receive(spec: EncoderSpec, weights: Mapping[str, torch.Tensor] | None, seed:
     Raises:
         WorkError: the weights do not fit.
     """
-    encoder = build(spec.architecture, spec.in_chans, spec.mean, spec.std, seed)
+    encoder = build(spec.architecture, spec.in_chans, spec.mean, spec.std, seed, spec.image_size)
     loaded = None if weights is None else load_into(encoder.net, weights)
     return encoder, loaded, sha256_of(encoder.net.state_dict())
 

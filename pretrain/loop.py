@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from engine.throughput import Meter
 from pretrain import health, methods, probes, publish
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
 from shards import device_views
-from shards.loader import Batch, Corpus, Targets, TrainLoader
+from shards.loader import Batch, Corpus, Targets, TrainLoader, eval_batches
 
 SECONDS_BETWEEN_PUTS = 5.0
+EMBED_BATCH = 256
 STEPS_BETWEEN_CHECKS_ON_GPU = 10  # a check reads a number back from the GPU
 
 
@@ -84,10 +85,7 @@ class Run:
     def _build(self) -> None:
         config, recipe = self.config, self.recipe
         kind = methods.method_class(recipe.method)
-        if recipe.views.kind != kind.views:
-            raise RequestError(
-                f"{recipe.method} needs views.kind '{kind.views}'", where="recipe: views.kind", hint=f"views.kind={kind.views}"
-            )
+        methods.check(recipe.method, recipe.options, views=recipe.views, architecture=config.architecture)
         size = rank_batch(recipe.global_batch, ranks.world())
         self.corpora = [Corpus(ref.shards, (ref.split,), config.cache_dir, ref.without) for ref in config.data]
         for ref, corpus in zip(config.data, self.corpora, strict=True):
@@ -115,6 +113,7 @@ class Run:
             world=ranks.world(),
             workers=config.workers,
             labels=self.labels if kind.labelled else [],
+            exact_epoch=kind.exact_epochs,
             quarantine_url=self._at(f"quarantine-{ranks.rank()}.jsonl"),
         )
         self.epoch_steps = self.loader.steps_per_epoch
@@ -122,25 +121,40 @@ class Run:
         if recipe.max_steps is not None:
             self.total = min(self.total, recipe.max_steps)
         encoder, self.parent = publish.begin(config)
-        rates = self._rates() if kind.labelled else []
-        self.method = methods.build(recipe.method, encoder, recipe.options, config.seed, self.labels if kind.labelled else (), rates)
-        norm.convert(self.method)
-        self.method.train()
+        facts = methods.Facts(
+            seed=config.seed,
+            samples=sum(len(corpus) for corpus in self.corpora),
+            global_batch=recipe.global_batch,
+            sizes=tuple(recipe.views.sizes),
+            labels=tuple(self.labels) if kind.labelled else (),
+            rates=self._rates() if kind.labelled else (),
+        )
+        self.method = methods.build(recipe.method, encoder, recipe.options, facts)
+        self.method.chunk = recipe.virtual_batch
+        if recipe.virtual_batch and norm.batch_norms(encoder):
+            raise RequestError(
+                f"virtual_batch is exact only without batch norm, and {config.architecture} has it",
+                where="recipe: virtual_batch",
+                hint="virtual_batch=null, or layer norm, for instance vit_small_patch16_224",
+            )
+        for network in (self.method, *self.method.teachers.values()):
+            norm.convert(network)
+            network.train()
         warmup = round(recipe.optimizer.warmup_epochs * self.epoch_steps)
         self.engine = Engine(self.method, recipe.engine(), rank_batch=size, warmup_steps=min(warmup, self.total), total_steps=self.total)
         # Convolutions are faster with channels last, on CPUs too. After the engine: its broadcast of parameters needs rows.
-        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in (self.method, *self.method.teachers.values()):
+            network.to(self.engine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(seed_of("train", config.seed, ranks.rank()))
 
-    def _rates(self) -> list[float]:
+    def _rates(self) -> tuple[float, ...]:
         """Positive rate of each label among the samples where it is known."""
         parts = []
         for corpus in self.corpora:
             resolve = Targets(corpus.card, self.labels, training=True, seed=self.config.seed)
             parts.append(resolve([record.labels for record in corpus.records()], corpus.keys()))
         target_NL, mask_NL = (np.concatenate(of_corpora) for of_corpora in zip(*parts, strict=True))
-        rates: list[float] = ((target_NL * mask_NL).sum(axis=0) / np.maximum(mask_NL.sum(axis=0), 1)).tolist()
-        return rates
+        return tuple(((target_NL * mask_NL).sum(axis=0) / np.maximum(mask_NL.sum(axis=0), 1)).tolist())
 
     def _resume(self) -> None:
         found = checkpoint.find_newest(self._at("checkpoints")) if self.recipe.checkpoint_every_steps else None
@@ -151,6 +165,9 @@ class Run:
         snapshot = checkpoint.load(found)
         self._refuse_another(snapshot.state["key"], "checkpoint")
         self.method.load_state_dict(snapshot.model, strict=True)
+        for name, teacher in self.method.teachers.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in (snapshot.ema or {}).items() if key.startswith(f"{name}.")}
+            teacher.load_state_dict(own, strict=True)
         self.engine.load_optimizer_state(snapshot.optimizer, snapshot.state["optimizer_values"])
         if snapshot.mine:
             checkpoint.restore_random_state(snapshot.mine)
@@ -182,16 +199,16 @@ class Run:
         meter = Meter(self.recipe.global_batch)
         batches = iter(self.loader.batches(self.step))
         while self.step < self.total:
+            self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
             if self.step % self.epoch_steps == 0:
-                self.method.on_epoch_start(self.step // self.epoch_steps, self._embed)
-                self.method.train()
+                self.method.on_epoch_start(self._embed)
             with meter.waiting():
                 batch = self._place(next(batches))
             done = self.step + 1
             logged = done == 1 or done % self.recipe.log_every_steps == 0 or done == self.total
             output = self.engine.forward(batch)
             gradient = self.engine.step(output.loss, self.step, measure=logged)
-            self.method.on_step_end(self.step)
+            self.method.on_step_end()
             rate = self.engine.rate(self.step)
             self.step = done
             meter.tick()
@@ -278,27 +295,31 @@ class Run:
             "configuration": self.config.model_dump(mode="json", by_alias=True),
         }
         self._put_rows(force=True)  # before COMMIT: a resumed run reads the rows up to its checkpoint
-        snapshot = Snapshot(self.step, self.engine.model_state(), tensors, state, mine)
+        ema = {
+            f"{name}.{key}": value for name, teacher in self.method.teachers.items() for key, value in self.engine.whole(teacher).items()
+        }
+        snapshot = Snapshot(self.step, self.engine.model_state(), tensors, state, mine, ema or None)
         checkpoint.save(self._at("checkpoints"), snapshot, self.recipe.keep_checkpoints)
 
     @torch.no_grad()
-    def _embed(self) -> tuple[Tensor, Tensor]:
-        """index_N and z_ND of the whole corpus in id order, on every rank, by the network in eval mode."""
-        index, features = zip(*self._embedded(), strict=True)
-        return torch.cat(index), torch.cat(features)
-
-    def _embedded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        from shards.loader import eval_batches
-
-        self.method.eval()
-        offset = 0
+    def _embed(self, network: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """See methods.Embed. Ranks share the work; samples that cannot be read are left out."""
+        modules = [self.method, *self.method.teachers.values()]
+        for module in modules:
+            module.eval()
+        offset, indices, features = 0, [], []
         for corpus in self.corpora:
-            # Every rank embeds everything: no gather, the same floats everywhere. Methods that cluster large corpora will want shares.
-            for batch in eval_batches(corpus, self.recipe.views.size, 256):
-                keep_B = batch.valid_B
-                placed = self._place(batch)
-                yield batch.index_B[keep_B] + offset, self.method.encoder(placed.views[0])[keep_B].float().cpu()
+            for batch in eval_batches(corpus, self.recipe.views.size, EMBED_BATCH, ranks.rank(), ranks.world(), labels=[]):
+                z_Bd = network(self._place(batch).views[0]).float()
+                index_B = torch.where(batch.valid_B, batch.index_B + offset, -1).to(z_Bd.device)
+                indices.append(ranks.all_gather(index_B).cpu())
+                features.append(ranks.all_gather(z_Bd).cpu())
             offset += len(corpus)
+        for module in modules:
+            module.train()
+        index_N, z_Nd = torch.cat(indices), torch.cat(features)
+        order = torch.argsort(index_N)[(index_N < 0).sum() :]
+        return index_N[order], z_Nd[order]
 
     def _result(self, state: dict[str, Tensor], verdict: health.Verdict) -> dict[str, Any]:
         speeds = [row["img_per_s"] for row in self.rows if "img_per_s" in row]

@@ -25,6 +25,7 @@ class Recipe(Strict):
     options: dict[str, Any] = Field(default={})
     views: ViewsConfig
     global_batch: int = Field(ge=2)
+    virtual_batch: int | None = Field(default=None, ge=1)  # images that the encoder holds in memory at once; gradients stay exact
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(default=None, ge=1)  # stop earlier, after this many updates
     optimizer: OptimizerConfig

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     target_BL, mask_BL: float32; target 0 or 1, mask 1 where the label is known; None when no label was asked for.
     seg_BHW: u8 class indices, NO_MASK where the sample has no mask; None for two views and for data without masks.
     valid_B: bool, False = padding, or a damaged sample (evaluation only).
+    epoch_B: int64, the epoch of each sample in its corpus; with the id it names the sample's random draws.
     draws_VBP: float32 on the host, with views.device_side only: `views` is then the whole images, and these are what
         shards.device_views.apply makes the views by.
     """
@@ -48,6 +49,7 @@ class Batch(NamedTuple):
     mask_BL: torch.Tensor | None
     seg_BHW: torch.Tensor | None
     valid_B: torch.Tensor
+    epoch_B: torch.Tensor
     draws_VBP: np.ndarray | None = None
 
 
@@ -55,6 +57,7 @@ class Parts(NamedTuple):
     """What a worker hands over: pixels by shared memory, the rest as small arrays."""
 
     index_B: np.ndarray
+    epoch_B: np.ndarray
     pixels: torch.Tensor | int  # the views one after the other, flat; or the number of the slot that holds them
     shapes: list[tuple[int, int, int, int]]
     target_BL: np.ndarray | None
@@ -77,6 +80,7 @@ class Parts(NamedTuple):
             None if self.mask_BL is None else torch.from_numpy(self.mask_BL),
             self.seg_BHW,
             torch.from_numpy(self.valid_B),
+            torch.from_numpy(self.epoch_B),
             self.draws_VBP,
         )
 
@@ -161,7 +165,7 @@ class BatchReader(Dataset[Parts | AllograftError]):
             if target_BL is not None and mask_BL is not None:
                 self.targets[self.source(i)].fill(sample.labels, sample.key, target_BL[b], mask_BL[b])
         handed, draws_VBP = pixels if slot is None else slot, self._draws(id_B, epoch_B)
-        return Parts(id_B, handed, shapes, target_BL, mask_BL, masks, valid_B, draws_VBP, damaged)
+        return Parts(id_B, epoch_B, handed, shapes, target_BL, mask_BL, masks, valid_B, draws_VBP, damaged)
 
     def _shapes(self, count: int) -> list[tuple[int, int, int, int]]:
         return [(count, self.channels, side, side) for side in self.views.handed_sizes]

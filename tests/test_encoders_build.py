@@ -53,7 +53,7 @@ def test_unknown_architectures_name_the_families_and_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"did you mean 'resnet50'.*resnet:"):
         family("resnet50x")
     with pytest.raises(RequestError, match="families are resnet"):
-        build("vit_base_patch16_224", 3)
+        build("vgg16", 3)
     assert build("resnet50", 3).net.num_features == 2048
 
 

@@ -24,15 +24,13 @@ SCHEMAS: dict[str, type[BaseModel]] = {"recipe": Recipe, "pretrain": PretrainCon
 @pytest.mark.parametrize("name", names("recipe"))
 def test_every_recipe_reads_and_its_options_fit_its_method(name: str) -> None:
     recipe = load_recipe(name)
-    kind = methods.method_class(recipe.method)
     assert recipe.method == name.split("/")[0]
-    assert recipe.views.kind == kind.views
-    parse(recipe.options, kind.Options, name)
+    methods.check(recipe.method, recipe.options, views=recipe.views)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_the_presets(method: str) -> None:
-    assert {f"{method}/{preset}" for preset in ("smoke", "demo", "small", "paper")} <= set(names("recipe"))
+    assert {f"{method}/{preset}" for preset in ("smoke", "small", "paper")} <= set(names("recipe"))
 
 
 def test_paper_values() -> None:
@@ -59,13 +57,16 @@ def test_settings_and_what_is_wrong_with_them() -> None:
 def test_unknown_method_and_option() -> None:
     encoder = nn.Linear(4, 4)
     encoder.num_features = 4  # type: ignore[assignment]
+    facts = methods.Facts(seed=5, samples=100, global_batch=10)
     with pytest.raises(RequestError, match=r"unknown method 'simcrl'.*'simclr'"):
-        methods.build("simcrl", encoder, {}, 0)
+        methods.build("simcrl", encoder, {}, facts)
     with pytest.raises(RequestError, match=r"unknown key 'temprature'.*'temperature'"):
-        methods.build("simclr", encoder, {"temprature": 1}, 0)
+        methods.build("simclr", encoder, {"temprature": 1}, facts)
     with pytest.raises(RequestError, match="needs labels"):
-        methods.build("supervised", encoder, {}, 0)
-    first, second = methods.build("simclr", encoder, {}, 5), methods.build("simclr", encoder, {}, 5)
+        methods.build("supervised", encoder, {}, facts)
+    with pytest.raises(RequestError, match=r"simclr needs views.kind 'two'"):
+        methods.check("simclr", {}, views=load_recipe("supervised/smoke").views)
+    first, second = (methods.build("simclr", encoder, {}, facts) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, LABELS = 8, 3
+BATCH, LABELS, SAMPLES = 8, 3, 24
 
 
 class TinyEncoder(nn.Module):
@@ -35,19 +36,27 @@ class TinyEncoder(nn.Module):
             nn.ReLU(),
         )
 
+    def features(self, x: Tensor) -> Tensor:
+        return self.net(x.float() / 255)  # type: ignore[no-any-return]
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.float() / 255).mean(dim=(2, 3))
+        return self.pool(self.features(x))
 
 
-def batch(rank: int, world: int) -> Any:
+def batch(rank: int, world: int, sizes: Sequence[int] = (16, 16)) -> Any:
     """This rank's part of a batch of 8; the first half knows almost all labels, the second few, so a mean per rank would be wrong."""
     random = np.random.default_rng(3)
-    views = [torch.from_numpy(random.integers(0, 256, (BATCH, 1, 16, 16), dtype=np.uint8)) for _ in range(2)]
+    views = [torch.from_numpy(random.integers(0, 256, (BATCH, 1, size, size), dtype=np.uint8)) for size in sizes]
     target = torch.from_numpy(random.integers(0, 2, (BATCH, LABELS)).astype(np.float32))
     mask = torch.ones(BATCH, LABELS)
     mask[BATCH // 2 :, 1:] = 0
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    return SimpleNamespace(views=[v[mine] for v in views], target_BL=target[mine], mask_BL=mask[mine])
+    index, epoch = torch.arange(SAMPLES - BATCH, SAMPLES), torch.zeros(BATCH, dtype=torch.int64)
+    labels = {"target_BL": target[mine], "mask_BL": mask[mine]}
+    return SimpleNamespace(views=[v[mine] for v in views], index_B=index[mine], epoch_B=epoch[mine], **labels)
 
 
 def norm_case(rank: int, world: int) -> dict[str, Tensor]:
@@ -84,29 +93,63 @@ def norm_case(rank: int, world: int) -> dict[str, Tensor]:
     return out
 
 
+def make_method(name: str, samples: int = 24) -> tuple[Any, tuple[int, ...]]:
+    """A method as its smoke recipe has it, around a tiny encoder, and the sizes of its views."""
+    from encoders.build import build
+    from engine import norm
+    from pretrain import methods
+    from pretrain.recipe import load_recipe
+
+    recipe, kind = load_recipe(f"{name}/smoke"), methods.method_class(name)
+    sizes = tuple(recipe.views.sizes)
+    encoder = build("test_vit", 1, seed=0, image_size=sizes[0]) if kind.only == "vit" else TinyEncoder()
+    facts = methods.Facts(seed=0, samples=samples, global_batch=BATCH, sizes=sizes, labels=tuple("abc"[:LABELS]), rates=(0.5,) * LABELS)
+    method = methods.build(name, encoder, recipe.options, facts)
+    for network in (method, *method.teachers.values()):
+        norm.convert(network)
+        network.train()
+    return method, sizes
+
+
 def method_case(name: str, rank: int, world: int, zero_stage: int = 0) -> dict[str, Tensor]:
-    """Loss of one batch and the update by plain SGD at rate 1: its change of the weights is minus the gradient of the global loss."""
-    from engine import norm, ranks
+    """Loss of one batch and the update by plain SGD at rate 1: its change of the weights is minus the gradient of the global loss.
+
+    Then the teachers and the loss of the same batch at the next step, which has passed through queues, banks and teachers.
+    """
+    from engine import ranks
     from engine.config import EngineConfig, OptimizerConfig
     from engine.step import Engine
     from pretrain import methods, probes
 
     torch.manual_seed(0)
-    options = {"temperature": 0.5, "output_dim": 6} if name == "simclr" else {}
-    method = methods.build(name, TinyEncoder(), options, seed=0, labels=list("abc")[:LABELS])
-    norm.convert(method)
-    method.train()
+    method, sizes = make_method(name, SAMPLES)
     config = EngineConfig(optimizer=OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, schedule="constant"), zero_stage=zero_stage)
-    engine = Engine(method, config, rank_batch=BATCH // world, warmup_steps=0, total_steps=1)
-    before = engine.model_state()
-    output = engine.forward(batch(rank, world))
-    loss = ranks.all_sum(output.loss.detach()) / world
-    engine.step(output.loss, 0)
-    out = {f"{name}.loss": loss.reshape(1)}
-    for key, value in engine.model_state().items():
-        learned = value.is_floating_point() and "running" not in key
-        out[f"{name}.{key}"] = before[key] - value if learned else value
-    row = probes.measure(output.features)
+    engine = Engine(method, config, rank_batch=BATCH // world, warmup_steps=0, total_steps=2)
+    corpus = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (SAMPLES, 1, sizes[0], sizes[0]), dtype=np.uint8))
+
+    def embed(network: Any) -> tuple[Tensor, Tensor]:
+        method.eval()
+        with torch.no_grad():
+            found = network(corpus).float()
+        method.train()
+        return torch.arange(SAMPLES), found
+
+    method.clock = methods.Clock(0, 2, 1)
+    method.on_epoch_start(embed)
+    before, out = engine.model_state(), {}
+    for step in range(2):
+        method.clock = methods.Clock(step, 2, 2)
+        output = engine.forward(batch(rank, world, sizes))
+        out[f"{name}.loss{step}"] = (ranks.all_sum(output.loss.detach()) / world).reshape(1)
+        if step:
+            break
+        row = probes.measure(output.features)
+        engine.step(output.loss, 0)
+        trained = dict(method.named_parameters())
+        out |= {f"{name}.{key}": before[key] - value for key, value in engine.model_state().items() if key in trained}
+        method.on_step_end()
+        out |= {f"{name}.{key}": value for key, value in engine.model_state().items() if key not in trained}
+        out |= {f"{name}.teacher.{t}.{k}": v.clone() for t, teacher in method.teachers.items() for k, v in teacher.state_dict().items()}
     return out | {f"{name}.probe.{key}": torch.tensor([value]) for key, value in row.items()}
 
 
@@ -118,7 +161,7 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
     from engine.checkpoint import Snapshot
 
     ranks.start()
-    tensors = norm_case(rank, world) | method_case("simclr", rank, world) | method_case("supervised", rank, world)
+    tensors = norm_case(rank, world)
     module = nn.BatchNorm2d(3)
     facts = {"equal": ranks.differing_buffers(module), "modules": sorted({name.split(".")[0] for name in sys.modules})}
     with torch.no_grad():
@@ -131,6 +174,18 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
     facts["mine"] = int(checkpoint.load(found).mine["mine"])
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+
+
+def methods_job(rank: int, world: int, folder: Path) -> None:
+    """One step of every method named in `<folder>/methods.json`."""
+    from safetensors.torch import save_file
+
+    from engine import ranks
+
+    ranks.start()
+    for name in json.loads((folder / "methods.json").read_text()):
+        tensors = method_case(name, rank, world)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}-rank{rank}.safetensors")
 
 
 class StopAt:
@@ -188,7 +243,7 @@ def main() -> None:
     job, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{job}", rank=rank, world_size=2)
-    {"engine": engine_job, "pretrain": pretrain_job}[job](rank, 2, folder)
+    {"engine": engine_job, "methods": methods_job, "pretrain": pretrain_job}[job](rank, 2, folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -8,19 +8,24 @@ Official hyper-parameters (section 2.2, appendix B.6): ResNet-50, batch 4096, LA
 without biases and batch norm, 10 epochs of linear warm-up, cosine decay, temperature 0.1, projector 2048-2048-128, 224 px, crops of 8 to
 100 % of the area, colour jitter of strength 1, blur in half of the views; batch norm over all devices.
 
+Version 2 (Chen et al. 2020, arXiv 2006.10029, section 3 and appendix C): a projector of three layers, batch 4096, 800 epochs, LARS with lr
+6.4, weight decay 1e-4, 5 % of the steps warm-up; its gain is for large encoders and few labels. Deviations of version 2: no memory of
+negatives (the paper's option, worth about 1 %), and the whole projector is thrown away, where the paper fine-tunes from its first layer.
+
 Parts: lightly's NTXentLoss (gathers negatives with gradient; two processes equal one, tested) and SimCLRProjectionHead.
 Deviations: none in the loss or head. Grey images have no hue or saturation to jitter. Both views go through the network in one pass, so
 that their batch statistics are shared, as in the official code.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from base.config import Strict
-from pretrain.methods import Method, Output
+from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
     from shards.loader import Batch
@@ -32,40 +37,49 @@ class SimCLROptions(Strict):
     temperature: float = Field(default=0.1, gt=0)
     hidden_dim: int | None = Field(default=None, gt=0)
     output_dim: int = Field(default=128, gt=0)
-    num_layers: int = Field(default=2, ge=2)  # 2 is version 1; 3 is the head of version 2 (arXiv 2006.10029)
+    num_layers: int = Field(default=2, ge=2)
+
+
+class SimCLRv2Options(SimCLROptions):
+    """Three layers; `hidden_dim` as above."""
+
+    num_layers: int = Field(default=3, ge=2)
 
 
 class SimCLR(Method):
-    """See the module's header. Legend: B images of this rank, D features, d projections."""
+    """See the module's header."""
 
-    views: ClassVar[str] = "two"
-    labelled: ClassVar[bool] = False
-    Options: ClassVar[type[Strict]] = SimCLROptions
+    views = ("two",)
+    Options = SimCLROptions
 
-    def __init__(self, encoder: nn.Module, options: SimCLROptions, labels: list[str], rates: list[float]) -> None:
-        super().__init__()
+    def __init__(self, encoder: nn.Module, options: SimCLROptions, facts: Facts) -> None:
+        super().__init__(encoder, options, facts)
         from lightly.loss import NTXentLoss
         from lightly.models.modules.heads import SimCLRProjectionHead
 
-        width = int(encoder.num_features)  # type: ignore[arg-type]
-        self.encoder = encoder
-        self.head = SimCLRProjectionHead(width, options.hidden_dim or width, options.output_dim, num_layers=options.num_layers)
+        self.head = SimCLRProjectionHead(self.width, options.hidden_dim or self.width, options.output_dim, num_layers=options.num_layers)
         self.loss = NTXentLoss(temperature=options.temperature, gather_distributed=True)
 
     def forward(self, batch: "Batch") -> Output:
         """views: two u8 BCHW."""
-        z_2BD: Tensor = self.encoder(torch.cat([batch.views[0], batch.views[1]]))
+        z_2BD = self.encode(torch.cat(batch.views))
         p_2Bd: Tensor = self.head(z_2BD)
         # exp(1 / t) and the sum over thousands of negatives need float32 whatever the network computes in.
         with torch.autocast(p_2Bd.device.type, enabled=False):
             first_Bd, second_Bd = p_2Bd.float().chunk(2)
             loss = self.loss(first_Bd, second_Bd)
-        features = {"backbone": z_2BD.detach().float(), "projector_0": first_Bd.detach(), "projector_1": second_Bd.detach()}
-        return Output(loss, features, {})
+        backbone_BD = z_2BD.detach().float().chunk(2)[0]
+        return Output(loss, {"backbone": backbone_BD, "projector_0": first_Bd.detach(), "projector_1": second_Bd.detach()}, {})
 
     def chance_loss(self, global_batch: int) -> float | None:
         """log of the number of candidates: every other view of the global batch."""
-        return float(torch.tensor(2.0 * global_batch - 1).log())
+        return math.log(2 * global_batch - 1)
 
 
-METHOD = SimCLR
+class SimCLRv2(SimCLR):
+    """The deeper head of version 2."""
+
+    Options = SimCLRv2Options
+
+
+METHODS = {"simclr": SimCLR, "simclr-v2": SimCLRv2}

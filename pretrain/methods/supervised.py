@@ -12,7 +12,7 @@ last weights are exported, because no step of a pretraining looks at the validat
 global batch.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from base.config import Strict
 from base.errors import RequestError
 from engine.losses import entropy, masked_bce
-from pretrain.methods import Method, Output
+from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
     from shards.loader import Batch
@@ -31,25 +31,21 @@ class SupervisedOptions(Strict):
 
 
 class Supervised(Method):
-    """See the module's header. Legend: B images of this rank, D features, L labels."""
+    """See the module's header. Legend: L labels."""
 
-    views: ClassVar[str] = "one"
-    labelled: ClassVar[bool] = True
-    Options: ClassVar[type[Strict]] = SupervisedOptions
+    views = ("one",)
+    labelled = True
+    Options = SupervisedOptions
 
-    def __init__(self, encoder: nn.Module, options: SupervisedOptions, labels: list[str], rates: list[float]) -> None:
-        super().__init__()
-        if not labels:
-            raise RequestError("supervised pretraining needs labels, and the datasets' cards name none", where="pretrain: data")
-        self.encoder = encoder
-        self.classifier = nn.Linear(int(encoder.num_features), len(labels))  # type: ignore[arg-type]
-        self.labels, self.rates = labels, rates
+    def __init__(self, encoder: nn.Module, options: SupervisedOptions, facts: Facts) -> None:
+        super().__init__(encoder, options, facts)
+        self.classifier = nn.Linear(self.width, len(facts.labels))
 
     def forward(self, batch: "Batch") -> Output:
         """views: one u8 BCHW; target_BL 0 or 1; mask_BL 1 where known."""
         if batch.target_BL is None or batch.mask_BL is None:
             raise RequestError("supervised pretraining needs labels, and the loader gives none", where="pretrain: data")
-        z_BD: Tensor = self.encoder(batch.views[0])
+        z_BD = self.encode(batch.views[0])
         logits_BL: Tensor = self.classifier(z_BD)
         with torch.autocast(logits_BL.device.type, enabled=False):
             loss = masked_bce(logits_BL, batch.target_BL, batch.mask_BL)
@@ -57,7 +53,13 @@ class Supervised(Method):
 
     def chance_loss(self, global_batch: int) -> float | None:
         """Entropy of the label rates: what the best constant answer scores."""
-        return float(entropy(torch.tensor(self.rates))) if self.rates else None
+        return float(entropy(torch.tensor(self.facts.rates))) if self.facts.rates else None
+
+    @classmethod
+    def check(cls, options: SupervisedOptions, facts: Facts) -> None:
+        """Raises RequestError without labels."""
+        if not facts.labels:
+            raise RequestError("supervised pretraining needs labels, and the datasets' cards name none", where="pretrain: data")
 
 
-METHOD = Supervised
+METHODS = {"supervised": Supervised}

@@ -1,0 +1,50 @@
+"""Networks that follow another: momentum encoders and teachers, in float32 under every precision and ZeRO stage.
+
+    teacher = follower(student)                      # before the engine: a whole float32 copy that no optimiser sees
+    follow(teacher, student, momentum=0.996)         # after an update: teacher = momentum * teacher + (1 - momentum) * student
+
+A copy in bf16 would not move: at a momentum of 0.999 its steps are below that format's spacing. Batch-norm statistics are not averaged: a
+follower in training mode keeps its own, of what it sees, as the official codes do.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from engine import ranks
+
+
+def follower(network: nn.Module) -> nn.Module:
+    """A float32 copy without gradients. It belongs outside of the module that the engine trains, or ZeRO 3 would cut it in pieces."""
+    return copy.deepcopy(network).float().requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move every parameter of the teacher towards the student's by 1 - momentum. All ranks call; all do the same."""
+    theirs = list(student.parameters())
+    with whole(theirs):
+        torch._foreach_lerp_([p.data for p in teacher.parameters()], [p.detach().float() for p in theirs], 1.0 - momentum)
+
+
+@torch.no_grad()
+def lag(teacher: nn.Module, student: nn.Module) -> float:
+    """Distance between the two in units of the student's norm: 0 when equal. All ranks call."""
+    theirs = list(student.parameters())
+    with whole(theirs):
+        apart = torch._foreach_norm([t.data - s.detach().float() for t, s in zip(teacher.parameters(), theirs, strict=True)])
+        size = torch._foreach_norm([s.detach().float() for s in theirs])
+    return float(torch.stack(list(apart)).norm() / torch.stack(list(size)).norm().clamp_min(1e-12))
+
+
+@contextmanager
+def whole(parameters: list[nn.Parameter] | list[Tensor]) -> Iterator[None]:
+    """At ZeRO 3 parameters lie in pieces on all ranks: inside, they are whole on each."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield
+        return
+    with ranks.import_deepspeed().zero.GatheredParameters(parameters):
+        yield

@@ -1,0 +1,83 @@
+"""Every method: two ranks against one, a run stopped and resumed against an undisturbed one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pretrain_run import metrics, tree
+from tiny_corpus import write
+from torch import Tensor
+from two_ranks import make_method, method_case, two_ranks
+
+from encoders.weights import load_local
+from pretrain import methods
+
+
+@pytest.fixture(scope="module")
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    """Names of the methods that this session tests: `-k moco` costs what those cost."""
+    calls = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    return [name for name in methods.METHODS if any(params.get("name") == name for params in calls)]
+
+
+@pytest.fixture(scope="module")
+def pair(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / "methods.json").write_text(json.dumps(chosen))
+    two_ranks("methods", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_gradients_at_two_ranks_equal_one_rank_with_the_global_batch(pair: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    expected, found = method_case(name, 0, 1), load_file(pair / f"{name}-rank0.safetensors")
+    assert expected.keys() == found.keys()
+    method, _ = make_method(name)
+    trained = [f"{name}.{key}" for key, parameter in method.named_parameters() if parameter.requires_grad]
+    whole = torch.cat([expected[key].flatten() for key in trained]).norm()
+    assert whole > 0
+    for key in trained:
+        apart = (expected[key] - found[key]).norm()
+        assert float(apart) <= 1e-5 * max(float(expected[key].norm()), 0.01 * float(whole)), key
+    for key in set(expected) - set(trained):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    other: dict[str, Tensor] = load_file(pair / f"{name}-rank1.safetensors")
+    assert all(torch.equal(value, other[key]) for key, value in found.items())
+
+
+@pytest.fixture(scope="module")
+def runs(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    shards = write(folder / "shards")
+    trees: list[dict[str, Any]] = []
+    for name in chosen:
+        settings = {"epochs": 4, "global_batch": 20, "max_steps": 8, "checkpoint_every_steps": 3, "log_every_steps": 1}
+        one = tree(name, shards, name, **settings)
+        one |= {"start_from": None, "start_from_sha256": None, "start_from_name": None}
+        trees.append(one | ({"architecture": "test_vit"} if methods.method_class(name).only == "vit" else {}))
+    (folder / "configs.json").write_text(json.dumps(trees))
+    two_ranks("pretrain", folder, timeout=600)
+    return folder
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_stopped_and_resumed_is_bit_identical(runs: Path, chosen: list[str], name: str) -> None:
+    """Stopped after step 6 of 8, in the second epoch; the checkpoint is that of step 6."""
+    number = chosen.index(name)
+    whole, stopped, second, _ = json.loads((runs / "rank0.json").read_text())[number]
+    assert stopped is None
+    assert (whole["encoder_sha256"], second["restarts"]) == (second["encoder_sha256"], 1)
+    assert metrics(runs / f"whole-{name}") == metrics(runs / f"cut-{name}")
+    assert [row["step"] for row in metrics(runs / f"cut-{name}")] == list(range(1, 9))
+    for file in ("model", "optimizer", "ema", "rank0", "rank1"):
+        place = Path("checkpoints") / "step-00000008" / f"{file}.safetensors"
+        if file == "ema" and not make_method(name)[0].teachers:
+            assert not (runs / f"whole-{name}" / place).exists()
+            continue
+        first, other = (load_local(runs / f"{kind}-{name}" / place) for kind in ("whole", "cut"))
+        assert all(torch.equal(first[key], other[key]) for key in first), file
+        assert first.keys() == other.keys()
