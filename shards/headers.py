@@ -3,33 +3,25 @@
 found = header(Path("RAW/a.dcm"))      # Header(format="dicom", size="512 x 512", pixels="MONOCHROME2, 12 bits", tags={"Modality": "CT"})
 """
 
+import gzip
+import io
 import tarfile
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-IMAGES = ("jpeg", "png", "tiff", "gif", "bmp", "dicom", "nifti")
+from shards.content import DAMAGED_GZIP, HEAD, format_of
+from shards.raster import KINDS
+
 DICOM_TAGS = ("Modality", "ViewPosition", "BodyPartExamined", "Manufacturer", "BurnedInAnnotation", "ImageType")
 # Read for counting only, shown nowhere: how many patients there are decides whether splits can be by patient.
 IDENTITIES = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
 _PIXELS = ("Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "BitsStored", "TransferSyntaxUID", "SOPClassUID")
 _MODES = {"1": "1 bit", "L": "grey, 8 bits", "P": "palette", "RGBA": "RGB with alpha", "LA": "grey with alpha"}
-_MAGIC = (
-    (128, b"DICM", "dicom"),  # first: the 128 free bytes before it may begin like a TIFF
-    (0, b"\xff\xd8\xff", "jpeg"),
-    (0, b"\x89PNG\r\n\x1a\n", "png"),
-    (0, b"GIF8", "gif"),
-    (0, b"II*\x00", "tiff"),
-    (0, b"MM\x00*", "tiff"),
-    (0, b"BM", "bmp"),
-    (344, b"n+1\x00", "nifti"),
-    (257, b"ustar", "tar"),
-    (0, b"\x93NUMPY", "npy"),
-    (0, b"%PDF", "pdf"),
-)
 
 
 @dataclass(frozen=True)
@@ -49,30 +41,22 @@ def header(path: Path, file: str) -> Header:
     """The header of a file; `file` is its name in the answer. Whatever is wrong with it is said in `problem`, nothing is raised."""
     try:
         with path.open("rb") as stream:
-            start = stream.read(4096)
+            start = stream.read(HEAD)
     except OSError as error:
         return Header(file, "unreadable", problem=error.strerror or str(error))
     if not start:
         return Header(file, "empty", problem="an empty file")
-    kind = next((name for offset, magic, name in _MAGIC if start[offset : offset + len(magic)] == magic), None)
-    if kind in ("jpeg", "png", "gif", "tiff", "bmp"):
+    kind = format_of(start)
+    if kind in KINDS:
         return _picture(path, file, kind)
-    if kind == "tar":
-        return _tar(path, file)
-    if start.startswith(b"PK\x03\x04"):
-        return _zip(path, file)
-    if kind == "nifti" or start.startswith(b"\x1f\x8b"):
-        return _nifti(path, file) if kind or path.name.endswith(".nii.gz") else Header(file, "gzip")
-    if kind == "dicom" or _could_be_dicom(start):
-        return _dicom(path, file, marked=kind == "dicom")
+    if kind == "dicom":
+        return _dicom(path, file, marked=start[128:132] == b"DICM")
+    if kind == DAMAGED_GZIP:
+        return Header(file, "gzip", problem="damaged: not a gzip file")
+    readers = {"nifti": _nifti, "tar": _tar, "zip": _zip}
     if kind:
-        return Header(file, kind)
+        return readers[kind](path, file) if kind in readers else Header(file, kind)
     return Header(file, "text" if b"\x00" not in start else "unknown")
-
-
-def _could_be_dicom(start: bytes) -> bool:
-    # Files without preamble begin with a group 0002 or 0008 element, in either byte order.
-    return start[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 
 
 def _picture(path: Path, file: str, kind: str) -> Header:
@@ -121,13 +105,17 @@ def _sop_name(uid: str | None) -> str:
 
 
 def _nifti(path: Path, file: str) -> Header:
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
+    from nibabel import Nifti1Header, Nifti2Header
+    from nibabel.spatialimages import HeaderDataError
 
     try:
-        volume = nibabel.load(path)
-        return Header(file, "nifti", " x ".join(map(str, volume.shape)), str(volume.get_data_dtype()))
-    except (ImageFileError, OSError, ValueError, EOFError) as error:
+        with path.open("rb") as stream:
+            packed = stream.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            start = stream.read(HEAD)
+        found = (Nifti2Header if start[4:8] == b"n+2\x00" else Nifti1Header).from_fileobj(io.BytesIO(start))
+        return Header(file, "nifti", " x ".join(map(str, found.get_data_shape())), str(found.get_data_dtype()))
+    except (HeaderDataError, OSError, ValueError, EOFError, zlib.error) as error:
         return Header(file, "nifti", problem=f"damaged: {error}".replace(str(path), file))
 
 

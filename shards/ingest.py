@@ -9,7 +9,6 @@ but loses every segment that can carry text. All else becomes an 8-bit PNG, bit 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,22 +18,11 @@ import numpy as np
 
 from shards import geometry, headerless, pixels16, raster
 from shards.card import Card, RawPixels
+from shards.content import DAMAGED_GZIP, HEAD, IMAGES, format_of
 from shards.planes import Measured, Planes, Unusable
 from shards.raster import png, strip_jpeg
 
 NOT_JUDGED = 255  # in a mask: neither a class nor the background
-MAGIC = (
-    (128, b"DICM", "dicom"),  # first: the 128 free bytes before it may begin like anything
-    (0, b"\xff\xd8\xff", "jpeg"),
-    (0, b"\x89PNG\r\n\x1a\n", "png"),
-    (0, b"II*\x00", "tiff"),
-    (0, b"MM\x00*", "tiff"),
-    (0, b"GIF8", "gif"),
-    (0, b"BM", "bmp"),
-    (344, b"n+1\x00", "nifti"),
-    (4, b"n+2\x00", "nifti"),
-)
-BARE_DICOM = tuple(bytes([group, 0, element, 0]) for group in (2, 8) for element in range(0x20))  # how one without a preamble begins
 
 
 @dataclass(frozen=True)
@@ -59,16 +47,10 @@ def kind(data: bytes, what: str = "image") -> str:
     """jpeg, png, tiff, gif, bmp, dicom or nifti, by content. Raises Unusable."""
     if not data:
         raise Unusable(f"{what} is an empty file")
-    head = data[:1024]
-    if head.startswith(b"\x1f\x8b"):
-        try:
-            head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data[:4096], 1024)
-        except zlib.error:
-            raise Unusable(f"{what} is a damaged gzip file") from None
-    found = next((name for at, magic, name in MAGIC if head[at : at + len(magic)] == magic), None)
-    if found is None and head.startswith(BARE_DICOM):
-        return "dicom"
-    if found is None or (head[:2] != data[:2] and found != "nifti"):
+    found = format_of(data[:HEAD])
+    if found == DAMAGED_GZIP:
+        raise Unusable(f"{what} is a damaged gzip file")
+    if found not in IMAGES:
         raise Unusable(f"{what} is none of JPEG, PNG, TIFF, GIF, BMP, DICOM, NIfTI")
     return found
 

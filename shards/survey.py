@@ -16,7 +16,8 @@ from pathlib import Path
 from base.errors import RequestError
 from base.paths import is_url
 from shards.columns import FileNames, TableFacts, survey_table
-from shards.headers import IMAGES, Header, header
+from shards.content import IMAGES
+from shards.headers import Header, header
 from shards.splitting import SPLIT_WORDS
 
 HEADERS = 400  # files of a group whose header is read

@@ -65,6 +65,8 @@ def test_formats_are_known_by_content(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.jpg").read_bytes()[:12])
     dicom(tmp_path / "tiff.dcm", "p", b"II*\0" + b"\0" * 124)  # a preamble may be a TIFF's
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "v.nii.gz")
+    (tmp_path / "volume.dat").write_bytes((tmp_path / "v.nii.gz").read_bytes())
+    (tmp_path / "cut.gz").write_bytes(b"\x1f\x8b" + b"x" * 40)
     np.savez(tmp_path / "x.npz", train_images=np.zeros((7, 4, 4), np.uint8), train_labels=np.zeros((7, 1), np.uint8))
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         for name in ("0.jpg", "0.cls"):
@@ -77,13 +79,16 @@ def test_formats_are_known_by_content(tmp_path: Path) -> None:
         "cut.png": "png",
         "tiff.dcm": "dicom",
         "v.nii.gz": "nifti",
+        "volume.dat": "nifti",
+        "cut.gz": "gzip",
         "x.npz": "npz",
         "s.tar": "tar",
     }
     assert found["a.jpg"].size == "36 x 40"
     assert found["tiff.dcm"].size == "8 x 9"
     assert found["tiff.dcm"].tags["Modality"] == "DX"
-    assert found["v.nii.gz"].size == "4 x 5 x 6"
+    assert found["v.nii.gz"].size == found["volume.dat"].size == "4 x 5 x 6"
+    assert found["cut.gz"].problem
     assert found["x.npz"].tags["train_images"] == "7 x 4 x 4"
     assert found["s.tar"].pixels == "jpg, cls"
     assert found["empty.png"].problem
