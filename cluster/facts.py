@@ -97,40 +97,37 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
     return {f"{row['split']}_{row['metric']}": float(row["value"]) for row in rows}
 
 
-def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]]) -> dict[str, float]:
+def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]], exposed: str = "apart") -> dict[str, float]:
     """What the cells of one encoder reached: means by task and strategy, `phantom-chest/linear/test_auroc_mean`, and the number of cells.
 
     Where the study has the same cells from random weights, the difference in the task's metric stands beside it (`..._over_random`);
-    whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels or test images the encoder
-    has seen, and all but the largest fraction of the labels.
+    whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels the encoder has seen or,
+    unless the study ranks them, whose test images, and all but the largest fraction of the labels.
 
     Args:
-        mine: results of the encoder's cells. everything: results of all cells of the study.
+        mine: results of the encoder's cells. everything: results of all cells of the study. exposed: the study's setting of that name.
     """
     found: dict[str, float] = {}
-    for group, members in _groups(mine).items():
+    for group, members in _groups(mine, exposed).items():
         metric = f"test_{members[0]['selection']['metric']}"
         means = {name: value for name, value in _means(members).items() if name.endswith((metric[4:], "_within_mean"))}
         found |= {f"{group}/{name}": value for name, value in means.items()}
         # Named so that it does not come before what encoders are judged by: MLflow's tables go by the alphabet.
         found[f"{group}/tested_cells"] = float(len(members))
-        floor = _means(_groups([result for result in everything if result["source"] == "random"]).get(group, []))
+        floor = _means(_groups([result for result in everything if result["source"] == "random"], exposed).get(group, []))
         if metric in means and metric in floor:
             found[f"{group}/{metric}_over_random"] = means[metric] - floor[metric]
     return _numbers(found)
 
 
-def _groups(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _groups(results: Sequence[dict[str, Any]], exposed: str) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not _apart(result):
+        apart = result.get("own_source") or (exposed != "ranked" and result.get("exposed_to"))
+        if result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not apart:
             groups.setdefault(f"{result['task']}/{result['strategy']}", []).append(result)
     largest = {group: max(member["fraction"] for member in members) for group, members in groups.items()}
     return {group: [member for member in members if member["fraction"] == largest[group]] for group, members in groups.items()}
-
-
-def _apart(result: dict[str, Any]) -> bool:
-    return bool(result.get("own_source") or result.get("exposed_to"))
 
 
 def _means(results: Sequence[dict[str, Any]]) -> dict[str, float]:

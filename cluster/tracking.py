@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from analysis.results import plan, read_study
 from base import storage
 from base.errors import RequestError
 from base.paths import is_url
@@ -128,10 +129,14 @@ class Projection:
         """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""
         from mlflow.entities import Metric
 
-        keys = [key for key in storage.listing(storage.join(self.out, "cells")) if key in self.finished]
+        # The same cells as in the report: those that the present plan asks for, and its word on exposed ones.
+        planned = {row["key"] for row in plan(self.out)}
+        cells = storage.listing(storage.join(self.out, "cells"))
+        keys = [key for key in cells if key in self.finished and (key in planned or not planned)]
+        exposed = str(read_study(self.out).get("exposed"))
         held = [self.results.get(key) or storage.read_json(storage.join(self.out, "cells", key, "result.json")) for key in keys]
         reached = {
-            run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held)
+            run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held, exposed)
             for sha256, run in self.encoders.items()
         }
         for run, numbers in reached.items():

@@ -42,6 +42,12 @@ def test_what_must_not_count_for_an_encoder_does_not() -> None:
     assert facts.downstream([whole, *others], [whole, *others]) == facts.downstream([whole], [whole])
 
 
+def test_exposed_cells_count_where_the_study_ranks_them() -> None:
+    plain, seen = result("a", seed=0, value=0.6), result("a", seed=1, value=0.8, exposed_to=["nih-cxr14"])
+    assert facts.downstream([plain, seen], [plain, seen])["t/linear/test_auroc_mean"] == pytest.approx(0.6)
+    assert facts.downstream([plain, seen], [plain, seen], "ranked")["t/linear/test_auroc_mean"] == pytest.approx(0.7)
+
+
 def test_a_metric_that_is_not_defined_is_left_out() -> None:
     rows = [{"split": "test", "class": "", "metric": "auroc_mean", "unit": "fraction", "value": None, "n": 0}]
     assert facts.headline(result("a", metrics=rows)) == {}
