@@ -89,8 +89,10 @@ def survey(raw: str) -> Survey:
     Raises:
         RequestError: no such folder, or no file in it.
     """
-    if is_url(raw) or not os.path.isdir(raw):
-        raise RequestError("no folder of files here (survey looks at local folders)", where=raw)
+    if is_url(raw):
+        raise RequestError("a URL; survey looks at local folders only", where=raw, hint="copy some of its folders here, tables included")
+    if not os.path.isdir(raw):
+        raise RequestError("no such folder", where=raw)
     sizes = dict(_walk(raw))
     if not sizes:
         raise RequestError("the folder holds no file", where=raw)

@@ -251,5 +251,10 @@ def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(RequestError, match="no image among"):
         draft(survey(str(tmp_path)))
-    with pytest.raises(RequestError, match="no folder"):
+    with pytest.raises(RequestError, match="no such folder"):
         survey(str(tmp_path / "absent"))
+
+
+def test_a_url_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match="s3://bucket/raw: a URL; survey looks at local folders only"):
+        survey("s3://bucket/raw")
