@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,21 @@ def all_sum(values: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(out)
     return out
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return all_sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_sum(grads[0])  # every rank's loss depends on every rank's values
+
+
+def summed(values: Tensor) -> Tensor:
+    """`all_sum` with gradient: of the sum of all ranks' losses. All ranks must also run backward together."""
+    return values if world() == 1 else cast(Tensor, _Summed.apply(values))
 
 
 def all_gather(values_N: Tensor) -> Tensor:

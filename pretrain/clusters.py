@@ -19,9 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.errors import RequestError
 from engine import ranks
 
 ROWS = 8192  # scored at a time: with 3000 clusters 100 MB
+IMAGENET = 1_281_167  # samples that official counts are for
+FEWEST = 8  # clusters
+
+
+def scaled_count(official: int, samples: int) -> int:
+    """Prototypes for so many samples: as many to a sample as official on ImageNet, but no fewer than 8 or a quarter of the samples."""
+    return min(samples, max(round(official * samples / IMAGENET), min(FEWEST, samples // 4), 1))
+
+
+def check_count(prototypes: int | None, samples: int) -> None:
+    """Raises RequestError for more prototypes than samples."""
+    if prototypes is not None and prototypes > samples:
+        raise RequestError(
+            f"{samples} samples cannot have {prototypes} prototypes", where="recipe: options.prototypes", hint=f"prototypes={samples}"
+        )
 
 
 @torch.no_grad()

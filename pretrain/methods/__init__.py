@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     from shards.loader import Batch
 
 METHODS: dict[str, str] = {  # name in recipes -> module, whose METHODS holds the class
+    "barlow-twins": "pretrain.methods.decorrelation",
+    "byol": "pretrain.methods.byol",
     "simclr": "pretrain.methods.simclr",
     "simclr-v2": "pretrain.methods.simclr",
+    "simsiam": "pretrain.methods.byol",
     "supervised": "pretrain.methods.supervised",
+    "vicreg": "pretrain.methods.decorrelation",
 }
 
 
