@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {  # name in recipes -> module, whose METHODS holds the class
     "barlow-twins": "pretrain.methods.decorrelation",
     "byol": "pretrain.methods.byol",
+    "deepcluster-v2": "pretrain.methods.deepcluster",
+    "sela-v2": "pretrain.methods.deepcluster",
     "simclr": "pretrain.methods.simclr",
     "simclr-v2": "pretrain.methods.simclr",
     "simsiam": "pretrain.methods.byol",
     "supervised": "pretrain.methods.supervised",
+    "swav": "pretrain.methods.swav",
     "vicreg": "pretrain.methods.decorrelation",
 }
 
