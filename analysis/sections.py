@@ -126,7 +126,22 @@ def health(evidence: Evidence) -> str:
                 series[run.name if run.name not in series else f"{run.name} {run.key[:4]}"] = (i, points)
         if series:
             panels.append(figures.traces(f"pre-{name}", label, series, label))
-    return table(heads, rows, cls="numbers") + f'<div class="panels">{"".join(panels)}</div>'
+    return table(heads, rows, cls="numbers") + _unread(evidence) + f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _unread(evidence: Evidence) -> str:
+    """Samples that a pretraining could not read, from OUT/quarantine.jsonl."""
+    held = results.read_rows(storage.join(evidence.out, "quarantine.jsonl"))
+    if not held:
+        return ""
+    counts = Counter(str(row["pretraining"]).rpartition("-")[0] for row in held)
+    said = ", ".join(f"{n} in {esc(name)}" for name, n in counts.items())
+    rows = ["".join(cell(esc(row[name])) for name in ("pretraining", "sample", "reason")) for row in held[:ROWS]]
+    shown = table(["pretraining", "sample", "reason"], rows)
+    return (
+        f'<p class="bad">Samples that could not be read, each replaced by the next of its lane: {said}.</p>'
+        f"<details><summary>Which, and why</summary>{shown}</details>"
+    )
 
 
 def controls(evidence: Evidence, floors: dict[tuple[str, float], Floors], notes: list[str]) -> str:

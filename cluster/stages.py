@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from base import storage
-from cluster import plan
+from cluster import plan, quarantine
 from cluster.events import Events
 from cluster.plan import Corpus, Weights
 from cluster.progress import Progress, minutes
@@ -84,8 +84,13 @@ def pretrain(
                 progress.say(f"{label}: stands already")
             else:
                 began = time.monotonic()
-                with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
-                    result = pretrain_on_ray(config, study.resources)
+                try:
+                    with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
+                        result = pretrain_on_ray(config, study.resources)
+                finally:  # a run that fails for too many damaged samples says most here
+                    unread = [row for row in quarantine.merge(study.out) if config.out.endswith(f"/{row['pretraining']}")]
+                    if unread:
+                        progress.say(f"{label}: {len(unread)} samples could not be read (see {study.out}/{quarantine.FILE})")
                 restarts += result["restarts"]
                 died = f", finished after {result['restarts']} restart(s) of its workers" if result["restarts"] else ""
                 took = minutes(time.monotonic() - began)

@@ -18,6 +18,7 @@ from analysis.evidence import gather, significance
 from analysis.results import finished
 from analysis.statistics import Bootstrap
 from base import storage
+from cluster import quarantine
 from shards.corpus import Corpus
 
 QUICK = Bootstrap(300)
@@ -151,6 +152,33 @@ def test_the_report_says_what_was_compared_and_left_out(tmp_path: Path) -> None:
         "name patients differently",
     ):
         assert words in said
+
+
+def test_the_report_says_which_training_images_are_test_images_too(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0}, seeds=2, images=100)
+    sides = {"dataset": "shenzhen", "split": "train", "digest": "d", "images": 463, "unread": 0}
+    check = {"corpus": sides, "test": sides | {"split": "test", "images": 134}, "same_pixels": 1, "near_duplicate": 2, "leaked": 3}
+    (out / "leakage.json").write_text(json.dumps({"setting": "stop", "checks": [], "own": [check]}))
+    said = leakage_section.leakage(gather(str(out), QUICK))
+    assert "Training images of a task that match its own test images." in said
+    assert "on both sides" in said
+    (out / "leakage.json").write_text(json.dumps({"setting": "stop", "checks": [], "own": [check | {"leaked": 0}]}))
+    assert "on both sides" not in leakage_section.leakage(gather(str(out), QUICK))
+
+
+def test_samples_that_no_rank_could_read_are_gathered_and_reported(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3}, seeds=2, images=100)
+    assert quarantine.merge(str(out)) == []
+    folder = next((out / "pretrain").iterdir())
+    rows = [{"sample": f"x.tar: x-{i}", "reason": "the checksum of its image differs"} for i in range(3)]
+    for rank, held in enumerate((rows[:2], rows[1:])):
+        (folder / f"quarantine-{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    merged = quarantine.merge(str(out))
+    assert merged == [{"pretraining": folder.name, **row} for row in rows]
+    assert [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()] == merged
+    page = text_of(out)
+    assert "Samples that could not be read, each replaced by the next of its lane: 3 in simclr." in page
+    assert "the checksum of its image differs" in page
 
 
 def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
