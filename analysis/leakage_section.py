@@ -15,10 +15,11 @@ PATIENTS = {
 
 
 def leakage(evidence: Evidence) -> str:
-    """HTML, or an empty string for a study that pretrains nothing and has no exposed cells."""
+    """HTML, or an empty string where nothing was compared and no cell is exposed."""
     held = results.read_json(storage.join(evidence.out, "leakage.json")) or {}
     checks = held.get("checks") or []
     parts = [_comparisons(checks, str(held.get("setting")))] if checks else []
+    parts += [_own(held["own"])] if held.get("own") else []
     exposed: dict[tuple[str, str], int] = {}
     for c in evidence.cells:
         if c.exposed_to:
@@ -29,6 +30,22 @@ def leakage(evidence: Evidence) -> str:
         lines = "".join(f"<li>{esc(what)}: its past holds {esc(corpora)} ({n} cells).</li>" for (what, corpora), n in exposed.items())
         parts.append(f"<p>Exposed cells, {ranks}: their source may have seen the test images.</p><ul>{lines}</ul>")
     return "".join(parts)
+
+
+def _own(checks: list[dict[str, Any]]) -> str:
+    """Each task's training images against its own test images: the same for every encoder, so it moves no rank, and stops nothing."""
+    rows = []
+    for check in checks:
+        corpus, test = check["corpus"], check["test"]
+        parts = [f'<th scope="row">{esc(test["dataset"])}</th>', *(cell(f"{side['images']:,}") for side in (corpus, test))]
+        parts += [cell(str(check[name])) for name in ("same_pixels", "near_duplicate")]
+        rows.append("".join([*parts, cell(str(corpus["unread"] + test["unread"]))]))
+    heads = ["task's dataset", "training images", "test images", "same pixels", "near-duplicate", "not read"]
+    shown = table(heads, rows, "Training images of a task that match its own test images.", cls="numbers")
+    if not any(check["leaked"] for check in checks):
+        return shown
+    note = "The dataset itself holds these images on both sides: results on it are too good, for every encoder alike. Nothing was left out."
+    return f'{shown}<p class="bad">{note}</p>'
 
 
 def _comparisons(checks: list[dict[str, Any]], setting: str) -> str:

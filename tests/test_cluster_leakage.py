@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import tiny_corpus
 import tiny_study
+import yaml
 
 from base import storage
+from base.config import parse
 from base.errors import RequestError
 from cluster import leakage, plan
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.outlook import outlook
 from cluster.progress import Progress
+from cluster.run import run
 from cluster.session import session
 from cluster.standing import standing_corpora
 from cluster.study import Study
@@ -27,9 +30,11 @@ def leaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     picture = tiny_corpus.picture
     monkeypatch.setattr(tiny_corpus, "picture", lambda i, size, channels=1: picture(i - 40 if 40 <= i < 40 + LEAKED else i, size, channels))
     splits = ("train", "train", "val", "test")
-    shards = tiny_corpus.write(tmp_path / "shards", (20, 10, 10, 20), dataset="phantom-chest", splits=splits, size=64)
+    labels = ["texture", "count", "arrangement"]
+    shards = tiny_corpus.write(tmp_path / "shards", (20, 10, 10, 20), dataset="phantom-chest", splits=splits, size=64, labels=labels)
     data = {"phantom-chest": {"shards": shards}}
-    return load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, data=data))
+    entry = {**tiny_study.SIMCLR, "settings": {"global_batch": 16}}  # 22 of 30 training images are left
+    return load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, data=data, pretrain=[entry]))
 
 
 def test_a_plan_tells_without_decoding(leaky: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +55,13 @@ def test_a_plan_tells_without_decoding(leaky: Study, capsys: pytest.CaptureFixtu
 def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
     corpora = standing_corpora(leaky)
     assert leakage.standing(leaky, corpora) is None
-    with session(), pytest.raises(RequestError, match="would see, test images") as stopped:
-        leakage.compare(leaky, corpora, Progress(), Events(leaky.out))
+    cells = {**leaky.model_dump()["cells"], "sources": ["random"], "architectures": ["test_resnet"]}
+    changes = {"out": f"{leaky.out}-alone", "pretrain": [], "cells": cells}
+    alone = parse({**leaky.model_dump(by_alias=True), **changes}, Study, "study")
+    with session():
+        with pytest.raises(RequestError, match="would see, test images") as stopped:
+            leakage.compare(leaky, corpora, Progress(), Events(leaky.out))
+        kept_alone = leakage.compare(alone, corpora, Progress(), Events(alone.out))
     assert f"{LEAKED} images of phantom-chest train match the test images of phantom-chest" in str(stopped.value)
     assert str(stopped.value).count("file: phantom-chest-") == LEAKED
     assert "leakage=exclude" in str(stopped.value)
@@ -69,6 +79,31 @@ def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
     summary = json.loads(storage.read_bytes(f"{leaky.out}/leakage.json"))
     assert summary["setting"] == "exclude"
     assert (summary["checks"][0]["leaked"], summary["checks"][0]["same_pixels"]) == (LEAKED, LEAKED)
+    # A study that pretrains nothing is told that the task's own images overlap, and nothing stops.
+    assert kept_alone["phantom-chest"].without == {}
+    summary = json.loads(storage.read_bytes(f"{alone.out}/leakage.json"))
+    assert summary["checks"] == []
+    assert [(row["corpus"]["split"], row["same_pixels"]) for row in summary["own"]] == [("train", LEAKED)]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_study_trains_without_the_images_that_leak_and_says_so(leaky: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(leaky.model_copy(update={"leakage": "exclude"}))
+    assert not summary.failed
+    assert summary.cells_new == 2
+    assert f"{LEAKED} images match" in capsys.readouterr().out
+
+    trained = f"{leaky.out}/pretrain/{storage.listing(f'{leaky.out}/pretrain')[0]}"
+    config = yaml.safe_load(storage.read_bytes(f"{trained}/config.yaml"))
+    result = storage.read_json(f"{trained}/result.json")
+    assert config["data"][0]["without"] == list(range(LEAKED))
+    assert storage.read_json(f"{trained}/export/allograft.json")["data"][0]["left_out"] == LEAKED
+    assert result["steps"] > 0
+    page = storage.read_bytes(summary.report).decode()
+    assert "those images were left out of pretraining" in page
+    assert "phantom-chest train (30)" in page
+    assert "The dataset itself holds these images on both sides" in page
 
 
 def test_a_study_without_leakage_keeps_its_keys(leaky: Study) -> None:
