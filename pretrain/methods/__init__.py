@@ -36,9 +36,14 @@ METHODS: dict[str, str] = {  # name in recipes -> module, whose METHODS holds th
     "barlow-twins": "pretrain.methods.decorrelation",
     "byol": "pretrain.methods.byol",
     "deepcluster-v2": "pretrain.methods.deepcluster",
+    "dino": "pretrain.methods.dino",
+    "dinov2": "pretrain.methods.dinov2",
+    "ijepa": "pretrain.methods.ijepa",
+    "mae": "pretrain.methods.masked",
     "sela-v2": "pretrain.methods.deepcluster",
     "simclr": "pretrain.methods.simclr",
     "simclr-v2": "pretrain.methods.simclr",
+    "simmim": "pretrain.methods.masked",
     "simsiam": "pretrain.methods.byol",
     "supervised": "pretrain.methods.supervised",
     "swav": "pretrain.methods.swav",
@@ -149,20 +154,22 @@ class Method(nn.Module):
         """Sizes that were left open and follow from the data (queues, prototypes), by name, for the run's log and `explain`."""
         return {}
 
-    def encode(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
-        """x: u8 BCHW -> z_BD by the encoder (or another network), in chunks where the run has virtual batches.
+    def encode(self, x: Tensor, network: Callable[..., Tensor] | None = None, *along: Tensor) -> Tensor:
+        """x: u8 BCHW -> z_BD by the encoder (or another network, which also gets its rows of `along`), in chunks where the run has virtual
+        batches.
 
         A chunk's activations are computed again in the backward pass, so memory holds one chunk's whatever B is, and gradients are exact:
         gradient caching (Gao et al. 2021, arXiv 2101.06983). Heads and losses see the whole batch.
         """
         network = network or self.encoder
         if self.chunk is None or len(x) <= self.chunk:
-            return network(x)
+            return network(x, *along)
+        parts = zip(*(rows.split(self.chunk) for rows in (x, *along)), strict=True)
         if not torch.is_grad_enabled():
-            return torch.cat([network(part) for part in x.split(self.chunk)])
-        return torch.cat([checkpoint(network, part, use_reentrant=False) for part in x.split(self.chunk)])
+            return torch.cat([network(*part) for part in parts])
+        return torch.cat([checkpoint(network, *part, use_reentrant=False) for part in parts])
 
-    def encode_views(self, views: list[Tensor], network: nn.Module | None = None) -> list[Tensor]:
+    def encode_views(self, views: list[Tensor], network: Callable[..., Tensor] | None = None) -> list[Tensor]:
         """z_BD of each view; views of one size go through the network in one pass and share its batch statistics."""
         out: list[Tensor | None] = [None] * len(views)
         for size in dict.fromkeys(view.shape[-1] for view in views):
@@ -171,6 +178,10 @@ class Method(nn.Module):
             for i, z_BD in zip(alike, together.chunk(len(alike)), strict=True):
                 out[i] = z_BD
         return [z_BD for z_BD in out if z_BD is not None]
+
+    def followed(self, teacher: str) -> nn.Module | None:
+        """The module that the teacher of that name follows, parameter by parameter; None where there is no single one."""
+        return None
 
     def add_teacher(self, name: str, network: nn.Module) -> nn.Module:
         """A float32 copy of the network that is saved with the run, converted and moved as the method is, and never trained."""
