@@ -28,7 +28,7 @@ TRAIN_SETTINGS = {
 # twice as fast on a CPU (docs/log.md).
 # One thread by default: a worker sets its own number, and two pools of threads on the same cores only fight.
 WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-# What the driver's environment says about storage and secrets holds on every worker.
+# What the driver's environment says about storage holds on every worker. The secret is the driver's alone: names are hashed while planning.
 FORWARDED = (
     "AWS_ENDPOINT_URL",
     "AWS_ACCESS_KEY_ID",
@@ -38,8 +38,8 @@ FORWARDED = (
     "AWS_DEFAULT_REGION",
     "AWS_EC2_METADATA_DISABLED",
     "ALLOGRAFT_CACHE",
+    "ALLOGRAFT_CACHE_GB",
     "ALLOGRAFT_REVISION",
-    "ALLOGRAFT_SECRET_FILE",
 )
 
 

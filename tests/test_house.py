@@ -1,6 +1,7 @@
 """The house: who may import whom, and what importing costs."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def test_only_cluster_knows_ray_and_mlflow() -> None:
     for path in FILES:
         if path.relative_to(ROOT).parts[0] != "cluster":
             assert not imported(ast.parse(path.read_text())) & {"ray", "mlflow"}, path
+
+
+def test_every_variable_of_the_environment_is_documented() -> None:
+    documented = set(re.findall(r"`([A-Z0-9_]+)`", (ROOT / "docs" / "cluster.md").read_text()))
+    code = [*FILES, *(path for folder in ("tests", "benchmarks", "docker") for path in (ROOT / folder).rglob("*") if path.is_file())]
+    held = {name for path in code for name in re.findall(rb"ALLOGRAFT_[A-Z][A-Z0-9_]*[A-Z0-9]", path.read_bytes())}
+    assert {name.decode() for name in held} <= documented
+    from cluster.session import FORWARDED
+
+    assert set(FORWARDED) <= documented
 
 
 def test_the_packages_are_the_rooms() -> None:
