@@ -350,14 +350,33 @@ def test_the_loss_is_of_masked_pixels_only(name: str) -> None:
     assert method(seen).loss.item() == second.loss.item()
 
 
+@pytest.mark.parametrize("way", ["virtual batches", "activation checkpointing"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_virtual_batches_are_exact(name: str) -> None:
-    whole, parts = make(name), make(name)
-    parts.chunk = 4
-    losses = [method(batch(sizes_of(name))).loss for method in (whole, parts)]
+def test_less_memory_gives_the_same_gradients(name: str, way: str) -> None:
+    whole, thrifty = make(name), make(name)
+    if way == "virtual batches":
+        thrifty.chunk = 4
+    else:
+        thrifty.encoder.net.set_grad_checkpointing(True)
+    losses = [method(batch(sizes_of(name))).loss for method in (whole, thrifty)]
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
         loss.backward()
-    for (key, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+    for (key, a), b in zip(whole.named_parameters(), thrifty.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bf16_computes_the_loss_in_float32(name: str) -> None:
+    method = make(name, **({"freeze_epochs": 0} if name.startswith("dino") else {}))
+    exact = method(batch(sizes_of(name))).loss.item()
+    if name == "dino":
+        method.loss.center.zero_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = method(batch(sizes_of(name)))
+    assert found.loss.dtype == torch.float32
+    assert {value.dtype for value in found.features.values()} == {torch.float32}
+    assert found.loss.item() == pytest.approx(exact, rel=0.03)
+    found.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in method.parameters() if parameter.grad is not None)
