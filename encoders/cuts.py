@@ -8,7 +8,7 @@ strategies, where networks are cut; it is the output of a module of the timm net
 weights that were loaded.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from base.errors import RequestError, nearest
 
@@ -95,3 +95,15 @@ def is_vit(architecture: str) -> bool:
 def cuts(architecture: str) -> tuple[Cut, ...]:
     """Cut points from the stem to the last block. Raises RequestError as `family` does."""
     return FAMILIES[family(architecture)].cuts
+
+
+def depths(architecture: str, net: Any) -> dict[str, int]:
+    """Parameter name -> index of the cut that it belongs to, 0 for the stem's; parameters after the last cut belong to the last."""
+    order = {name: position for position, (name, _) in enumerate(net.named_modules())}
+    points = cuts(architecture)
+    ends = [max(at for name, at in order.items() if f"{name}.".startswith(f"{point.module}.")) for point in points]
+    found = {}
+    for name, _ in net.named_parameters():
+        at = order[name.rpartition(".")[0]]
+        found[name] = next((i for i, end in enumerate(ends) if at <= end), len(points) - 1)
+    return found

@@ -1,6 +1,8 @@
 """The one checkpoint system: safetensors, JSON, and a COMMIT file of hashes written last, under any fsspec url.
 
-    save(url, Snapshot(step, model, optimizer, state, mine), keep=2)        # every rank calls
+    saver = Saver(url, keep=2)
+    saver.save(Snapshot(step, model, optimizer, state, mine))               # every rank calls; written while training goes on
+    saver.finish()                                                          # stands now
     found = find_newest(url)                                                # None, or the newest one whose hashes hold
     snapshot = load(found)
 
@@ -15,6 +17,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +36,7 @@ from base.paths import is_url
 from engine import ranks
 
 State = dict[str, Tensor]
+LONGEST_UPLOAD = 1800.0  # seconds that rank 0 waits for the others' files
 
 
 @dataclass
@@ -56,36 +60,94 @@ class Found:
     refused: tuple[str, ...] = ()
 
 
-def save(url: str, snapshot: Snapshot, keep: int = 2) -> str:
-    """Write the checkpoint of `snapshot.step`; returns its url. Collective: rank 0 writes the whole files, every rank its own, COMMIT last.
+class Saver:
+    """Writes checkpoints of one run while it goes on. Every rank holds one.
 
-    Raises:
-        WorkError: the disk is full or not writable; nothing that a later run would trust is left behind.
+    keep: how many of the newest stay. The one with the best `state["score"]` stays as well (higher is better; null is never best).
     """
-    place = storage.join(url, f"step-{snapshot.step:08d}")
-    if ranks.rank() == 0:
-        _uncommit(place)
-    ranks.barrier()
+
+    def __init__(self, url: str, keep: int = 2) -> None:
+        self.url, self.keep = url, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, snapshot: Snapshot) -> str:
+        """Start to write the checkpoint of `snapshot.step`, after the last one stands; returns its url. Collective.
+
+        The tensors must be copies: training goes on while they are written.
+
+        Raises:
+            WorkError: the last one could not be written; nothing that a later run would trust was left behind.
+        """
+        self.finish()
+        place = storage.join(self.url, f"step-{snapshot.step:08d}")
+        if ranks.rank() == 0:
+            _uncommit(place)
+        ranks.barrier()
+        rank, world = ranks.rank(), ranks.world()
+        self._thread = threading.Thread(target=self._write, args=(place, snapshot, rank, world), name=f"checkpoint {snapshot.step}")
+        self._thread.start()
+        return place
+
+    def finish(self) -> None:
+        """Wait until what was started stands. Raises as `save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, place: str, snapshot: Snapshot, rank: int, world: int) -> None:
+        # In a thread of its own, so without collectives: ranks meet by the files that say what each has written.
+        try:
+            _write_files(place, snapshot, rank, world)
+            if rank == 0:
+                _commit(place, snapshot, world)
+                _prune(self.url, self.keep)
+        except BaseException as error:  # noqa: BLE001, handed to the run, which raises it
+            self._error = error
+
+
+def _write_files(place: str, snapshot: Snapshot, rank: int, world: int) -> None:
     with tempfile.TemporaryDirectory(prefix="allograft-save-") as folder:
         local = Path(folder)
-        _write(local, f"rank{ranks.rank()}", snapshot.mine)
-        if ranks.rank() == 0:
+        _write(local, f"rank{rank}", snapshot.mine)
+        if rank == 0:
             _write(local, "model", snapshot.model)
             _write(local, "optimizer", snapshot.optimizer)
             if snapshot.ema is not None:
                 _write(local, "ema", snapshot.ema)
-            described = {"schema": 1, "step": snapshot.step, "world_size": ranks.world(), **snapshot.state}
+            described = {"schema": 1, "step": snapshot.step, "world_size": world, **snapshot.state}
             (local / "state.json").write_text(json.dumps(described, sort_keys=True))
         hashes = {path.name: _sha256(path) for path in sorted(local.iterdir())}
         for name in hashes:
             storage.put_file(local / name, storage.join(place, name))
-    everyone = _gather(hashes)
-    if ranks.rank() == 0:
-        merged = {name: value for part in everyone for name, value in part.items()}
-        storage.put(storage.join(place, storage.COMMIT), json.dumps({"schema": 1, "step": snapshot.step, "sha256": merged}, sort_keys=True))
-        _prune(url, keep)
-    ranks.barrier()
-    return place
+    storage.put(storage.join(place, f"rank{rank}.done"), json.dumps(hashes))
+
+
+def _commit(place: str, snapshot: Snapshot, world: int) -> None:
+    merged: dict[str, str] = {}
+    until = time.monotonic() + LONGEST_UPLOAD
+    for rank in range(world):
+        done = storage.join(place, f"rank{rank}.done")
+        while not storage.exists(done):
+            if time.monotonic() > until:
+                raise WorkError(f"rank {rank} has not written its part of the checkpoint in {LONGEST_UPLOAD:.0f} s", where=place)
+            time.sleep(0.05)
+        merged |= storage.read_json(done)
+    facts = {"schema": 1, "step": snapshot.step, "sha256": merged}
+    facts |= {name: snapshot.state.get(name) for name in ("score", "health")}
+    storage.put(storage.join(place, storage.COMMIT), json.dumps(facts, sort_keys=True))
+
+
+def newest_with(url: str, name: str, values: set[str]) -> str | None:
+    """The newest committed checkpoint whose COMMIT says one of these values of `name`."""
+    for _, place in _steps(url):
+        commit = storage.join(place, storage.COMMIT)
+        if storage.exists(commit) and storage.read_json(commit).get(name) in values:
+            return place
+    return None
 
 
 def find_newest(url: str) -> Found | None:
@@ -167,13 +229,18 @@ def _uncommit(place: str) -> None:
 
 
 def _prune(url: str, keep: int) -> None:
-    committed = 0
-    for _, place in _steps(url):
-        if storage.exists(storage.join(place, storage.COMMIT)):
-            committed += 1
-            if committed <= max(1, keep):
-                continue
-        _uncommit(place)
+    committed = [
+        (step, place, storage.read_json(storage.join(place, storage.COMMIT)).get("score"))
+        for step, place in _steps(url)
+        if storage.exists(storage.join(place, storage.COMMIT))
+    ]
+    kept = {step for step, _, _ in committed[: max(1, keep)]}
+    scored = [(score, step) for step, _, score in committed if score is not None]
+    if scored:
+        kept.add(max(scored)[1])
+    for step, place in _steps(url):
+        if step not in kept:
+            _uncommit(place)
 
 
 @contextmanager
@@ -200,11 +267,3 @@ def _write(local: Path, name: str, state: State) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _gather(value: dict[str, str]) -> list[dict[str, str]]:
-    if ranks.world() == 1:
-        return [value]
-    out: list[Any] = [None] * ranks.world()
-    dist.all_gather_object(out, value)
-    return out

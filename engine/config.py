@@ -11,20 +11,33 @@ from engine.schedules import Shape
 class OptimizerConfig(Strict):
     """The optimiser and its rate. `lr` is for the global batch; nothing rescales it."""
 
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay_end: float | None = Field(default=None, ge=0)  # reached along a cosine at the last step, as in DINO
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd and lars
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw and lamb
+    layer_decay: float | None = Field(default=None, gt=0, le=1)  # factor of the rate from a cut of the encoder to the one before
     schedule: Shape = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
     final: float = Field(default=0.0, ge=0, le=1)  # share of lr at the last step
+    milestones: tuple[float, ...] = ()  # step: shares of the run after which the rate is multiplied by gamma
+    gamma: float = Field(default=0.1, gt=0, lt=1)  # step and plateau
+    patience: int = Field(default=5, ge=1)  # plateau: epochs whose mean training loss is no better, before the rate is multiplied by gamma
     clip: float | None = Field(default=None, gt=0)  # largest norm of the whole gradient
 
     @model_validator(mode="after")
     def _lars_needs_decay(self) -> "OptimizerConfig":
         if self.name == "lars" and self.weight_decay == 0:
             raise ValueError("lars needs a weight_decay above 0, for instance 1e-6: without one the update is that of plain sgd")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> "OptimizerConfig":
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("schedule step and milestones come together, for instance milestones: [0.6, 0.8]")
+        if any(not 0 < share < 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):
+            raise ValueError("milestones are shares of the run between 0 and 1, in order")
         return self
 
 
@@ -34,9 +47,12 @@ class EngineConfig(Strict):
     optimizer: OptimizerConfig
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    accumulate: int = Field(default=1, ge=1)  # micro-batches whose gradients are averaged into one update
 
     @model_validator(mode="after")
     def _norms_need_whole_tensors(self) -> "EngineConfig":
-        if self.optimizer.name == "lars" and self.zero_stage > 0:
-            raise ValueError("lars needs zero_stage 0: above it, norms are taken over flat partitions and the update is silently wrong")
+        if self.optimizer.name in ("lars", "lamb") and self.zero_stage > 0:
+            raise ValueError(
+                f"{self.optimizer.name} needs zero_stage 0: above it, norms are taken over flat partitions and the update is silently wrong"
+            )
         return self

@@ -5,18 +5,17 @@
     norm = engine.step(output.loss, step)          # backward, all-reduce, clip, update
 
 The engine never changes the rate or the batch for the number of workers: both belong to the study. ZeRO stage 0 is the default; 1 to 3
-partition states and are for large networks. LARS computes a norm per parameter, which is wrong on the flat partitions of stages 1 to 3
-(it runs and loses silently), so it is refused there.
+partition states and are for large networks.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from base.errors import RequestError, WorkError
-from engine import ema, ranks, schedules
-from engine.config import EngineConfig, OptimizerConfig
+from engine import ema, optimizers, ranks, schedules, zero
+from engine.config import EngineConfig
 
 State = dict[str, Tensor]
 
@@ -35,28 +34,6 @@ def rank_batch(global_batch: int, world: int) -> int:
     return global_batch // world
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: weights with decay, then biases and norm parameters (everything of at most one dimension) without."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's AdamW or SGD, or lightly's LARS (which leaves groups without decay unscaled, as SimCLR and BYOL do)."""
-    groups = decay_groups(module, config.weight_decay)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    from lightly.utils.lars import LARS
-
-    return cast(torch.optim.Optimizer, LARS(groups, lr=config.lr, momentum=config.momentum))
-
-
 class Engine:
     """A module under DeepSpeed. All ranks construct it together, after the module's weights and norms are final.
 
@@ -71,12 +48,13 @@ class Engine:
         deepspeed = ranks.import_deepspeed()
         self.config, self.device = config, ranks.device()
         self._warmup, self._total = warmup_steps, total_steps
+        self.plateau = schedules.Plateau(config.optimizer.patience, config.optimizer.gamma)
         module.to(self.device)
         ranks.share_buffers(module)
-        optimizer = make_optimizer(module, config.optimizer)
+        optimizer = optimizers.make(module, config.optimizer)
         settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": rank_batch,
-            "gradient_accumulation_steps": 1,
+            "train_micro_batch_size_per_gpu": rank_batch // config.accumulate,
+            "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": config.optimizer.clip or 0.0,
             "steps_per_print": None,
             "zero_optimization": {"stage": config.zero_stage},
@@ -95,21 +73,28 @@ class Engine:
     def rate(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
         opt = self.config.optimizer
-        return opt.lr * schedules.factor(step, self._total, self._warmup, opt.schedule, opt.final)
+        shape = schedules.factor(step, self._total, self._warmup, opt.schedule, opt.final, opt.milestones, opt.gamma)
+        return opt.lr * shape * (self.plateau.state[2] if opt.schedule == "plateau" else 1.0)
 
     def step(self, loss: Tensor, step: int, *, measure: bool = False) -> float | None:
-        """Backward, average over ranks, clip, update number `step` (from 0).
+        """Backward; with the last micro-batch of update number `step` (from 0): average over ranks, clip, update.
 
         Returns:
-            With `measure`, the norm of the averaged gradient before clipping (stage 0 only, otherwise None).
+            With `measure`, the norm of the averaged gradient before clipping, at an update; otherwise None.
         """
+        opt, rate = self.config.optimizer, self.rate(step)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = rate * group["lr_scale"]
+            if group["weight_decay"]:
+                group["weight_decay"] = schedules.decayed(opt.weight_decay, opt.weight_decay_end, step, self._total)
         self._engine.backward(loss)
+        updates = self._engine.is_gradient_accumulation_boundary()
         norm = None
-        if measure and self.config.zero_stage == 0:
+        if measure and updates and self.config.zero_stage == 0:  # where DeepSpeed gives none
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         self._engine.step()
+        if measure and updates and self.config.zero_stage:
+            norm = float(self._engine.get_global_grad_norm())
         return norm
 
     def model_state(self) -> State:
@@ -131,12 +116,9 @@ class Engine:
             return {name: t.detach().cpu().clone().contiguous() for name, t in module.state_dict().items()}
 
     def optimizer_state(self) -> tuple[State, dict[str, Any]]:
-        """Tensors as `<slot>|<parameter name>`, and the other values as JSON under the same names.
-
-        Raises:
-            RequestError: above ZeRO stage 0, where the state lies in partitions.
-        """
-        self._require_whole_states()
+        """Tensors as `<slot>|<parameter name>`, whole at every ZeRO stage (all ranks call), and the other values as JSON."""
+        if self.config.zero_stage:
+            return zero.gather(self.module, self._engine.optimizer), {}
         tensors: State = {}
         values: dict[str, Any] = {}
         for name, parameter in self.module.named_parameters():
@@ -148,24 +130,22 @@ class Engine:
         return tensors, values
 
     def load_optimizer_state(self, tensors: State, values: dict[str, Any]) -> None:
-        """Inverse of `optimizer_state`; exact, at any number of ranks."""
-        self._require_whole_states()
+        """Inverse of `optimizer_state`; exact, at any number of ranks. The module's parameters were loaded before the engine was made."""
         parameters = dict(self.module.named_parameters())
-        for key, value in [*tensors.items(), *values.items()]:
-            slot, _, name = key.partition("|")
+        for key in [*tensors, *values]:
+            name = key.partition("|")[2]
             if name not in parameters:
                 raise WorkError(
                     f"the checkpoint's optimiser knows a parameter '{name}' that the network lacks", where="optimizer.safetensors"
                 )
-            home = parameters[name]
-            # Adam's step counter stays on the CPU as torch keeps it there; moments live beside their parameter.
-            kept = value.clone() if not isinstance(value, Tensor) or value.ndim == 0 else value.to(home.device)
-            self._optimizer.state[home][slot] = kept
-
-    def _require_whole_states(self) -> None:
         if self.config.zero_stage:
-            raise RequestError(
-                f"checkpoints are exact at ZeRO stage 0 only, this run asks for stage {self.config.zero_stage}",
-                where="recipe: engine.zero_stage",
-                hint="zero_stage=0, or checkpoint_every_steps=0 to run without checkpoints",
-            )
+            zero.scatter(self.module, self._engine.optimizer, tensors)
+            return
+        for key, value in [*tensors.items(), *values.items()]:
+            slot, _, name = key.partition("|")
+            home = parameters[name]
+            if isinstance(value, Tensor):
+                # Fused updates walk memory: a moment must lie as its parameter does (channels last).
+                like = home.detach() if value.shape == home.shape else value
+                value = torch.empty_like(like, device=home.device, dtype=value.dtype).copy_(value)
+            self._optimizer.state[home][slot] = value

@@ -15,19 +15,24 @@ from base.config import parse, to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import timestamp
 from base.seeds import seed_of
-from engine import checkpoint, norm, ranks
+from encoders.build import Encoder
+from engine import checkpoint, ema, norm, ranks
 from engine.checkpoint import Snapshot
 from engine.context import Context
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 from pretrain import health, methods, probes, publish
+from pretrain.capture import dump
+from pretrain.record import Record
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
 from shards import device_views
 from shards.loader import Batch, Corpus, Targets, TrainLoader, eval_batches
 
-SECONDS_BETWEEN_PUTS = 5.0
 EMBED_BATCH = 256
-STEPS_BETWEEN_CHECKS_ON_GPU = 10  # a check reads a number back from the GPU
+MOST_NOT_FINITE = 3  # steps in a row
+NOT_FINITE = "not-finite"
+ROWS_TO_STOP = 3
+STEPS_BETWEEN_CHECKS_ON_GPU = 10
 
 
 class Run:
@@ -41,10 +46,11 @@ class Run:
         if ranks.world() != ctx.world_size:
             raise WorkError(f"{ctx.world_size} workers were started, {ranks.world()} have met", where=f"pretrain {config.name}")
         self.first = ranks.rank() == 0
-        self.rows: list[dict[str, Any]] = []
+        self.record = Record(self._at("metrics.jsonl"), ctx)
+        self.window = probes.Window()
+        self.epoch_loss = torch.zeros(2)  # of this rank: sum and number of losses
         self.seconds_before = 0.0
         self.step = 0
-        self.last_put = 0.0
 
     def finish(self) -> dict[str, Any] | None:
         """The whole run; see `pretrain.run.run`."""
@@ -55,10 +61,13 @@ class Run:
         self.started = time.perf_counter()
         self.restarts = ranks.share(self._count_attempt() if self.first else None)
         self._build()
-        self._resume()
-        if not self._train():
-            return None
-        return self._conclude()
+        snapshot = self._found()
+        self._start(snapshot)
+        try:
+            finished = self._train()
+        finally:
+            self.saver.finish()
+        return self._conclude() if finished else None
 
     def _at(self, *parts: str) -> str:
         return storage.join(self.config.out, *parts)
@@ -86,7 +95,7 @@ class Run:
         config, recipe = self.config, self.recipe
         kind = methods.method_class(recipe.method)
         methods.check(recipe.method, recipe.options, views=recipe.views, architecture=config.architecture)
-        size = rank_batch(recipe.global_batch, ranks.world())
+        rank_batch(recipe.global_batch, ranks.world())
         self.corpora = [Corpus(ref.shards, (ref.split,), config.cache_dir, ref.without) for ref in config.data]
         for ref, corpus in zip(config.data, self.corpora, strict=True):
             if corpus.manifest.digest != ref.digest:
@@ -112,7 +121,7 @@ class Run:
             rank=ranks.rank(),
             world=ranks.world(),
             workers=config.workers,
-            labels=self.labels if kind.labelled else [],
+            labels=self.labels,  # the probes look at them, whoever does not train on them
             exact_epoch=kind.exact_epochs,
             quarantine_url=self._at(f"quarantine-{ranks.rank()}.jsonl"),
         )
@@ -131,21 +140,43 @@ class Run:
         )
         self.method = methods.build(recipe.method, encoder, recipe.options, facts)
         self.method.chunk = recipe.virtual_batch
-        if recipe.virtual_batch and norm.batch_norms(encoder):
-            raise RequestError(
-                f"virtual_batch is exact only without batch norm, and {config.architecture} has it",
-                where="recipe: virtual_batch",
-                hint="virtual_batch=null, or layer norm, for instance vit_small_patch16_224",
-            )
+        self._economise(encoder)
         for network in (self.method, *self.method.teachers.values()):
             norm.convert(network)
             network.train()
-        warmup = round(recipe.optimizer.warmup_epochs * self.epoch_steps)
+
+    def _economise(self, encoder: Encoder) -> None:
+        """What trades time for memory, or a slow start for speed."""
+        recipe, twice = self.recipe, ("virtual_batch", "activation_checkpointing")
+        for name in twice:
+            if getattr(recipe, name) and norm.batch_norms(encoder):
+                raise RequestError(
+                    f"{name} is exact only without batch norm, and {encoder.architecture} has it",
+                    where=f"recipe: {name}",
+                    hint=f"{name}=null, or layer norm, for instance vit_small_patch16_224",
+                )
+        net: Any = encoder.net
+        if recipe.activation_checkpointing:
+            net.set_grad_checkpointing(True)
+        if recipe.compile:
+            net.compile()
+
+    def _start(self, snapshot: Snapshot | None) -> None:
+        """The engine around the method, with the checkpoint's weights in it from the start: at ZeRO 3 they are cut in pieces there."""
+        recipe, networks = self.recipe, (self.method, *self.method.teachers.values())
+        if snapshot is not None:
+            self.method.load_state_dict(snapshot.model, strict=True)
+            for name, teacher in self.method.teachers.items():
+                own = {key.removeprefix(f"{name}."): value for key, value in (snapshot.ema or {}).items() if key.startswith(f"{name}.")}
+                teacher.load_state_dict(own, strict=True)
+        size, warmup = rank_batch(recipe.global_batch, ranks.world()), round(recipe.optimizer.warmup_epochs * self.epoch_steps)
         self.engine = Engine(self.method, recipe.engine(), rank_batch=size, warmup_steps=min(warmup, self.total), total_steps=self.total)
         # Convolutions are faster with channels last, on CPUs too. After the engine: its broadcast of parameters needs rows.
-        for network in (self.method, *self.method.teachers.values()):
+        for network in networks:
             network.to(self.engine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch.manual_seed(seed_of("train", config.seed, ranks.rank()))
+        torch.manual_seed(seed_of("train", self.config.seed, ranks.rank()))
+        if snapshot is not None:
+            self._go_on(snapshot)
 
     def _rates(self) -> tuple[float, ...]:
         """Positive rate of each label among the samples where it is known."""
@@ -156,47 +187,37 @@ class Run:
         target_NL, mask_NL = (np.concatenate(of_corpora) for of_corpora in zip(*parts, strict=True))
         return tuple(((target_NL * mask_NL).sum(axis=0) / np.maximum(mask_NL.sum(axis=0), 1)).tolist())
 
-    def _resume(self) -> None:
-        found = checkpoint.find_newest(self._at("checkpoints")) if self.recipe.checkpoint_every_steps else None
+    def _found(self) -> Snapshot | None:
+        """The newest checkpoint of this run, and what was logged up to it."""
+        self.saver = checkpoint.Saver(self._at("checkpoints"), self.recipe.keep_checkpoints)
+        found = checkpoint.find_newest(self.saver.url) if self.recipe.checkpoint_every_steps else None
         if found is None:
             if self.first and self.restarts:
                 storage.remove(self._at("metrics.jsonl"))
-            return
+            return None
         snapshot = checkpoint.load(found)
         self._refuse_another(snapshot.state["key"], "checkpoint")
-        self.method.load_state_dict(snapshot.model, strict=True)
-        for name, teacher in self.method.teachers.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in (snapshot.ema or {}).items() if key.startswith(f"{name}.")}
-            teacher.load_state_dict(own, strict=True)
+        self.record.take_up(found.step)
+        for reason in found.refused:
+            self.record.add({"event": "checkpoint refused", "step": found.step, "why": reason})
+        self.record.add({"event": "resumed", "step": found.step, "restarts": self.restarts, "workers": ranks.world()})
+        self.record.put()
+        return snapshot
+
+    def _go_on(self, snapshot: Snapshot) -> None:
+        """Everything of the checkpoint but the weights."""
         self.engine.load_optimizer_state(snapshot.optimizer, snapshot.state["optimizer_values"])
+        self.engine.plateau.state = list(snapshot.state["plateau"])
+        self.step, self.seconds_before = snapshot.step, float(snapshot.state["seconds"])
         if snapshot.mine:
             checkpoint.restore_random_state(snapshot.mine)
-            self.method.load_extra_state({name[6:]: value for name, value in snapshot.mine.items() if name.startswith("extra.")})
-        self.step = found.step
-        self.seconds_before = float(snapshot.state["seconds"])
-        # Rows after the checkpoint will be logged again by the same steps.
-        self.rows = ranks.share(self._kept_rows(found.step) if self.first else None)
-        for reason in found.refused:
-            self._report({"event": "checkpoint refused", "step": found.step, "why": reason})
-        self._report({"event": "resumed", "step": found.step, "restarts": self.restarts, "workers": ranks.world()})
-        self._put_rows(force=True)
-
-    def _kept_rows(self, step: int) -> list[dict[str, Any]]:
-        place = self._at("metrics.jsonl")
-        lines = storage.read_bytes(place).decode().splitlines() if storage.exists(place) else []
-        rows = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a killed writer
-                continue
-            if row["step"] <= step:
-                rows.append(row)
-        return rows
+            self.method.load_extra_state(_of("extra", snapshot.mine))
+            self.window.state = _of("window", snapshot.mine)
+            self.epoch_loss = snapshot.mine["epoch_loss"]
 
     def _train(self) -> bool:
         """Steps to the end; False when asked to stop. A checkpoint stands at the end either way."""
-        meter = Meter(self.recipe.global_batch)
+        meter, not_finite = Meter(self.recipe.global_batch), 0
         batches = iter(self.loader.batches(self.step))
         while self.step < self.total:
             self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
@@ -206,22 +227,58 @@ class Run:
                 batch = self._place(next(batches))
             done = self.step + 1
             logged = done == 1 or done % self.recipe.log_every_steps == 0 or done == self.total
-            output = self.engine.forward(batch)
-            gradient = self.engine.step(output.loss, self.step, measure=logged)
-            self.method.on_step_end()
-            rate = self.engine.rate(self.step)
+            output, measured = self._update(batch, logged)
+            not_finite = 0 if output else not_finite + 1
+            if not_finite == MOST_NOT_FINITE:
+                raise WorkError(
+                    f"the loss is not finite at step {done} on rank {measured['ranks']}, {MOST_NOT_FINITE} steps in a row",
+                    where=f"pretrain {self.config.name}",
+                    hint=f"lower optimizer.lr; the batches and the state are in {self._at(NOT_FINITE)}",
+                )
             self.step = done
             meter.tick()
-            stop = self._agree(output.loss, logged)
-            if logged:
-                self._log(output, rate, gradient, meter)
+            stop = self._stop(logged)
+            if output and logged:
+                self._log(output, measured, batch, meter)
             every = self.recipe.checkpoint_every_steps
-            if every and (done % every == 0 or done == self.total or stop):
+            if every and not not_finite and (done % every == 0 or done == self.total or stop):
                 self._save()
             if stop and done < self.total:
-                self._put_rows(force=True)
+                self.record.put()
                 return False
         return True
+
+    def _update(self, batch: Batch, logged: bool) -> tuple[methods.Output | None, dict[str, Any]]:
+        """One update, and what was measured of it; None where a loss is not finite: then nothing was updated."""
+        rate, outputs, gradient = self.engine.rate(self.step), [], None
+        for part in _micro(batch, self.recipe.accumulate):
+            output = self.engine.forward(part)
+            if named := self._not_finite(output.loss, part, logged):
+                return None, {"ranks": named}
+            gradient = self.engine.step(output.loss, self.step, measure=logged)
+            outputs.append(output)
+        teacher = self._largest_of_teacher() if logged else None
+        before = teacher.clone() if teacher is not None else None
+        self.method.on_step_end()
+        output = _joined(outputs)
+        self.window.count(output.features)
+        if self.recipe.optimizer.schedule == "plateau":
+            self._observe(output.loss)
+        measured = {"lr": rate} | ({"grad_norm": round(gradient, 6)} if gradient is not None else {})
+        if teacher is not None and before is not None:
+            measured["teacher_moved"] = round(float((teacher != before).double().mean()), 6)
+        return output, measured
+
+    def _largest_of_teacher(self) -> Tensor | None:
+        parameters = [p for teacher in self.method.teachers.values() for p in teacher.parameters()]
+        return max(parameters, key=lambda p: p.numel()).data if parameters else None
+
+    def _observe(self, loss: Tensor) -> None:
+        self.epoch_loss += torch.tensor([float(loss.detach()), 1.0])
+        if (self.step + 1) % self.epoch_steps == 0:
+            total, count = ranks.all_sum(self.epoch_loss.to(self.engine.device)).tolist()
+            self.engine.plateau.observe(total / count)
+            self.epoch_loss = torch.zeros(2)
 
     def _place(self, batch: Batch) -> Batch:
         """On this rank's device."""
@@ -234,48 +291,68 @@ class Run:
             name: value.to(device, non_blocking=True) if isinstance(value := getattr(batch, name), Tensor) else value
             for name in ("index_B", "target_BL", "mask_BL")
         }
-        return batch._replace(views=views, **moved)
+        return batch._replace(views=views, draws_VBP=None, **moved)
 
-    def _agree(self, loss: Tensor, logged: bool) -> bool:
+    def _rarely(self, logged: bool) -> bool:
+        # On a GPU a check reads a number back and makes the device wait.
+        return self.engine.device.type == "cuda" and not logged and (self.step + 1) % STEPS_BETWEEN_CHECKS_ON_GPU != 0
+
+    def _not_finite(self, loss: Tensor, batch: Batch, logged: bool) -> list[int]:
+        """The ranks whose loss is not finite; then the batches and the state are written down. The same on every rank."""
+        if self._rarely(logged):
+            return []
+        flags = torch.zeros(ranks.world(), device=self.engine.device)
+        flags[ranks.rank()] = float(not bool(torch.isfinite(loss.detach())))
+        named = [rank for rank, bad in enumerate(ranks.all_sum(flags).tolist()) if bad]
+        if not named:
+            return []
+        if self.recipe.accumulate > 1:  # the micro-batches before have left their gradients
+            raise WorkError(f"the loss is not finite at step {self.step + 1} on rank {named}", where=f"pretrain {self.config.name}")
+        state = self.engine.model_state() if self.engine.config.zero_stage == 3 or self.first else None
+        place = dump(self._at(NOT_FINITE), self.step + 1, batch, state if self.first else None, float(loss.detach()))
+        self.record.add({"event": "not finite", "step": self.step + 1, "why": f"the loss on rank {named}", "dump": place})
+        return named
+
+    def _stop(self, logged: bool) -> bool:
         """Whether to stop, decided together: a rank that stops alone would leave the others waiting in a collective."""
-        if self.engine.device.type == "cuda" and not logged and self.step % STEPS_BETWEEN_CHECKS_ON_GPU:
+        if self._rarely(logged):
             return False
-        flags = torch.zeros(1 + ranks.world(), device=self.engine.device)
-        flags[0] = float(self.ctx.should_stop() is not None)
-        flags[1 + ranks.rank()] = float(not bool(torch.isfinite(loss.detach())))
-        stop, *bad = ranks.all_sum(flags).tolist()
-        if any(bad):
-            named = [rank for rank, value in enumerate(bad) if value]
-            raise WorkError(
-                f"the loss is not finite at step {self.step} on rank {named}",
-                where=f"pretrain {self.config.name}",
-                hint="lower optimizer.lr",
-            )
-        return stop > 0
+        asked = torch.tensor([float(self.ctx.should_stop() is not None)], device=self.engine.device)
+        return float(ranks.all_sum(asked)) > 0
 
-    def _log(self, output: methods.Output, rate: float, gradient: float | None, meter: Meter) -> None:
+    def _log(self, output: methods.Output, measured: dict[str, Any], batch: Batch, meter: Meter) -> None:
         scalars = {"loss": output.loss.detach().float(), **output.logs}
-        summed = ranks.all_sum(torch.stack([value.float() for value in scalars.values()])) / ranks.world()
+        summed = ranks.all_sum(torch.stack([value.detach().float() for value in scalars.values()])) / ranks.world()
         row: dict[str, Any] = {"step": self.step, "steps": self.total, "epoch": round(self.step / self.epoch_steps, 4)}
         row |= {name: round(value, 6) for name, value in zip(scalars, summed.tolist(), strict=True)}
-        row |= {"lr": rate} | ({"grad_norm": round(gradient, 6)} if gradient is not None else {})
-        row |= probes.measure(output.features)
+        row |= measured | self.window.measure(output.features, batch)
         if "contrastive_top1" in row:
             row["contrastive_chance"] = 1 / (2 * self.recipe.global_batch - 1)
+        for name, teacher in self.method.teachers.items():
+            if (student := self.method.followed(name)) is not None:
+                row[f"{name}_lag"] = round(ema.lag(teacher, student), 6)
         # Speeds are this rank's clock; rank 0's stand for all, so that every rank reports the same row.
         row |= ranks.share(meter.read() | {"seconds": round(self._seconds(), 2)})
-        self._report(row)
+        verdict = self._verdict([*self.record.measured, row])
+        self.record.add(row | {"health": verdict.health})
+        self._stop_collapsed(verdict)
 
-    def _report(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.ctx.report(row)
-        self._put_rows()
+    def _verdict(self, rows: list[dict[str, Any]]) -> health.Verdict:
+        chance, width = self.method.chance_loss(self.recipe.global_batch), self.method.width
+        return health.judge(rows, chance_loss=chance, width=width, labelled=self.method.labelled)
 
-    def _put_rows(self, force: bool = False) -> None:
-        # Object stores cannot append: the whole file, at most every few seconds.
-        if self.first and (force or time.perf_counter() - self.last_put > SECONDS_BETWEEN_PUTS):
-            storage.put(self._at("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
-            self.last_put = time.perf_counter()
+    def _stop_collapsed(self, verdict: health.Verdict) -> None:
+        recent = [row["health"] for row in self.record.measured[-ROWS_TO_STOP:]]
+        if not self.recipe.stop_when_collapsed or recent != ["collapsed"] * ROWS_TO_STOP or self.step < health.FEWEST_STEPS:
+            return
+        self.record.put()
+        self.saver.finish()
+        sound = ranks.share(checkpoint.newest_with(self.saver.url, "health", {"healthy", "too short"}) if self.first else None)
+        raise WorkError(
+            f"{verdict.why}; the last checkpoint before: {sound or 'none'}",
+            where=f"pretrain {self.config.name}",
+            hint="stop_when_collapsed=false lets it go on",
+        )
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -283,6 +360,8 @@ class Run:
     def _save(self) -> None:
         tensors, values = self.engine.optimizer_state()
         mine = checkpoint.random_state() | {f"extra.{name}": value for name, value in self.method.extra_state().items()}
+        mine |= {f"window.{name}": value for name, value in self.window.state.items()} | {"epoch_loss": self.epoch_loss}
+        newest: dict[str, Any] = next(iter(self.record.measured[-1:]), {})
         state = {
             "key": self.config.key,
             "version": PRETRAIN_VERSION,
@@ -290,16 +369,18 @@ class Run:
             "total_steps": self.total,
             "loader": {"next_step": self.step, "global_batch": self.recipe.global_batch, "seed": self.config.seed},
             "optimizer_values": values,
+            "plateau": self.engine.plateau.state,
+            "score": newest.get("knn_auroc"),
+            "health": newest.get("health"),
             "seconds": self._seconds(),
             "restarts": self.restarts,
             "configuration": self.config.model_dump(mode="json", by_alias=True),
         }
-        self._put_rows(force=True)  # before COMMIT: a resumed run reads the rows up to its checkpoint
-        ema = {
-            f"{name}.{key}": value for name, teacher in self.method.teachers.items() for key, value in self.engine.whole(teacher).items()
-        }
-        snapshot = Snapshot(self.step, self.engine.model_state(), tensors, state, mine, ema or None)
-        checkpoint.save(self._at("checkpoints"), snapshot, self.recipe.keep_checkpoints)
+        self.record.put()  # before COMMIT: a resumed run reads the rows up to its checkpoint
+        teachers = {name: self.engine.whole(teacher) for name, teacher in self.method.teachers.items()}
+        ema = {f"{name}.{key}": value for name, teacher in teachers.items() for key, value in teacher.items()}
+        copied = {name: value.detach().cpu().clone().contiguous() for name, value in mine.items()}
+        self.saver.save(Snapshot(self.step, self.engine.model_state(), tensors, state, copied, ema or None))
 
     @torch.no_grad()
     def _embed(self, network: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -322,7 +403,7 @@ class Run:
         return index_N[order], z_Nd[order]
 
     def _result(self, state: dict[str, Tensor], verdict: health.Verdict) -> dict[str, Any]:
-        speeds = [row["img_per_s"] for row in self.rows if "img_per_s" in row]
+        speeds = [row["img_per_s"] for row in self.record.rows if "img_per_s" in row]
         licences = [str(corpus.manifest.card.licence) for corpus in self.corpora]
         facts = {
             "steps": self.total,
@@ -342,16 +423,35 @@ class Run:
 
     def _conclude(self) -> dict[str, Any]:
         """Judge, export, write the result last. Rank 0 writes; all ranks return the same."""
-        measured = [row for row in self.rows if "loss" in row]
-        labelled = self.method.labelled
-        encoder: Any = self.method.encoder
-        verdict = health.judge(
-            measured, chance_loss=self.method.chance_loss(self.recipe.global_batch), width=encoder.num_features, labelled=labelled
-        )
+        verdict = self._verdict(self.record.measured)
         state = self.engine.model_state()
         result = self._result(state, verdict) if self.first else None
-        self._report({"event": "health", "step": self.step, "health": verdict.health, "why": verdict.why})
-        self._put_rows(force=True)
+        self.record.add({"event": "health", "step": self.step, "health": verdict.health, "why": verdict.why})
+        self.record.put()
         if self.first:
             storage.put(self._at("result.json"), json.dumps(result, indent=1))
         return dict(ranks.share(result))
+
+
+def _of(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
+
+
+def _micro(batch: Batch, count: int) -> list[Batch]:
+    """The batch in equal parts, in order."""
+    if count == 1:
+        return [batch]
+    cut: dict[str, Any] = {name: value.chunk(count) for name in batch._fields if isinstance(value := getattr(batch, name), Tensor)}
+    views = list(zip(*(view.chunk(count) for view in batch.views), strict=True))
+    parts: list[dict[str, Any]] = [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+    return [batch._replace(views=list(views[i]), **parts[i]) for i in range(count)]
+
+
+def _joined(outputs: list[methods.Output]) -> methods.Output:
+    """Micro-batches' outputs as one: means of the scalars, all features."""
+    if len(outputs) == 1:
+        return outputs[0]
+    loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+    features = {name: torch.cat([output.features[name] for output in outputs]) for name in outputs[0].features}
+    logs = {name: torch.stack([output.logs[name] for output in outputs]).mean() for name in outputs[0].logs}
+    return methods.Output(loss, features, logs)

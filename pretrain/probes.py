@@ -1,8 +1,15 @@
-"""Label-free numbers that say what a representation is like while it trains. Legend: N samples, D or d dimensions.
+"""Numbers that say what a representation is like while it trains. Legend: N samples, D or d dimensions, K prototypes, L labels.
 
-All are computed on the current global batch at logging steps, on detached float32 features, and hold no state: a resumed run logs the
-same numbers.
+    window = Window()
+    window.count(output.features)                       # each step: which prototypes were used
+    row = window.measure(output.features, batch)        # at logging steps, all ranks: one row, the same on each
+
+All features come from one window: the newest samples of the logging steps, gathered over ranks, detached, float32. What must be the same
+after a resume lies in `state`. Spread and cosine are of the projector's outputs, or of centred backbone features where there is none: raw
+pooled ReLU features all point into one corner and look collapsed when they are healthy.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +17,11 @@ from torch.nn import functional as F
 
 from engine import ranks
 
-MOST_ROWS = 4096  # a singular value decomposition of more would cost seconds
+WINDOW = 1024  # samples; a singular value decomposition of more would cost seconds
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the kNN probe, as in InstDisc (arXiv 1805.01978)
+FEWEST_OF_A_CLASS = 5
+KEPT_USE = 0.99  # share of a prototype's count that is left after a step
+RIDGE = 1.0  # of the linear probe, on standardised features
 
 
 def std_ratio(z_Nd: Tensor) -> float:
@@ -30,21 +41,47 @@ def mean_cosine(z_Nd: Tensor) -> float:
     return (total - float(unit_Nd.square().sum())) / max(1, count * (count - 1))
 
 
-def rankme(z_ND: Tensor) -> float:
+def centred(z_ND: Tensor) -> Tensor:
+    """Float64 without the mean direction, which says nothing about images; what is only float32 rounding becomes 0."""
+    z64_ND = z_ND.double()
+    apart_ND = z64_ND - z64_ND.mean(dim=0)
+    return torch.where(apart_ND.abs() > 1e-6 * z64_ND.abs().max().clamp_min(1e-12), apart_ND, torch.zeros_like(apart_ND))
+
+
+def spectrum(z_ND: Tensor) -> Tensor:
+    """Singular values of the centred features, falling; those that float32 features leave to rounding are cut off."""
+    apart_ND = z_ND.double() - z_ND.double().mean(dim=0)
+    # From the smaller Gram matrix: tens of times cheaper than a decomposition of the features, and exact enough for float32 ones.
+    gram = apart_ND.T @ apart_ND if z_ND.shape[0] > z_ND.shape[1] else apart_ND @ apart_ND.T
+    singular = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    scale = z_ND.double().abs().max().clamp_min(1e-12)
+    return singular[singular > 1e-7 * scale * max(z_ND.shape) ** 0.5]
+
+
+def rankme(singular: Tensor) -> float:
     """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023, arXiv 2210.02885).
 
-    Of centred features (the mean direction says nothing about images); from 1 to min(N - 1, D). 1 when all samples are equal.
-    Compare only runs of one method and one batch size: the paper's own caveat, and N bounds it.
+    From 1 to min(N - 1, D); 1 when all samples are equal. Compare only runs of one method and one window: the paper's own caveat.
     """
-    z_ND = z_ND[:MOST_ROWS]
-    centred_ND = z_ND.double() - z_ND.double().mean(dim=0)
-    singular = torch.linalg.svdvals(centred_ND)
-    scale = z_ND.double().abs().max().clamp_min(1e-12)
-    singular = singular[singular > 1e-7 * scale * max(z_ND.shape) ** 0.5]  # what float32 features leave above rounding
     if not len(singular):
         return 1.0
     p = singular / singular.sum()
     return float(torch.exp(-(p * p.log()).sum()))
+
+
+def alpha_req(singular: Tensor) -> tuple[float, float] | None:
+    """Decay of the eigenvalues: minus the slope of log eigenvalue over log index, and the R^2 of that line; None with too few.
+
+    alpha-ReQ (Agrawal et al. 2022): about 1 is healthy. The line is fitted from index 10 to half of the spectrum.
+    """
+    low, high = 10, len(singular) // 2
+    if high - low < 5:
+        return None
+    x = torch.arange(low, high, dtype=torch.float64, device=singular.device).log()
+    y = 2 * singular[low - 1 : high - 1].log()
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x @ y) / (x @ x)
+    return -float(slope), float((slope * (x @ y)) / (y @ y).clamp_min(1e-30))
 
 
 def contrastive_top1(first_Nd: Tensor, second_Nd: Tensor) -> float:
@@ -62,16 +99,96 @@ def contrastive_top1(first_Nd: Tensor, second_Nd: Tensor) -> float:
     return float((own > rivals).double().mean())
 
 
-def measure(features: dict[str, Tensor]) -> dict[str, float]:
-    """The row of all numbers that these features allow, over the global batch. Every rank must call; all get the same row."""
-    row: dict[str, float] = {}
-    backbone_ND = ranks.all_gather(features["backbone"])
-    row["rankme"] = rankme(backbone_ND)
-    shown_Nd = backbone_ND
-    if "projector_0" in features:
-        first_Nd, second_Nd = ranks.all_gather(features["projector_0"]), ranks.all_gather(features["projector_1"])
-        row["contrastive_top1"] = contrastive_top1(first_Nd, second_Nd)
-        shown_Nd = torch.cat([first_Nd, second_Nd])
-    row["std_ratio"] = std_ratio(shown_Nd)
-    row["mean_cosine"] = mean_cosine(shown_Nd)
-    return {name: round(value, 6) for name, value in row.items()}
+def auroc(score_N: Tensor, target_N: Tensor) -> float | None:
+    """Area under the ROC curve by ranks, ties halved; None where a class has too few samples to say."""
+    positives = int(target_N.sum())
+    if min(positives, len(target_N) - positives) < FEWEST_OF_A_CLASS:
+        return None
+    _, at_N, count = torch.unique(score_N, return_inverse=True, return_counts=True)
+    last = count.cumsum(0)
+    rank_N = (last - (count - 1) / 2).double()[at_N]
+    return float((rank_N[target_N > 0].sum() - positives * (positives + 1) / 2) / (positives * (len(target_N) - positives)))
+
+
+def _macro(score_NL: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:
+    """Mean AUROC over the labels that both classes are known of (balanced: every label counts alike, however rare)."""
+    columns = [(mask_NL[:, label] > 0, label) for label in range(target_NL.shape[1])]
+    found = [auroc(score_NL[known, label], target_NL[known, label]) for known, label in columns]
+    kept = [value for value in found if value is not None]
+    return sum(kept) / len(kept) if kept else None
+
+
+def knn_auroc(z_ND: Tensor, index_N: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:
+    """Macro AUROC of each sample's labels as its nearest others (cosine) have them; the same image is never its own neighbour."""
+    unit_ND = F.normalize(centred(z_ND), dim=1)
+    similarity_NN = unit_ND @ unit_ND.T
+    similarity_NN = similarity_NN.masked_fill(index_N[:, None] == index_N[None, :], -2.0)
+    near_NK, who_NK = similarity_NN.topk(min(NEIGHBOURS, len(z_ND) - 1), dim=1)
+    weight_NK = torch.exp(near_NK / TEMPERATURE)
+    known_NKL = mask_NL.double()[who_NK] * weight_NK[:, :, None]
+    score_NL = (known_NKL * target_NL.double()[who_NK]).sum(1) / known_NKL.sum(1).clamp_min(1e-12)
+    return _macro(score_NL, target_NL, mask_NL)
+
+
+def linear_auroc(z_ND: Tensor, index_N: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:
+    """Macro AUROC of ridge regression on standardised features: fitted on the images of even id, judged on those of odd id, and turned.
+
+    An unknown label counts as the label's mean: it pulls nowhere.
+    """
+    x_ND = centred(z_ND) / z_ND.double().std(dim=0).clamp_min(1e-12)
+    y_NL, known_NL = target_NL.double(), mask_NL.double()
+    scores_NL = torch.zeros_like(y_NL)
+    for held in (0, 1):
+        fit, judged = index_N % 2 != held, index_N % 2 == held
+        mean_L = (y_NL * known_NL)[fit].sum(0) / known_NL[fit].sum(0).clamp_min(1)
+        pull_NL = (y_NL - mean_L) * known_NL
+        gram = x_ND[fit].T @ x_ND[fit] + RIDGE * len(x_ND) * torch.eye(x_ND.shape[1], dtype=x_ND.dtype, device=x_ND.device)
+        scores_NL[judged] = x_ND[judged] @ torch.linalg.solve(gram, x_ND[fit].T @ pull_NL[fit]) + mean_L
+    return _macro(scores_NL, target_NL, mask_NL)
+
+
+class Window:
+    """The shared queue of features, and the use of prototypes."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}  # backbone_ND, index_N, target_NL, mask_NL of the newest samples; use_K of this rank
+
+    def count(self, features: dict[str, Tensor]) -> None:
+        """Called each step on each rank: a sample uses the prototype that it is nearest to."""
+        if (p_BK := features.get("prototypes")) is not None:
+            used_K = torch.bincount(p_BK.argmax(dim=1), minlength=p_BK.shape[1]).float().cpu()
+            self.state["use_K"] = self.state.get("use_K", torch.zeros_like(used_K)) * KEPT_USE + used_K
+
+    def measure(self, features: dict[str, Tensor], batch: Any) -> dict[str, float]:
+        """The row of all numbers that these features and the window allow. Every rank must call; all get the same row."""
+        self._add({"backbone_ND": features["backbone"], "index_N": batch.index_B.to(features["backbone"].device)})
+        if batch.target_BL is not None and batch.target_BL.shape[1]:
+            self._add({"target_NL": batch.target_BL, "mask_NL": batch.mask_BL})
+        z_ND = self.state["backbone_ND"]
+        singular = spectrum(z_ND)
+        row: dict[str, float | None] = {"rankme": rankme(singular)}
+        if (fit := alpha_req(singular)) is not None:
+            row["alpha_req"], row["alpha_req_r2"] = fit
+        if "projector_0" in features:
+            first_Nd, second_Nd = ranks.all_gather(features["projector_0"]), ranks.all_gather(features["projector_1"])
+            row["contrastive_top1"] = contrastive_top1(first_Nd, second_Nd)
+            shown_Nd = torch.cat([first_Nd, second_Nd])
+        else:
+            shown_Nd = centred(z_ND)
+        row["std_ratio"], row["mean_cosine"] = std_ratio(shown_Nd), mean_cosine(shown_Nd)
+        if "target_NL" in self.state:
+            held = (z_ND, self.state["index_N"], self.state["target_NL"], self.state["mask_NL"])
+            row["knn_auroc"], row["linear_auroc"] = knn_auroc(*held), linear_auroc(*held)
+        if "use_K" in self.state:
+            use_K = ranks.all_sum(self.state["use_K"].to(features["backbone"].device))
+            p = use_K / use_K.sum().clamp_min(1e-12)
+            row["prototype_perplexity"] = float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()) / len(p))  # share of those there are
+            row["prototypes_dead"] = float((p < 0.01 / len(p)).double().mean())
+            row["prototype_samples"] = float(use_K.sum() / len(p))  # samples a prototype that these two rest on
+        return {name: round(value, 6) for name, value in row.items() if value is not None}
+
+    def _add(self, rows: dict[str, Tensor]) -> None:
+        for name, value in rows.items():
+            newest = ranks.all_gather(value)
+            before = self.state.get(name, newest[:0]).to(newest.device)
+            self.state[name] = torch.cat([before, newest])[-WINDOW:]

@@ -31,22 +31,24 @@ class Recipe(Strict):
     optimizer: OptimizerConfig
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    accumulate: int = Field(default=1, ge=1)  # micro-batches to an update; losses and batch norm then see a micro-batch, not the batch
+    activation_checkpointing: bool = False  # compute the encoder's activations twice rather than keep them
+    compile: bool = False  # the encoder by torch.compile
     log_every_steps: int = Field(default=20, ge=1)
     checkpoint_every_steps: int = Field(default=200, ge=0)  # 0: none, then a killed run starts again
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)  # the newest; the one with the best kNN probe stays too
+    stop_when_collapsed: bool = True
 
     @model_validator(mode="after")
     def _engine_agrees(self) -> "Recipe":
         self.engine()
-        if self.zero_stage and self.checkpoint_every_steps:
-            raise ValueError(
-                "checkpoints are exact at zero_stage 0 only: set checkpoint_every_steps 0 to run at a higher stage without them"
-            )
+        if self.global_batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide global_batch {self.global_batch}")
         return self
 
     def engine(self) -> EngineConfig:
         """The part that the engine reads."""
-        return EngineConfig(optimizer=self.optimizer, precision=self.precision, zero_stage=self.zero_stage)
+        return EngineConfig(optimizer=self.optimizer, precision=self.precision, zero_stage=self.zero_stage, accumulate=self.accumulate)
 
 
 def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:

@@ -15,12 +15,13 @@ from pydantic import Field, model_validator
 
 from base.config import Strict, digest
 from engine.context import Context
+from pretrain.health import Health
 from pretrain.recipe import Recipe
 from shards.order import ORDER_VERSION
 from shards.views import VIEWS_VERSION
 
 # Part of every key: raise the first number when a change alters what a run computes; views' pixels and samples' order have their own.
-PRETRAIN_VERSION = f"1.{VIEWS_VERSION}.{ORDER_VERSION}"
+PRETRAIN_VERSION = f"2.{VIEWS_VERSION}.{ORDER_VERSION}"
 
 
 class DataRef(Strict):
@@ -101,7 +102,7 @@ class Result(Strict):
     image_size: int
     img_per_s: float
     seconds: float
-    health: Literal["healthy", "collapsed", "not learning", "too short"]
+    health: Health
     why: str
     restarts: int
     workers: int

@@ -14,11 +14,11 @@ from torch import nn
 
 from base import storage
 from base.errors import RequestError
-from engine import checkpoint, losses, ranks, schedules
+from engine import checkpoint, losses, optimizers, ranks, schedules
 from engine.checkpoint import Snapshot
 from engine.config import EngineConfig, OptimizerConfig
 from engine.context import LocalContext
-from engine.step import Engine, decay_groups, make_optimizer, rank_batch
+from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 
 
@@ -61,18 +61,20 @@ def test_batch_must_divide_and_lars_needs_whole_tensors() -> None:
 
 def test_no_decay_on_biases_and_norms() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    decayed, spared = decay_groups(net, 0.1)
+    decayed, spared = optimizers.groups(net, 0.1)
     assert decayed["weight_decay"] == 0.1
     assert [p.ndim for p in decayed["params"]] == [4]
     assert spared["weight_decay"] == 0
     assert len(spared["params"]) == 3
-    for name in ("adamw", "sgd", "lars"):
-        assert make_optimizer(net, OptimizerConfig(name=name, lr=0.1, weight_decay=1e-6)).param_groups[0]["lr"] == 0.1
+    for name in ("adamw", "sgd", "lars", "lamb"):
+        assert optimizers.make(net, OptimizerConfig(name=name, lr=0.1, weight_decay=1e-6)).param_groups[0]["lr"] == 0.1
 
 
-def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0) -> Engine:
+def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0, state: dict[str, torch.Tensor] | None = None) -> Engine:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    if state is not None:
+        net.load_state_dict(state)
     config = EngineConfig(optimizer=OptimizerConfig(name=name, lr=0.05, weight_decay=0.01, clip=1.0), zero_stage=zero_stage)
     return Engine(net, config, rank_batch=6, warmup_steps=2, total_steps=9)
 
@@ -87,7 +89,7 @@ def steps(engine: Engine, first: int, last: int) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "lamb"])
 def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
     torch.set_num_threads(1)
     whole = small_engine(0, name)
@@ -95,7 +97,7 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
     first = small_engine(0, name)
     begun = steps(first, 0, 4)
     tensors, values = first.optimizer_state()
-    checkpoint.save(str(tmp_path), Snapshot(4, first.model_state(), tensors, {"values": values}, checkpoint.random_state()))
+    save(str(tmp_path), Snapshot(4, first.model_state(), tensors, {"values": values}, checkpoint.random_state()))
     second = small_engine(1, name)
     found = checkpoint.find_newest(str(tmp_path))
     assert found is not None
@@ -117,12 +119,25 @@ def test_clipping_and_rate_follow_the_configuration() -> None:
     assert engine.rate(8) == pytest.approx(0.0)
 
 
-def test_partitioned_states_refuse_checkpoints_and_train_the_same() -> None:
+def save(url: str, snapshot: Snapshot) -> str:
+    saver = checkpoint.Saver(url, keep=2)
+    place = saver.save(snapshot)
+    saver.finish()
+    return place
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_partitioned_states_resume_bit_identical_at_any_stage(stage: int) -> None:
     torch.set_num_threads(1)
-    plain, partitioned = small_engine(0), small_engine(0, zero_stage=1)
-    assert steps(plain, 0, 3) == pytest.approx(steps(partitioned, 0, 3), rel=1e-5)
-    with pytest.raises(RequestError, match="stage 0 only"):
-        partitioned.optimizer_state()
+    whole = small_engine(0, zero_stage=stage)
+    expected = steps(whole, 0, 6)
+    assert expected == pytest.approx(steps(small_engine(0), 0, 6), rel=1e-5)
+    first = small_engine(0, zero_stage=stage)
+    begun, state, held = steps(first, 0, 3), first.optimizer_state(), first.model_state()
+    for later in (stage, 0):
+        second = small_engine(1, zero_stage=later, state=held)
+        second.load_optimizer_state(*state)
+        assert begun + steps(second, 3, 6) == (expected if later else pytest.approx(expected, rel=1e-5))
 
 
 def snapshot(step: int) -> Snapshot:
@@ -134,7 +149,7 @@ def test_newest_whole_checkpoint_is_found_over_damaged_ones(tmp_path: Path, dama
     url = str(tmp_path / "c")
     assert checkpoint.find_newest(url) is None
     for step in (3, 12):
-        place = Path(checkpoint.save(url, snapshot(step)))
+        place = Path(save(url, snapshot(step)))
     model = place / "model.safetensors"
     if damage == "flip":
         raw = bytearray(model.read_bytes())
@@ -151,7 +166,7 @@ def test_newest_whole_checkpoint_is_found_over_damaged_ones(tmp_path: Path, dama
     assert found.step == 3
     assert "step-00000012" in found.refused[0]
     assert float(checkpoint.load(found).model["w"][0]) == 3
-    checkpoint.save(url, snapshot(12))  # the same step is written again, over the damaged folder
+    save(url, snapshot(12))  # the same step is written again, over the damaged folder
     again = checkpoint.find_newest(url)
     assert again is not None
     assert again.step == 12
@@ -160,7 +175,7 @@ def test_newest_whole_checkpoint_is_found_over_damaged_ones(tmp_path: Path, dama
 def test_last_k_are_kept_on_any_storage(tmp_path: Path) -> None:
     for url in (str(tmp_path / "c"), "memory://engine-checkpoints"):
         for step in range(1, 6):
-            checkpoint.save(url, snapshot(step), keep=2)
+            save(url, snapshot(step))
         assert storage.listing(url) == ["step-00000004", "step-00000005"]
         found = checkpoint.find_newest(url)
         assert found is not None

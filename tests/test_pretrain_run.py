@@ -112,6 +112,7 @@ def test_embedding_the_corpus_visits_each_sample_once_in_order(pair: Path, tmp_p
     plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(tmp_path)}
     one = Run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
     one._build()
+    one._start(None)
     index_N, z_ND = one._embed(one.method.encoder)
     assert index_N.tolist() == list(range(100))
     assert z_ND.shape == (100, one.method.encoder.num_features)

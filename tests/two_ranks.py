@@ -143,7 +143,9 @@ def method_case(name: str, rank: int, world: int, zero_stage: int = 0) -> dict[s
         out[f"{name}.loss{step}"] = (ranks.all_sum(output.loss.detach()) / world).reshape(1)
         if step:
             break
-        row = probes.measure(output.features)
+        window, seen = probes.Window(), batch(rank, world, sizes)
+        window.count(output.features)
+        row = window.measure(output.features, seen)
         engine.step(output.loss, 0)
         trained = dict(method.named_parameters())
         out |= {f"{name}.{key}": before[key] - value for key, value in engine.model_state().items() if key in trained}
@@ -168,7 +170,10 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
         module.running_mean.add_(rank)  # type: ignore[union-attr]
     facts["apart"] = ranks.differing_buffers(module)
     snapshot = Snapshot(4, {"w": torch.arange(3.0)}, {}, {"note": 1}, {"mine": torch.tensor([rank])})
-    checkpoint.save(str(folder / "checkpoints"), snapshot)
+    saver = checkpoint.Saver(str(folder / "checkpoints"))
+    saver.save(snapshot)
+    saver.finish()
+    ranks.barrier()
     found = checkpoint.find_newest(str(folder / "checkpoints"))
     assert found is not None
     facts["mine"] = int(checkpoint.load(found).mine["mine"])
