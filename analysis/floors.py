@@ -31,7 +31,8 @@ MINIMUM = 8  # training images below which a regression is not fitted
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W)."""
+    """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W) of indices, NO_MASK where
+    nobody judged."""
 
     images: NDArray[np.uint8]
     target_NL: Array | None = None
@@ -126,26 +127,29 @@ def classification(train: Arrays, val: Arrays | None, test: Arrays) -> Floors:
 def segmentation(train: Arrays, test: Arrays) -> Floors:
     """The mean training mask, thresholded where its mean training Dice is best, as the prediction for every test image.
 
-    Images without a mask (NO_MASK everywhere) are left out, as the cells leave them out; empty where a split has no other.
+    Images without a mask (NO_MASK everywhere) and pixels that nobody judged are left out, as the cells leave them out; empty where a split
+    has no others.
     """
-    truth, target = _masks(train), _masks(test)
+    (truth, known), (target, judged) = _masks(train), _masks(test)
     if not len(truth) or not len(target):
         return {}
-    mean = truth.mean(axis=0)
+    mean = truth.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     best, cut = -1.0, 0.5
     for threshold in np.linspace(0.05, 0.95, 19):
-        reached = float(dice_per_image(np.broadcast_to(mean >= threshold, truth.shape), truth).mean())
+        reached = float(dice_per_image((mean >= threshold) & known, truth).mean())
         if reached > best:
             best, cut = reached, float(threshold)
-    return {"mean_mask": {"dice": float(dice_per_image(np.broadcast_to(mean >= cut, target.shape), target).mean()), "threshold": cut}}
+    return {"mean_mask": {"dice": float(dice_per_image((mean >= cut) & judged, target).mean()), "threshold": cut}}
 
 
-def _masks(split: Arrays) -> NDArray[np.bool_]:
+def _masks(split: Arrays) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What is outlined, and what was judged, of the images that have a mask."""
     from shards.loader import NO_MASK
 
     assert split.masks is not None
-    there = (split.masks != NO_MASK).reshape(len(split.masks), -1).any(axis=1)
-    return np.asarray(split.masks[there] > 0)
+    judged = split.masks != NO_MASK
+    there = judged.reshape(len(judged), -1).any(axis=1)
+    return (split.masks[there] > 0) & judged[there], judged[there]
 
 
 def average(found: Sequence[Floors]) -> Floors:
@@ -168,7 +172,14 @@ def share(patients: Sequence[str], fraction: float, draw: int) -> NDArray[np.int
 
 
 def of_shards(
-    url: str, kind: str, labels: Sequence[str], stratify_by: str | None = None, fractions: Sequence[float] = (1.0,), *, size: int = 64
+    url: str,
+    kind: str,
+    labels: Sequence[str],
+    stratify_by: str | None = None,
+    fractions: Sequence[float] = (1.0,),
+    *,
+    size: int = 64,
+    mask_class: str | None = None,
 ) -> dict[float, Floors]:
     """Floors of a packed dataset for each share of its training labels, scored on its test split; empty without both splits.
 
@@ -177,9 +188,9 @@ def of_shards(
     Args:
         url: shards with their manifest. kind: "segmentation", or anything else for classification.
         labels: names of the labels, in the order of the targets. stratify_by: a metadata column, or None.
-        size: square pixels at which images and masks are decoded.
+        size: square pixels at which images and masks are decoded. mask_class: the only class of the masks that counts.
     """
-    from shards.loader import Corpus, decode_all
+    from shards.loader import NO_MASK, Corpus, decode_all
 
     splits: dict[str, Arrays] = {}
     patients: list[str] = []
@@ -192,7 +203,11 @@ def of_shards(
         target = None
         if labels:
             target = np.where(held.mask > 0, held.target, np.nan).astype(float)
-        splits[split] = Arrays(np.asarray(held.images), target, strata, None if held.seg is None else np.asarray(held.seg))
+        seg = None if held.seg is None else np.asarray(held.seg)
+        if seg is not None and mask_class is not None:
+            index = corpus.card.mask_index(mask_class, url)
+            seg = np.where(seg == NO_MASK, seg, seg == index).astype(np.uint8)
+        splits[split] = Arrays(np.asarray(held.images), target, strata, seg)
         if split == "train":
             patients = [patient or f"image {i}" for i, patient in enumerate(held.patients)]
     if "train" not in splits or "test" not in splits:

@@ -19,7 +19,7 @@ from base import storage
 from base.config import digest
 from base.errors import AllograftError
 
-FLOORS_VERSION = 3
+FLOORS_VERSION = 4
 
 
 def answer(out: str) -> str:
@@ -57,11 +57,14 @@ def floors(evidence: Evidence) -> tuple[dict[tuple[str, float], Floors], list[st
             notes.append(f"Floors of {task} are not known: its shards are not readable from here.")
             continue
         asked = {"floors": FLOORS_VERSION, "kind": kind, "labels": labels, "fractions": shares, "manifest": digest(manifest)}
+        mask_class = cells[0].mask_class() if kind == "segmentation" else None
+        asked |= {"mask_class": mask_class} if mask_class else {}
         url = storage.join(evidence.out, "analyses", digest(asked)[:16], "floors.json")
         held = results.read_json(url)
         if held is None:
             try:
-                made = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, evidence.card(dataset).get("stratify_by"), shares)
+                strata = evidence.card(dataset).get("stratify_by")
+                made = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, strata, shares, mask_class=mask_class)
             except (AllograftError, OSError, ValueError) as error:
                 notes.append(f"Floors of {task} could not be computed: {str(error)[:200]}")
                 continue

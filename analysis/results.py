@@ -94,6 +94,11 @@ class Cell:
         }
         return next((metric for metric in PRIMARY if metric in held), None)
 
+    def mask_class(self) -> str | None:
+        """The class that a segmentation task outlines; None for all as one."""
+        task = read_yaml(storage.join(self.url, "config.yaml")).get("task")
+        return task.get("mask_class") if isinstance(task, dict) else None
+
     def group(self) -> tuple[Any, ...]:
         """What two cells must share for their sources to be compared."""
         held = self.result

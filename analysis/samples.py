@@ -79,7 +79,7 @@ def _sample(corpus: Any, place: dict[str, int], key: str) -> Any:
 def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
     parts = []
     best = max(cells, key=lambda c: np.nan_to_num(c.value("dice", "val"), nan=-1.0))
-    frame = results.predictions(best)
+    frame, mask_class = results.predictions(best), best.mask_class()
     try:
         corpus = _corpus(evidence, best.dataset)
         if frame is None or not len(corpus):
@@ -90,7 +90,8 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
             row = ranked.iloc[at]
             sample = _sample(corpus, place, row["sample_id"])
             text = f"{best.source}, {best.strategy}: Dice {row['dice']:.3f}"
-            drawn = figures.overlay(sample.image, sample.seg, None, f"test image {row['sample_id']}; {text}")
+            true = sample.seg if mask_class is None else sample.seg == corpus.card.mask_index(mask_class, best.task)
+            drawn = figures.overlay(sample.image, true, None, f"test image {row['sample_id']}; {text}")
             parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
     except (AllograftError, OSError, IndexError) as error:
         return f'<p class="faint">Images could not be read: {esc(error)}</p>'

@@ -155,7 +155,8 @@ def _cell(
             "seed": seed,
             "shuffle_labels": shuffled,
         },
-        "task": task.model_dump(mode="json", by_alias=True),
+        # Named only where one is asked for, so that other cells keep their keys.
+        "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
         "encoder_sha256": found.sha256 if found else None,
         "manifests": [corpus.manifest.digest],
         "dtype": "fp32",

@@ -94,7 +94,8 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
     if task.kind == "segmentation":
         if decoded.seg is None:
             raise RequestError(f"{corpus.manifest.dataset} has no masks", where=f"task {task.task}")
-        target = np.where(decoded.seg == NO_MASK, NOT_JUDGED, decoded.seg > 0).astype(np.float32)
+        inside = decoded.seg > 0 if task.mask_class is None else decoded.seg == card.mask_index(task.mask_class, f"task {task.task}")
+        target = np.where(decoded.seg == NO_MASK, NOT_JUDGED, inside).astype(np.float32)
         arrays = Arrays(split, image, target, np.ones((len(ids), 1), np.float32), tuple(decoded.patients), strata, ids)
         masked = (decoded.seg != NO_MASK).any(axis=(1, 2))
         return arrays if masked.all() else arrays.take(np.flatnonzero(masked))

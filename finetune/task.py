@@ -4,7 +4,7 @@
     task = load_task("dxc14", ["recipe.epochs=3"])
 
 The kind fixes loss and head: multilabel is binary cross-entropy over the known labels, multiclass is cross-entropy over labels of which
-each image has one, segmentation is binary cross-entropy plus Dice per image against "any class of the mask".
+each image has one, segmentation is binary cross-entropy plus Dice per image against one class of the mask, or any of them.
 """
 
 from typing import Literal
@@ -63,7 +63,7 @@ class Task(Strict):
     """One task. `metric` is the one that validation selects on; `resolution` the default side in pixels.
 
     labels: of the card, or made by its views. uncertain: what labels that are -1 count as in training, where it is not the card's own
-    policy; validation and test leave them out.
+    policy; validation and test leave them out. mask_class: the class of the card's masks to outline; null for all of them as one.
     """
 
     schema_: Literal[2] = Field(alias="schema")
@@ -73,6 +73,7 @@ class Task(Strict):
     kind: Literal["multilabel", "multiclass", "segmentation"]
     labels: list[str] = Field(default=[])
     uncertain: Uncertain | None = None
+    mask_class: str | None = None
     metric: Metric
     resolution: int = Field(ge=16)
     recipe: Recipe
@@ -83,6 +84,8 @@ class Task(Strict):
         segments = self.kind == "segmentation"
         if segments and self.labels:
             raise ValueError("labels: a segmentation task has none, its target is the mask")
+        if not segments and self.mask_class is not None:
+            raise ValueError(f"mask_class: a {self.kind} task has no masks")
         if not segments and not self.labels:
             raise ValueError(f"labels: a {self.kind} task needs them")
         if self.kind == "multiclass" and len(self.labels) < 2:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from base.config import Strict, load
+from base.errors import unknown
 from base.paths import named
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -357,6 +358,12 @@ class Card(Strict):
     def has_masks(self) -> bool:
         """Whether samples carry a mask: only then is one packed."""
         return self.kind in ("segmentation", "mixed")
+
+    def mask_index(self, name: str, where: str) -> int:
+        """The value of that class in the masks. Raises RequestError for a class that the masks do not have."""
+        if name not in self.mask_classes:
+            raise unknown("mask class", name, self.mask_classes, where=where)
+        return self.mask_classes.index(name) + 1
 
     @property
     def derived(self) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import write
 
+from analysis.floors import of_shards
+from base.config import parse
 from base.errors import RequestError, WorkError
 from encoders.build import build
 from encoders.weights import sha256_of
@@ -21,7 +24,9 @@ from finetune.predict import measure
 from finetune.strategies import resolve
 from finetune.task import load_task
 from finetune.transplant import EncoderSpec, Transplant
+from shards.card import Card
 from shards.manifest import read
+from shards.pack import pack
 
 CHEST, LUNGS = load_task("phantom-chest"), load_task("lxs")
 SPEC = EncoderSpec(architecture="test_resnet", in_chans=1)
@@ -152,6 +157,43 @@ def test_the_pyramid_head_is_linear_in_the_features() -> None:
 
 
 # -- data
+
+
+def test_a_task_outlines_one_class_of_the_masks_or_all(tmp_path: Path) -> None:
+    outlines = {"heart": (slice(4, 12), slice(4, 12)), "clavicle": (slice(20, 24), slice(2, 30))}
+    for i in range(12):
+        for folder, place in {"images": None, **outlines}.items():
+            pixels = np.full((32, 32), 90 + i, np.uint8) if place is None else np.zeros((32, 32), np.uint8)
+            if place is not None:
+                pixels[place] = 255
+            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / "raw" / folder / f"{i}.png"), pixels)
+    masks = {name: [f"{name}/{{stem}}.png"] for name in outlines}
+    layout = {"name": "one", "requires": ["images/*"], "images": ["images/*.png"], "masks": masks}
+    card = {"schema": 2, "dataset": "organs", "title": "t", "reader": "pairs", "kind": "segmentation", "mask_classes": list(outlines)}
+    said = {
+        "public": True,
+        "licence": "none",
+        "access": "none",
+        "citation": "none",
+        "layouts": [layout],
+        "split": {"val": 0.2, "test": 0.2},
+    }
+    url = str(tmp_path / "shards")
+    packed = pack(parse({**card, **said}, Card, "card"), str(tmp_path / "raw"), url)
+    found = {}
+    for name in ("heart", "clavicle", None):
+        task = LUNGS.model_copy(update={"dataset": "organs", "mask_class": name})
+        target = load(url, packed.digest, "train", 32, task).target
+        found[name] = target[0] == 1
+        assert (target == target[0]).all()
+    for name, place in outlines.items():
+        assert found[name].sum() == found[name][place].sum() == found[name][place].size
+    assert (found[None] == (found["heart"] | found["clavicle"])).all()
+    with pytest.raises(RequestError, match=r"unknown mask class 'hart'.*did you mean 'heart'"):
+        load(url, packed.digest, "train", 32, LUNGS.model_copy(update={"dataset": "organs", "mask_class": "hart"}))
+    floors = of_shards(url, "segmentation", [], size=32, mask_class="heart")
+    assert floors[1.0]["mean_mask"]["dice"] == 1
 
 
 def arrays(patients: list[str], target: np.ndarray) -> Arrays:

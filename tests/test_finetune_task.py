@@ -24,6 +24,7 @@ def test_every_task_reads_and_fits_its_card(name: str) -> None:
     assert task.task == name
     assert set(task.labels) <= set(card.labels)
     assert task.kind != "segmentation" or card.has_masks
+    assert task.mask_class is None or task.mask_class in card.mask_classes
 
 
 def test_errors_name_file_key_and_the_nearest_name(tmp_path: Path) -> None:
@@ -36,6 +37,8 @@ def test_errors_name_file_key_and_the_nearest_name(tmp_path: Path) -> None:
         load_task("dxc14", ["metric=dice"])
     with pytest.raises(RequestError, match="a segmentation task has none"):
         load_task("lxs", ["labels=[tb]"])
+    with pytest.raises(RequestError, match="a multilabel task has no masks"):
+        load_task("dxc14", ["mask_class=heart"])
     with pytest.raises(RequestError, match="no such task file"):
         load_task(str(tmp_path / "mine.yaml"))
 
