@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_shards_views import official_views
 from torch import Tensor
 from torch.nn import functional as F
 from two_ranks import TinyEncoder
@@ -16,6 +17,7 @@ from base.seeds import seed_of
 from pretrain import methods, probes
 from pretrain.memory import Bank, Queue, info_nce, queue_length
 from pretrain.methods.pcl import cluster_counts, concentrations
+from pretrain.recipe import load_recipe
 
 SAMPLES, BATCH, SIDE = 40, 8, 16
 SMALL: dict[str, dict[str, Any]] = {
@@ -311,3 +313,34 @@ def test_a_queue_that_is_left_open() -> None:
     """The largest multiple of the batch in a quarter of the corpus, one batch at least, the official length at most."""
     lengths = [queue_length(65536, methods.Facts(seed=0, samples=n, global_batch=256)) for n in (300, 5000, 1_281_167)]
     assert lengths == [256, 1024, 65536]
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_paper_values(name: str) -> None:
+    recipe, kind = load_recipe(f"{name}/paper"), methods.method_class(name)
+    optimizer, first_version = recipe.optimizer, name in ("moco-v1", "pcl-v1", "insdis", "pirl")
+    assert (recipe.global_batch, optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.momentum) == (256, "sgd", 0.03, 1e-4, 0.9)
+    assert recipe.epochs == (800 if name in ("moco-v2", "infomin") else 200)
+    assert optimizer.milestones == ((0.6, 0.8) if first_version else ())
+    official = {"densecl": "moco-v2", "pcl-v2": "moco-v2"}.get(name, name)
+    assert recipe.views == official_views().get(official, recipe.views)
+    scaled = kind.scaled(kind.Options(**recipe.options), methods.Facts(seed=0, samples=1_281_167, global_batch=256))
+    clusters = {"clusters.0": 25_000, "clusters.1": 50_000, "clusters.2": 100_000}
+    if name in ("insdis", "pirl"):
+        assert scaled == {"negatives": 65536}
+    else:
+        assert scaled == ({"queue": 16384} | clusters if name.startswith("pcl") else {"queue": 65536})
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_losses_are_float32_under_bf16(name: str) -> None:
+    """Networks in bf16, keys, banks and softmaxes in float32."""
+    given = batch(name)
+    expected = float(make(name)(given).loss.detach())
+    method = make(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = method(given)
+    assert output.loss.dtype == torch.float32
+    assert float(output.loss.detach()) == pytest.approx(expected, rel=0.03)
+    method.on_step_end()
+    assert all(buffer.dtype != torch.bfloat16 for buffer in method.buffers())
