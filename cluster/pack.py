@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from base import storage
 from base.config import parse
@@ -29,6 +31,7 @@ class Packing:
     images_done: int = 0
     images_written: int = 0
     bytes_written: int = 0
+    under_way: int = 0  # raw files done of the shards that are being written
     quarantined: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -50,16 +53,18 @@ class Packing:
 
     def rates(self) -> str:
         """`412 img/s, 18.2 MB/s`; nothing while nothing is written."""
-        if not self.images_written:
+        if not self.images_written + self.under_way:
             return ""
-        return f"{self.images_written / self.seconds:,.0f} img/s, {self.bytes_written / 1e6 / self.seconds:,.1f} MB/s"
+        size = f", {self.bytes_written / 1e6 / self.seconds:,.1f} MB/s" if self.bytes_written else ""
+        return f"{(self.images_written + self.under_way) / self.seconds:,.0f} img/s{size}"
 
     def line(self) -> str:
         """One line of progress: shards, images, throughput, quarantine, time to go."""
-        parts = [f"{self.shards_done}/{self.shards} shards", f"{self.images_done:,}/{self.images:,} images", self.rates()]
+        done, written = self.images_done + self.under_way, self.images_written + self.under_way
+        parts = [f"{self.shards_done}/{self.shards} shards", f"{done:,}/{self.images:,} images", self.rates()]
         parts.append(f"{self.quarantined:,} quarantined" if self.quarantined else "")
-        if self.images_written and self.images_done < self.images:
-            parts.append(f"to go {minutes(self.seconds / self.images_written * (self.images - self.images_done))}")
+        if written and done < self.images:
+            parts.append(f"to go {minutes(self.seconds / written * (self.images - done))}")
         return " | ".join(part for part in parts if part)
 
     def summary(self) -> str:
@@ -130,9 +135,12 @@ def pack_on_ray(
 
     jobs = plan(card, raw, split_files=split_files)
     write_there = ray.remote(num_cpus=1, max_retries=2)(_keep_or_write)
-    waiting = [write_there.remote(job, out) for job in jobs]
+    counter = ray.remote(num_cpus=0)(_Counter).remote()
+    waiting = [write_there.remote(job, out, counter) for job in jobs]
+    asked = counter.counts.remote()
     order = {reference: i for i, reference in enumerate(waiting)}
     entries: dict[int, ShardEntry] = {}
+    counts: dict[str, int] = {}
     so_far = Packing(len(jobs), sum(len(job.records) for job in jobs))
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=TICK_S)
@@ -143,11 +151,39 @@ def pack_on_ray(
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             so_far.add(jobs[i], entries[i], stood)
+        if ray.wait([asked], timeout=0)[0]:
+            with suppress(ray.exceptions.RayActorError):  # without it only whole shards are counted
+                counts, asked = ray.get(asked), counter.counts.remote()
+        finished = {jobs[i].name for i in entries}
+        so_far.under_way = sum(n for name, n in counts.items() if name not in finished)
         progress(so_far)
     return commit(jobs[0].card, [entries[i] for i in range(len(jobs))], out), so_far
 
 
-def _keep_or_write(job: ShardJob, out: str) -> tuple[ShardEntry, bool]:
+class _Counter:
+    """A Ray actor: how many raw files of each shard are done, as the tasks tell it. What it loses with its node is only shown late."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def add(self, shard: str, done: int) -> None:
+        self._counts[shard] = done
+
+    def counts(self) -> dict[str, int]:
+        return self._counts
+
+
+def _keep_or_write(job: ShardJob, out: str, counter: Any) -> tuple[ShardEntry, bool]:
     """The shard's entry, and whether it stood already."""
     standing = kept(job, out)
-    return (standing, True) if standing is not None else (write(job, out), False)
+    if standing is not None:
+        return standing, True
+    told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= TICK_S:
+            told = time.monotonic()
+            counter.add.remote(job.name, done)
+
+    return write(job, out, tell), False

@@ -114,11 +114,13 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
     return jobs
 
 
-def write(job: ShardJob, out_url: str) -> ShardEntry:
+def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = None) -> ShardEntry:
     """Write one shard, its index and its receipt under `out_url`, or keep them if they stand there unchanged.
 
     A file that does not decode is quarantined with its reason; the others are packed.
 
+    Args:
+        tell: called with the number of raw files done, before each.
     Raises:
         WorkError: the disk is full.
     """
@@ -132,7 +134,7 @@ def write(job: ShardJob, out_url: str) -> ShardEntry:
     try:
         with tempfile.TemporaryDirectory() as folder:
             tar = Path(folder) / f"{job.name}.tar"
-            positives, quarantined = write_tar(job.card, job.raw, job.records, tar)
+            positives, quarantined = write_tar(job.card, job.raw, job.records, tar, tell)
             index_N = index_of_tar(tar)
             index = dump_index(index_N)
             with tar.open("rb") as stream:

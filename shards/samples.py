@@ -14,7 +14,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,18 @@ from shards.phantoms import GENERATORS
 from shards.readers import Record
 
 
-def write_tar(card: Card, raw: str, records: Iterable[Record], tar: Path) -> tuple[dict[str, int], list[Quarantined]]:
-    """Write the samples of these records; the positives of each label, and what was left out with its reason. Raises OSError."""
+def write_tar(
+    card: Card, raw: str, records: Iterable[Record], tar: Path, tell: Callable[[int], object] | None = None
+) -> tuple[dict[str, int], list[Quarantined]]:
+    """Write the samples of these records; the positives of each label, and what was left out with its reason. Raises OSError.
+
+    tell: called with the number of records done, before each.
+    """
     positives: Counter[str] = Counter()
     quarantined: list[Quarantined] = []
     # Owner, mode and time are fixed and the format is ustar: the bytes depend on the samples alone.
     with tar.open("wb") as stream, wds.TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-        for key, file, sample in _samples(card, raw, records):
+        for key, file, sample in _samples(card, raw, _told(records, tell) if tell else records):
             if isinstance(sample, str):
                 quarantined.append(Quarantined(key=key, reason=sample, file=file if card.public else None))
                 continue
@@ -46,6 +51,12 @@ def write_tar(card: Card, raw: str, records: Iterable[Record], tar: Path) -> tup
                 positives[label] += value == 1
             writer.write({"__key__": f"{card.dataset}-{key}", **content})
     return {label: positives[label] for label in card.labels if positives[label] or card.kind != "multiclass"}, quarantined
+
+
+def _told(records: Iterable[Record], tell: Callable[[int], object]) -> Iterator[Record]:
+    for done, record in enumerate(records):
+        tell(done)
+        yield record
 
 
 def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[str, str, tuple[dict[str, bytes], dict[str, Any]] | str]]:

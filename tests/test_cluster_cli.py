@@ -151,6 +151,9 @@ def test_progress_counts_what_was_written_and_what_stood(tmp_path: Path) -> None
     assert so_far.line() == f"0/{len(jobs)} shards | 0/40 images"
     so_far.add(jobs[0], write(jobs[0], str(tmp_path)), stood=True)
     assert "img/s" not in so_far.line()
+    so_far.under_way = 5  # of a shard that is not done
+    assert f"{len(jobs[0].records) + 5}/40 images | 0 img/s | to go" in so_far.line()
+    so_far.under_way = 0
     so_far.add(jobs[1], write(jobs[1], str(tmp_path)), stood=False)
     assert so_far.images_written == len(jobs[1].records)
     assert "img/s" in so_far.line()
@@ -187,6 +190,13 @@ def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft:
     again = allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "card.yaml"))
     assert again.code == 2
     assert "there already" in again.err
+
+
+def test_a_shard_tells_how_far_it_is(tmp_path: Path) -> None:
+    job = plan(load_card("phantom-chest"), "phantom:40/32")[0]
+    told: list[int] = []
+    write(job, str(tmp_path), told.append)
+    assert told == list(range(len(job.records)))
 
 
 @pytest.mark.ray
