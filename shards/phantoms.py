@@ -3,8 +3,9 @@
     phantom = GENERATORS["chest"](seed=0, index=7, size=64)      # Phantom(image, labels, mask, metadata)
     series = parse_raw("phantom:3000@1/48")                      # Series(images=3000, seed=1, size=48)
 
-Three labels, each 1 in half of the images and independent of one another: `texture` (local), `count`, `arrangement` (global).
-None can be read from grey values alone: see `shards.phantom_parts.specify`.
+Chest and fundus have three labels, each 1 in half of the images and independent of one another: `texture` (local), `count`,
+`arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. The procedural corpus mixes both with
+fractals, to pretrain on: see `shards.phantom_procedural`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from base.errors import RequestError
 from shards.phantom_chest import chest
 from shards.phantom_fundus import fundus
 from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom
+from shards.phantom_procedural import procedural
 
-__all__ = ["GENERATORS", "LABELS", "PHANTOM_VERSION", "Phantom", "Series", "chest", "fundus", "parse_raw", "patient_of"]
+__all__ = ["GENERATORS", "LABELS", "PHANTOM_VERSION", "Phantom", "Series", "chest", "fundus", "parse_raw", "patient_of", "procedural"]
 
-GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {"chest": chest, "fundus": fundus}
+GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {"chest": chest, "fundus": fundus, "procedural": procedural}
 _RAW = re.compile(r"phantom:(\d+)(?:@(\d+))?(?:/(\d+))?")
 
 
