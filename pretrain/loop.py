@@ -172,8 +172,10 @@ class Run:
         size, warmup = rank_batch(recipe.global_batch, ranks.world()), round(recipe.optimizer.warmup_epochs * self.epoch_steps)
         self.engine = Engine(self.method, recipe.engine(), rank_batch=size, warmup_steps=min(warmup, self.total), total_steps=self.total)
         # Convolutions are faster with channels last, on CPUs too. After the engine: its broadcast of parameters needs rows.
+        # Not under ZeRO, which flattens weights as they lie.
+        layout = torch.contiguous_format if recipe.zero_stage else torch.channels_last
         for network in networks:
-            network.to(self.engine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(self.engine.device, memory_format=layout)  # type: ignore[call-overload]
         torch.manual_seed(seed_of("train", self.config.seed, ranks.rank()))
         if snapshot is not None:
             self._go_on(snapshot)
