@@ -1,8 +1,8 @@
-"""Do our views train as well as lightly's? Runs studies/views-parity.yaml; prints the difference in the task's AUROC with its interval.
+"""Do our views train as well as lightly's? Runs studies/views-parity.yaml; prints the differences in AUROC and Dice with their intervals.
 
-    .venv/bin/python benchmarks/views_parity.py RAW [key=value ...]      # RAW: the nih-cxr14 files; goes on where it stopped
+    .venv/bin/python benchmarks/views_parity.py NIH MONTGOMERY [key=value ...]     # folders of raw files; goes on where it stopped
 
-Six pretrainings and 14 cells: an hour on two cores; preset=smoke takes minutes and claims nothing. Both against random weights are
+Six pretrainings and 28 cells: an hour on two cores; preset=smoke takes minutes and claims nothing. Both against random weights are
 printed too: two pretrainings that taught nothing would be equal as well. The last line is ours minus lightly's.
 """
 
@@ -23,19 +23,20 @@ def line(strategy: str, metric: str, a: str, b: str, found: Comparison) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 3:
         print(__doc__)
         return 2
-    settings = [f"data.nih-cxr14.raw={os.path.abspath(sys.argv[1])}", *sys.argv[2:]]
+    nih, montgomery, *more = sys.argv[1:]
+    settings = [f"data.nih-cxr14.raw={os.path.abspath(nih)}", f"data.montgomery.raw={os.path.abspath(montgomery)}", *more]
     out = next((os.path.abspath(setting[4:]) for setting in settings if setting.startswith("out=")), os.path.abspath("runs/views-parity"))
     subprocess.run([sys.executable, "-m", "cluster", "run", str(ROOT / "studies" / "views-parity.yaml"), *settings], check=True)
     cells, bootstrap = gather(out).cells, Bootstrap()
-    metric = cells[0].primary() or "auroc_mean"
     for a, b in ((OURS, "random"), (LIGHTLY, "random"), (OURS, LIGHTLY)):
-        for strategy in sorted({cell.strategy for cell in cells}):
-            held = {name: [cell for cell in cells if (cell.source, cell.strategy) == (name, strategy)] for name in (a, b)}
+        for task, strategy in sorted({(cell.task, cell.strategy) for cell in cells}):
+            held = {name: [cell for cell in cells if (cell.source, cell.task, cell.strategy) == (name, task, strategy)] for name in (a, b)}
             sides = [[found for cell in held[name] if (found := scores(cell))] for name in (a, b)]
-            print(line(strategy, metric, a, b, compare(*sides, metric, bootstrap=bootstrap)))
+            metric = held[a][0].primary() or "auroc_mean"
+            print(line(f"{task}, {strategy}", metric, a, b, compare(*sides, metric, bootstrap=bootstrap)))
     return 0
 
 
