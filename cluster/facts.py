@@ -16,7 +16,7 @@ from typing import Any
 
 # How often something is written tells no two runs apart.
 UNTOLD = {"schema", "method", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
-CURVES = ("loss", "lr", "std_ratio", "rankme", "img_per_s", "train_loss", "val_loss")
+PLACES = ("step", "steps", "epoch", "seconds")  # where a row stands, not what it measured
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def curves(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of one row of metrics.jsonl that are drawn over steps."""
-    return _numbers({f"training/{key}": value for key, value in row.items() if key in CURVES or key.startswith("val_")})
+    return _numbers({f"training/{key}": value for key, value in row.items() if key not in PLACES})
 
 
 def _tags(source: str, result: dict[str, Any]) -> dict[str, str]:

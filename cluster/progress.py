@@ -94,13 +94,21 @@ def _newest(url: str) -> dict[str, float] | None:
     return None
 
 
-FIELDS = (("img_per_s", "img/s", "{:.0f}"), ("data_wait", "wait", "{:.0%}"), ("std_ratio", "std", "{:.2f}"), ("rankme", "rank", "{:.0f}"))
+FIELDS = (
+    ("img_per_s", "img/s", "{:.0f}"),
+    ("data_wait", "wait", "{:.0%}"),
+    ("std_ratio", "std", "{:.2f}"),
+    ("rankme", "rank", "{:.0f}"),
+    ("knn_auroc", "knn", "{:.3f}"),
+)
 
 
 def _describe(row: dict[str, float]) -> str:
     total = f"/{row['steps']:.0f} {row['step'] / row['steps']:.0%}" if "steps" in row else ""
     parts = [f"step {row['step']:.0f}{total}", f"loss {row['loss']:.3f}"]
     parts += [f"{name} {form.format(row[key])}" for key, name, form in FIELDS if row.get(key) is not None]
+    if row.get("health", "healthy") not in ("healthy", "too short"):
+        parts.append(str(row["health"]))
     if "steps" in row and "seconds" in row:
         parts.append(f"to go {minutes(row['seconds'] / row['step'] * (row['steps'] - row['step']))}")
     return " | ".join(parts)
