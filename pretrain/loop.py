@@ -21,10 +21,10 @@ from engine.checkpoint import Snapshot
 from engine.context import Context
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
-from pretrain import health, methods, probes, publish
+from pretrain import health, methods, probes, publish, source_probes
 from pretrain.capture import dump
 from pretrain.record import Record
-from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result
+from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result, SourceProbe
 from shards import device_views
 from shards.loader import Batch, Corpus, Targets, TrainLoader, eval_batches
 
@@ -114,7 +114,7 @@ class Run:
         weights = [ref.weight for ref in config.data]
         self.loader = TrainLoader(
             self.corpora,
-            None if len(set(weights)) == 1 else weights,
+            None if set(weights) == {1.0} else weights,
             recipe.views,
             recipe.global_batch,
             config.seed,
@@ -219,6 +219,8 @@ class Run:
 
     def _train(self) -> bool:
         """Steps to the end; False when asked to stop. A checkpoint stands at the end either way."""
+        if self.step == 0:
+            self._probe_sources("before")
         meter, not_finite = Meter(self.recipe.global_batch), 0
         batches = iter(self.loader.batches(self.step))
         while self.step < self.total:
@@ -248,7 +250,17 @@ class Run:
             if stop and done < self.total:
                 self.record.put()
                 return False
+        self._probe_sources("after")
         return True
+
+    def _probe_sources(self, when: str) -> None:
+        """Rows of what the encoder knows of earlier corpora; those that stand were written before the run was stopped."""
+        standing = [(row["dataset"], row["when"]) for row in self.record.of("source probe")]
+        for ref in [ref for ref in self.config.earlier if (ref.dataset, when) not in standing]:
+            scores = source_probes.measure(
+                self.method.encoder, ref, size=self.recipe.views.size, place=self._place, cache_dir=self.config.cache_dir
+            )
+            self.record.add({"event": "source probe", "step": self.step, "dataset": ref.dataset, "when": when, **scores})
 
     def _update(self, batch: Batch, logged: bool) -> tuple[methods.Output | None, dict[str, Any]]:
         """One update, and what was measured of it; None where a loss is not finite: then nothing was updated."""
@@ -416,6 +428,7 @@ class Run:
             "seconds": round(self._seconds(), 2),
             "health": verdict.health,
             "why": verdict.why,
+            "source_probes": [{name: row[name] for name in SourceProbe.model_fields} for row in self.record.of("source probe")],
             "restarts": self.restarts,
             "workers": ranks.world(),
             "device": str(self.engine.device),

@@ -62,6 +62,8 @@ def publish(
     datasets = [ref.dataset for ref in config.data]
     step: dict[str, Any] = {"name": config.name, "key": config.key, "method": recipe.method, "datasets": datasets}
     step |= {"labelled": datasets if method.labelled else [], "seed": config.seed, "steps": steps}
+    if config.replay is not None:
+        step |= {"replay": config.replay, "shares": {f"{ref.dataset} {ref.split}": round(ref.weight, 6) for ref in config.data}}
     lineage = list(parent.lineage) if parent else []
     if parent and lineage:
         lineage[-1] = lineage[-1] | {"sha256": parent.sha256}

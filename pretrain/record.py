@@ -30,6 +30,10 @@ class Record:
         """The rows of steps, without events."""
         return [row for row in self.rows if "loss" in row]
 
+    def of(self, event: str) -> list[Row]:
+        """The rows of an event."""
+        return [row for row in self.rows if row.get("event") == event]
+
     def add(self, row: Row) -> None:
         """One row, told to the context now and written within seconds."""
         self.rows.append(row)

@@ -25,7 +25,7 @@ PRETRAIN_VERSION = f"2.{VIEWS_VERSION}.{ORDER_VERSION}"
 
 
 class DataRef(Strict):
-    """A split of a packed dataset. Equal weights mean: every sample once an epoch; others are shares of the mixture.
+    """A split of a packed dataset. Weights of 1 mean: every sample once an epoch; others are shares of the mixture.
 
     without: ids of samples that are left out, because they are test images of a task.
     """
@@ -56,6 +56,8 @@ class PretrainConfig(Strict):
     start_from: str | None = None  # folder of an exported encoder
     start_from_sha256: str | None = None
     start_from_name: str | None = None
+    replay: float | None = Field(default=None, gt=0, lt=1)  # share of the samples that come from corpora of earlier runs; in the weights
+    earlier: list[DataRef] = Field(default=[])  # labelled corpora of the runs before this one: what it may forget
     seed: int = 0
     out: str
     cache_dir: str | None = None
@@ -70,7 +72,10 @@ class PretrainConfig(Strict):
 
 
 class Step(Strict):
-    """One run of an encoder's lineage. `labelled`: the datasets whose labels it read. `sha256`: of the encoder it exported."""
+    """One run of an encoder's lineage. `labelled`: the datasets whose labels it read. `sha256`: of the encoder it exported.
+
+    replay: share of the samples that came from the corpora of earlier runs; then `shares` says what each dataset and split gave.
+    """
 
     name: str
     key: str
@@ -79,7 +84,18 @@ class Step(Strict):
     labelled: list[str]
     seed: int
     steps: int
+    replay: float | None = None
+    shares: dict[str, float] = Field(default={})
     sha256: str | None = None
+
+
+class SourceProbe(Strict):
+    """What the encoder knew of an earlier corpus, by probes of its labels (pretrain.source_probes). None: too few labels are known."""
+
+    dataset: str
+    when: Literal["before", "after"]
+    linear_auroc: float | None
+    knn_auroc: float | None
 
 
 class Result(Strict):
@@ -104,6 +120,7 @@ class Result(Strict):
     seconds: float
     health: Health
     why: str
+    source_probes: list[SourceProbe] = Field(default=[])
     restarts: int
     workers: int
     device: str

@@ -26,7 +26,8 @@ CLOCKS = {"seconds", "img_per_s", "data_wait"}
 def tree(method: str, shards: str, name: str, **settings: Any) -> dict[str, Any]:
     recipe = load_recipe(f"{method}/smoke", {"epochs": 4, "keep_checkpoints": 4, **settings})
     data = [{"dataset": "tiny", "shards": shards, "split": "train", "digest": read(shards).digest, "weight": 1.0}]
-    start = {"start_from": "previous", "start_from_sha256": "?", "start_from_name": "pretrain:simclr"} if method == "supervised" else {}
+    start = {"start_from": "previous", "start_from_sha256": "?", "start_from_name": "pretrain:simclr", "earlier": data}
+    start = start if method == "supervised" else {}
     place = {"name": name, "key": "0" * 16, "architecture": "test_resnet", "in_chans": 1, "seed": 3, "threads": 1, "out": "?"}
     return place | start | {"recipe": recipe.model_dump(mode="json", by_alias=True), "data": data}
 
@@ -61,7 +62,7 @@ def test_stopped_and_resumed_is_bit_identical(pair: Path, number: int, name: str
 
 def test_events_and_export_of_a_chain(pair: Path) -> None:
     lines = [json.loads(line) for line in (pair / "cut-supervised" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines if "event" in line] == ["resumed", "health"]
+    assert [line["event"] for line in lines if "event" in line] == ["source probe", "resumed", "source probe", "health"]
     info = read_export(pair / "cut-supervised" / "export")
     assert [step["method"] for step in info.lineage] == ["simclr", "supervised"]
     assert info.labelled_datasets == ["tiny"]
@@ -70,6 +71,16 @@ def test_events_and_export_of_a_chain(pair: Path) -> None:
     assert sha256_of(load_local(pair / "cut-supervised" / "export")) == result["encoder_sha256"]
     assert result["start_from_sha256"] == result["lineage"][0]["sha256"] == read_export(pair / "whole-simclr" / "export").sha256
     assert result["labelled"] == ["tiny"]
+
+
+def test_what_an_earlier_corpus_is_worth_is_probed_before_and_after_and_not_again_on_resume(pair: Path) -> None:
+    whole, cut = (json.loads((pair / f"{kind}-supervised" / "result.json").read_text()) for kind in ("whole", "cut"))
+    assert whole["source_probes"] == cut["source_probes"]
+    assert [(probe["dataset"], probe["when"]) for probe in whole["source_probes"]] == [("tiny", "before"), ("tiny", "after")]
+    assert all(0 <= probe[name] <= 1 for probe in whole["source_probes"] for name in ("linear_auroc", "knn_auroc"))
+    rows = [json.loads(line) for line in (pair / "cut-supervised" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("event") == "source probe"] == [0, 12]
+    assert json.loads((pair / "whole-simclr" / "result.json").read_text())["source_probes"] == []
 
 
 def test_one_rank_sees_the_same_run(pair: Path, tmp_path: Path) -> None:
