@@ -165,7 +165,7 @@ def create(url: str, data: str) -> bool:
             # An answer may have been lost on its way back, and the request repeated: then what stands there is our own.
             return read_bytes(url) == data.encode()
         return True
-    os.makedirs(os.path.dirname(url), exist_ok=True)
+    _make_folder(os.path.dirname(url))
     try:
         handle = os.open(url, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -184,9 +184,16 @@ def put_file(local: str | Path, url: str) -> None:
     _guard(lambda: _write_and_rename(url, lambda temporary: shutil.copyfile(local, temporary)), url)
 
 
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise WorkError(f"no folder can be made here ({error.strerror})", where=folder) from error
+
+
 def _write_and_rename(target: str, write: Callable[[str], object]) -> None:
     folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
     os.close(handle)
     try:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from shards.pack import QUARANTINE
 
 LABELS = 40  # labels whose counts are printed
 REASONS = 6  # kinds of reasons that are listed; the file has them all
+NAMED = 5  # samples of a kind that are named
 
 
 def show(url: str, sheet: str | None, seed: int) -> None:
@@ -37,7 +38,6 @@ def show(url: str, sheet: str | None, seed: int) -> None:
 
     place = Path(sheet or f"{found.dataset}-sheet.png").absolute()
     title = f"{found.dataset}: {found.card.title}; digest {found.digest[:16]}, seed {seed}"
-    place.parent.mkdir(parents=True, exist_ok=True)
     storage.put(str(place), contact.sheet(contact.draw(url, seed), title, found.card.mask_classes))
     print(f"\ncontact sheet {place}")
 
@@ -93,16 +93,21 @@ def _labels(found: Manifest) -> tuple[Rows, Sequence[str]]:
     return rows, ("positive", *splits)
 
 
-def quarantine_lines(url: str) -> list[str]:
-    """What was left out of the shards at `url` and why, a line a kind of reason, the commonest first; nothing where all was packed."""
+def quarantine_lines(url: str, files: Mapping[str, str] | None = None) -> list[str]:
+    """What was left out of the shards at `url` and why, a line a kind of reason, the commonest first; nothing where all was packed.
+
+    files: the raw files of those keys, for whoever packs and has them; the file of reasons names those of public datasets only.
+    """
     where = storage.join(url, QUARANTINE)
     rows: list[dict[str, Any]] = [json.loads(line) for line in storage.read_bytes(where).splitlines()] if storage.exists(where) else []
     # Reasons that differ in a number only (a size, an offset) are one kind.
     kinds = Counter(re.sub(r"\d+", "0", row["reason"]) for row in rows)
     lines = [f"{len(rows):,} quarantined, each with its reason: {where}"] if rows else []
     for kind, n in kinds.most_common(REASONS):
-        example = next(row for row in rows if re.sub(r"\d+", "0", row["reason"]) == kind)
-        lines.append(f"  {n:,} x {example['reason']} (for instance {example.get('file') or example['key']})")
+        of_kind = [row for row in rows if re.sub(r"\d+", "0", row["reason"]) == kind]
+        names = [row.get("file") or (files or {}).get(row["key"], row["key"]) for row in of_kind[:NAMED]]
+        more = f" and {n - NAMED:,} more" if n > NAMED else ""
+        lines.append(f"  {n:,} x {of_kind[0]['reason']}: {', '.join(names)}{more}")
     if len(kinds) > REASONS:
         lines.append(f"  and {len(kinds) - REASONS} other reasons")
     return lines

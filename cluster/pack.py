@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from base import storage
@@ -32,14 +33,15 @@ class Packing:
     images_written: int = 0
     bytes_written: int = 0
     under_way: int = 0  # raw files done of the shards that are being written
-    quarantined: int = 0
+    quarantined: dict[str, str] = field(default_factory=dict)  # key -> raw file, or the key again where one file has several samples
     started: float = field(default_factory=time.monotonic)
 
     def add(self, job: ShardJob, entry: ShardEntry, stood: bool) -> None:
         """Count a finished shard."""
         self.shards_done += 1
         self.images_done += len(job.records)
-        self.quarantined += len(entry.quarantined)
+        left_out = {row.key: row.key for row in entry.quarantined}
+        self.quarantined |= left_out | {record.key: record.file for record in job.records if record.key in left_out}
         if stood:
             self.shards_kept += 1
         else:
@@ -62,7 +64,7 @@ class Packing:
         """One line of progress: shards, images, throughput, quarantine, time to go."""
         done, written = self.images_done + self.under_way, self.images_written + self.under_way
         parts = [f"{self.shards_done}/{self.shards} shards", f"{done:,}/{self.images:,} images", self.rates()]
-        parts.append(f"{self.quarantined:,} quarantined" if self.quarantined else "")
+        parts.append(f"{len(self.quarantined):,} quarantined" if self.quarantined else "")
         if written and done < self.images:
             parts.append(f"to go {minutes(self.seconds / written * (self.images - done))}")
         return " | ".join(part for part in parts if part)
@@ -99,7 +101,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
     progress.say(f"split by {manifest.split_rule}")
     progress.say(packing.summary())
-    for line in quarantine_lines(url):
+    for line in quarantine_lines(url, packing.quarantined):
         progress.say(line)
     progress.say(f"look at it: allograft inspect {out}")
 
@@ -108,10 +110,14 @@ def check_place(card: Card, out: str) -> None:
     """Refuse to write a dataset's shards where something else lies.
 
     Raises:
-        RequestError: `out` is a file, holds another dataset, or holds files that no packing wrote.
+        RequestError: `out` is a file or below one, may not be written, holds another dataset, or holds files that no packing wrote.
     """
-    if not is_url(out) and os.path.isfile(out):
-        raise RequestError("this is a file, shards need a folder of their own", where=out)
+    if not is_url(out):
+        nearest = next(str(folder) for folder in (Path(out), *Path(out).parents) if os.path.exists(folder))
+        if not os.path.isdir(nearest):
+            raise RequestError("this is a file, shards need a folder of their own", where=nearest)
+        if not os.access(nearest, os.W_OK):
+            raise RequestError("not allowed to write here", where=nearest)
     foreign = [name for name in storage.listing(out) if name not in OURS and not name.startswith(f"{card.dataset}-")]
     if foreign:
         raise RequestError(f"not empty, and not shards of {card.dataset} ({', '.join(foreign[:3])})", where=out, hint="give another --out")

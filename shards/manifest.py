@@ -110,11 +110,15 @@ class Manifest(Strict):
 
 
 def read(url: str) -> Manifest:
-    """The manifest of the shards at `url` (a directory, local or remote). Raises RequestError where there is none."""
+    """The manifest of the shards at `url` (a directory, local or remote). Raises RequestError where there is none that can be read."""
     where = storage.join(url, MANIFEST)
     if not storage.exists(where):
         raise RequestError("no packed dataset here", where=where, hint=f"allograft pack CARD RAW --out {url}")
-    return parse(storage.read_json(where), Manifest, where)
+    try:
+        held = storage.read_json(where)
+    except ValueError as error:
+        raise RequestError(f"damaged: not JSON ({error})", where=where, hint="pack the dataset again") from None
+    return parse(held, Manifest, where)
 
 
 def dump_index(index_N: np.ndarray) -> bytes:

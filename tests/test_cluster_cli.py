@@ -14,6 +14,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from base.config import parse
 from base.paths import names
 from cluster import cli
 from cluster.inspect import quarantine_lines
@@ -21,9 +22,9 @@ from cluster.listing import KINDS
 from cluster.pack import Packing
 from cluster.progress import Progress
 from cluster.screen import aligned
-from shards.card import load_card
+from shards.card import Card, load_card
 from shards.manifest import read
-from shards.pack import pack, plan, write
+from shards.pack import commit, pack, plan, write
 
 COMMANDS = sorted(typer.main.get_group(cli.app).commands)
 
@@ -138,9 +139,12 @@ def test_reasons_of_quarantine_are_counted_by_kind(tmp_path: Path) -> None:
     lines = quarantine_lines(str(tmp_path))
     assert lines[0].startswith("4 quarantined")
     assert lines[1:] == [
-        "  3 x mask measures 0 x 9, its image 8 x 8 (for instance 0.png)",
-        "  1 x image is an empty file (for instance 0b)",
+        "  3 x mask measures 0 x 9, its image 8 x 8: 0.png, 1.png, 2.png",
+        "  1 x image is an empty file: 0b",
     ]
+    assert quarantine_lines(str(tmp_path), {"0b": "ward/7.png"})[2] == "  1 x image is an empty file: ward/7.png"
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps({"key": f"k{n}", "reason": "r"}) + "\n" for n in range(9)))
+    assert quarantine_lines(str(tmp_path))[1:] == ["  9 x r: k0, k1, k2, k3, k4 and 4 more"]
     (tmp_path / "quarantine.jsonl").write_text("")
     assert quarantine_lines(str(tmp_path)) == []
 
@@ -190,6 +194,44 @@ def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft:
     again = allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "card.yaml"))
     assert again.code == 2
     assert "there already" in again.err
+
+
+def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for n in range(9):
+        Image.fromarray(np.full((36, 40), n, np.uint8)).save(tmp_path / "raw" / f"{n}.png")
+    (tmp_path / "raw" / "3.png").write_bytes(b"")
+    layout = {"name": "one", "requires": ["*.png"], "images": ["*.png"]}
+    held = {"schema": 2, "dataset": "ward", "title": "t", "reader": "folders", "kind": "unlabelled", "layouts": [layout]}
+    card = parse({**held, "licence": "l", "access": "a", "citation": "c", "split": {"val": 0, "test": 0}}, Card, "card")
+    jobs = plan(card, str(tmp_path / "raw"), b"secret")
+    so_far = Packing(len(jobs), 9)
+    entries = [write(job, str(tmp_path / "shards")) for job in jobs]
+    for job, entry in zip(jobs, entries, strict=True):
+        so_far.add(job, entry, stood=False)
+    commit(card, entries, str(tmp_path / "shards"))
+    assert "1 quarantined" in so_far.line()
+    assert "3.png" not in (tmp_path / "shards" / "quarantine.jsonl").read_text()
+    assert quarantine_lines(str(tmp_path / "shards"), so_far.quarantined)[1] == "  1 x image is an empty file: 3.png"
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, allograft: Allograft, out: str) -> None:
+    (tmp_path / "file").write_text("x")
+    done = allograft("pack", "phantom-chest", "phantom:40", "--out", str(tmp_path / out))
+    assert done.code == 2
+    assert "this is a file, shards need a folder" in done.err
+    pack(load_card("phantom-chest"), "phantom:40/32", str(tmp_path / "shards"))
+    done = allograft("inspect", str(tmp_path / "shards"), "--sheet", str(tmp_path / "file" / "sheet.png"))
+    assert done.code == 1
+    assert "no folder can be made here" in done.err
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path, allograft: Allograft) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    done = allograft("inspect", str(tmp_path))
+    assert done.code == 2
+    assert f"{tmp_path}/manifest.json: damaged: not JSON" in done.err
 
 
 def test_a_shard_tells_how_far_it_is(tmp_path: Path) -> None:
