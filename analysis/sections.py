@@ -126,7 +126,28 @@ def health(evidence: Evidence) -> str:
                 series[run.name if run.name not in series else f"{run.name} {run.key[:4]}"] = (i, points)
         if series:
             panels.append(figures.traces(f"pre-{name}", label, series, label))
-    return table(heads, rows, cls="numbers") + _unread(evidence) + f'<div class="panels">{"".join(panels)}</div>'
+    return table(heads, rows, cls="numbers") + _forgotten(evidence) + _unread(evidence) + f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _forgotten(evidence: Evidence) -> str:
+    """What runs that continue others knew of the earlier corpora before their first step and after their last one."""
+    rows = []
+    for run in evidence.pretrainings:
+        held = {(probe["dataset"], probe["when"]): probe for probe in (run.result or {}).get("source_probes", [])}
+        for dataset in dict.fromkeys(dataset for dataset, _ in held):
+            parts = [f'<th scope="row">{esc(run.name)}</th>', cell(esc(run.config.get("seed", "–"))), cell(esc(dataset))]
+            replay = results.number(run.config.get("replay"))
+            parts.append(cell(f"{replay:.0%}" if math.isfinite(replay) else "none", sort=replay))
+            for name in ("linear_auroc", "knn_auroc"):
+                before, after = (results.number(held.get((dataset, when), {}).get(name)) for when in ("before", "after"))
+                parts += [cell(num(value), sort=value) for value in (before, after, after - before)]
+            rows.append("".join(parts))
+    if not rows:
+        return ""
+    probes = [f"{probe}, {when}" for probe in ("linear AUROC", "kNN AUROC") for when in ("before", "after", "change")]
+    note = "At most 1,000 training images of each earlier corpus, by probes on frozen features; a falling value is what was forgotten."
+    shown = table(["pretraining", "seed", "earlier corpus", "replay", *probes], rows, cls="numbers")
+    return f'<h3>What was kept of earlier corpora</h3>{shown}<p class="faint">{note}</p>'
 
 
 def _unread(evidence: Evidence) -> str:

@@ -51,6 +51,7 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
         "architecture": config["architecture"],
         "start_from": config.get("start_from_name") or "random",
         "data": " + ".join(f"{entry['dataset']} {entry['split']}" for entry in config["data"]),
+        "replay": config.get("replay"),
         "seed": config["seed"],
         **{f"recipe.{key}": value for key, value in recipe.items() if key not in UNTOLD},
         **{f"digest.{entry['dataset']}": entry["digest"] for entry in config["data"]},
@@ -58,6 +59,8 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
     metrics: dict[str, Any] = {
         key: result[key] for key in ("steps", "epochs", "images", "img_per_s", "seconds", "restarts") if key in result
     }
+    for probe in result.get("source_probes", []):  # what was forgotten of an earlier corpus
+        metrics |= {f"source_task/{probe['dataset']}/{name}_{probe['when']}": probe[name] for name in ("linear_auroc", "knn_auroc")}
     return Facts(_flat(params), _numbers(metrics), _tags(config["name"], result))
 
 

@@ -4,14 +4,18 @@ study = load_study("studies/demo.yaml", ["cells.seeds=[0]"])
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, unknown
 from base.paths import absolute, is_url, named, names
 from cluster.study import PretrainEntry, Study
 from finetune.task import load_task
+
+if TYPE_CHECKING:
+    from shards.card import Card
 
 
 def load_study(path: str, settings: Sequence[str] = ()) -> Study:
@@ -96,6 +100,8 @@ def check_names(study: Study, where: str) -> None:
         if entry.architecture is None and entry.start_from == "random":
             raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
         earlier[entry.name] = entry
+        if entry.replay is not None:
+            _check_replay(study, entry, cards, key)
     if study.cells is None:
         return
     for i, source in enumerate(study.cells.sources):
@@ -134,6 +140,24 @@ def check_names(study: Study, where: str) -> None:
         raise unknown("task", study.champion.task, study.cells.tasks, where=f"{where}: champion.task")
     if study.champion and (load_task(study.champion.task).kind == "segmentation") != (study.champion.metric == "dice"):
         raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
+
+
+def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"], key: str) -> None:
+    from pretrain import methods
+    from pretrain.recipe import load_recipe
+
+    where = f"{key}.replay"
+    if not study.before(entry):
+        raise RequestError("there is nothing to replay: it starts from no run of this study", where=where, hint="start_from: pretrain:NAME")
+    replayed = study.replayed(entry)
+    if not replayed:
+        raise RequestError("there is nothing to replay: the runs before it read the same data", where=where, hint="leave replay out")
+    channels = {dataset: cards[dataset].channels for dataset in [*entry.data, *(dataset for dataset, _ in replayed)]}
+    if len(set(channels.values())) > 1:
+        raise RequestError(f"grey and colour corpora in one run: {channels}", where=where)
+    method = load_recipe(entry.recipe, entry.settings).method
+    if methods.method_class(method).exact_epochs:
+        raise RequestError(f"{method} needs every sample once an epoch, and replay mixes by shares", where=where, hint="leave replay out")
 
 
 def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) -> None:

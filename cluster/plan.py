@@ -4,7 +4,7 @@ A key needs what lies before it (manifest digests, the encoder's hash), so the p
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,17 +50,10 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     architecture = entry.architecture or (start.architecture if start else None)
     if architecture is None:
         raise RequestError("no architecture", where=f"pretrain.{entry.name}")
-    data = [
-        DataRef(
-            dataset=name,
-            shards=corpora[name].url,
-            split=split,
-            digest=corpora[name].manifest.digest,
-            weight=1.0,
-            without=list(corpora[name].without.get(split, ())),
-        )
-        for name, split in entry.data.items()
-    ]
+    data = _refs(corpora, entry.data.items(), None if entry.replay is None else 1 - entry.replay)
+    data += _refs(corpora, study.replayed(entry), entry.replay)
+    in_chans = corpora[data[0].dataset].manifest.card.channels
+    labelled = {name: (name, split) for name, split in study.earlier(entry) if _can_be_probed(corpora[name], in_chans)}
     identity = {
         "name": entry.name,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
@@ -78,16 +71,39 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         key=key,
         recipe=recipe,
         architecture=architecture,
-        in_chans=next(iter(corpora[name].manifest.card.channels for name in entry.data)),
+        in_chans=in_chans,
         data=data,
         start_from=start.url if start else None,
         start_from_sha256=start.sha256 if start else None,
         start_from_name=entry.start_from if start else None,
+        replay=entry.replay,
+        earlier=_refs(corpora, labelled.values(), None),
         seed=seed,
         out=join(study.out, "pretrain", f"{entry.name}-{key}"),
         threads=study.resources.threads,
         workers=study.resources.loader_workers,
     )
+
+
+def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], share: float | None) -> list[DataRef]:
+    """Splits of datasets as a run reads them; where they have a share of its samples, each by its size."""
+    found = [(corpora[name], name, split) for name, split in splits]
+    sizes = [corpus.manifest.counts[split] - len(corpus.without.get(split, ())) for corpus, _, split in found]
+    return [
+        DataRef(
+            dataset=name,
+            shards=corpus.url,
+            split=split,
+            digest=corpus.manifest.digest,
+            weight=1.0 if share is None else share * size / sum(sizes),
+            without=list(corpus.without.get(split, ())),
+        )
+        for (corpus, name, split), size in zip(found, sizes, strict=True)
+    ]
+
+
+def _can_be_probed(corpus: Corpus, in_chans: int) -> bool:
+    return bool(corpus.manifest.card.labels) and corpus.manifest.card.channels == in_chans
 
 
 def compared_corpora(study: Study, corpora: Mapping[str, Corpus]) -> set[Seen]:

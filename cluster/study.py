@@ -39,6 +39,7 @@ class PretrainEntry(Strict):
     architecture: str | None = Field(None, description="a timm name; taken from start_from when left out")
     start_from: str = "random"
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    replay: float | None = Field(None, gt=0, lt=1, description="share of the samples that come from the data of the runs before it")
     settings: dict[str, Any] = Field({}, description="keys of the recipe that this run sets otherwise")
 
 
@@ -130,3 +131,17 @@ class Study(Strict):
     resources: Resources = Resources()
     presets: dict[str, dict[str, Any]] = Field({}, description="named sets of settings; `preset=NAME` applies one")
     preset: str | None = None
+
+    def before(self, entry: PretrainEntry) -> list[PretrainEntry]:
+        """The runs of this study that lead to this one, oldest first."""
+        name = entry.start_from.removeprefix("pretrain:") if entry.start_from.startswith("pretrain:") else None
+        found = [run for run in self.pretrain if run.name == name]
+        return [*self.before(found[0]), found[0]] if found else []
+
+    def earlier(self, entry: PretrainEntry) -> list[tuple[str, str]]:
+        """The datasets and splits that those runs read, each once."""
+        return list(dict.fromkeys(item for run in self.before(entry) for item in run.data.items()))
+
+    def replayed(self, entry: PretrainEntry) -> list[tuple[str, str]]:
+        """Those of them that this run replays: its own data are there already."""
+        return [item for item in self.earlier(entry) if item not in entry.data.items()] if entry.replay else []

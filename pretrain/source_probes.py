@@ -1,7 +1,7 @@
 """Forgetting made visible: what an encoder knows of the corpora that the runs before it were trained on, before its first step and
 after its last one.
 
-    row = measure(encoder, ref, size=96, place=to_device, cache_dir=None)      # {"linear_auroc": 0.81, "knn_auroc": 0.77}, the same on every rank
+    measure(encoder, ref, size=96, place=to_device, cache_dir=None)    # {"linear_auroc": 0.81, "knn_auroc": 0.77}, on every rank
 
 At most a thousand samples, the same ones each time, in the evaluation view, with the running statistics of batch norm. Nothing random is
 drawn, so a run with these probes computes what it computes without them.

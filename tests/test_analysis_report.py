@@ -181,6 +181,18 @@ def test_samples_that_no_rank_could_read_are_gathered_and_reported(tmp_path: Pat
     assert "the checksum of its image differs" in page
 
 
+def test_what_a_chain_forgot_of_earlier_corpora_is_a_table(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3}, seeds=2, images=100)
+    assert "earlier corpora" not in text_of(out)
+    file = next((out / "pretrain").iterdir()) / "result.json"
+    before = {"dataset": "nih-cxr14", "when": "before", "linear_auroc": 0.81, "knn_auroc": None}
+    after = before | {"when": "after", "linear_auroc": 0.74}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source_probes": [before, after]}))
+    page = text_of(out)
+    table = page[page.index("What was kept of earlier corpora") :]
+    assert re.findall(r"0\.810|0\.740|-0\.070|none", table)[:4] == ["none", "0.810", "0.740", "-0.070"]
+
+
 def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = make(tmp_path, {"random": 0.0, "simclr": 0.2}, seeds=2, images=150, strata=3)
     evidence = gather(str(out), QUICK)

@@ -151,7 +151,7 @@ def test_raw_names_of_series() -> None:
 
 
 def test_an_image_takes_milliseconds() -> None:
-    # CPU time: 2.2 ms (chest), 3.8 ms (fundus), 2.8 ms (procedural, all kinds), best of 8 rounds of 30; the margin is for one whose caches others use too.
+    # CPU time: 2.2 ms (chest), 3.8 ms (fundus), 2.8 ms (procedural), best of 8 rounds of 30; the margin is for busy caches.
     for make in GENERATORS.values():
         spent = []
         for index in range(40):

@@ -1,0 +1,155 @@
+"""Chains of pretrainings: what a run replays of the runs before it, what it may forget, and where it may start from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_corpus import write
+
+from base.config import parse
+from base.errors import RequestError
+from cluster import facts, plan
+from cluster.load import load_study
+from cluster.plan import Corpus, Weights
+from cluster.study import Study
+from encoders.build import build
+from encoders.export import export, read_export
+from engine.context import LocalContext
+from pretrain.run import PretrainConfig, run
+from shards import manifest
+from shards.loader import Corpus as Samples
+from shards.loader import TrainLoader
+
+SIZES = {"phantom-chest": 60, "procedural": 30, "nih-cxr14": 90}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("shards")
+    urls = {name: write(folder / name, (size,), dataset=name) for name, size in SIZES.items()}
+    return {name: Corpus(url, manifest.read(url)) for name, url in urls.items()}
+
+
+def chain(folder: Path, corpora: dict[str, Corpus], *entries: dict[str, Any]) -> Study:
+    base = {"recipe": "supervised/smoke", "architecture": "test_resnet", "settings": {"max_steps": 2, "checkpoint_every_steps": 0}}
+    data = {name: {"shards": corpus.url} for name, corpus in corpora.items()}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"study": "chain", "out": str(folder / "out"), "data": data, "pretrain": [base | e for e in entries]}))
+    return load_study(str(path))
+
+
+A = {"name": "a", "data": {"phantom-chest": "train"}}
+B = {"name": "b", "data": {"procedural": "train"}, "start_from": "pretrain:a"}
+C = {"name": "c", "data": {"nih-cxr14": "train"}, "start_from": "pretrain:b"}
+
+
+def config_of(study: Study, number: int, corpora: dict[str, Corpus], start: Weights | None = None) -> PretrainConfig:
+    start = start or Weights(url="/before", sha256="0" * 64, architecture="test_resnet")
+    return plan.pretrain_config(study, study.pretrain[number], 0, corpora, start if number else None)
+
+
+def test_a_chain_of_three_replays_all_before_it_in_proportion_to_their_sizes(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    study = chain(tmp_path, corpora, A, B, C | {"replay": 0.3})
+    config = config_of(study, 2, corpora)
+    assert {ref.dataset: ref.weight for ref in config.data} == pytest.approx({"nih-cxr14": 0.7, "phantom-chest": 0.2, "procedural": 0.1})
+    loader = TrainLoader([Samples(ref.shards) for ref in config.data], [ref.weight for ref in config.data], config.recipe.views, 16, seed=0)
+    ids = [i for step in range(100) for i in loader.ids(step).tolist()]
+    assert sum(i >= 90 for i in ids) / len(ids) == pytest.approx(0.3, abs=0.01)
+    assert {ref.dataset for ref in config.earlier} == {"phantom-chest", "procedural"}
+
+
+def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    keys = [config_of(chain(tmp_path, corpora, A, B | extra), 1, corpora).key for extra in ({}, {"replay": 0.3}, {"replay": 0.5})]
+    assert len(set(keys)) == 3
+    alone = config_of(chain(tmp_path, corpora, A), 0, corpora)
+    assert alone.key == config_of(chain(tmp_path, corpora, A, B), 0, corpora).key
+    assert [ref.weight for ref in alone.data] == [1.0]
+    assert alone.earlier == []
+
+
+def test_left_out_samples_do_not_count(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    less = {
+        **corpora,
+        "phantom-chest": Corpus(corpora["phantom-chest"].url, corpora["phantom-chest"].manifest, {"train": tuple(range(30))}),
+    }
+    config = config_of(chain(tmp_path, corpora, A, B, C | {"replay": 0.5}), 2, less)
+    assert [ref.weight for ref in config.data] == pytest.approx([0.5, 0.25, 0.25])
+    assert config.data[1].without == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([A | {"replay": 0.3}], "it starts from no run of this study"),
+        ([A, B | {"start_from": "timm:resnet18.a1_in1k", "replay": 0.3}], "it starts from no run of this study"),
+        ([A, B | {"data": A["data"], "replay": 0.3}], "the runs before it read the same data"),
+        ([A, B | {"recipe": "pcl-v2/smoke", "replay": 0.3}], "pcl-v2 needs every sample once an epoch"),
+        ([A, B | {"replay": 1.0}], "replay"),
+    ],
+)
+def test_replay_that_means_nothing_is_refused(
+    entries: list[dict[str, Any]], message: str, tmp_path: Path, corpora: dict[str, Corpus]
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        chain(tmp_path, corpora, *entries)
+
+
+def test_replay_of_colour_in_a_grey_run_is_refused(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    fundus = write(tmp_path / "fundus", (20,), dataset="phantom-fundus", channels=3)
+    more = {**corpora, "phantom-fundus": Corpus(fundus, manifest.read(fundus))}
+    first = A | {"data": {"phantom-fundus": "train"}}
+    with pytest.raises(RequestError, match="grey and colour corpora in one run"):
+        chain(tmp_path, more, first, B | {"replay": 0.3})
+    assert config_of(chain(tmp_path, more, first, B), 1, more).earlier == []  # what a grey encoder cannot see is not probed
+
+
+def test_a_run_that_replays_says_so_in_its_lineage_and_what_it_kept(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    study = chain(tmp_path, corpora, A, B | {"replay": 0.25})
+    first = run(config_of(study, 0, corpora), LocalContext(dir=str(tmp_path)))
+    assert first is not None
+    start = Weights(url=f"{config_of(study, 0, corpora).out}/export", sha256=first["encoder_sha256"], architecture="test_resnet")
+    config = config_of(study, 1, corpora, start)
+    second = run(config, LocalContext(dir=str(tmp_path)))
+    assert second is not None
+    assert (second["lineage"][0]["replay"], second["lineage"][1]["replay"]) == (None, 0.25)
+    assert second["lineage"][1]["shares"] == {"procedural train": 0.75, "phantom-chest train": 0.25}
+    assert second["lineage"][1]["datasets"] == ["procedural", "phantom-chest"]
+    info = read_export(f"{config.out}/export")
+    assert info.lineage[1]["shares"] == second["lineage"][1]["shares"]
+    assert [entry["dataset"] for entry in info.data] == ["phantom-chest", "procedural"]
+    told = facts.pretraining(config.model_dump(mode="json", by_alias=True), second)
+    probes = {f"source_task/phantom-chest/{name}_{when}" for name in ("linear_auroc", "knn_auroc") for when in ("before", "after")}
+    assert probes <= set(told.metrics)
+    assert told.params["replay"] == "0.25"
+
+
+def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    """A chain from three channels to one and back: the encoder of a run that has not stepped yet gives the outputs of its source."""
+    from pretrain import publish
+
+    colour = build("test_resnet", 3, (0.4,) * 3, (0.2,) * 3, seed=1)
+    facts_of: dict[str, Any] = {"method": "timm", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
+    sha256 = export(colour, tmp_path / "colour", name="colour", **facts_of)
+    study = chain(tmp_path, corpora, A | {"start_from": str(tmp_path / "colour")})
+    start = Weights(url=str(tmp_path / "colour"), sha256=sha256, architecture="test_resnet")
+    config = plan.pretrain_config(study, study.pretrain[0], 0, corpora, start)
+    assert config.in_chans == 1
+    grey, _ = publish.begin(config)
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    wanted = colour.eval()(images.repeat(1, 3, 1, 1))
+    assert torch.allclose(grey.eval()(images), wanted, atol=1e-5)
+    sha256 = export(grey, tmp_path / "grey", name="grey", **facts_of)
+    back = parse(
+        config.model_dump(mode="json", by_alias=True) | {"in_chans": 3, "start_from": str(tmp_path / "grey"), "start_from_sha256": sha256},
+        PretrainConfig,
+        "test",
+    )
+    again, _ = publish.begin(back)
+    assert torch.allclose(again.eval()(images.repeat(1, 3, 1, 1)), wanted, atol=1e-5)
+    result = run(config, LocalContext(dir=str(tmp_path)))
+    assert result is not None
+    assert json.loads(Path(f"{config.out}/export/allograft.json").read_text())["in_chans"] == 1
