@@ -6,7 +6,7 @@ Legend: B batch, L labels, H W pixels.
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.losses import masked_bce
+from engine.losses import label_loss
 from finetune.task import Task
 
 
@@ -30,4 +30,4 @@ def loss_of(task: Task, logits: Tensor, target: Tensor, known: Tensor) -> Tensor
         return bce_dice(logits, target)
     if task.kind == "multiclass":
         return F.cross_entropy(logits, target.argmax(1))
-    return masked_bce(logits, target, known)
+    return label_loss(logits, target, known)

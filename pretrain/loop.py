@@ -21,12 +21,12 @@ from engine.checkpoint import Snapshot
 from engine.context import Context
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
-from pretrain import health, methods, probes, publish, source_probes
+from pretrain import corpora, health, methods, probes, publish, source_probes
 from pretrain.capture import dump
 from pretrain.record import Record
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result, SourceProbe
 from shards import device_views
-from shards.loader import Batch, Corpus, Targets, TrainLoader, eval_batches
+from shards.loader import Batch, TrainLoader, eval_batches
 
 EMBED_BATCH = 256
 MOST_NOT_FINITE = 3  # steps in a row
@@ -96,21 +96,8 @@ class Run:
         kind = methods.method_class(recipe.method)
         methods.check(recipe.method, recipe.options, views=recipe.views, architecture=config.architecture)
         rank_batch(recipe.global_batch, ranks.world())
-        self.corpora = [Corpus(ref.shards, (ref.split,), config.cache_dir, ref.without) for ref in config.data]
-        for ref, corpus in zip(config.data, self.corpora, strict=True):
-            if corpus.manifest.digest != ref.digest:
-                raise RequestError(
-                    f"these shards of '{ref.dataset}' have the digest {corpus.manifest.digest[:12]}, the run asks for {ref.digest[:12]}",
-                    where=ref.shards,
-                    hint="run the study again: it plans with the shards that are there",
-                )
-            if corpus.channels != config.in_chans:
-                raise RequestError(
-                    f"'{ref.dataset}' has {corpus.channels} channels, the encoder takes {config.in_chans}",
-                    where=ref.shards,
-                    hint=f"in_chans={corpus.channels}",
-                )
-        self.labels = list(dict.fromkeys(label for corpus in self.corpora for label in corpus.labels))
+        self.corpora = corpora.opened(config)
+        self.labels = corpora.all_labels(self.corpora)
         weights = [ref.weight for ref in config.data]
         self.loader = TrainLoader(
             self.corpora,
@@ -130,14 +117,7 @@ class Run:
         if recipe.max_steps is not None:
             self.total = min(self.total, recipe.max_steps)
         encoder, self.parent = publish.begin(config)
-        facts = methods.Facts(
-            seed=config.seed,
-            samples=sum(len(corpus) for corpus in self.corpora),
-            global_batch=recipe.global_batch,
-            sizes=tuple(recipe.views.sizes),
-            labels=tuple(self.labels) if kind.labelled else (),
-            rates=self._rates() if kind.labelled else (),
-        )
+        facts = corpora.facts_of(self.corpora, self.labels, config, labelled=kind.labelled)
         self.method = methods.build(recipe.method, encoder, recipe.options, facts)
         self.method.chunk = recipe.virtual_batch
         self._economise(encoder)
@@ -179,15 +159,6 @@ class Run:
         torch.manual_seed(seed_of("train", self.config.seed, ranks.rank()))
         if snapshot is not None:
             self._go_on(snapshot)
-
-    def _rates(self) -> tuple[float, ...]:
-        """Positive rate of each label among the samples where it is known."""
-        parts = []
-        for corpus in self.corpora:
-            resolve = Targets(corpus.card, self.labels, training=True, seed=self.config.seed)
-            parts.append(resolve([record.labels for record in corpus.records()], corpus.keys()))
-        target_NL, mask_NL = (np.concatenate(of_corpora) for of_corpora in zip(*parts, strict=True))
-        return tuple(((target_NL * mask_NL).sum(axis=0) / np.maximum(mask_NL.sum(axis=0), 1)).tolist())
 
     def _found(self) -> Snapshot | None:
         """The newest checkpoint of this run, and what was logged up to it."""

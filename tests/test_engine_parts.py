@@ -35,18 +35,39 @@ def test_schedule_warms_up_then_never_rises(total: int, warmup: int, final: floa
         assert math.isclose(values[-1], final, abs_tol=1e-9)
 
 
-def test_masked_bce_is_the_mean_over_known_labels() -> None:
+def test_label_loss_is_the_mean_over_known_answers() -> None:
     logits = torch.tensor([[0.3, -1.0], [2.0, 0.5]], requires_grad=True)
     target, mask = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     terms = [math.log1p(math.exp(-0.3)), math.log1p(math.exp(-1.0)), math.log1p(math.exp(-0.5))]
-    loss = losses.masked_bce(logits, target, mask)
+    loss = losses.label_loss(logits, target, mask)
     assert math.isclose(float(loss.detach()), sum(terms) / 3, rel_tol=1e-6)
     loss.backward()
     assert logits.grad is not None
     assert logits.grad[1, 0] == 0
-    nothing = losses.masked_bce(logits, target, torch.zeros(2, 2))
+    nothing = losses.label_loss(logits, target, torch.zeros(2, 2))
     assert float(nothing.detach()) == 0
-    assert math.isclose(float(losses.entropy(torch.tensor([0.5, 0.5]))), math.log(2), rel_tol=1e-6)
+    half = torch.tensor([0.5, 0.5])
+    assert math.isclose(losses.least_constant(half, torch.ones(2)), math.log(2), rel_tol=1e-6)
+
+
+def test_a_set_of_classes_is_one_answer_and_the_best_constant_is_what_frequencies_score() -> None:
+    """Label 0 stands alone; 1 to 3 are classes, unknown for the second half."""
+    generator = torch.Generator().manual_seed(0)
+    n, group = 600, (1, 2, 3)
+    which = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), n, replacement=True, generator=generator)
+    alone = (torch.rand(n, generator=generator) < 0.2).float()
+    target = torch.cat([alone[:, None], torch.nn.functional.one_hot(which, 3).float()], dim=1)
+    mask = torch.ones(n, 4)
+    mask[n // 2 :, 1:] = 0
+    logits = torch.randn(n, 4, generator=generator)
+    terms = [torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], alone, reduction="sum")]
+    terms.append(torch.nn.functional.cross_entropy(logits[: n // 2, 1:], which[: n // 2], reduction="sum"))
+    assert float(losses.label_loss(logits, target, mask, [group])) == pytest.approx(float(sum(terms)) / (n + n // 2), rel=1e-5)
+    rates, known = (target * mask).sum(0) / mask.sum(0), mask.mean(0)
+    best = torch.cat([(rates[:1] / (1 - rates[:1])).log(), rates[1:].log()]).expand(n, 4)
+    expected = losses.least_constant(rates, known, [group])
+    assert float(losses.label_loss(best, target, mask, [group])) == pytest.approx(expected, rel=1e-4)
+    assert float(losses.label_loss(best + 0.1 * torch.randn(4, generator=generator), target, mask, [group])) > expected
 
 
 def test_batch_must_divide_and_lars_needs_whole_tensors() -> None:

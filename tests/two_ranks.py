@@ -103,7 +103,8 @@ def make_method(name: str, samples: int = 24) -> tuple[Any, tuple[int, ...]]:
     recipe, kind = load_recipe(f"{name}/smoke"), methods.method_class(name)
     sizes = tuple(recipe.views.sizes)
     encoder = build("test_vit", 1, seed=0, image_size=sizes[0]) if kind.only == "vit" else TinyEncoder()
-    facts = methods.Facts(seed=0, samples=samples, global_batch=BATCH, sizes=sizes, labels=tuple("abc"[:LABELS]), rates=(0.5,) * LABELS)
+    known = {"labels": tuple("abc"[:LABELS]), "rates": (0.5,) * LABELS, "known": (1.0,) * LABELS, "exclusive": ((1, 2),)}
+    facts = methods.Facts(0, samples, BATCH, sizes, **known)
     method = methods.build(name, encoder, recipe.options, facts)
     for network in (method, *method.teachers.values()):
         norm.convert(network)

@@ -65,7 +65,8 @@ class Facts(NamedTuple):
     Attributes:
         samples: of the corpus (all datasets together). Sample ids of batches are 0 to samples - 1.
         sizes: side of each view, pixels.
-        labels, rates: union of the corpora's labels and their positive rate among known ones (labelled methods only).
+        labels, rates, known: union of the corpora's labels, their positive rate where known, the share of samples where they are known;
+            exclusive: sets of positions in labels of which exactly one holds. For labelled methods only.
     """
 
     seed: int
@@ -74,6 +75,8 @@ class Facts(NamedTuple):
     sizes: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
+    known: tuple[float, ...] = ()
+    exclusive: tuple[tuple[int, ...], ...] = ()
 
 
 class Clock(NamedTuple):

@@ -1,15 +1,16 @@
-"""Supervised pretraining on the union of the corpora's labels: one linear layer, binary cross-entropy over the labels that are known.
+"""Supervised pretraining on the union of the corpora's labels: one linear layer, and cross-entropy over what is known.
 
-    loss = sum_{i,l} m_il * BCE(w_l . z_i + b_l, y_il) / sum_{i,l} m_il            sums over the global batch, m = 1 where known
+    loss = (sum_il m_il BCE(w_l . z_i, y_il) + sum_ig m_ig CE(W_g z_i, y_ig)) / (sum_il m_il + sum_ig m_ig)     over the global batch
 
-A label that a dataset does not have is unknown for its samples and costs nothing. Used from random weights, from published ones, or after
-self-supervision (continual pretraining).
+l: labels that stand alone; g: sets of classes of which exactly one holds (a multi-class dataset); m is 1 where the answer is known. What a
+dataset does not tell is unknown for its samples and costs nothing, so datasets with different label sets train together. Used from random
+weights, from published ones, or after self-supervision (continual pretraining).
 
 Official hyper-parameters, from CheXNet (Rajpurkar et al. 2017, arXiv 1711.05225), which trains on the labels of ChestX-ray14 in this way:
 DenseNet-121 from ImageNet weights, Adam (0.9, 0.999), lr 1e-3, batch 16, 224 px, horizontal flips.
 Deviations: their rate falls tenfold when the validation loss stalls and the best epoch is kept; here it falls along a cosine and the
 last weights are exported, because no step of a pretraining looks at the validation split. The mean runs over the known labels of the
-global batch.
+global batch, a set of classes counting as one. Classes that another dataset has as labels of their own are labels here too.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from base.config import Strict
 from base.errors import RequestError
-from engine.losses import entropy, masked_bce
+from engine.losses import label_loss, least_constant
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
@@ -48,12 +49,13 @@ class Supervised(Method):
         z_BD = self.encode(batch.views[0])
         logits_BL: Tensor = self.classifier(z_BD)
         with torch.autocast(logits_BL.device.type, enabled=False):
-            loss = masked_bce(logits_BL, batch.target_BL, batch.mask_BL)
+            loss = label_loss(logits_BL, batch.target_BL, batch.mask_BL, self.facts.exclusive)
         return Output(loss, {"backbone": z_BD.detach().float()}, {})
 
     def chance_loss(self, global_batch: int) -> float | None:
-        """Entropy of the label rates: what the best constant answer scores."""
-        return float(entropy(torch.tensor(self.facts.rates))) if self.facts.rates else None
+        """That of the best constant answer."""
+        facts = self.facts
+        return least_constant(torch.tensor(facts.rates), torch.tensor(facts.known), facts.exclusive) if facts.rates else None
 
     @classmethod
     def check(cls, options: SupervisedOptions, facts: Facts) -> None:
