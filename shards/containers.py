@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from base import storage
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from base.paths import is_url
 from shards import cells
 from shards.card import SPLITS, Card, Part
@@ -67,15 +68,21 @@ def npz(raw: str, name: str, card: Card) -> Iterator[Found]:
                     raise RequestError(f"{count} {split}_images, {len(labels)} {split}_labels", where=url)
                 for i in range(count):
                     where = f"{url}: {split}_labels, row {i}"
-                    numbers = (
-                        None
-                        if labels is None or card.kind == "unlabelled"
-                        else cells.of_numbers(card, labels[i].reshape(-1).astype(int).tolist(), where)
-                    )
+                    known = None if labels is None or card.kind == "unlabelled" else _whole(labels[i], where)
+                    numbers = None if known is None else cells.of_numbers(card, known, where)
                     place = Inside(name, i, array=f"{split}_images")
                     yield Found(f"{name}/{split}/{i:07d}", place, numbers, split)  # type: ignore[arg-type]
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise RequestError(f"not an .npz of images and labels: {error}", where=url) from None
+        # numpy's second sentence tells how to load the file unsafely.
+        raise RequestError(f"not an .npz of images and labels: {str(error).partition('. ')[0]}", where=url) from None
+
+
+def _whole(labels: np.ndarray, where: str) -> list[int]:
+    """The numbers of a row. Raises RequestError where one is not whole."""
+    for number in labels.reshape(-1).tolist():
+        if not float(number).is_integer():
+            raise RequestError(f"{number} is not a whole number", where=where)
+    return [int(number) for number in labels.reshape(-1).tolist()]
 
 
 def tar(raw: str, name: str, card: Card) -> Iterator[Found]:
@@ -87,8 +94,10 @@ def tar(raw: str, name: str, card: Card) -> Iterator[Found]:
         with _open(url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 path = inside_folder(member.name.removeprefix("./"), url)
-                if not member.isfile():
+                if member.isdir():
                     continue
+                if not member.isfile():
+                    raise RequestError(f"'{path}' is a link or device, not a file", where=url)
                 folder, _, base = path.rpartition("/")
                 key, _, extension = base.partition(".")
                 key = f"{folder}/{key}" if folder else key
@@ -112,17 +121,26 @@ def tar(raw: str, name: str, card: Card) -> Iterator[Found]:
 
 
 def read(raw: str, inside: Inside, stamp: str) -> bytes:
-    """The bytes of an image file in a container; a row of an array as PNG. `stamp` tells a changed container. Raises Unusable."""
+    """The bytes of an image file in a container; a row of an array as PNG. `stamp` tells a changed container.
+
+    Raises:
+        Unusable: this image is none.
+        WorkError: the container as a whole is damaged, or gone: none of its images can be believed.
+    """
     url = storage.join(raw, inside.container)
-    if inside.array is None:
-        with _open(url) as stream:
-            stream.seek(inside.start)
-            data: bytes = stream.read(inside.length)
-        return data
-    array = _array(url, inside.array, stamp)
-    pixels = array.row(inside.start)
-    if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
-        raise Unusable(f"a row of {pixels.dtype} {pixels.shape} is no image")
+    try:
+        if inside.array is None:
+            with _open(url) as stream:
+                stream.seek(inside.start)
+                data: bytes = stream.read(inside.length)
+            return data
+        array = _array(url, inside.array, stamp)
+        shape = array.shape[1:]
+        if array.dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
+            raise Unusable(f"a row of {array.dtype} {shape} is no image")
+        pixels = array.row(inside.start)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise WorkError(f"cannot be read: {error}", where=url, hint="fetch the file again, then pack again") from error
     return png(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 

@@ -41,7 +41,9 @@ def files(raw: str, patterns: Iterable[str], exclude: Sequence[str] = (), first:
 
 def _local(raw: str, pattern: str) -> Iterable[tuple[str, str | None]]:
     for relative in glob.iglob(pattern, root_dir=raw, recursive=True):
-        if relative.endswith("/") or os.path.isfile(os.path.join(raw, relative)):
+        path = os.path.join(raw, relative)
+        # A link to nothing is named and quarantined like any image that is not there.
+        if relative.endswith("/") or os.path.isfile(path) or not os.path.exists(path):
             yield relative, None
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from base.config import parse
-from base.errors import RequestError
-from shards.card import Card
+from base.errors import RequestError, WorkError
+from shards.card import Card, SplitRule
 from shards.deidentify import Names
 from shards.manifest import Manifest
-from shards.pack import pack
+from shards.pack import pack, plan
+from shards.pack import write as write_shard
 from shards.readers import Found, read
 
 CARD: dict[str, Any] = {
@@ -328,6 +329,8 @@ def test_npz(tmp_path: Path, channels: int) -> None:
         ({"train_images": None, "extra": np.zeros(3)}, "holds no train_images, val_images or test_images"),
         ({"train_labels": np.array([[0]])}, "2 train_images, 1 train_labels"),
         ({"train_labels": np.array([[None], [1]], dtype=object)}, "not an .npz of images and labels"),
+        ({"train_labels": np.array([[0], [0.7]])}, "train_labels, row 1: 0.7 is not a whole number"),
+        ({"train_labels": np.array([[np.nan], [1]])}, "row 0: nan is not a whole number"),
     ],
 )
 def test_wrong_npz_files_are_refused(tmp_path: Path, change: dict[str, np.ndarray | None], says: str) -> None:
@@ -335,6 +338,47 @@ def test_wrong_npz_files_are_refused(tmp_path: Path, change: dict[str, np.ndarra
     raw = npz(tmp_path / "raw" / "x.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(RequestError, match=says):
         find(card(NPZ, kind="multiclass"), raw)
+
+
+@pytest.mark.parametrize("change", ["objects", "numbers", "flipped", "gone"])
+def test_what_is_wrong_inside_an_npz_is_named_when_it_is_packed(tmp_path: Path, change: str) -> None:
+    strange = {"objects": np.array([None] * 4), "numbers": np.zeros((4, 8, 8))}
+    arrays = {"train_images": images(40), "test_images": strange.get(change, images(4))}
+    path = tmp_path / "raw" / "x.npz"
+    npz(path)
+    np.savez(path, **arrays)
+    classes = card(NPZ, kind="unlabelled", labels=[], split={"val": 0, "test": 0})
+    jobs = plan(classes, str(tmp_path / "raw"))
+    if change == "flipped":
+        data = bytearray(path.read_bytes())
+        data[1000] ^= 0xFF
+        path.write_bytes(data)
+    if change == "gone":
+        path.unlink()
+    if change in strange:
+        entries = [write_shard(job, str(tmp_path / "out")) for job in jobs]
+        assert [len(entry.quarantined) for entry in entries] == [0, 4]
+        assert "is no image" in entries[1].quarantined[0].reason
+    else:
+        with pytest.raises(WorkError, match=r"x\.npz: cannot be read: .*(CRC-32|No such file)"):
+            write_shard(jobs[0], str(tmp_path / "out"))
+
+
+def test_links_in_a_tar_and_links_to_nothing_are_named(tmp_path: Path) -> None:
+    raw = tar(tmp_path / "raw" / "x.tar", {"a.png": png()})
+    with tarfile.open(raw / "x.tar", "a") as archive:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(RequestError, match=r"x\.tar: 'b\.png' is a link or device"):
+        find(card(TARS, kind="multiclass"), raw)
+    for n in range(9):
+        write(tmp_path / "files", f"{n}.png", png(n))
+    (tmp_path / "files" / "link.png").symlink_to("/nonexistent")
+    plain = card({"name": "one", "reader": "folders", "requires": ["*.png"], "images": ["*.png"]}, kind="unlabelled", labels=[])
+    jobs = plan(plain.model_copy(update={"split": SplitRule(val=0, test=0)}), str(tmp_path / "files"))
+    quarantined = write_shard(jobs[0], str(tmp_path / "out")).quarantined
+    assert [(row.file, row.reason) for row in quarantined] == [("link.png", "image is not there")]
 
 
 def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
