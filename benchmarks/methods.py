@@ -139,10 +139,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    from cluster.session import WORKER_SETTINGS
     from pretrain import methods
     from shards.card import load_card
     from shards.pack import pack
 
+    os.environ.update(WORKER_SETTINGS)  # as the workers of a study have them
     out = os.path.abspath(options.out)
     if not os.path.exists(os.path.join(out, "shards", "manifest.json")):
         pack(load_card("phantom-chest"), f"phantom:{PHANTOMS}", os.path.join(out, "shards"))
