@@ -6,6 +6,7 @@ Presets: `smoke` shows that it runs and claims nothing, `demo` and `small` are s
 The global batch and the rate belong to the study: they are the same for any number of workers.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -49,6 +50,11 @@ class Recipe(Strict):
     def engine(self) -> EngineConfig:
         """The part that the engine reads."""
         return EngineConfig(optimizer=self.optimizer, precision=self.precision, zero_stage=self.zero_stage, accumulate=self.accumulate)
+
+    def steps(self, epoch_steps: int) -> int:
+        """Updates of the whole run, with so many in an epoch."""
+        total = max(1, math.ceil(self.epochs * epoch_steps))
+        return total if self.max_steps is None else min(total, self.max_steps)
 
 
 def load_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
