@@ -40,6 +40,25 @@ def lag(teacher: nn.Module, student: nn.Module) -> float:
     return float(torch.stack(list(apart)).norm() / torch.stack(list(size)).norm().clamp_min(1e-12))
 
 
+def largest(network: nn.Module) -> int:
+    """Number of the parameter that has the most numbers."""
+    return max(enumerate(network.parameters()), key=lambda pair: pair[1].numel())[0]
+
+
+@torch.no_grad()
+def moved(before: Tensor, teacher: nn.Module, student: nn.Module) -> float:
+    """Share of the numbers of the teacher's largest parameter that differ from `before`, among those where the student's do; 1 if none do.
+
+    About 1 in float32; a teacher that is stored in bf16 stands still. All ranks call.
+    """
+    at = largest(teacher)
+    theirs = list(student.parameters())[at]
+    with whole([theirs]):
+        apart = theirs.detach().to(before.device) != before
+    now = list(teacher.parameters())[at].data != before
+    return float((now & apart).sum() / apart.sum()) if bool(apart.any()) else 1.0
+
+
 @contextmanager
 def whole(parameters: list[nn.Parameter] | list[Tensor]) -> Iterator[None]:
     """At ZeRO 3 parameters lie in pieces on all ranks: inside, they are whole on each."""

@@ -242,21 +242,18 @@ class Run:
                 return None, {"ranks": named}
             gradient = self.engine.step(output.loss, self.step, measure=logged)
             outputs.append(output)
-        teacher = self._largest_of_teacher() if logged else None
-        before = teacher.clone() if teacher is not None else None
+        followed = {name: student for name in self.method.teachers if logged and (student := self.method.followed(name)) is not None}
+        before = {name: list(self.method.teachers[name].parameters())[ema.largest(self.method.teachers[name])].clone() for name in followed}
         self.method.on_step_end()
         output = _joined(outputs)
         self.window.count(output.features)
         if self.recipe.optimizer.schedule == "plateau":
             self._observe(output.loss)
         measured = {"lr": rate} | ({"grad_norm": round(gradient, 6)} if gradient is not None else {})
-        if teacher is not None and before is not None:
-            measured["teacher_moved"] = round(float((teacher != before).double().mean()), 6)
+        for name, student in followed.items():
+            measured[f"{name}_lag"] = round(ema.lag(self.method.teachers[name], student), 6)
+            measured["teacher_moved"] = round(ema.moved(before[name], self.method.teachers[name], student), 6)
         return output, measured
-
-    def _largest_of_teacher(self) -> Tensor | None:
-        parameters = [p for teacher in self.method.teachers.values() for p in teacher.parameters()]
-        return max(parameters, key=lambda p: p.numel()).data if parameters else None
 
     def _observe(self, loss: Tensor) -> None:
         self.epoch_loss += torch.tensor([float(loss.detach()), 1.0])
@@ -313,9 +310,6 @@ class Run:
         row |= measured | self.window.measure(output.features, batch)
         if "contrastive_top1" in row:
             row["contrastive_chance"] = 1 / (2 * self.recipe.global_batch - 1)
-        for name, teacher in self.method.teachers.items():
-            if (student := self.method.followed(name)) is not None:
-                row[f"{name}_lag"] = round(ema.lag(teacher, student), 6)
         # Speeds are this rank's clock; rank 0's stand for all, so that every rank reports the same row.
         row |= ranks.share(meter.read() | {"seconds": round(self._seconds(), 2)})
         verdict = self._verdict([*self.record.measured, row])

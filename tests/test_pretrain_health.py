@@ -63,13 +63,13 @@ def verdict(found: list[dict[str, Any]], labelled: bool = False) -> str:
 
 def moved(teacher: nn.Module, student: nn.Module) -> float:
     """Share of the teacher's numbers that one update changes, as the loop measures it."""
-    largest = max(teacher.parameters(), key=lambda p: p.numel()).data
+    largest = list(teacher.parameters())[ema.largest(teacher)].data
     before = largest.clone()
     if largest.dtype == torch.float32:
         ema.follow(teacher, student, 0.996)
     else:
-        largest.lerp_(max(student.parameters(), key=lambda p: p.numel()).data.to(largest.dtype), 0.004)
-    return float((largest != before).double().mean())
+        largest.lerp_(list(student.parameters())[ema.largest(student)].data.to(largest.dtype), 0.004)
+    return ema.moved(before, teacher, student)
 
 
 def ahead(teacher: nn.Module) -> nn.Module:
@@ -144,6 +144,10 @@ def test_a_teacher_in_float32_moves_and_one_in_bf16_does_not() -> None:
     assert next(teacher.parameters()).dtype == torch.float32
     assert moved(teacher, student) > 0.99
     assert moved(halved, student) < 0.5
+    part = copy.deepcopy(teacher)  # a student most of whose numbers have no gradient
+    with torch.no_grad():
+        next(part.parameters())[:4] += 0.1
+    assert moved(teacher, part) == 1
     with pytest.raises(RuntimeError, match="BFloat16"):
         ema.follow(halved, student, 0.996)
 
