@@ -73,6 +73,7 @@ def resolve_paths(study: Study, base: Path) -> Study:
 def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
     from encoders.cuts import family
+    from engine.step import rank_batch
     from finetune.strategies import resolve
     from pretrain import methods
     from pretrain.recipe import load_recipe
@@ -85,7 +86,8 @@ def check_names(study: Study, where: str) -> None:
         if entry.name in earlier:
             raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
         recipe = load_recipe(entry.recipe, entry.settings)
-        methods.check(recipe.method, recipe.options, views=recipe.views, architecture=entry.architecture)
+        methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
+        rank_batch(recipe.global_batch, study.resources.pretrain_workers)
         for dataset in entry.data:
             if dataset not in study.data:
                 raise unknown("dataset", dataset, study.data, where=f"{key}.data")
@@ -97,6 +99,10 @@ def check_names(study: Study, where: str) -> None:
         if len(set(channels.values())) > 1:
             raise RequestError(f"grey and colour corpora in one run: {channels}", where=f"{key}.data", hint="one run for each")
         _check_source(entry.start_from, earlier, f"{key}.start_from")
+        start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
+        if entry.architecture and start and entry.architecture != start:
+            where = f"{key}.architecture"
+            raise RequestError(f"weights of {start} do not fit {entry.architecture}", where=where, hint=f"architecture: {start}")
         if entry.architecture is None and entry.start_from == "random":
             raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
         earlier[entry.name] = entry

@@ -3,6 +3,7 @@
 from base import storage
 from base.errors import RequestError
 from cluster import leakage, plan
+from cluster.fit import fit
 from cluster.plan import Corpus
 from cluster.progress import minutes
 from cluster.run import claim
@@ -46,6 +47,11 @@ def outlook(study: Study) -> bool:
         checked = (leakage.standing(study, corpora) if complete else None) or corpora
     except RequestError as error:
         problems["leakage"], checked = str(error), corpora
+    for run in study.pretrain if complete else ():
+        try:
+            fit(study, run, checked)
+        except RequestError as error:
+            problems[f"pretrain {run.name}"] = str(error)
     weights, missing = standing_weights(study, checked, uri) if complete else ({}, [])
     for what, state, found in leakage.foretold(study, corpora):
         stops = found and study.leakage == "stop"
@@ -55,7 +61,8 @@ def outlook(study: Study) -> bool:
     for run in study.pretrain:
         todo = missing.count(run.name) if complete else len(run.seeds)
         state = f"{todo} of {len(run.seeds)} to do" if todo else "stands"
-        table.add_row(f"pretrain {run.name}", f"{state}  ({run.recipe} from {run.start_from})")
+        wrong = problems.get(f"pretrain {run.name}")
+        table.add_row(f"pretrain {run.name}", f"[red]{escape(wrong)}[/red]" if wrong else f"{state}  ({run.recipe} from {run.start_from})")
     if study.cells:
         if complete and not missing:
             configs = list(plan.cells(study, checked, weights))

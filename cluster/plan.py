@@ -50,8 +50,7 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     architecture = entry.architecture or (start.architecture if start else None)
     if architecture is None:
         raise RequestError("no architecture", where=f"pretrain.{entry.name}")
-    data = _refs(corpora, entry.data.items(), None if entry.replay is None else 1 - entry.replay)
-    data += _refs(corpora, study.replayed(entry), entry.replay)
+    data = pretrain_data(study, entry, corpora)
     in_chans = corpora[data[0].dataset].manifest.card.channels
     labelled = {name: (name, split) for name, split in study.earlier(entry) if _can_be_probed(corpora[name], in_chans)}
     identity = {
@@ -83,6 +82,12 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         threads=study.resources.threads,
         workers=study.resources.loader_workers,
     )
+
+
+def pretrain_data(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> list[DataRef]:
+    """What a run reads: its own data, then what it replays of the runs before it."""
+    own = _refs(corpora, entry.data.items(), None if entry.replay is None else 1 - entry.replay)
+    return own + _refs(corpora, study.replayed(entry), entry.replay)
 
 
 def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], share: float | None) -> list[DataRef]:

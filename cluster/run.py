@@ -65,6 +65,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
 
 
 def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events: Events, projector: Projector, uri: str) -> Summary:
+    from cluster.fit import fits
     from cluster.session import session
 
     restarts = deaths = kept = new = 0
@@ -75,6 +76,8 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
     weights, missing = standing_weights(study, checked, uri) if checked is not None else ({}, ["everything"])
     configs = list(plan.cells(study, checked, weights)) if checked is not None and not missing else []
     if missing or any(not done(config.out) for config in configs):
+        if complete:  # what is packed in this run is checked when it is
+            fits(study, corpora)
         progress.say("starting Ray")
         with session():
             corpora = leakage.compare(study, stages.pack(study, progress, events), progress, events)

@@ -68,11 +68,14 @@ def pretrain(
         Weights by source of the cells, and how often workers were restarted.
 
     Raises:
+        RequestError: a run does not fit its data; none has started.
         WorkError: a run failed for good; those before it stand.
     """
+    from cluster.fit import fits
     from cluster.pretraining import pretrain_on_ray
     from cluster.sources import read_weights
 
+    fits(study, corpora)
     made: dict[str, list[Weights]] = {}
     restarts = 0
     for entry in study.pretrain:

@@ -145,3 +145,7 @@ class Study(Strict):
     def replayed(self, entry: PretrainEntry) -> list[tuple[str, str]]:
         """Those of them that this run replays: its own data are there already."""
         return [item for item in self.earlier(entry) if item not in entry.data.items()] if entry.replay else []
+
+    def architecture_of(self, entry: PretrainEntry) -> str | None:
+        """The run's architecture or that of the runs before it; None where weights from outside say it."""
+        return next((run.architecture for run in (entry, *reversed(self.before(entry))) if run.architecture), None)

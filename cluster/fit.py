@@ -1,0 +1,69 @@
+"""Whether pretraining runs fit their data: known from the manifests alone, so said before any worker starts.
+
+fits(study, corpora)        # RequestError naming the run, or nothing
+"""
+
+from collections.abc import Mapping
+
+from base.errors import RequestError
+from cluster.plan import Corpus, pretrain_data
+from cluster.study import PretrainEntry, Study
+from pretrain import methods
+from pretrain.recipe import load_recipe
+from shards.order import Order, Source
+from shards.phantoms import parse_raw
+
+
+def fits(study: Study, corpora: Mapping[str, Corpus]) -> None:
+    """Check every pretraining of a study whose datasets are packed. Raises RequestError as `fit` does."""
+    for entry in study.pretrain:
+        fit(study, entry, corpora)
+
+
+def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> None:
+    """Check one pretraining.
+
+    Raises:
+        RequestError: options of a method that do not fit the number of images (prototypes, queues, negatives), a batch larger than an
+            epoch, images smaller than the views.
+    """
+    try:
+        _fit(study, entry, corpora)
+    except RequestError as error:
+        where = ": ".join(part for part in (f"pretrain {entry.name}", error.where) if part)
+        raise RequestError(error.what, where=where, hint=error.hint) from error
+
+
+def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> None:
+    recipe = load_recipe(entry.recipe, entry.settings)
+    kind = methods.method_class(recipe.method)
+    refs = pretrain_data(study, entry, corpora)
+    sizes = [corpora[ref.dataset].manifest.counts[ref.split] - len(ref.without) for ref in refs]
+    labels = dict.fromkeys(label for ref in refs for label in corpora[ref.dataset].manifest.card.labels)
+    facts = methods.Facts(
+        seed=entry.seeds[0],
+        samples=sum(sizes),
+        global_batch=recipe.global_batch,
+        sizes=tuple(recipe.views.sizes),
+        labels=tuple(labels) if kind.labelled else (),
+    )
+    methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry), facts=facts)
+    sources = [Source(ref.digest, (size,)) for ref, size in zip(refs, sizes, strict=True)]
+    Order(sources, seed=facts.seed, global_batch=recipe.global_batch, exact_epoch=kind.exact_epochs)
+    wanted = max(recipe.views.sizes)
+    for ref in refs:
+        largest = _largest_side(study, ref.dataset, corpora[ref.dataset])
+        if largest is not None and largest < wanted:
+            raise RequestError(
+                f"views of {wanted} px from images of '{ref.dataset}' that are at most {largest} px",
+                where="recipe: views.size",
+                hint=f"pretrain.{entry.name}.settings={{views.size: {largest}}}, or larger images",
+            )
+
+
+def _largest_side(study: Study, dataset: str, corpus: Corpus) -> int | None:
+    """The side in pixels that no image of it exceeds, where that is known without reading one."""
+    card, raw = corpus.manifest.card, study.data[dataset].raw
+    if card.phantom is not None:
+        return (parse_raw(raw).size or card.phantom.size) if raw else None
+    return card.max_side
