@@ -229,11 +229,11 @@ def test_sinkhorn() -> None:
     for _ in range(3):
         q /= q.sum(axis=0)
         q /= q.sum(axis=1, keepdims=True)
-    found = dinov2.sinkhorn(logits, 0.05)
+    found = dinov2.sinkhorn(logits, 0.05, 3)
     np.testing.assert_allclose(found.numpy(), q, rtol=1e-4, atol=1e-7)
-    many = dinov2.sinkhorn(logits, 0.05, iterations=200)
+    many = dinov2.sinkhorn(logits, 0.05, 200)
     torch.testing.assert_close(many.sum(dim=0), torch.full((16,), 40 / 16), rtol=1e-3, atol=1e-3)
-    assert dinov2.sinkhorn(logits[:0], 0.05).shape == (0, 16)  # a rank without any masked patch
+    assert dinov2.sinkhorn(logits[:0], 0.05, 3).shape == (0, 16)  # a rank without any masked patch
 
 
 def test_koleo() -> None:
@@ -253,7 +253,7 @@ def test_dinov2_loss() -> None:
     temperature = 0.04 + 0.03 * 3 / (30 * 5)
 
     def target(logits: np.ndarray) -> np.ndarray:
-        return dinov2.sinkhorn(torch.from_numpy(logits), temperature).numpy()
+        return dinov2.sinkhorn(torch.from_numpy(logits), temperature, 3).numpy()
 
     teacher = np.split(target(head(method.head, whole[:, 0])), 2)
     z = [*tokens[:, 0].chunk(2), method.encoder(seen.views[2])]

@@ -31,11 +31,15 @@ from torch.nn import functional as F
 from encoders import vit
 from engine import ema, ranks
 from pretrain import masking
+from pretrain.clusters import sinkhorn
 from pretrain.methods import Facts, Method, Output
 from pretrain.methods.dino import DINOHead, DINOOptions, check_crops, frozen, momentum, teacher_temperature
 
 if TYPE_CHECKING:
     from shards.loader import Batch
+
+
+ITERATIONS = 3  # of Sinkhorn, as in the official code
 
 
 class DINOv2Options(DINOOptions):
@@ -113,7 +117,7 @@ class DINOv2(Method):
         tokens_GTD = self.encode(global_GCHW, lambda x: vit.tokens(encoder, x))
         _, logits_GK = teacher.get_submodule("head")(tokens_GTD[:, 0])
         _, logits_RK = teacher.get_submodule("patch_head")(tokens_GTD[:, 1:][masked_GN])
-        return sinkhorn(logits_GK, temperature), sinkhorn(logits_RK, temperature)
+        return sinkhorn(logits_GK, temperature, ITERATIONS), sinkhorn(logits_RK, temperature, ITERATIONS)
 
     def _masked_tokens(self, x: Tensor, masked_BN: Tensor) -> Tensor:
         return vit.tokens(self.encoder, x, masked_BN=masked_BN, mask_token_D=self.mask_token_D)
@@ -121,17 +125,6 @@ class DINOv2(Method):
     def on_step_end(self) -> None:
         """The teacher follows."""
         ema.follow(self.teachers["teacher"], self.followed("teacher"), momentum(self.options, self.clock))
-
-
-@torch.no_grad()
-def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Rows that sum to 1, columns of about equal sum over the rows of all ranks, which may differ in number. |logits| <= 1, float32."""
-    with torch.autocast(logits_RK.device.type, enabled=False):
-        q_RK = torch.exp(logits_RK / temperature)
-        for _ in range(iterations):
-            q_RK = q_RK / ranks.all_sum(q_RK.sum(dim=0))
-            q_RK = q_RK / q_RK.sum(dim=1, keepdim=True)
-        return q_RK
 
 
 def pairs(target_TBK: Tensor, log_VBK: Tensor) -> Tensor:
