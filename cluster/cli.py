@@ -150,6 +150,22 @@ def pretrain(recipe: Annotated[str, typer.Argument(help="a recipe (allograft lis
     _run(pretrain_study(recipe, settings or []))
 
 
+@app.command(epilog=_example("allograft explain simclr/paper optimizer.lr=2.4 --images 112120 --gpu a100-80 --gpus 8"))
+def explain(
+    recipe: Annotated[str, typer.Argument(help="a recipe (allograft list recipes)")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="its settings, for instance epochs=100")] = None,
+    architecture: Annotated[str | None, typer.Option(help="resnet50 by default, vit_base_patch16_224 where only transformers fit")] = None,
+    images: Annotated[int, typer.Option(help="of the corpus; ImageNet's by default")] = 1_281_167,
+    channels: Annotated[int, typer.Option(min=1, help="of an image: 1 grey, 3 colour")] = 1,
+    gpu: Annotated[str, typer.Option(help="its name, for instance h100-pcie, a100-40, rtx4090")] = "h100-sxm",
+    gpus: Annotated[int, typer.Option(min=1, help="how many work together")] = 1,
+) -> None:
+    """A recipe in full, and what a run of it takes: steps, operations, memory, hours. Starts nothing, needs no GPU."""
+    from cluster.explain import show
+
+    show(recipe, settings or [], architecture, images, channels, gpu, gpus)
+
+
 @app.command(epilog=_example("allograft finetune dxc14 data.nih-cxr14.raw=/data/nih source=random architecture=resnet18"))
 def finetune(task: Annotated[str, typer.Argument(help="a task (allograft list tasks)")], settings: Settings = None) -> None:
     """One cell. Keys: data, out, source, architecture, strategy, fraction, resolution, seed, settings, resources, tracking."""

@@ -11,7 +11,7 @@ bf16, so its fp16 figure stands there). fp32 is without tensor cores; convolutio
 import re
 from typing import Literal, NamedTuple
 
-from base.errors import unknown
+from base.errors import RequestError, unknown
 
 Precision = Literal["fp32", "bf16"]
 
@@ -45,6 +45,9 @@ def get(name: str) -> Gpu:
         RequestError: not in the table, with the nearest name that is.
     """
     if name not in GPUS:
+        kinds = [known for known in GPUS if known.startswith(name)]
+        if kinds:
+            raise RequestError(f"there are several kinds of GPU '{name}'", where="--gpu", hint=", ".join(kinds))
         raise unknown("GPU", name, GPUS, "--gpu")
     return GPUS[name]
 

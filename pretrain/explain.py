@@ -59,7 +59,7 @@ class Cost(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """scaled: what was left open in the recipe and follows from the data. parameters: of the encoder and the heads."""
+    """recipe: with the method's defaults. scaled: sizes that it leaves open and that follow from the data. parameters: encoder and heads."""
 
     recipe: Recipe
     scaled: dict[str, int]
@@ -103,7 +103,8 @@ def explain(recipe: Recipe, architecture: str, *, images: int, channels: int, gp
     method = sketch(recipe, architecture, channels, facts)
     method.clock = methods.Clock(steps // 2 // epoch_steps * epoch_steps, steps, epoch_steps)
     parameters = sum(parameter.numel() for parameter in method.parameters())
-    return Explained(recipe, kind.scaled(options, facts), parameters, steps, epoch_steps, cost(recipe, method, channels, gpu_count))
+    filled = recipe.model_copy(update={"options": options.model_dump(mode="json")})
+    return Explained(filled, kind.scaled(options, facts), parameters, steps, epoch_steps, cost(recipe, method, channels, gpu_count))
 
 
 def sketch(recipe: Recipe, architecture: str, channels: int, facts: methods.Facts) -> methods.Method:
