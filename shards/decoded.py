@@ -58,7 +58,7 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -
     Raises:
         WorkError: as eval_batches; for a damaged sample, since the result of a cell is that of its whole dataset; no space left.
     """
-    key = digest([_FORMAT, VIEWS_VERSION, corpus.manifest.digest, list(corpus.splits), size])[:32]
+    key = digest([_FORMAT, VIEWS_VERSION, corpus.source.digest, size])[:32]
     folder = Path(corpus.cache_dir or cache.default_dir()) / "decoded" / key
     while True:
         if not folder.is_dir():

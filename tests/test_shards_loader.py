@@ -252,6 +252,12 @@ def test_a_node_decodes_once(url: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert decode_all(Corpus(url, cache_dir=str(tmp_path)), 24).images.tobytes() == next(iter(found))[1]
 
 
+def test_samples_that_are_left_out_are_not_decoded(url: str, tmp_path: Path) -> None:
+    whole, less = (decode_all(Corpus(url, ("train",), str(tmp_path), without), 24) for without in ((), (0, 5)))
+    assert less.ids == [key for i, key in enumerate(whole.ids) if i not in (0, 5)]
+    assert np.array_equal(less.images, np.delete(whole.images, (0, 5), 0))
+
+
 def test_a_decoded_set_that_made_room_is_decoded_again(url: str, tmp_path: Path) -> None:
     corpus = Corpus(url, cache_dir=str(tmp_path))
     first = decode_all(corpus, 24)
