@@ -108,9 +108,10 @@ def main() -> None:
     start = time.process_time()
     proposed = list(proposals(test.hash_NWD, hashes(looks.small_NHW, test.mean_HW)))
     multiplied = time.process_time()
-    pairs = [pair for pair in duplicates(test, looks) if pair.test < pair.corpus]
+    # Either may be the test image: the alignment of one over the other can succeed where the other way fails.
+    pairs = {tuple(sorted((pair.test, pair.corpus))) for pair in duplicates(test, looks) if pair.test != pair.corpus}
     decided = time.process_time()
-    same = [pair for pair in pairs if patients[pair.test] == patients[pair.corpus]]
+    same = [pair for pair in pairs if patients[pair[0]] == patients[pair[1]]]
     count = len(images) * (len(images) - 1) // 2
     alike = sum(1 for i, name in enumerate(patients) for other in patients[:i] if name == other)
     rest = [(i, j) for i, j in proposed if i < j and patients[i] != patients[j]]
