@@ -73,10 +73,8 @@ def main() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps(one(method, out)))
         rows.append(json.loads(place.read_text()))
-        print(
-            f"{method}: {rows[-1]['tensors']} tensors, {'differs in ' + ', '.join(rows[-1]['apart'][:3]) if rows[-1]['apart'] else 'equal'}",
-            flush=True,
-        )
+        said = f"differs in {', '.join(rows[-1]['apart'][:3])}" if rows[-1]["apart"] else "equal"
+        print(f"{method}: {rows[-1]['tensors']} tensors, {said}", flush=True)
     print(f"{sum(not row['apart'] for row in rows)} of {len(rows)} methods equal to the bit after SIGKILL")
 
 
