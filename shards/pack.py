@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -163,7 +164,10 @@ def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = No
 
 
 def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
-    """Write quarantine.jsonl and then manifest.json over written shards, and return the manifest. Removes nothing.
+    """Write quarantine.jsonl and then manifest.json over written shards, and return the manifest.
+
+    Then shards of an earlier packing that this one does not name are removed: whoever takes all tars of the folder would read patients
+    who have left the raw data, or stand in another split now.
 
     Raises:
         WorkError: a shard's receipt is missing or another one, the shards are not of one plan, or a split has no sample left.
@@ -205,6 +209,10 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
     )
     storage.put(storage.join(out_url, QUARANTINE), "".join(canonical_json(row) + "\n" for row in quarantined))
     storage.put(storage.join(out_url, MANIFEST), manifest.text())
+    ours, named = re.compile(rf"({re.escape(card.dataset)}-(?:{'|'.join(SPLITS)})-\d+)\.(tar|idx|entry\.json)"), {e.name for e in entries}
+    for name in storage.listing(out_url):
+        if (found := ours.fullmatch(name)) and found[1] not in named:
+            storage.remove(storage.join(out_url, name))
     return manifest
 
 

@@ -138,6 +138,18 @@ def test_a_second_pack_writes_only_what_changed(tmp_path: Path) -> None:
     assert hashlib.sha256((out / f"{second.shards[-1].name}.tar").read_bytes()).hexdigest() == second.shards[-1].sha256
 
 
+def test_shards_of_patients_who_left_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    card = load_card("phantom-chest")
+    pack(card, "phantom:120/32", str(out), shard_samples=20)
+    (out / "notes.txt").write_text("not ours")
+    manifest = pack(card, "phantom:60/32", str(out), shard_samples=20)
+    assert {path.stem for path in out.glob("*.tar")} == {shard.name for shard in manifest.shards}
+    assert {path.stem for path in out.glob("*.idx")} == {path.name.removesuffix(".entry.json") for path in out.glob("*.entry.json")}
+    assert len(list(out.glob("*.idx"))) == len(manifest.shards)
+    assert (out / "notes.txt").exists()
+
+
 def test_masks_are_merged_and_labels_come_from_names(tmp_path: Path) -> None:
     card = parse(PAIRS, Card, "card")
     manifest = pack(card, pairs(tmp_path / "raw"), str(tmp_path / "out"))
