@@ -96,6 +96,7 @@ def _newest(url: str) -> dict[str, float] | None:
 
 FIELDS = (
     ("img_per_s", "img/s", "{:.0f}"),
+    ("roofline", "roofline", "{:.0%}"),
     ("data_wait", "wait", "{:.0%}"),
     ("std_ratio", "std", "{:.2f}"),
     ("rankme", "rank", "{:.0f}"),

@@ -12,10 +12,13 @@ class Meter:
     """Counts between two `read` calls. Under 0.1 the step is bound by the network, above it look at the loader first.
 
     The first step is left out of the total rate: it pays for lazy imports and allocations.
+
+    Args:
+        least: seconds that a step takes at the roofline (engine.gpus); None where that is not known.
     """
 
-    def __init__(self, global_batch: int) -> None:
-        self.global_batch = global_batch
+    def __init__(self, global_batch: int, least: float | None = None) -> None:
+        self.global_batch, self.least = global_batch, least
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
         self._all_steps, self._first_end = 0, 0.0
 
@@ -34,9 +37,11 @@ class Meter:
             self._first_end = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """`img_per_s` and `data_wait` (0 to 1) since the last read."""
+        """`img_per_s` and `data_wait` (0 to 1) since the last read; `roofline`, the share of it that was reached, where it is known."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         row = {"img_per_s": round(self._steps * self.global_batch / elapsed, 2), "data_wait": round(self._wait / elapsed, 4)}
+        if self.least is not None:
+            row["roofline"] = round(self._steps * self.least / elapsed, 4)
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
         return row
 

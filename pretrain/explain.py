@@ -23,6 +23,7 @@ from engine.gpus import Gpu, least_seconds
 from engine.step import rank_batch
 from engine.work import Work, pretend
 from pretrain import methods
+from pretrain.economy import economise
 from pretrain.recipe import Recipe
 from shards.loader import Batch
 
@@ -59,7 +60,7 @@ class Cost(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """recipe: with the method's defaults. scaled: sizes that it leaves open and that follow from the data. parameters: encoder and heads."""
+    """recipe: with the method's defaults. scaled: sizes that it leaves open, from the data. parameters: of encoder and heads."""
 
     recipe: Recipe
     scaled: dict[str, int]
@@ -100,20 +101,20 @@ def explain(recipe: Recipe, architecture: str, *, images: int, channels: int, gp
         rates=(0.5,) * len(LABELS) if kind.labelled else (),
     )
     options = methods.check(recipe.method, recipe.options, views=recipe.views, architecture=architecture, facts=facts)
-    method = sketch(recipe, architecture, channels, facts)
-    method.clock = methods.Clock(steps // 2 // epoch_steps * epoch_steps, steps, epoch_steps)
+    method = sketch(recipe, architecture, channels, facts, epoch_steps)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     filled = recipe.model_copy(update={"options": options.model_dump(mode="json")})
     return Explained(filled, kind.scaled(options, facts), parameters, steps, epoch_steps, cost(recipe, method, channels, gpu_count))
 
 
-def sketch(recipe: Recipe, architecture: str, channels: int, facts: methods.Facts) -> methods.Method:
-    """The method around its encoder, without values."""
+def sketch(recipe: Recipe, architecture: str, channels: int, facts: methods.Facts, epoch_steps: int) -> methods.Method:
+    """The method around its encoder, without values, at the start of an epoch in the middle of the run."""
     with torch.device("meta"):
         encoder = build(architecture, channels, image_size=recipe.views.size)
         method = methods.build(recipe.method, encoder, recipe.options, facts)
-    if recipe.activation_checkpointing:
-        encoder.net.set_grad_checkpointing(True)  # type: ignore[operator]
+    economise(recipe, encoder)
+    steps = recipe.steps(epoch_steps)
+    method.clock = methods.Clock(steps // 2 // epoch_steps * epoch_steps, steps, epoch_steps)
     return method
 
 

@@ -1,7 +1,6 @@
 """The loop behind `pretrain.run`: build, resume, step, log, checkpoint, export."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +14,14 @@ from base.config import parse, to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import timestamp
 from base.seeds import seed_of
-from encoders.build import Encoder
-from engine import checkpoint, ema, norm, ranks
+from engine import checkpoint, ema, gpus, norm, ranks
 from engine.checkpoint import Snapshot
 from engine.context import Context
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
-from pretrain import corpora, health, methods, probes, publish, source_probes
+from pretrain import corpora, explain, health, methods, probes, publish, source_probes
 from pretrain.capture import dump
+from pretrain.economy import economise
 from pretrain.record import Record
 from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result, SourceProbe
 from shards import device_views
@@ -113,33 +112,17 @@ class Run:
             quarantine_url=self._at(f"quarantine-{ranks.rank()}.jsonl"),
         )
         self.epoch_steps = self.loader.steps_per_epoch
-        self.total = max(1, math.ceil(recipe.epochs * self.epoch_steps))
-        if recipe.max_steps is not None:
-            self.total = min(self.total, recipe.max_steps)
+        self.total = recipe.steps(self.epoch_steps)
         encoder, self.parent = publish.begin(config)
         facts = corpora.facts_of(self.corpora, self.labels, config, labelled=kind.labelled)
         self.method = methods.build(recipe.method, encoder, recipe.options, facts)
         self.method.chunk = recipe.virtual_batch
-        self._economise(encoder)
+        economise(recipe, encoder)
+        if recipe.compile:
+            encoder.net.compile()
         for network in (self.method, *self.method.teachers.values()):
             norm.convert(network)
             network.train()
-
-    def _economise(self, encoder: Encoder) -> None:
-        """What trades time for memory, or a slow start for speed."""
-        recipe, twice = self.recipe, ("virtual_batch", "activation_checkpointing")
-        for name in twice:
-            if getattr(recipe, name) and norm.batch_norms(encoder):
-                raise RequestError(
-                    f"{name} is exact only without batch norm, and {encoder.architecture} has it",
-                    where=f"recipe: {name}",
-                    hint=f"{name}=null, or layer norm, for instance vit_small_patch16_224",
-                )
-        net: Any = encoder.net
-        if recipe.activation_checkpointing:
-            net.set_grad_checkpointing(True)
-        if recipe.compile:
-            net.compile()
 
     def _start(self, snapshot: Snapshot | None) -> None:
         """The engine around the method, with the checkpoint's weights in it from the start: at ZeRO 3 they are cut in pieces there."""
@@ -192,7 +175,7 @@ class Run:
         """Steps to the end; False when asked to stop. A checkpoint stands at the end either way."""
         if self.step == 0:
             self._probe_sources("before")
-        meter, not_finite = Meter(self.recipe.global_batch), 0
+        meter, not_finite = Meter(self.recipe.global_batch, self._least_seconds()), 0
         batches = iter(self.loader.batches(self.step))
         while self.step < self.total:
             self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
@@ -232,6 +215,16 @@ class Run:
                 self.method.encoder, ref, size=self.recipe.views.size, place=self._place, cache_dir=self.config.cache_dir
             )
             self.record.add({"event": "source probe", "step": self.step, "dataset": ref.dataset, "when": when, **scores})
+
+    def _least_seconds(self) -> float | None:
+        """Of a step, by what this GPU can do at best; None on a CPU, and on a GPU that is not in the table."""
+        gpu = gpus.find(torch.cuda.get_device_name()) if self.engine.device.type == "cuda" else None
+        if gpu is None or not self.first:  # rank 0's speeds stand for all
+            return None
+        recipe, config = self.recipe, self.config
+        sketch = explain.sketch(recipe, config.architecture, config.in_chans, self.method.facts, self.epoch_steps)
+        cost = explain.cost(recipe, sketch, config.in_chans, ranks.world())
+        return gpus.least_seconds(gpu, recipe.precision, cost.flops, cost.moved)
 
     def _update(self, batch: Batch, logged: bool) -> tuple[methods.Output | None, dict[str, Any]]:
         """One update, and what was measured of it; None where a loss is not finite: then nothing was updated."""

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from torch import nn
 from two_ranks import make_method
 
 from base.errors import RequestError
+from cluster.progress import _describe
 from encoders.build import build
 from engine import gpus, ranks
+from engine.throughput import Meter
 from engine.work import Work, pretend
 from pretrain import methods
 from pretrain.explain import STATES, Explained, cost, explain
+from pretrain.loop import Run
 from pretrain.recipe import Recipe, load_recipe
 from shards.loader import Batch
 
@@ -183,6 +187,8 @@ def test_accumulation_keeps_the_operations_and_cuts_the_activations() -> None:
 def test_what_a_run_would_refuse_is_refused() -> None:
     with pytest.raises(RequestError, match="does not divide"):
         simclr(gpu_count=3)
+    with pytest.raises(RequestError, match="without batch norm"):
+        simclr(virtual_batch=8)
     with pytest.raises(RequestError, match="500 images"):
         simclr(global_batch=512)
     with pytest.raises(RequestError, match="vision transformer"):
@@ -220,6 +226,40 @@ def test_an_unknown_gpu_is_refused_with_the_nearest() -> None:
         gpus.get("rtx-4090")
     with pytest.raises(RequestError, match="h100-sxm, h100-pcie"):
         gpus.get("h100")
+
+
+def test_the_share_of_the_roofline_is_the_least_time_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.5, 1.0, 2.0, 2.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter(8, least=0.25)
+    meter.tick()
+    meter.tick()
+    assert meter.read() == {"img_per_s": 16.0, "data_wait": 0.0, "roofline": 0.5}
+
+
+def test_a_run_knows_its_roofline_on_a_gpu_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = simclr()
+    facts = methods.Facts(seed=0, samples=500, global_batch=32, sizes=(32, 32))
+    run: Any = SimpleNamespace(
+        engine=SimpleNamespace(device=torch.device("cuda")),
+        first=True,
+        recipe=found.recipe,
+        config=SimpleNamespace(architecture="test_resnet", in_chans=1),
+        method=SimpleNamespace(facts=facts),
+        epoch_steps=found.epoch_steps,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert Run._least_seconds(run) == gpus.least_seconds(gpus.get("h200"), "fp32", found.cost.flops, found.cost.moved)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce 256")
+    assert Run._least_seconds(run) is None
+    run.engine.device = torch.device("cpu")
+    assert Run._least_seconds(run) is None
+
+
+def test_the_share_of_the_roofline_is_on_the_progress_line_where_it_is_known() -> None:
+    row = {"step": 1, "loss": 1.0, "img_per_s": 10.0}
+    assert "| roofline 52% |" in _describe(row | {"roofline": 0.52, "data_wait": 0.1})
+    assert "roofline" not in _describe(row)
 
 
 def test_a_step_is_gone_through_without_the_other_ranks() -> None:
