@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from base import storage
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from engine import checkpoint, losses, optimizers, ranks, schedules
 from engine.checkpoint import Snapshot
 from engine.config import EngineConfig, OptimizerConfig
@@ -205,6 +206,52 @@ def test_last_k_are_kept_on_any_storage(tmp_path: Path) -> None:
         assert loaded.state["a"] == 1
         assert loaded.optimizer.keys() == {"exp_avg|w"}
         assert loaded.ema is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow store: `save` returns at once, nothing is committed before all is there, the next save waits, an error reaches the run."""
+    put_file = storage.put_file
+
+    def slowly(local: str | Path, url: str) -> None:
+        time.sleep(0.3)
+        put_file(local, url)
+
+    monkeypatch.setattr(storage, "put_file", slowly)
+    saver = checkpoint.Saver(str(tmp_path / "c"), keep=2)
+    started = time.perf_counter()
+    saver.save(snapshot(1))
+    assert time.perf_counter() - started < 0.2
+    assert checkpoint.find_newest(saver.url) is None
+    saver.save(snapshot(2))
+    assert time.perf_counter() - started > 1.0
+    found = checkpoint.find_newest(saver.url)
+    assert found is not None
+    assert found.step == 1
+    saver.finish()
+
+    def full(local: str | Path, url: str) -> None:
+        raise WorkError("no space left", where=url)
+
+    monkeypatch.setattr(storage, "put_file", full)
+    saver.save(snapshot(3))
+    with pytest.raises(WorkError, match="no space left"):
+        saver.finish()
+    found = checkpoint.find_newest(saver.url)
+    assert found is not None
+    assert found.step == 2
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(str(tmp_path / "c"), keep=1)
+    for step, score in enumerate([0.6, 0.8, None, 0.7], 1):
+        one = snapshot(step)
+        one.state["score"], one.state["health"] = score, "healthy" if step < 4 else "collapsed"
+        saver.save(one)
+    saver.finish()
+    assert storage.listing(saver.url) == ["step-00000002", "step-00000004"]
+    healthy = checkpoint.newest_with(saver.url, "health", {"healthy"})
+    assert healthy is not None
+    assert healthy.endswith("step-00000002")
 
 
 def test_random_state_survives(tmp_path: Path) -> None:
