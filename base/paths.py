@@ -11,12 +11,13 @@ from base.errors import RequestError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Kind = Literal["card", "task", "recipe", "study"]
+Kind = Literal["card", "task", "recipe", "study", "weights"]
 FOLDERS: dict[str, Path] = {
     "card": ROOT / "datasets",
     "task": ROOT / "finetune" / "tasks",
     "recipe": ROOT / "pretrain" / "recipes",
     "study": ROOT / "studies",
+    "weights": ROOT / "encoders" / "zoo",
 }
 OVERLAPS = ROOT / "datasets" / "overlaps.yaml"  # stands among the cards and is none
 

@@ -233,8 +233,21 @@ def pull(
     print(f"{name} version {version} in {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
+@app.command(epilog=_example("allograft weights moco-v2 --file moco_v2_800ep_pretrain.pth.tar"))
+def weights(
+    name: Annotated[str, typer.Argument(help="published weights (allograft list weights), or timm:TAG")],
+    file: Annotated[str | None, typer.Option(help="their published file, where there is no network")] = None,
+) -> None:
+    """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME."""
+    from cluster.published import show
+
+    show(name, file)
+
+
 @app.command("list", epilog=_example("allograft list tasks"))
-def list_(what: Annotated[str, typer.Argument(help="methods, strategies, tasks, datasets, architectures, recipes or studies")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, strategies, tasks, datasets, architectures, recipes, studies or weights")],
+) -> None:
     """What there is."""
     from cluster.listing import show
 

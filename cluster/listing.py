@@ -82,6 +82,15 @@ def _studies() -> Listing:
     return ("study", "data"), [(name, ", ".join(load_tree(named("study", name)).get("data", {}))) for name in names("study")]
 
 
+def _weights() -> Listing:
+    from cluster.published import stands
+    from encoders.published import load_zoo
+
+    cards = [load_zoo(name) for name in names("weights")]
+    rows = [(c.name, c.architecture, "here" if stands(f"zoo:{c.name}") else "", ", ".join(c.exposed_to), c.licence, c.title) for c in cards]
+    return ("weights", "architecture", "converted", "have seen", "licence", "title"), rows
+
+
 KINDS = {
     "methods": _methods,
     "strategies": _strategies,
@@ -90,4 +99,5 @@ KINDS = {
     "architectures": _architectures,
     "recipes": _recipes,
     "studies": _studies,
+    "weights": _weights,
 }

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from shards.card import Card
 
 
+KINDS = {"pretrain", "timm", "zoo", "models", "run"}  # of sources that are not a path or URL
+
+
 def load_study(path: str, settings: Sequence[str] = ()) -> Study:
     """The study file with its settings applied, paths absolute against the caller's directory, every name in it checked.
 
@@ -42,7 +45,7 @@ def load_study(path: str, settings: Sequence[str] = ()) -> Study:
 
 
 def resolve_paths(study: Study, base: Path) -> Study:
-    """Relative `out`, `raw` and `shards` made absolute; inside a Ray job, whose directory is a throw-away copy, they are refused."""
+    """Relative `out`, `raw`, `shards` and sources made absolute; inside a Ray job, whose directory is thrown away, they are refused."""
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
     def resolve(value: str, key: str) -> str:
@@ -54,6 +57,9 @@ def resolve_paths(study: Study, base: Path) -> Study:
             )
         return absolute(value, base)
 
+    def source(value: str, key: str) -> str:
+        return resolve(value, key) if _is_path(value) else value
+
     data = {
         name: entry.model_copy(
             update={
@@ -64,10 +70,20 @@ def resolve_paths(study: Study, base: Path) -> Study:
         )
         for name, entry in study.data.items()
     }
+    pretrain = [
+        entry.model_copy(update={"start_from": source(entry.start_from, f"pretrain[{i}].start_from")})
+        for i, entry in enumerate(study.pretrain)
+    ]
+    cells = study.cells
+    if cells is not None:
+        named_sources = [
+            entry.model_copy(update={"source": source(entry.source, f"cells.sources[{i}]")}) for i, entry in enumerate(cells.sources)
+        ]
+        cells = cells.model_copy(update={"sources": named_sources})
     out = resolve(study.out, "out")
     if is_url(out) and study.tracking == "sqlite":
         raise RequestError("results go to a URL, so tracking must be a server", where="tracking", hint="tracking=http://HOST:5000")
-    return study.model_copy(update={"out": out, "data": data})
+    return study.model_copy(update={"out": out, "data": data, "pretrain": pretrain, "cells": cells})
 
 
 def check_names(study: Study, where: str) -> None:
@@ -148,6 +164,10 @@ def check_names(study: Study, where: str) -> None:
         raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
 
 
+def _is_path(source: str) -> bool:
+    return source.partition(":")[0] not in KINDS and not is_url(source) and ("/" in source or source.startswith("."))
+
+
 def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"], key: str) -> None:
     from pretrain import methods
     from pretrain.recipe import load_recipe
@@ -170,7 +190,7 @@ def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) ->
     kind, _, rest = source.partition(":")
     if kind == "pretrain" and rest not in earlier:
         raise unknown("pretraining run", rest, earlier, where=where)
-    if source == "random" or kind in {"pretrain", "timm", "models", "run"} or is_url(source):
-        return
-    if not ("/" in source or source.startswith(".")):
+    if kind == "zoo" and rest not in names("weights"):
+        raise unknown("published weights", rest, names("weights"), where=where)
+    if source != "random" and kind not in KINDS and not is_url(source) and not _is_path(source):
         raise unknown("source", source, ["random", *(f"pretrain:{name}" for name in earlier)], where=where)

@@ -1,14 +1,16 @@
 """Sources resolved to a folder with an exported encoder and its hash, before anything below is called."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 
 from base import storage
 from base.config import parse
 from base.errors import RequestError
-from base.paths import is_url, revision
+from base.paths import is_url
 from cluster.plan import Weights
+from cluster.published import obtain, safe_name
 
 
 def read_weights(url: str, seed: int = 0) -> Weights:
@@ -40,15 +42,13 @@ def local_encoder(url: str, sha256: str) -> str:
 
 
 def external(source: str, out: str, uri: str) -> Weights:
-    """A source from outside the study: `timm:<tag>`, `models:/<name>@<alias>`, `run:<id>`, a path or URL of an exported encoder.
+    """A source from outside the study: `timm:<tag>`, `zoo:<name>`, `models:/<name>@<alias>`, `run:<id>`, a path or URL of an export.
 
     What has to be fetched is kept under `OUT/sources/`, so that a study sees the same weights for as long as it lives.
     """
     kind, _, rest = source.partition(":")
-    if kind == "timm":
-        from encoders.export import export_published
-
-        return _fetched(out, source, lambda folder: export_published(rest, folder, revision=revision()))
+    if kind in {"timm", "zoo"}:
+        return _fetched(out, source, lambda folder: shutil.copytree(obtain(source), folder))
     if kind == "models":
         from cluster.registry import pull
 
@@ -58,12 +58,8 @@ def external(source: str, out: str, uri: str) -> Weights:
     return read_weights(source if is_url(source) else os.path.abspath(source))
 
 
-def _safe(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text).strip("-")
-
-
 def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:
-    target = storage.join(out, "sources", _safe(source))
+    target = storage.join(out, "sources", safe_name(source))
     if not storage.exists(storage.join(target, "allograft.json")):
         with tempfile.TemporaryDirectory() as temporary:
             folder = os.path.join(temporary, "encoder")
@@ -73,8 +69,6 @@ def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:
 
 
 def _download_run(run: str, folder: str, uri: str) -> None:
-    import shutil
-
     from mlflow.exceptions import MlflowException
 
     from cluster.tracking import connect

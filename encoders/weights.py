@@ -116,7 +116,8 @@ def timm_pretrained(tag: str, file: str | None = None) -> Published:
         net = timm.create_model(tag, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except Exception as error:
         raise WorkError(
-            f"could not load '{tag}' ({type(error).__name__}: {error})", hint="fetch it once where there is a network"
+            f"could not load '{tag}' ({type(error).__name__}: {error})",
+            hint=f"fetch its file where there is a network, then: allograft weights timm:{tag} --file FILE",
         ) from error
     cfg: dict[str, Any] = net.pretrained_cfg
     return Published(

@@ -74,16 +74,18 @@ class PretrainConfig(Strict):
 class Step(Strict):
     """One run of an encoder's lineage. `labelled`: the datasets whose labels it read. `sha256`: of the encoder it exported.
 
+    key, seed and steps: of runs, not of published weights, which have file_sha256, the hash of the file that they came in.
     replay: share of the samples that came from the corpora of earlier runs; then `shares` says what each dataset and split gave.
     """
 
     name: str
-    key: str
+    key: str | None = None
     method: str
     datasets: list[str]
     labelled: list[str]
-    seed: int
-    steps: int
+    seed: int | None = None
+    steps: int | None = None
+    file_sha256: str | None = None
     replay: float | None = None
     shares: dict[str, float] = Field(default={})
     sha256: str | None = None

@@ -153,3 +153,112 @@ def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path
     result = run(config, LocalContext(dir=str(tmp_path)))
     assert result is not None
     assert json.loads(Path(f"{config.out}/export/allograft.json").read_text())["in_chans"] == 1
+
+
+@pytest.fixture
+def weights_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of this test's own for published weights, and one export that stands for everything registered elsewhere."""
+    monkeypatch.setenv("ALLOGRAFT_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    encoder = build("test_resnet", 3, (0.4,) * 3, (0.2,) * 3, seed=1)
+    before = [{"dataset": "imagenet-1k", "digest": "not ours", "licence": "research only"}]
+    about: dict[str, Any] = {"method": "timm", "data": before, "revision": "abc", "image_size": 32}
+    step = {"name": "timm:x", "method": "timm", "datasets": [], "labelled": []}
+    export(encoder, tmp_path / "elsewhere", name="elsewhere", lineage=[step], **about)
+    return tmp_path / "elsewhere"
+
+
+def give(kind: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make weights of that kind available without a network; returns the source's name."""
+    import shutil
+
+    import timm
+    from safetensors.torch import save_file
+
+    from cluster import published, registry, sources
+    from encoders import published as files
+
+    whole = timm.create_model("test_resnet", num_classes=1000).state_dict()
+    if kind == "timm":
+        save_file(whole, "published.safetensors")
+        published.obtain("timm:test_resnet.r160_in1k", "published.safetensors")
+        return "timm:test_resnet.r160_in1k"
+    if kind == "zoo":
+        small = files.load_zoo("moco-v2").model_copy(update={"architecture": "test_resnet"})
+        monkeypatch.setattr(files, "load_zoo", lambda name: small)
+        torch.save({"state_dict": {f"module.encoder_q.{key}": value for key, value in whole.items()}}, "moco.pth.tar")
+        published.obtain("zoo:moco-v2", "moco.pth.tar")
+        return "zoo:moco-v2"
+    if kind == "models":
+        monkeypatch.setattr(registry, "pull", lambda name, folder, uri: shutil.copytree(elsewhere, folder))
+        return "models:/demo@champion"
+    if kind == "run":
+        monkeypatch.setattr(sources, "_download_run", lambda run, folder, uri: shutil.copytree(elsewhere, folder))
+        return "run:0123456789abcdef"
+    return {"path": "./elsewhere", "absolute": str(elsewhere), "url": f"file://{elsewhere}"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["timm", "zoo", "models", "run", "path", "absolute", "url"])
+def test_a_chain_starts_from_published_registered_and_exported_weights(
+    kind: str, tmp_path: Path, corpora: dict[str, Corpus], weights_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published weights -> one corpus -> the next: planned, begun with those very tensors, and run to a result with the whole lineage."""
+    from cluster.standing import standing_weights, start_of
+    from encoders.weights import load_local, sha256_of
+    from pretrain import publish
+
+    source = give(kind, weights_here, monkeypatch)
+    study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": source}, B | {"architecture": None})
+    assert standing_weights(study, corpora, "")[1] == ["a", "b"]
+    start = start_of(study.pretrain[0].start_from, 0, {}, study, "")
+    assert start is not None
+    assert start.architecture == "test_resnet"
+    config = plan.pretrain_config(study, study.pretrain[0], 0, corpora, start)
+    encoder, parent = publish.begin(config)
+    assert parent is not None
+    published = load_local(start.url.removeprefix("file://"))
+    assert torch.equal(encoder.net.state_dict()["conv1.0.weight"], published["conv1.0.weight"].sum(dim=1, keepdim=True))
+    assert sha256_of(published) == start.sha256
+    monkeypatch.chdir("/")
+    result = run(config, LocalContext(dir=str(tmp_path)))
+    assert result is not None
+    assert [step["name"] for step in result["lineage"]][1:] == ["a"]
+    assert result["lineage"][0]["sha256"] == result["start_from_sha256"] == start.sha256
+    seen = [entry["dataset"] for entry in read_export(f"{config.out}/export").data]
+    assert seen == ["imagenet-1k", "phantom-chest"]
+    assert standing_weights(study, corpora, "")[1] == ["b"]
+
+
+def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Corpus], weights_here: Path) -> None:
+    with pytest.raises(RequestError, match="did you mean 'moco-v2'"):
+        chain(tmp_path, corpora, A | {"start_from": "zoo:moco-2"})
+    with pytest.raises(RequestError, match="did you mean 'random'"):
+        chain(tmp_path, corpora, A | {"start_from": "randon"})
+    from cluster.standing import start_of
+
+    study = chain(tmp_path, corpora, A | {"start_from": "./nowhere"})
+    with pytest.raises(RequestError, match=f"{tmp_path}/nowhere: no exported encoder here"):
+        start_of(study.pretrain[0].start_from, 0, {}, study, "")
+
+
+def test_weights_are_shown_converted_and_listed(
+    tmp_path: Path, weights_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+
+    from cluster import listing, published
+    from encoders import published as files
+
+    before = listing.KINDS["weights"]()[1]
+    assert len(before) == 11
+    assert not any("here" in row for row in before)
+    small = files.load_zoo("swav").model_copy(update={"architecture": "test_resnet"})
+    torch.save({f"module.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}, "swav.pth.tar")
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "load_zoo", lambda name: small)
+        published.show("swav", "swav.pth.tar")
+        published.show("zoo:swav", None)  # stands: nothing is fetched
+    said = capsys.readouterr().out
+    assert "start_from: zoo:swav" in said
+    assert "CC-BY-NC-4.0" in said
+    assert [row[0] for row in listing.KINDS["weights"]()[1] if "here" in row] == ["swav"]

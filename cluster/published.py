@@ -1,0 +1,77 @@
+"""Published weights on this machine: fetched, verified and converted once, then read by every study.
+
+folder = obtain("zoo:moco-v2")            # or timm:resnet18.a1_in1k: the folder of an export like our own
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from base import storage
+from base.paths import revision
+
+
+def default_dir() -> str:
+    """$ALLOGRAFT_WEIGHTS, else `~/.cache/allograft/weights`."""
+    return os.environ.get("ALLOGRAFT_WEIGHTS") or str(Path.home() / ".cache" / "allograft" / "weights")
+
+
+def place_of(source: str) -> str:
+    """Where these weights are, or will be."""
+    return os.path.join(default_dir(), safe_name(source))
+
+
+def stands(source: str) -> bool:
+    """Whether they were converted already."""
+    return os.path.exists(os.path.join(place_of(source), "allograft.json"))
+
+
+def safe_name(source: str) -> str:
+    """A source as a folder's name."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in source).strip("-")
+
+
+def obtain(source: str, file: str | None = None) -> str:
+    """The folder of the converted weights `zoo:NAME` or `timm:TAG`, made now where it is not there.
+
+    Args:
+        file: the published file, where it is here already; then it is converted whatever stands.
+
+    Raises:
+        RequestError: no such weights, or another file than theirs.
+        WorkError: they cannot be fetched.
+    """
+    from encoders.export import export_published
+    from encoders.published import export_zoo
+
+    kind, _, name = source.partition(":")
+    target = place_of(source)
+    if file is None and stands(source):
+        return target
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = os.path.join(temporary, "encoder")
+        if kind == "timm":
+            export_published(name, folder, revision=revision(), file=file)
+        else:
+            export_zoo(name, folder, revision=revision(), file=file)
+        storage.put_dir(folder, target, last=("allograft.json",))
+    return target
+
+
+def show(name: str, file: str | None) -> None:
+    """`allograft weights`: obtain them, and print what they are and how a study starts from them."""
+    from cluster.screen import table
+    from encoders.export import read_export
+
+    source = name if name.startswith(("timm:", "zoo:")) else f"zoo:{name}"
+    folder = obtain(source, file)
+    info = read_export(folder)
+    rows = [
+        ("weights", f"{info.name}: {info.architecture}, {info.method}"),
+        ("have seen", ", ".join(str(entry["dataset"]) for entry in info.data)),
+        ("licence", info.licence),
+        ("sha256", info.sha256),
+        ("at", folder),
+        ("use", f"start_from: {source}, or cells.sources: [{source}]"),
+    ]
+    table(rows)
