@@ -143,10 +143,22 @@ def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of
 
 
 @app.command(epilog=_example("allograft pretrain simclr/small data.nih-cxr14.raw=/data/nih architecture=resnet18 out=runs/simclr"))
-def pretrain(recipe: Annotated[str, typer.Argument(help="a recipe (allograft list recipes)")], settings: Settings = None) -> None:
+def pretrain(
+    recipe: Annotated[str | None, typer.Argument(help="a recipe (allograft list recipes)")] = None,
+    settings: Settings = None,
+    resume: Annotated[str | None, typer.Option(help="folder of a run, OUT/pretrain/NAME-KEY: go on with it as it was begun")] = None,
+) -> None:
     """One pretraining: a study without cells. Keys: data, out, architecture, start_from, seed, settings, resources, tracking."""
+    if resume is not None:
+        from cluster.resume import resumed
+
+        _run(resumed(resume, [word for word in (recipe, *(settings or [])) if word]))
+        return
+    from base.errors import RequestError
     from cluster.single import pretrain_study
 
+    if recipe is None:
+        raise RequestError("no recipe", hint="allograft list recipes, or --resume RUN")
     _run(pretrain_study(recipe, settings or []))
 
 

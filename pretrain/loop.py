@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from pretrain import corpora, explain, health, methods, probes, publish, source_
 from pretrain.capture import dump
 from pretrain.economy import economise
 from pretrain.record import Record
-from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result, SourceProbe
+from pretrain.run import PRETRAIN_VERSION, PretrainConfig, Result, SourceProbe, differing
 from shards import device_views
 from shards.loader import Batch, TrainLoader, eval_batches
 
@@ -74,11 +74,14 @@ class Run:
     def _standing_result(self) -> dict[str, Any] | None:
         return storage.read_json(self._at("result.json")) if storage.exists(self._at("result.json")) else None
 
-    def _refuse_another(self, key: str, what: str) -> None:
+    def _refuse_another(self, key: str, what: str, held: Mapping[str, Any] | None = None) -> None:
         # By all ranks alike: one that raised alone would leave the others waiting.
         if key != self.config.key:
+            keys = differing(held, self.config.model_dump(mode="json", by_alias=True)) if held else []
             raise RequestError(
-                f"the {what} that stands here is that of run {key}, not of {self.config.key}", where=self.config.out, hint="use another out"
+                f"the {what} that stands here is that of run {key}, not of {self.config.key}" + (f": {', '.join(keys)}" if keys else ""),
+                where=self.config.out,
+                hint="use another out",
             )
 
     def _count_attempt(self) -> int:
@@ -152,7 +155,7 @@ class Run:
                 storage.remove(self._at("metrics.jsonl"))
             return None
         snapshot = checkpoint.load(found)
-        self._refuse_another(snapshot.state["key"], "checkpoint")
+        self._refuse_another(snapshot.state["key"], "checkpoint", snapshot.state["configuration"])
         self.record.take_up(found.step)
         for reason in found.refused:
             self.record.add({"event": "checkpoint refused", "step": found.step, "why": reason})

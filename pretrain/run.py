@@ -8,7 +8,7 @@ A run with a result is not run again. A run with a committed checkpoint resumes 
 number of workers. To continue from other weights is a new run: `start_from`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +22,10 @@ from shards.views import VIEWS_VERSION
 
 # Part of every key: raise the first number when a change alters what a run computes; views' pixels and samples' order have their own.
 PRETRAIN_VERSION = f"2.{VIEWS_VERSION}.{ORDER_VERSION}"
+
+
+# What a configuration holds beside what a run computes.
+PLACES = {"key", "out", "cache_dir", "start_from", "start_from_name", "earlier", "workers"}
 
 
 class DataRef(Strict):
@@ -69,6 +73,19 @@ class PretrainConfig(Strict):
         if (self.start_from is None) != (self.start_from_sha256 is None):
             raise ValueError("start_from and start_from_sha256 come together")
         return self
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys, dotted, in which two configurations as plain data differ: those that a run's key hangs on."""
+    flat = [_flat({name: value for name, value in config.items() if name not in PLACES}) for config in (one, other)]
+    names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(name) != flat[1].get(name)]
+    return [name for name in names if not name.endswith(".shards")]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    below = {name: held for key, item in items for name, held in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return below or {prefix: value}
 
 
 class Step(Strict):

@@ -144,6 +144,16 @@ def test_other_shards_and_wrong_views_are_refused(pair: Path, tmp_path: Path) ->
     assert not (tmp_path / "result.json").exists()
 
 
+def test_a_checkpoint_of_another_configuration_is_refused_with_what_differs(pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pair / "cut-simclr", out)
+    (out / "result.json").unlink()
+    plan = json.loads((pair / "configs.json").read_text())[0] | {"out": str(out), "key": "1" * 16, "seed": 4}
+    plan["recipe"]["options"] |= {"temperature": 0.3}
+    with pytest.raises(RequestError, match=r"not of 1111111111111111: recipe\.options\.temperature, seed"):
+        run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(out)))
+
+
 @pytest.mark.parametrize("what", ["result", "checkpoint"])
 def test_what_another_run_left_is_not_taken_for_this_one(pair: Path, tmp_path: Path, what: str) -> None:
     out = tmp_path / "out"
