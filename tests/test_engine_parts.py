@@ -101,6 +101,20 @@ def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0, state: dic
     return Engine(net, config, rank_batch=6, warmup_steps=2, total_steps=9)
 
 
+def test_alone_gradients_are_not_copied_for_an_average_and_what_has_none_decays_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine(0)
+    monkeypatch.setattr(engine._engine, "allreduce_gradients", lambda: pytest.fail("nobody to average with"))
+    still, moved = engine.module[0].bias, engine.module[3].weight  # type: ignore[index]
+    before = still.detach().clone(), moved.detach().clone()
+    engine.step((moved.square().sum()), 5)
+    assert not torch.equal(moved, before[1])
+    torch.testing.assert_close(still, before[0])  # a bias has no decay
+    unused = engine.module[0].weight  # type: ignore[index]
+    kept = unused.detach().clone()
+    engine.step((moved.square().sum()), 5)
+    torch.testing.assert_close(unused, kept * (1 - engine.rate(5) * 0.01))
+
+
 def steps(engine: Engine, first: int, last: int) -> list[float]:
     seen = []
     for step in range(first, last):
