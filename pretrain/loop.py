@@ -1,6 +1,7 @@
 """The loop behind `pretrain.run`: build, resume, step, log, checkpoint, export."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,6 +116,9 @@ class Run:
             quarantine_url=self._at(f"quarantine-{ranks.rank()}.jsonl"),
         )
         self.epoch_steps = self.loader.steps_per_epoch
+        if config.replay is not None:
+            # One pass over the run's own data, which come first: a large corpus replayed must not stretch the schedule.
+            self.epoch_steps = math.ceil(len(self.corpora[0]) / weights[0] / recipe.global_batch)
         self.total = recipe.steps(self.epoch_steps)
         encoder, self.parent = publish.begin(config)
         facts = corpora.facts_of(self.corpora, self.labels, config, labelled=kind.labelled)

@@ -18,6 +18,7 @@ from cluster.study import Study
 from encoders.build import build
 from encoders.export import export, read_export
 from engine.context import LocalContext
+from pretrain.loop import Run
 from pretrain.run import PretrainConfig, run
 from shards import manifest
 from shards.loader import Corpus as Samples
@@ -60,6 +61,15 @@ def test_a_chain_of_three_replays_all_before_it_in_proportion_to_their_sizes(tmp
     ids = [i for step in range(100) for i in loader.ids(step).tolist()]
     assert sum(i >= 90 for i in ids) / len(ids) == pytest.approx(0.3, abs=0.01)
     assert {ref.dataset for ref in config.earlier} == {"phantom-chest", "procedural"}
+
+
+def test_an_epoch_of_a_run_that_replays_is_one_pass_over_its_own_data(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+    config = config_of(chain(tmp_path, corpora, A, B | {"replay": 0.4, "settings": {"global_batch": 10}}), 1, corpora)
+    one = Run(config.model_copy(update={"start_from": None, "start_from_sha256": None}), LocalContext(dir=config.out))
+    one._build()
+    assert one.epoch_steps == 5  # 30 images of its own are 60 % of 50
+    ids = [i for step in range(one.epoch_steps) for i in one.loader.ids(step).tolist()]
+    assert sorted(i for i in ids if i < 30) == list(range(30))
 
 
 def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
