@@ -63,9 +63,17 @@ def _images(card: "Card") -> str:
 
 
 def _architectures() -> Listing:
-    from encoders.cuts import architectures, cuts
+    import torch
 
-    return ("architecture", "cut points"), [(name, " ".join(cut.name for cut in cuts(name))) for name in architectures()]
+    from encoders.build import build
+    from encoders.cuts import architectures, brief, cuts, smallest
+
+    rows = []
+    for name in architectures():
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build(name, 3).net.parameters())
+        rows.append((name, f"{parameters:,}", f"{smallest(name)} px" if smallest(name) > 1 else "any", str(len(cuts(name))), brief(name)))
+    return ("architecture", "parameters", "least side", "cuts", "from the stem to the last"), rows
 
 
 def _recipes() -> Listing:

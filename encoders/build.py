@@ -2,7 +2,8 @@
 
     encoder = build("resnet18", in_chans=1, mean=(0.5,), std=(0.25,), seed=0)
     z_BD = encoder(x_u8_BCHW)                   # pooled features
-    maps = encoder.pyramid(x_u8_BCHW)           # one map a cut point, stem (/2) first
+    maps = encoder.pyramid(x_u8_BCHW)           # one map a resolution, finest first
+    hybrid = build("resnet50", 3, widths=(64, 128, 256, 256))       # stages of other widths: Transfusion's slim networks
 
 uint8 becomes float and is normalised here and nowhere else. The normalisation is not part of the weights: `encoder.net` is the plain
 timm network, and its state dict is what is trained, exported and transplanted.
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.cuts import Cut, cuts, is_vit
+from base.errors import RequestError
+from encoders.cuts import Cut, cuts, family, is_vit, pyramid_cuts, smallest
 
 # Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
 VIT_SIDE = 224
+HEADS = ("global_pool", "fc_norm", "head")  # the first module of timm's networks that comes after the last map
 
 
 class Normalise(nn.Module):
@@ -45,15 +48,26 @@ class Encoder(nn.Module):
     Attributes:
         net: the timm network (`num_classes=0`); its state dict is the encoder's weights.
         image_size: side that a vision transformer's positions are for (other sides are interpolated); None for convolutions.
+        widths: of the stages, where they are not the architecture's own.
+        smallest: side in pixels under which images are refused.
         num_features: D.
-        pyramid_channels, pyramid_reductions: of the maps that `pyramid` gives, stem first.
+        cuts: all of them, from the stem to the last block.
+        pyramid_channels, pyramid_reductions: of the maps that `pyramid` gives, finest first.
     """
 
     def __init__(
-        self, architecture: str, net: nn.Module, in_chans: int, mean: Sequence[float], std: Sequence[float], image_size: int | None = None
+        self,
+        architecture: str,
+        net: nn.Module,
+        in_chans: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int | None = None,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.widths = image_size, widths
+        self.smallest = smallest(architecture)
         self.architecture, self.in_chans = architecture, in_chans
         self.mean, self.std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
         self.normalise = Normalise(self.mean, self.std)
@@ -61,35 +75,71 @@ class Encoder(nn.Module):
         self.num_features = int(net.num_features)  # type: ignore[arg-type]
         self.cuts: tuple[Cut, ...] = cuts(architecture)
         self.pyramid_channels = tuple(int(info["num_chs"]) for info in net.feature_info)  # type: ignore[union-attr]
-        self.pyramid_reductions = tuple(cut.reduction for cut in self.cuts)
+        self.pyramid_cuts: tuple[Cut, ...] = pyramid_cuts(architecture)
+        self.pyramid_reductions = tuple(cut.reduction for cut in self.pyramid_cuts)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x: u8 or float BCHW -> what the network takes.
+
+        Raises:
+            RequestError: an image smaller than the network takes.
+        """
+        if min(x.shape[-2:]) < self.smallest:
+            given = f"{x.shape[-2]} x {x.shape[-1]}"
+            raise RequestError(f"{self.architecture} takes images of at least {self.smallest} px, not of {given}")
+        return self.normalise(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: u8 or float BCHW -> z_BD, globally averaged, or a vision transformer's class token."""
-        return self.net(self.normalise(x))
+        return self.net(self.prepare(x))
 
     def features(self, x: Tensor) -> Tensor:
         """x: u8 or float BCHW -> the last map B,D,h,w, or tokens B,T,D with the class token first. `pool` of it is `forward`'s."""
-        return self.net.forward_features(self.normalise(x))  # type: ignore[operator]
+        return _channels_first(self.net, self.net.forward_features(self.prepare(x)))  # type: ignore[operator]
 
     def pool(self, features: Tensor) -> Tensor:
         """`features` -> z_BD."""
-        return self.net.forward_head(features)  # type: ignore[operator]
+        return self.net.forward_head(features.permute(0, 2, 3, 1) if _channels_last(self.net) else features)  # type: ignore[operator]
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """x: u8 or float BCHW -> feature maps at the cut points, stem (/2) first, taken from this very network's modules."""
-        h = self.normalise(x)
+        """x: u8 or float BCHW -> feature maps at the last cut of each resolution, finest first, from this very network's modules.
+
+        A vision transformer's are those of all its blocks, without class token.
+        """
+        h = self.prepare(x)
         if self.image_size:
             of_blocks: list[Tensor] = self.net.forward_intermediates(h, norm=False, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
             return of_blocks
         maps: list[Tensor] = []
-        wanted = {cut.module for cut in self.cuts}
-        for name, module in self.net.named_children():
-            if name == "global_pool":
-                break
+        for name, module in steps(self.net):
             h = module(h)
-            if name in wanted:
-                maps.append(h)
+            if f"{self.pyramid_cuts[len(maps)].module}.".startswith(f"{name}."):
+                maps.append(_channels_first(self.net, h))
+                if len(maps) == len(self.pyramid_cuts):
+                    break
         return maps
+
+
+def steps(net: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The network as a chain of modules by name, each taking what the one before gave, up to the last map: blocks, not stages."""
+    from timm.models.convnext import ConvNeXtStage
+    from timm.models.swin_transformer import SwinTransformerStage
+
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in net.named_children():
+        if not prefix and name in HEADS:
+            break
+        whole = not isinstance(module, nn.Sequential | ConvNeXtStage | SwinTransformerStage)
+        found += [(prefix + name, module)] if whole else steps(module, f"{prefix}{name}.")
+    return found
+
+
+def _channels_last(net: nn.Module) -> bool:
+    return getattr(net, "output_fmt", "NCHW") == "NHWC"  # Swin's
+
+
+def _channels_first(net: nn.Module, h: Tensor) -> Tensor:
+    return h.permute(0, 3, 1, 2).contiguous() if _channels_last(net) else h
 
 
 def neutral(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -104,37 +154,52 @@ def build(
     std: Sequence[float] | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Encoder:
     """A freshly initialised encoder: timm's own initialisation, a function of the seed alone; the global generator is left as it was.
 
     Args:
         mean, std: per channel, of pixels scaled to 0..1; `neutral` when not given.
-        image_size: side in pixels that a vision transformer's positions are for, 224 unless given; convolutions take any.
+        image_size: side in pixels that a vision transformer's positions are for, 224 unless given; other networks take any.
+        widths: of the stages of a ResNet, before the blocks' own expansion, or of the layers of a CBR; the architecture's own unless given.
 
     Raises:
-        RequestError: unknown architecture.
+        RequestError: unknown architecture, or widths for one that has none to choose.
     """
     import timm
 
-    points = cuts(architecture)
     default_mean, default_std = neutral(in_chans)
     size = (image_size or VIT_SIDE) if is_vit(architecture) else None
+    chosen = None if widths is None else tuple(widths)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args(in_chans, size))
-    _check(architecture, net, points)
-    return Encoder(architecture, net, in_chans, default_mean if mean is None else mean, default_std if std is None else std, size)
+        net = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args(architecture, in_chans, size, chosen))
+    _check(architecture, net)
+    return Encoder(architecture, net, in_chans, default_mean if mean is None else mean, default_std if std is None else std, size, chosen)
 
 
-def model_args(in_chans: int, image_size: int | None) -> dict[str, Any]:
-    """What timm is told beside the architecture's name, here and in exports."""
-    # Sides other than image_size (small crops, evaluation) have their positions interpolated.
-    return {"in_chans": in_chans} | ({"img_size": image_size, "dynamic_img_size": True} if image_size else {})
+def model_args(architecture: str, in_chans: int, image_size: int | None, widths: tuple[int, ...] | None) -> dict[str, Any]:
+    """What timm is told beside the architecture's name, here and in exports.
+
+    Raises:
+        RequestError: widths for an architecture that has none to choose.
+    """
+    args: dict[str, Any] = {"in_chans": in_chans}
+    if image_size:
+        # Sides other than image_size (small crops, evaluation) have their positions interpolated.
+        args |= {"img_size": image_size, "dynamic_img_size": True}
+    if family(architecture) == "swin":
+        args |= {"dynamic_img_size": True}
+    if widths is not None:
+        if family(architecture) != "resnet" or len(widths) != 4:
+            raise RequestError(f"{architecture} with widths {list(widths)}", hint="a ResNet takes four")
+        args |= {"channels": list(widths)}
+    return args
 
 
-def _check(architecture: str, net: nn.Module, points: tuple[Cut, ...]) -> None:
-    """The family's list must describe this network: same modules and reductions as timm declares, one map a cut."""
+def _check(architecture: str, net: nn.Module) -> None:
+    """The family's list must describe this network: the last cuts of each resolution are the ends of the stages that timm declares."""
     declared: Any = net.feature_info
-    for point, info in zip(points, declared, strict=True):
-        if point.module != info["module"] or point.reduction != info["reduction"]:
+    for point, info in zip(pyramid_cuts(architecture), declared, strict=True):
+        if not f"{point.module}.".startswith(f"{info['module']}.") or point.reduction != info["reduction"]:
             raise AssertionError(f"{architecture}: cut {point} but timm declares {info}")

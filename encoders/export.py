@@ -208,7 +208,7 @@ def _timm_config(encoder: Encoder, info: ExportInfo) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": encoder.num_features,
         "global_pool": "token" if encoder.image_size else "avg",
-        "model_args": model_args(info.in_chans, encoder.image_size),
+        "model_args": model_args(info.architecture, info.in_chans, encoder.image_size, encoder.widths),
         "pretrained_cfg": {
             "tag": f"allograft_{info.name}",
             "license": info.licence,

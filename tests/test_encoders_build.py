@@ -4,30 +4,109 @@ import pytest
 import torch
 
 from base.errors import RequestError
-from encoders.build import build
-from encoders.cuts import architectures, cuts, family
+from encoders.build import Encoder, build
+from encoders.cuts import architectures, brief, cuts, family, find, smallest
 from encoders.weights import sha256_of
 
 SMALL = ["test_resnet", "resnet10t", "resnet18"]
 
 
+def on_meta(name: str, in_chans: int = 1) -> Encoder:
+    """Shapes and counts of the largest network cost nothing there."""
+    with torch.device("meta"):
+        return build(name, in_chans).to("meta").eval()
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("name", architectures())
 def test_every_architecture_has_cuts_that_describe_it(name: str) -> None:
-    # On the meta device: shapes of all of them cost nothing there.
+    encoder = on_meta(name)
+    side = max(64, encoder.smallest)
     with torch.device("meta"):
-        encoder = build(name, in_chans=1).to("meta").eval()
-        maps = encoder.pyramid(torch.zeros(2, 1, 64, 96, dtype=torch.uint8))
-    assert [(64 // m.shape[-2], 96 // m.shape[-1]) for m in maps] == [(cut.reduction,) * 2 for cut in cuts(name)]
+        x = torch.zeros(2, 1, side, side + 32, dtype=torch.uint8)
+        maps = encoder.pyramid(x)
+        assert encoder(x).shape == (2, encoder.num_features)
+        assert encoder.pool(encoder.features(x)).shape == (2, encoder.num_features)
     assert tuple(m.shape[1] for m in maps) == encoder.pyramid_channels
-    assert encoder.num_features == encoder.pyramid_channels[-1]
+    sides = [(m.shape[-2], m.shape[-1]) for m in maps]
+    if family(name) != "inception":  # its convolutions have no padding
+        assert sides == [(side // cut.reduction, (side + 32) // cut.reduction) for cut in encoder.pyramid_cuts]
+    if family(name) != "vit":
+        assert len(set(sides)) == len(sides)
+    modules = [module for module, _ in encoder.net.named_modules()]
+    order = [modules.index(cut.module) for cut in encoder.cuts]
+    assert order == sorted(set(order))
+    assert len({cut.name for cut in encoder.cuts}) == len(encoder.cuts)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_pooled_features_are_the_mean_of_the_last_map(name: str) -> None:
+@pytest.mark.parametrize("name", architectures())
+def test_every_block_of_an_architecture_is_a_cut(name: str) -> None:
+    encoder = on_meta(name)
+    kinds = ("BasicBlock", "Bottleneck", "DenseLayer", "DenseTransition", "InvertedResidual", "DepthwiseSeparableConv", "ConvNeXtBlock")
+    kinds += ("SwinTransformerBlock", "Block", "InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE", "CbrLayer")
+    blocks = [module for module, block in encoder.net.named_modules() if type(block).__name__ in kinds]
+    named = {cut.module for cut in encoder.cuts} | {f"features.{cut.name}" for cut in encoder.cuts}
+    assert blocks
+    assert set(blocks) <= named
+
+
+def test_resnet50_has_the_17_cuts_of_truncated_transfer() -> None:
+    names = ["stem"] + [f"layer{stage}.{i}" for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)]
+    assert [cut.name for cut in cuts("resnet50")] == names
+    assert len(names) == 17
+    assert [len(cuts(name)) for name in ("densenet121", "efficientnet_b0", "convnext_tiny", "inception_v3")] == [62, 17, 19, 13]
+
+
+def test_the_list_of_cuts_fits_a_line() -> None:
+    assert brief("resnet50") == "stem layer1.0-2 layer2.0-3 layer3.0-5 layer4.0-2"
+    assert brief("densenet121").startswith("stem denseblock1.denselayer1-6 transition1 denseblock2.denselayer1-12")
+    assert brief("vit_large_patch16_224") == "block1-24"
+    assert len(brief("densenet201")) < 200
+
+
+def test_a_stage_means_its_last_block_and_unknown_cuts_list_all() -> None:
+    assert [find("resnet50", name) for name in ("stem", "layer1", "layer3.0", "layer3", "layer4")] == [0, 3, 8, 13, 16]
+    assert cuts("densenet121")[find("densenet121", "denseblock2")].name == "denseblock2.denselayer12"
+    with pytest.raises(RequestError, match=r"no cut 'layer3\.9'.*did you mean.*stem, layer1\.0"):
+        find("resnet50", "layer3.9")
+
+
+@pytest.mark.parametrize("name", SMALL + ["efficientnet_b0", "convnext_tiny", "swin_tiny_patch4_window7_224", "densenet121"])
+def test_maps_and_features_are_those_of_timm(name: str) -> None:
     encoder = build(name, in_chans=3, seed=1).eval()
-    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    x = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.pyramid(x)[-1].mean((2, 3)), encoder(x))
+        of_timm = encoder.net.forward_intermediates(encoder.normalise(x), intermediates_only=True)  # type: ignore[operator]
+        for ours, theirs in zip(encoder.pyramid(x), of_timm, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(encoder.pool(encoder.features(x)), encoder(x))
+        if not name.startswith(("conv", "swin")):  # whose pooled features are normalised
+            torch.testing.assert_close(encoder.features(x).mean((2, 3)), encoder(x))
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if smallest(name) > 1])
+def test_images_under_the_minimum_are_refused_by_name(name: str) -> None:
+    least = smallest(name)
+    encoder = on_meta(name)
+    with torch.device("meta"):
+        encoder(torch.zeros(1, 1, least, least, dtype=torch.uint8))
+        with pytest.raises(RequestError, match=f"{name} takes images of at least {least} px, not of {least} x {least - 1}"):
+            encoder(torch.zeros(1, 1, least, least - 1, dtype=torch.uint8))
+        with pytest.raises((RuntimeError, AssertionError)):
+            encoder.net(torch.zeros(1, 1, least - 1, least - 1))
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"), [((64, 128, 256, 256), 12_945_472), ((64, 128, 128, 256), 7_135_296), ((64, 64, 128, 256), 6_099_520)]
+)
+def test_the_slim_hybrids_of_transfusion_are_a_matter_of_widths(widths: tuple[int, ...], expected: int) -> None:
+    with torch.device("meta"):
+        assert parameters(build("resnet50", 3, widths=widths).net) == expected
+    with pytest.raises(RequestError, match="a ResNet takes four"):
+        build("densenet121", 3, widths=widths)
 
 
 def test_build_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
@@ -58,4 +137,4 @@ def test_unknown_architectures_name_the_families_and_the_nearest() -> None:
 
 
 def test_resnet50_has_the_published_number_of_parameters() -> None:
-    assert sum(p.numel() for p in build("resnet50", 3).net.parameters()) == 23_508_032
+    assert parameters(on_meta("resnet50", 3).net) == 23_508_032
