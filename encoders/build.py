@@ -11,6 +11,7 @@ timm network, and its state dict is what is trained, exported and transplanted.
 Legend: B batch, C input channels, H W pixels, D pooled features.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import RequestError
-from encoders.cuts import Cut, cuts, family, is_vit, pyramid_cuts, smallest
+from encoders.cuts import Cut, cuts, family, is_cbr, is_vit, pyramid_cuts, smallest
 
 # Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
@@ -171,6 +172,8 @@ def build(
     default_mean, default_std = neutral(in_chans)
     size = (image_size or VIT_SIDE) if is_vit(architecture) else None
     chosen = None if widths is None else tuple(widths)
+    if is_cbr(architecture):
+        importlib.import_module("encoders.cbr")  # registers them
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args(architecture, in_chans, size, chosen))
@@ -191,9 +194,11 @@ def model_args(architecture: str, in_chans: int, image_size: int | None, widths:
     if family(architecture) == "swin":
         args |= {"dynamic_img_size": True}
     if widths is not None:
-        if family(architecture) != "resnet" or len(widths) != 4:
-            raise RequestError(f"{architecture} with widths {list(widths)}", hint="a ResNet takes four")
-        args |= {"channels": list(widths)}
+        name = {"resnet": "channels", "cbr": "widths", "cbr-valid": "widths"}.get(family(architecture))
+        expected = len(cuts(architecture)) if is_cbr(architecture) else 4
+        if name is None or len(widths) != expected:
+            raise RequestError(f"{architecture} with widths {list(widths)}", hint="a ResNet takes four, a CBR one for each of its layers")
+        args[name] = list(widths)
     return args
 
 

@@ -70,6 +70,11 @@ def _swin(depths: Sequence[int]) -> list[Cut]:
     return [Cut("stem", "patch_embed", 4), *_stages([f"layers.{i}.blocks" for i in range(4)], depths, (4, 8, 16, 32))]
 
 
+def _cbr(depths: Sequence[int]) -> list[Cut]:
+    # Without padding sides are less than the reductions say.
+    return [Cut(f"conv{i}", f"conv{i}", 2 ** min(i, 4)) for i in range(1, depths[0] + 1)]
+
+
 def _vit(depths: Sequence[int]) -> list[Cut]:
     return [Cut(f"block{i + 1}", f"blocks.{i}", 16) for i in range(depths[0])]
 
@@ -79,7 +84,7 @@ class Family(NamedTuple):
 
     architectures: dict[str, tuple[int, ...]]
     cuts: Callable[[Sequence[int]], list[Cut]]
-    smallest: int = 1
+    smallest: int | dict[str, int] = 1
 
 
 FAMILIES: dict[str, Family] = {
@@ -118,6 +123,18 @@ FAMILIES: dict[str, Family] = {
         },
         _swin,
         smallest=4,
+    ),
+    "cbr": Family({"cbr_larget": (5,), "cbr_largew": (4,), "cbr_small": (4,), "cbr_tiny": (4,), "cbr_tiny_text": (4,)}, _cbr),
+    "cbr-valid": Family(
+        {"cbr_larget_valid": (5,), "cbr_largew_valid": (4,), "cbr_small_valid": (4,), "cbr_tiny_valid": (4,), "cbr_tiny_text_valid": (4,)},
+        _cbr,
+        smallest={
+            "cbr_larget_valid": 217,
+            "cbr_largew_valid": 121,
+            "cbr_small_valid": 121,
+            "cbr_tiny_valid": 91,
+            "cbr_tiny_text_valid": 91,
+        },
     ),
     "vit": Family(
         {
@@ -160,9 +177,15 @@ def is_vit(architecture: str) -> bool:
     return family(architecture) == "vit"
 
 
+def is_cbr(architecture: str) -> bool:
+    """Whether timm knows the network only after `import encoders.cbr`."""
+    return family(architecture).startswith("cbr")
+
+
 def smallest(architecture: str) -> int:
     """The smallest side in pixels of an image that the network takes."""
-    return FAMILIES[family(architecture)].smallest
+    least = FAMILIES[family(architecture)].smallest
+    return least if isinstance(least, int) else least[architecture]
 
 
 @cache
