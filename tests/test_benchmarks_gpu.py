@@ -16,7 +16,7 @@ def benchmark(blocked: Path, *words: str) -> str:
     for name in ("ray", "mlflow"):
         (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is not installed', name='{name}')\n")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words]
-    env = os.environ | {"PYTHONPATH": str(blocked), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{blocked}:{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
