@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """x: u8 or float BCHW -> the last map B,D,h,w, or tokens B,T,D with the class token first. `pool` of it is `forward`'s."""
-        return _channels_first(self.net, self.net.forward_features(self.prepare(x)))  # type: ignore[operator]
+        return channels_first(self.net, self.net.forward_features(self.prepare(x)))  # type: ignore[operator]
 
     def pool(self, features: Tensor) -> Tensor:
         """`features` -> z_BD."""
@@ -111,13 +111,13 @@ class Encoder(nn.Module):
         if self.image_size:
             of_blocks: list[Tensor] = self.net.forward_intermediates(h, norm=False, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
             return of_blocks
+        chain = steps(self.net)
+        ends = [end(chain, cut) for cut in self.pyramid_cuts]
         maps: list[Tensor] = []
-        for name, module in steps(self.net):
+        for i, (_, module) in enumerate(chain[: ends[-1] + 1]):
             h = module(h)
-            if f"{self.pyramid_cuts[len(maps)].module}.".startswith(f"{name}."):
-                maps.append(_channels_first(self.net, h))
-                if len(maps) == len(self.pyramid_cuts):
-                    break
+            if i in ends:
+                maps.append(channels_first(self.net, h))
         return maps
 
 
@@ -135,11 +135,18 @@ def steps(net: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     return found
 
 
+def end(chain: list[tuple[str, nn.Module]], cut: Cut) -> int:
+    """Which of the steps completes the cut's map: its module, the last part of that, or the dense block that the module is in."""
+    module = f"{cut.module}."
+    return max(i for i, (name, _) in enumerate(chain) if f"{name}.".startswith(module) or module.startswith(f"{name}."))
+
+
 def _channels_last(net: nn.Module) -> bool:
     return getattr(net, "output_fmt", "NCHW") == "NHWC"  # Swin's
 
 
-def _channels_first(net: nn.Module, h: Tensor) -> Tensor:
+def channels_first(net: nn.Module, h: Tensor) -> Tensor:
+    """The map as B,C,h,w whatever the network computes in."""
     return h.permute(0, 3, 1, 2).contiguous() if _channels_last(net) else h
 
 

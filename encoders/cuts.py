@@ -234,9 +234,12 @@ def pyramid_cuts(architecture: str) -> tuple[Cut, ...]:
 
 
 def depths(architecture: str, net: Any) -> dict[str, int]:
-    """Parameter name -> index of the cut that it belongs to, 0 for the stem's; parameters after the last cut belong to the last."""
+    """Parameter name -> index of the cut that it belongs to, 0 for the stem's; parameters after the last cut belong to the last.
+
+    net: whole, or truncated at any cut.
+    """
     order = {name: position for position, (name, _) in enumerate(net.named_modules())}
-    points = cuts(architecture)
+    points = [point for point in cuts(architecture) if point.module in order]
     ends = [max(at for name, at in order.items() if f"{name}.".startswith(f"{point.module}.")) for point in points]
     found = {}
     for name, _ in net.named_parameters():
