@@ -78,20 +78,27 @@ class Progress:
 
 
 def _newest(url: str) -> dict[str, float] | None:
+    """The newest row, with the newest value of what only some rows have."""
     import json
 
     try:
         lines = storage.read_bytes(url).splitlines()
     except (OSError, WorkError):
         return None
+    newest: dict[str, float] | None = None
     for line in reversed(lines):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and "loss" in row:
-            return row
-    return None
+            newest = {**row, **newest} if newest else row
+            if SELDOM in newest or "rankme" not in newest:  # the rows of a cell have none
+                return newest
+    return newest
+
+
+SELDOM = "knn_auroc"
 
 
 FIELDS = (
@@ -100,7 +107,7 @@ FIELDS = (
     ("data_wait", "wait", "{:.0%}"),
     ("std_ratio", "std", "{:.2f}"),
     ("rankme", "rank", "{:.0f}"),
-    ("knn_auroc", "knn", "{:.3f}"),
+    (SELDOM, "knn", "{:.3f}"),
 )
 
 

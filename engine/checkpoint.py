@@ -63,7 +63,8 @@ class Found:
 class Saver:
     """Writes checkpoints of one run while it goes on. Every rank holds one.
 
-    keep: how many of the newest stay. The one with the best `state["score"]` stays as well (higher is better; null is never best).
+    keep: how many of the newest stay. The one with the best `state["score"]` stays as well (higher is better; null is never best), and
+        the newest whose `state["sound"]` is true: what a run that went wrong is taken back to.
     """
 
     def __init__(self, url: str, keep: int = 2) -> None:
@@ -137,17 +138,13 @@ def _commit(place: str, snapshot: Snapshot, world: int) -> None:
             time.sleep(0.05)
         merged |= storage.read_json(done)
     facts = {"schema": 1, "step": snapshot.step, "sha256": merged}
-    facts |= {name: snapshot.state.get(name) for name in ("score", "health")}
+    facts |= {name: snapshot.state.get(name) for name in ("score", "sound")}
     storage.put(storage.join(place, storage.COMMIT), json.dumps(facts, sort_keys=True))
 
 
-def newest_with(url: str, name: str, values: set[str]) -> str | None:
-    """The newest committed checkpoint whose COMMIT says one of these values of `name`."""
-    for _, place in _steps(url):
-        commit = storage.join(place, storage.COMMIT)
-        if storage.exists(commit) and storage.read_json(commit).get(name) in values:
-            return place
-    return None
+def newest_sound(url: str) -> str | None:
+    """The newest committed checkpoint whose `state["sound"]` is true."""
+    return next((place for _, place, commit in _committed(url) if commit.get("sound")), None)
 
 
 def find_newest(url: str) -> Found | None:
@@ -228,16 +225,20 @@ def _uncommit(place: str) -> None:
     storage.remove(place)
 
 
+def _committed(url: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Step, place and COMMIT, the newest first."""
+    for step, place in _steps(url):
+        commit = storage.join(place, storage.COMMIT)
+        if storage.exists(commit):
+            yield step, place, storage.read_json(commit)
+
+
 def _prune(url: str, keep: int) -> None:
-    committed = [
-        (step, place, storage.read_json(storage.join(place, storage.COMMIT)).get("score"))
-        for step, place in _steps(url)
-        if storage.exists(storage.join(place, storage.COMMIT))
-    ]
+    committed = list(_committed(url))
     kept = {step for step, _, _ in committed[: max(1, keep)]}
-    scored = [(score, step) for step, _, score in committed if score is not None]
-    if scored:
-        kept.add(max(scored)[1])
+    kept |= set([step for step, _, commit in committed if commit.get("sound")][:1])
+    scored = [(commit["score"], step) for step, _, commit in committed if commit.get("score") is not None]
+    kept |= {max(scored)[1]} if scored else set()
     for step, place in _steps(url):
         if step not in kept:
             _uncommit(place)

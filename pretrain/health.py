@@ -81,7 +81,7 @@ def collapse(row: dict[str, Any], width: int, labelled: bool) -> str | None:
         return f"spread {row['std_ratio']:.3f} is under {COLLAPSED_STD}"
     if row["mean_cosine"] > COLLAPSED_COSINE:
         return f"mean cosine {row['mean_cosine']:.3f} is over {COLLAPSED_COSINE}"
-    least = max(LEAST_RANK, COLLAPSED_RANK_SHARE * width)
+    least = max(LEAST_RANK, COLLAPSED_RANK_SHARE * min(width, row["window"] - 1))  # fewer samples have fewer directions
     return f"effective rank {row['rankme']:.2f} is under {least:.2f}" if row["rankme"] < least else None
 
 

@@ -29,6 +29,7 @@ from shards import device_views
 from shards.loader import Batch, TrainLoader, eval_batches
 
 EMBED_BATCH = 256
+LOGS_BETWEEN_LABEL_PROBES = 5
 MOST_NOT_FINITE = 3  # steps in a row
 NOT_FINITE = "not-finite"
 ROWS_TO_STOP = 3
@@ -307,7 +308,8 @@ class Run:
         summed = ranks.all_sum(torch.stack([value.detach().float() for value in scalars.values()])) / ranks.world()
         row: dict[str, Any] = {"step": self.step, "steps": self.total, "epoch": round(self.step / self.epoch_steps, 4)}
         row |= {name: round(value, 6) for name, value in zip(scalars, summed.tolist(), strict=True)}
-        row |= measured | self.window.measure(output.features, batch)
+        by_labels = self.step in (1, self.total) or self.step // self.recipe.log_every_steps % LOGS_BETWEEN_LABEL_PROBES == 0
+        row |= measured | self.window.measure(output.features, batch, by_labels=by_labels)
         if "contrastive_top1" in row:
             row["contrastive_chance"] = 1 / (2 * self.recipe.global_batch - 1)
         # Speeds are this rank's clock; rank 0's stand for all, so that every rank reports the same row.
@@ -326,7 +328,7 @@ class Run:
             return
         self.record.put()
         self.saver.finish()
-        sound = ranks.share(checkpoint.newest_with(self.saver.url, "health", {"healthy", "too short"}) if self.first else None)
+        sound = ranks.share(checkpoint.newest_sound(self.saver.url) if self.first else None)
         raise WorkError(
             f"{verdict.why}; the last checkpoint before: {sound or 'none'}",
             where=f"pretrain {self.config.name}",
@@ -341,6 +343,7 @@ class Run:
         mine = checkpoint.random_state() | {f"extra.{name}": value for name, value in self.method.extra_state().items()}
         mine |= {f"window.{name}": value for name, value in self.window.state.items()} | {"epoch_loss": self.epoch_loss}
         newest: dict[str, Any] = next(iter(self.record.measured[-1:]), {})
+        score = next((row["knn_auroc"] for row in reversed(self.record.measured) if "knn_auroc" in row), None)
         state = {
             "key": self.config.key,
             "version": PRETRAIN_VERSION,
@@ -349,8 +352,8 @@ class Run:
             "loader": {"next_step": self.step, "global_batch": self.recipe.global_batch, "seed": self.config.seed},
             "optimizer_values": values,
             "plateau": self.engine.plateau.state,
-            "score": newest.get("knn_auroc"),
-            "health": newest.get("health"),
+            "score": score,
+            "sound": newest.get("health") in ("healthy", "too short"),
             "seconds": self._seconds(),
             "restarts": self.restarts,
             "configuration": self.config.model_dump(mode="json", by_alias=True),

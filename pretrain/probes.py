@@ -120,13 +120,13 @@ def _macro(score_NL: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None
 
 def knn_auroc(z_ND: Tensor, index_N: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:
     """Macro AUROC of each sample's labels as its nearest others (cosine) have them; the same image is never its own neighbour."""
-    unit_ND = F.normalize(centred(z_ND), dim=1)
+    unit_ND = F.normalize(centred(z_ND), dim=1).float()
     similarity_NN = unit_ND @ unit_ND.T
     similarity_NN = similarity_NN.masked_fill(index_N[:, None] == index_N[None, :], -2.0)
     near_NK, who_NK = similarity_NN.topk(min(NEIGHBOURS, len(z_ND) - 1), dim=1)
     weight_NK = torch.exp(near_NK / TEMPERATURE)
-    known_NKL = mask_NL.double()[who_NK] * weight_NK[:, :, None]
-    score_NL = (known_NKL * target_NL.double()[who_NK]).sum(1) / known_NKL.sum(1).clamp_min(1e-12)
+    known_NKL = mask_NL[who_NK] * weight_NK[:, :, None]
+    score_NL = (known_NKL * target_NL[who_NK]).sum(1) / known_NKL.sum(1).clamp_min(1e-12)
     return _macro(score_NL, target_NL, mask_NL)
 
 
@@ -142,9 +142,17 @@ def linear_auroc(z_ND: Tensor, index_N: Tensor, target_NL: Tensor, mask_NL: Tens
         fit, judged = index_N % 2 != held, index_N % 2 == held
         mean_L = (y_NL * known_NL)[fit].sum(0) / known_NL[fit].sum(0).clamp_min(1)
         pull_NL = (y_NL - mean_L) * known_NL
-        gram = x_ND[fit].T @ x_ND[fit] + RIDGE * len(x_ND) * torch.eye(x_ND.shape[1], dtype=x_ND.dtype, device=x_ND.device)
-        scores_NL[judged] = x_ND[judged] @ torch.linalg.solve(gram, x_ND[fit].T @ pull_NL[fit]) + mean_L
+        scores_NL[judged] = x_ND[judged] @ _ridge(x_ND[fit], pull_NL[fit], RIDGE * len(x_ND)) + mean_L
     return _macro(scores_NL, target_NL, mask_NL)
+
+
+def _ridge(x_ND: Tensor, y_NL: Tensor, weight: float) -> Tensor:
+    """Coefficients D,L; solved among samples where they are fewer than features, which is the same and less work."""
+    if len(x_ND) >= x_ND.shape[1]:
+        gram_DD = x_ND.T @ x_ND
+        return torch.linalg.solve(gram_DD + weight * torch.eye(len(gram_DD), dtype=x_ND.dtype, device=x_ND.device), x_ND.T @ y_NL)
+    gram_NN = x_ND @ x_ND.T
+    return x_ND.T @ torch.linalg.solve(gram_NN + weight * torch.eye(len(gram_NN), dtype=x_ND.dtype, device=x_ND.device), y_NL)
 
 
 class Window:
@@ -159,14 +167,17 @@ class Window:
             used_K = torch.bincount(p_BK.argmax(dim=1), minlength=p_BK.shape[1]).float().cpu()
             self.state["use_K"] = self.state.get("use_K", torch.zeros_like(used_K)) * KEPT_USE + used_K
 
-    def measure(self, features: dict[str, Tensor], batch: Any) -> dict[str, float]:
-        """The row of all numbers that these features and the window allow. Every rank must call; all get the same row."""
+    def measure(self, features: dict[str, Tensor], batch: Any, *, by_labels: bool = True) -> dict[str, float]:
+        """The row of all numbers that these features and the window allow. Every rank must call; all get the same row.
+
+        by_labels: the probes that labels judge, which cost as much as all the rest.
+        """
         self._add({"backbone_ND": features["backbone"], "index_N": batch.index_B.to(features["backbone"].device)})
         if batch.target_BL is not None and batch.target_BL.shape[1]:
             self._add({"target_NL": batch.target_BL, "mask_NL": batch.mask_BL})
         z_ND = self.state["backbone_ND"]
         singular = spectrum(z_ND)
-        row: dict[str, float | None] = {"rankme": rankme(singular)}
+        row: dict[str, float | None] = {"rankme": rankme(singular), "window": len(z_ND)}
         if (fit := alpha_req(singular)) is not None:
             row["alpha_req"], row["alpha_req_r2"] = fit
         if "projector_0" in features:
@@ -176,7 +187,7 @@ class Window:
         else:
             shown_Nd = centred(z_ND)
         row["std_ratio"], row["mean_cosine"] = std_ratio(shown_Nd), mean_cosine(shown_Nd)
-        if "target_NL" in self.state:
+        if by_labels and "target_NL" in self.state:
             held = (z_ND, self.state["index_N"], self.state["target_NL"], self.state["mask_NL"])
             row["knn_auroc"], row["linear_auroc"] = knn_auroc(*held), linear_auroc(*held)
         if "use_K" in self.state:

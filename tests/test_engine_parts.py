@@ -255,17 +255,17 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(tmp_path: Path, monkeyp
     assert found.step == 2
 
 
-def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
+def test_the_best_and_the_last_sound_checkpoint_stay_beside_the_newest(tmp_path: Path) -> None:
     saver = checkpoint.Saver(str(tmp_path / "c"), keep=1)
     for step, score in enumerate([0.6, 0.8, None, 0.7], 1):
         one = snapshot(step)
-        one.state["score"], one.state["health"] = score, "healthy" if step < 4 else "collapsed"
+        one.state["score"], one.state["sound"] = score, step == 1
         saver.save(one)
     saver.finish()
-    assert storage.listing(saver.url) == ["step-00000002", "step-00000004"]
-    healthy = checkpoint.newest_with(saver.url, "health", {"healthy"})
-    assert healthy is not None
-    assert healthy.endswith("step-00000002")
+    assert storage.listing(saver.url) == ["step-00000001", "step-00000002", "step-00000004"]
+    sound = checkpoint.newest_sound(saver.url)
+    assert sound is not None
+    assert sound.endswith("step-00000001")
 
 
 def test_random_state_survives(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from engine import ema
 from engine.context import LocalContext
 from engine.throughput import Meter
 from pretrain import probes, publish
-from pretrain.health import VERDICTS, judge
+from pretrain.health import VERDICTS, collapse, judge
 from pretrain.run import PretrainConfig, run
 
 STEPS = range(10, 210, 10)
@@ -198,6 +198,18 @@ def test_labels_are_found_where_features_hold_them_and_not_elsewhere() -> None:
         assert nothing == pytest.approx(0.5, abs=0.1)
     doubled = [torch.cat([part, part]) for part in blind]  # every image twice: its copy would know the answer
     assert probes.knn_auroc(*doubled) == pytest.approx(0.5, abs=0.1)
+
+
+def test_few_samples_of_a_wide_network_are_no_collapse_and_ridge_is_the_same_either_way() -> None:
+    """ResNet-50 at batch 16: sixteen samples have fifteen directions, of 2,048."""
+    wide = torch.randn(16, 2048, generator=torch.Generator().manual_seed(0))
+    row = probes.Window().measure({"backbone": wide}, batch(16)) | {"loss": 1.0, "step": 60, "epoch": 3.0}
+    assert row["rankme"] < 0.02 * 2048
+    assert collapse(row, 2048, labelled=False) is None
+    x, y = wide[:, :12].double(), torch.randn(16, 3, dtype=torch.float64)
+    thin = torch.linalg.solve(x.T @ x + 0.5 * torch.eye(12), x.T @ y)
+    torch.testing.assert_close(probes._ridge(x, y, 0.5), thin)
+    torch.testing.assert_close(probes._ridge(x[:5], y[:5], 0.5), torch.linalg.solve(x[:5].T @ x[:5] + 0.5 * torch.eye(12), x[:5].T @ y[:5]))
 
 
 def test_a_collapsed_run_stops_and_names_the_last_healthy_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
