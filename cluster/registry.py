@@ -143,5 +143,5 @@ def pull(reference: str, folder: str, uri: str) -> str:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != version.tags.get("weights.sha256"):
             raise WorkError("the weights that arrived are not those that were registered (sha256 differs)", where=reference)
-        storage.put_dir(found, os.path.abspath(folder), last=("config.json",))
+        storage.put_dir(found, os.path.abspath(folder), last=("allograft.json",))
     return str(version.version)

@@ -4,33 +4,42 @@
     info = read_export("out/export")                             # ExportInfo; info.sha256 == sha256
     timm.create_model("local-dir:out/export", pretrained=True)   # what consumers do
 
+Encoders that plain timm cannot rebuild (CBR, truncated ones) have `encoder.onnx` instead of `config.json`: the program of normalised images
+to features, of any number of images, with the weights in it, for onnxruntime. Slim ResNets are timm's with an argument.
+
 Files: `config.json` (timm's layout), `model.safetensors` (fp32, no prefix, batch-norm statistics included), `README.md` (model card),
 `allograft.json` (provenance; ExportInfo), `golden.safetensors` (a phantom as stored pixels, as preprocessed tensor, and its features).
 
 The sha256 that identifies an encoder is `weights.sha256_of` its tensors; that of the file stands beside it in `allograft.json`.
 """
 
+import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.config import Strict, parse
 from base.errors import RequestError, WorkError
 from encoders.build import Encoder, build, model_args
+from encoders.cuts import is_cbr
+from encoders.truncate import Truncated, truncate
 from encoders.weights import State, load_into, load_local, sha256_of, timm_pretrained
 
 GOLDEN_SEED = 0
+PROGRAM = "encoder.onnx"
 
 
 class ExportInfo(Strict):
-    """`allograft.json`. `labelled_datasets`: datasets whose labels any step of the lineage has seen."""
+    """`allograft.json`. `labelled_datasets`: datasets whose labels any step of the lineage has seen; `widths`, `cut`, `flat`: see Encoder
+    and Truncated."""
 
     schema_: Literal[1] = Field(1, alias="schema")
     name: str
@@ -40,6 +49,9 @@ class ExportInfo(Strict):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+    widths: tuple[int, ...] | None = None
+    cut: str | None = None
+    flat: int | None = None
     sha256: str
     file_sha256: str
     lineage: list[dict[str, Any]]
@@ -90,7 +102,9 @@ def export(
     mean, std = tuple(mean or encoder.mean), tuple(std or encoder.std)
     state = _plain(encoder.net.state_dict())
     # A fresh network, so that wrappers, memory layouts and replaced norms of training leave no trace in the golden numbers.
-    fresh = build(encoder.architecture, encoder.in_chans, mean, std, image_size=encoder.image_size)
+    fresh = build(encoder.architecture, encoder.in_chans, mean, std, image_size=encoder.image_size, widths=encoder.widths)
+    if isinstance(encoder, Truncated):
+        fresh = truncate(fresh, encoder.cut, encoder.flat)
     fresh.net.load_state_dict(state, strict=True)
     save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
     save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"format": "pt"})
@@ -103,6 +117,9 @@ def export(
         mean=mean,
         std=std,
         image_size=image_size,
+        widths=encoder.widths,
+        cut=encoder.cut if isinstance(encoder, Truncated) else None,
+        flat=encoder.flat if isinstance(encoder, Truncated) else None,
         sha256=sha256_of(state),
         file_sha256=hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest(),
         lineage=lineage,
@@ -113,7 +130,10 @@ def export(
         torch=torch.__version__,
         timm=timm.__version__,
     )
-    (place / "config.json").write_text(json.dumps(_timm_config(fresh, info), indent=2) + "\n")
+    if is_cbr(info.architecture) or info.cut is not None:
+        write_program(fresh, place / PROGRAM, image_size)
+    else:
+        (place / "config.json").write_text(json.dumps(_timm_config(fresh, info), indent=2) + "\n")
     (place / "README.md").write_text(_card(info))
     (place / "allograft.json").write_text(json.dumps(info.model_dump(mode="json", by_alias=True), indent=2) + "\n")
     return info.sha256
@@ -186,9 +206,35 @@ def golden(encoder: Encoder, image_size: int) -> dict[str, Tensor]:
         encoder.eval()
         with torch.inference_mode():
             preprocessed = encoder.normalise(pixels)
-            return {"pixels": pixels, "preprocessed": preprocessed.clone(), "features": encoder.net(preprocessed).clone()}
+            return {"pixels": pixels, "preprocessed": preprocessed.clone(), "features": encoder(pixels).clone()}
     finally:
         torch.set_num_threads(threads)
+
+
+def write_program(encoder: Encoder, file: Path, image_size: int) -> None:
+    """The encoder as an ONNX program: `preprocessed` float B,C,side,side -> `features` B,D, for any B. Evaluation mode, no paths in it."""
+    import onnx
+
+    network = copy.deepcopy(encoder).eval()
+    network.normalise = nn.Identity()  # type: ignore[assignment]
+    x = torch.zeros(2, encoder.in_chans, image_size, image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        traced = torch.onnx.export(
+            network,
+            (x,),
+            dynamo=True,
+            verbose=False,
+            input_names=["preprocessed"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert traced is not None
+    model = traced.model_proto
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]  # stack traces of this machine
+    onnx.checker.check_model(model)
+    file.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _plain(state: State) -> State:
@@ -232,24 +278,7 @@ def _timm_config(encoder: Encoder, info: ExportInfo) -> dict[str, Any]:
     }
 
 
-def _card(info: ExportInfo) -> str:
-    steps = "\n".join(f"{i}. " + ", ".join(f"{key}: {value}" for key, value in step.items()) for i, step in enumerate(info.lineage, 1))
-    data = "\n".join("* " + ", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in info.data)
-    channels = {1: "1 (grey)", 3: "3 (RGB)"}.get(info.in_chans, str(info.in_chans))
-    return f"""---
-license: other
-library_name: timm
-tags: [medical-imaging, feature-extraction, allograft]
----
-# {info.name}
-
-An image encoder: `{info.architecture}`, trained with `{info.method}`, without a classifier.
-Channels: {channels}. Trained at {info.image_size} px.
-
-Preprocessing: 8-bit pixels, antialiased bilinear resize to a square, divided by 255, then mean {list(info.mean)} and standard deviation
-{list(info.std)} per channel.
-
-## Use
+USE_OF_TIMM = """## Use
 
 ```python
 import timm
@@ -267,8 +296,55 @@ golden = load_file("PATH/golden.safetensors")  # pixels (u8), preprocessed, feat
 encoder = timm.create_model("local-dir:PATH", pretrained=True).eval()
 print((encoder(golden["preprocessed"]) - golden["features"]).abs().max())
 ```
+"""
+USE_OF_ONNX = """## Use
 
-0 with torch {info.torch} on the same kind of processor, within 1e-5 otherwise. Put `golden["pixels"]` through your own
+```python
+import onnxruntime
+encoder = onnxruntime.InferenceSession("PATH/encoder.onnx")
+features = encoder.run(None, {"preprocessed": images})[0]  # float32, images x channels x side x side
+```
+
+`model.safetensors` holds the same tensors by name, for further training.
+
+## Check that your preprocessing is right
+
+```python
+import onnxruntime
+from safetensors.numpy import load_file
+golden = load_file("PATH/golden.safetensors")  # pixels (u8), preprocessed, features
+encoder = onnxruntime.InferenceSession("PATH/encoder.onnx")
+features = encoder.run(None, {"preprocessed": golden["preprocessed"]})[0]
+print(abs(features - golden["features"]).max() / abs(golden["features"]).max())
+```
+"""
+
+
+def _card(info: ExportInfo) -> str:
+    steps = "\n".join(f"{i}. " + ", ".join(f"{key}: {value}" for key, value in step.items()) for i, step in enumerate(info.lineage, 1))
+    data = "\n".join("* " + ", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in info.data)
+    channels = {1: "1 (grey)", 3: "3 (RGB)"}.get(info.in_chans, str(info.in_chans))
+    by_timm = info.cut is None and not is_cbr(info.architecture)
+    part = f" up to its cut `{info.cut}`" if info.cut else ""
+    part += f" with stages of {list(info.widths)} channels" if info.widths else ""
+    use = USE_OF_TIMM if by_timm else USE_OF_ONNX
+    same = f"0 with torch {info.torch} on the same kind of processor, within 1e-5 otherwise."
+    exactly = same if by_timm else "Less than 1e-4 of the largest feature."
+    return f"""---
+license: other
+library_name: {"timm" if by_timm else "onnx"}
+tags: [medical-imaging, feature-extraction, allograft]
+---
+# {info.name}
+
+An image encoder: `{info.architecture}`{part}, trained with `{info.method}`, without a classifier.
+Channels: {channels}. Trained at {info.image_size} px.
+
+Preprocessing: 8-bit pixels, antialiased bilinear resize to a square, divided by 255, then mean {list(info.mean)} and standard deviation
+{list(info.std)} per channel.
+
+{use}
+{exactly} Put `golden["pixels"]` through your own
 preprocessing and compare with `golden["preprocessed"]` before anything else.
 
 ## Lineage

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from base.errors import RequestError, WorkError
-from encoders.build import build
+from encoders.build import Encoder, build
 from encoders.export import export, export_published, read_export
+from encoders.truncate import truncate
 from encoders.weights import load_local, sha256_of
 
 CONSUMER = """
@@ -27,7 +28,7 @@ mine = (golden["pixels"].float() / 255 - torch.tensor(cfg["mean"]).view(1, -1, 1
 print((mine - golden["preprocessed"]).abs().max().item())
 ours = ("base", "shards", "encoders", "engine", "analysis", "finetune", "pretrain", "cluster")
 print([name for name in sys.modules if name.split(".")[0] in ours])
-print(timm.create_model("local-dir:" + place, pretrained=True, num_classes=5)(golden["preprocessed"]).shape[1])
+print(timm.create_model("local-dir:" + place, pretrained=True, num_classes=5).eval()(golden["preprocessed"]).shape[1])
 """
 
 
@@ -85,6 +86,74 @@ def test_the_export_holds_the_encoder_and_says_where_it_comes_from(tmp_path: Pat
     assert load_file(str(tmp_path / "golden.safetensors"))["pixels"].dtype == torch.uint8
     card = (tmp_path / "README.md").read_text()
     assert all(word in card for word in ("simclr", "nih-cxr14", sha256, "golden.safetensors", "CC0"))
+
+
+PROGRAM = """
+import sys, numpy, onnxruntime
+from safetensors.numpy import load_file
+place = sys.argv[1]
+golden = load_file(place + "/golden.safetensors")
+encoder = onnxruntime.InferenceSession(place + "/encoder.onnx")
+run = lambda images: encoder.run(None, {"preprocessed": images})[0]
+print(abs(run(golden["preprocessed"]) - golden["features"]).max() / abs(golden["features"]).max())
+twice = run(numpy.concatenate([golden["preprocessed"], golden["preprocessed"] * 0.5]))
+print(abs(twice[:1] - golden["features"]).max() / abs(golden["features"]).max(), twice.shape[0])
+print([name for name in ("torch", "timm", "base", "encoders") if name in sys.modules])
+"""
+
+
+def made(kind: str) -> Encoder:
+    if kind == "slim":
+        return build("test_resnet", 1, seed=1, widths=(32, 48, 24, 16))
+    if kind == "cbr":
+        return build("cbr_tiny", 3, seed=1)
+    if kind == "flat":
+        return truncate(build("test_resnet", 1, seed=1), "layer2", flat=48)
+    architecture, cut = kind.split(" ")
+    return truncate(build(architecture, 1, seed=1, image_size=48 if architecture == "test_vit" else None), cut)
+
+
+@pytest.mark.parametrize("kind", ["cbr", "flat", "test_resnet layer3", "test_vit block3", "densenet121 denseblock1.denselayer3"])
+def test_what_timm_cannot_rebuild_is_a_program_with_the_same_golden_check(tmp_path: Path, kind: str) -> None:
+    encoder = made(kind)
+    sha256 = write(encoder, tmp_path)
+    out = subprocess.run([sys.executable, "-I", "-c", PROGRAM, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    alone, pair, ours = out.stdout.splitlines()
+    assert float(alone) < 1e-5
+    assert float(pair.split()[0]) < 1e-5
+    assert pair.split()[1] == "2"
+    assert ours == "[]"
+    assert not (tmp_path / "config.json").exists()  # which would promise that timm makes it
+    info = read_export(tmp_path)
+    assert info.sha256 == sha256 == sha256_of(encoder.net.state_dict())
+    assert info.cut == getattr(encoder, "cut", None)
+    program = (tmp_path / "encoder.onnx").read_bytes()
+    assert b"/work" not in program
+    assert str(Path.home()).encode() not in program
+    assert b".py" not in program
+    write(encoder, tmp_path)
+    assert (tmp_path / "encoder.onnx").read_bytes() == program
+    card = (tmp_path / "README.md").read_text()
+    assert "onnxruntime" in card
+    assert "timm.create_model" not in card
+    assert kind == "cbr" or f"up to its cut `{info.cut}`" in card
+
+
+def test_the_cards_own_check_of_a_program_runs(tmp_path: Path) -> None:
+    write(made("test_resnet layer1"), tmp_path)
+    check = (tmp_path / "README.md").read_text().split("```python")[2].split("```")[0].replace("PATH", str(tmp_path))
+    out = subprocess.run([sys.executable, "-I", "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["slim", "swin_tiny_patch4_window7_224", "densenet121", "efficientnet_b0", "convnext_tiny"])
+def test_slim_networks_and_the_other_families_are_timms(tmp_path: Path, name: str) -> None:
+    encoder = made("slim") if name == "slim" else build(name, 1, seed=1)
+    write(encoder, tmp_path)
+    out = subprocess.run([sys.executable, "-I", "-c", CONSUMER, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert float(out.stdout.splitlines()[0]) == 0.0
+    assert read_export(tmp_path).widths == encoder.widths
+    assert not (tmp_path / "encoder.onnx").exists()
 
 
 def test_same_encoder_same_files(tmp_path: Path) -> None:
