@@ -15,7 +15,7 @@ from base.paths import absolute, is_url
 from cluster.progress import Progress, minutes
 from shards.card import Card, load_card
 from shards.manifest import MANIFEST, Manifest, ShardEntry
-from shards.pack import QUARANTINE, ShardJob, commit, kept, plan, write
+from shards.pack import QUARANTINE, ShardJob, commit, kept, plan, refuse_another_secret, write
 
 OURS = {MANIFEST, QUARANTINE}
 TICK_S = 1.0
@@ -92,6 +92,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     split_files = split_files and absolute(split_files)
     url = absolute(out)
     check_place(card, url)
+    refuse_another_secret(card, url)
     plan(card, raw, split_files=split_files)  # bad input is refused before a cluster is started
     progress = Progress()
     progress.say("starting Ray")
@@ -134,9 +135,10 @@ def pack_on_ray(
         split_files: folder or CSV that replaces the card's rule of splitting.
 
     Raises:
-        RequestError: bad raw data, found while planning.
+        RequestError: bad raw data, found while planning, or shards of another secret lie there.
         WorkError: a shard could not be written.
     """
+    refuse_another_secret(card, out)
     import ray
 
     jobs = plan(card, raw, split_files=split_files)

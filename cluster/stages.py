@@ -22,13 +22,17 @@ def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
     """Every dataset of the study packed, or kept where its shards are those of the raw files.
 
     Raises:
-        RequestError: the raw files are not as the card says.
+        RequestError: the raw files are not as the card says, or shards of another secret stand; then none has been packed.
         WorkError: no usable image in a split, or storage failed.
     """
     from cluster.pack import pack_on_ray
     from shards import manifest
     from shards.card import load_card
+    from shards.pack import refuse_another_secret
 
+    for name, entry in study.data.items():
+        if entry.raw is not None:
+            refuse_another_secret(load_card(name), shards_url(study, name))
     corpora: dict[str, Corpus] = {}
     for name, entry in study.data.items():
         if entry.raw is None:

@@ -24,6 +24,7 @@ from shards.card import BurnedIn, Card, Split
 from shards.planes import Unusable
 
 PUBLIC = b"public"
+FINGERPRINT = "allograft fingerprint"  # what is hashed to tell secrets apart
 PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 365 / 7, "D": 365}  # units of a DICOM age string (PS3.5, value representation AS)
 
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}|(?:19|20)\d{6}(?:\d{6}(?:\.\d*)?)?")
@@ -65,7 +66,7 @@ class Names:
     @property
     def fingerprint(self) -> str:
         """12 hex that tell two secrets apart and give neither away."""
-        return keyed(self.secret, "allograft fingerprint", 12)
+        return keyed(self.secret, FINGERPRINT, 12)
 
     def key(self, path: str) -> str:
         """20 hex for a file, by its path relative to the raw folder (and frame, if it has several)."""

@@ -28,7 +28,7 @@ from base.errors import RequestError
 from base.paths import absolute
 from shards.card import Card
 from shards.manifest import EXTENSIONS, MANIFEST, Elsewhere, Manifest, Quarantined, ShardEntry, dump_index
-from shards.pack import Receipt, ShardJob, commit, kept, plan
+from shards.pack import Receipt, ShardJob, commit, kept, plan, refuse_another_secret
 from shards.samples import index_of_tar
 
 _EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}  # what shards.decode takes as it is
@@ -57,6 +57,7 @@ def index(
         raise RequestError(
             "tars that are read where they lie are not de-identified", where=f"card {card.dataset}", hint="pack them instead"
         )
+    refuse_another_secret(card, out_url, secret)
     planned = plan(card, absolute(raw), secret, split_files=split_files)
     records = [(job, record) for job in planned for record in job.records]
     if any(record.inside is None or record.inside.array is not None for _, record in records):

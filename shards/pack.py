@@ -29,7 +29,7 @@ from base.errors import RequestError, WorkError
 from base.paths import is_url
 from shards import readers
 from shards.card import SPLITS, Card, Split
-from shards.deidentify import Names
+from shards.deidentify import FINGERPRINT, PUBLIC, Names, keyed
 from shards.manifest import MANIFEST, Manifest, ShardEntry, dump_index, load_index
 from shards.open_points import refuse_open
 from shards.phantoms import PHANTOM_VERSION
@@ -113,6 +113,36 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
             name = f"{card.dataset}-{split}-{number:05d}"
             jobs.append(ShardJob(name, split, raw, card, tuple(records[start : start + shard_samples]), origin))  # type: ignore[arg-type]
     return jobs
+
+
+def refuse_another_secret(card: Card, out_url: str, secret: bytes | None = None) -> None:
+    """Refuse to pack over shards whose names were keyed with another secret: every patient would get another name, and perhaps split.
+
+    Raises:
+        RequestError: the manifest at `out_url`, or the receipts of a packing that was stopped, name another secret; or there is none now.
+    """
+    names = storage.listing(out_url)
+    for name in ([MANIFEST] if MANIFEST in names else []) + sorted(name for name in names if name.endswith(".entry.json")):
+        where = storage.join(out_url, name)
+        try:
+            held = storage.read_json(where)
+        except (ValueError, FileNotFoundError):
+            continue  # damaged: written again
+        held = held.get("origin", held) if isinstance(held, dict) else {}
+        then = held.get("secret_fingerprint") if isinstance(held, dict) else None
+        if then is None:
+            continue
+        now = Names.of(card, secret).fingerprint
+        if then != now:
+            public = keyed(PUBLIC, FINGERPRINT, 12)
+            shown = [f"the constant of public cards ({one})" if one == public else one for one in (then, now)]
+            raise RequestError(
+                f"the patients here are keyed with another secret: {shown[0]}, now it is {shown[1]}; packed again, each patient would get "
+                "another name and perhaps another split",
+                where=where,
+                hint="set ALLOGRAFT_SECRET_FILE to the old secret, give another --out (a study: out=), or delete this folder of shards",
+            )
+        return
 
 
 def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = None) -> ShardEntry:
@@ -225,7 +255,8 @@ def pack(
     shard_samples: int = 1000,
     split_files: str | None = None,
 ) -> Manifest:
-    """Plan, write through `map` (the built-in's signature) and commit."""
+    """Plan, write through `map` (the built-in's signature) and commit. Raises RequestError where shards of another secret lie."""
+    refuse_another_secret(card, out_url, secret)
     jobs = plan(card, raw, secret, shard_samples, split_files)
     return commit(jobs[0].card, list(map(partial(write, out_url=out_url), jobs)), out_url)
 

@@ -21,10 +21,11 @@ from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
+from cluster.pack import pack_on_ray
 from shards import pack as packing
 from shards.card import Card, load_card
 from shards.ingest import Unusable, image, mask, strip_jpeg
-from shards.manifest import Manifest, load_index, read
+from shards.manifest import MANIFEST, Manifest, load_index, read
 from shards.pack import commit, pack, plan, write
 
 CHEST = load_card("phantom-chest")
@@ -136,6 +137,30 @@ def test_a_second_pack_writes_only_what_changed(tmp_path: Path) -> None:
     (out / f"{second.shards[-1].name}.tar").write_bytes(b"cut short")  # a damaged shard is noticed and written again
     assert pack(card, raw, str(out), shard_samples=4) == second
     assert hashlib.sha256((out / f"{second.shards[-1].name}.tar").read_bytes()).hexdigest() == second.shards[-1].sha256
+
+
+def test_another_secret_does_not_key_a_packed_folder_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, out = pairs(tmp_path / "raw"), tmp_path / "out"
+    card = parse(PAIRS | {"public": False}, Card, "card")
+    pack(card, raw, str(out), secret=b"old")
+    before = digests(out)
+    for other, secret in ((card, b"new"), (parse(PAIRS, Card, "card"), None)):
+        with pytest.raises(RequestError, match="another secret") as refused:
+            pack(other, raw, str(out), secret=secret)
+        assert str(out) in str(refused.value)
+        assert refused.value.hint is not None
+        assert "--out" in refused.value.hint
+        assert digests(out) == before
+    (out / MANIFEST).unlink()  # a packing that was stopped: its receipts know the secret
+    with pytest.raises(RequestError, match="another secret"):
+        pack(card, raw, str(out), secret=b"new")
+    assert pack(card, raw, str(out), secret=b"old").counts
+    assert digests(out) == before
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "new")
+    monkeypatch.delenv("ALLOGRAFT_SECRET_FILE", raising=False)
+    with pytest.raises(RequestError, match="another secret"):  # before Ray is started
+        pack_on_ray(card, raw, str(out), lambda so_far: None)
+    assert digests(out) == before
 
 
 def test_shards_of_patients_who_left_are_removed(tmp_path: Path) -> None:
