@@ -1,8 +1,6 @@
 """`allograft inspect`: what a packed dataset holds, in words, and a contact sheet of it."""
 
 import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from base import storage
 from cluster.screen import Rows, table
 from shards.card import SPLITS
 from shards.manifest import Manifest, read
-from shards.pack import QUARANTINE
+from shards.pack import QUARANTINE, by_reason, same_kind
 
 LABELS = 40  # labels whose counts are printed
 REASONS = 6  # kinds of reasons that are listed; the file has them all
@@ -100,14 +98,13 @@ def quarantine_lines(url: str, files: Mapping[str, str] | None = None) -> list[s
     """
     where = storage.join(url, QUARANTINE)
     rows: list[dict[str, Any]] = [json.loads(line) for line in storage.read_bytes(where).splitlines()] if storage.exists(where) else []
-    # Reasons that differ in a number only (a size, an offset) are one kind.
-    kinds = Counter(re.sub(r"\d+", "0", row["reason"]) for row in rows)
+    kinds = by_reason(row["reason"] for row in rows)
     lines = [f"{len(rows):,} quarantined, each with its reason: {where}"] if rows else []
-    for kind, n in kinds.most_common(REASONS):
-        of_kind = [row for row in rows if re.sub(r"\d+", "0", row["reason"]) == kind]
+    for reason, n in list(kinds.items())[:REASONS]:
+        of_kind = [row for row in rows if same_kind(row["reason"]) == same_kind(reason)]
         names = [row.get("file") or (files or {}).get(row["key"], row["key"]) for row in of_kind[:NAMED]]
         more = f" and {n - NAMED:,} more" if n > NAMED else ""
-        lines.append(f"  {n:,} x {of_kind[0]['reason']}: {', '.join(names)}{more}")
+        lines.append(f"  {n:,} x {reason}: {', '.join(names)}{more}")
     if len(kinds) > REASONS:
         lines.append(f"  and {len(kinds) - REASONS} other reasons")
     return lines

@@ -136,17 +136,28 @@ def blanked(header: Any, rules: Sequence[BurnedIn]) -> list[Rectangle]:
     Raises:
         Unusable: text may be burned into the pixels, and no rule says where.
     """
-    sop_class, says = str(header.get("SOPClassUID") or ""), str(header.get("BurnedInAnnotation") or "").strip().upper()
-    ultrasound = header.get("Modality") == "US" or any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in ULTRASOUND)
-    capture = header.get("Modality") == "SC" or any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in SECONDARY_CAPTURE)
     rule = next((rule for rule in rules if _matches(header, rule.match)), None)
-    if says == "YES" and not (rule and rule.blank):
-        raise Unusable("text is burned into the pixels, and no rule of the card blanks it")
-    if rule is None and ultrasound:
-        raise Unusable("ultrasound may show the patient's name, and no rule of the card says where")
-    if rule is None and capture and says != "NO":
-        raise Unusable("a secondary capture may show the patient's name, and no rule of the card says where")
+    found = suspect(header)
+    if found is not None and not (rule and (rule.blank or found[1] != "BurnedInAnnotation")):
+        says = "blanks it" if found[1] == "BurnedInAnnotation" else "says where"
+        raise Unusable(f"{found[0]}, and no rule of the card's burned_in {says}")
     return list(rule.blank) if rule else []
+
+
+def suspect(header: Any) -> tuple[str, str, str] | None:
+    """Why text may be burned into an image with that DICOM header, and the tag and value that tell it; None where none is expected."""
+    sop_class, says = str(header.get("SOPClassUID") or ""), str(header.get("BurnedInAnnotation") or "").strip().upper()
+    if says == "YES":
+        return "text is burned into the pixels", "BurnedInAnnotation", str(header.get("BurnedInAnnotation")).strip()
+    if any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in ULTRASOUND):
+        return "ultrasound may show the patient's name", "SOPClassUID", sop_class
+    if header.get("Modality") == "US":
+        return "ultrasound may show the patient's name", "Modality", "US"
+    if says == "NO":
+        return None
+    if any(sop_class == uid or sop_class.startswith(f"{uid}.") for uid in SECONDARY_CAPTURE):
+        return "a secondary capture may show the patient's name", "SOPClassUID", sop_class
+    return ("a secondary capture may show the patient's name", "Modality", "SC") if header.get("Modality") == "SC" else None
 
 
 def _matches(header: Any, match: Mapping[str, str | int]) -> bool:

@@ -7,6 +7,7 @@ What the files prove is stated with its count; what is a guess is marked `check`
 
 import os
 import re
+from collections import Counter
 from typing import Any
 
 from base.errors import RequestError
@@ -15,6 +16,7 @@ from shards.open_points import OPEN
 from shards.splitting import SPLIT_WORDS
 from shards.survey import PatientKey, Survey
 
+RULES = 8  # of burned_in are drafted, for the commonest files
 LARGE = 1024  # longer sides are reduced when packed: networks see a few hundred pixels
 CT_WINDOWS = [[-600, 1500], [40, 400]]  # lung and mediastinum: centre, width in HU
 Draft = dict[str, Any]
@@ -54,7 +56,7 @@ def _card(found: Survey, remarks: Remarks) -> Draft:
     card["reader"] = _reader(found, table, masks)
     named, classes = labels.pop("labels", None), labels.pop("multiclass", False)
     card["kind"] = _kind(bool(masks), bool(named), classes)
-    card |= _pixels(found, remarks)
+    card |= _pixels(found, remarks) | _burned_in(found, remarks)
     if named:
         card["labels"] = named
     if masks:
@@ -78,6 +80,25 @@ def _card(found: Survey, remarks: Remarks) -> Draft:
     card["access"] = f"{OPEN} where the raw files are asked for"
     card["citation"] = f"{OPEN} the paper, or none"
     return card
+
+
+def _burned_in(found: Survey, remarks: Remarks) -> Draft:
+    """A rule for each kind and size of DICOM image that may show a name: without one packing leaves all of them out."""
+    headers = [header for group in found.image_groups() for header in group.headers if header.format == "dicom" and not header.problem]
+    kinds = Counter((*header.suspect, *header.size.split(" x ")[:2]) for header in headers if header.suspect)
+    if not kinds:
+        return {}
+    why = "; ".join(dict.fromkeys(reason for reason, *_ in kinds))
+    more = f" and {len(kinds) - RULES:,} kinds more" if len(kinds) > RULES else ""
+    remarks["burned_in"] = (
+        f"{sum(kinds.values()):,} of {len(headers):,} headers{more}: {why}. Without a rule they are quarantined: look at some, "
+        f"write into blank what to blacken, [top, left, bottom, right] in pixels, or nothing where clean, and take '{OPEN}' away"
+    )
+    rules = [
+        {"match": {tag: f"{OPEN} {value}", "Rows": int(rows), "Columns": int(columns)}, "blank": []}
+        for (_, tag, value, rows, columns), _ in kinds.most_common(RULES)
+    ]
+    return {"burned_in": rules}
 
 
 def _kind(masks: bool, labels: bool, classes: bool) -> str:

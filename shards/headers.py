@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from shards.content import DAMAGED_GZIP, HEAD, format_of
+from shards.deidentify import suspect
 from shards.raster import KINDS
 
 DICOM_TAGS = ("Modality", "ViewPosition", "BodyPartExamined", "Manufacturer", "BurnedInAnnotation", "ImageType")
@@ -35,6 +36,7 @@ class Header:
     tags: dict[str, str] = field(default_factory=dict)
     identities: dict[str, str] = field(default_factory=dict, repr=False)
     problem: str = ""
+    suspect: tuple[str, str, str] | None = None  # of DICOM: why text may be burned in, and the tag and value that tell it
 
 
 def header(path: Path, file: str) -> Header:
@@ -95,7 +97,7 @@ def _dicom(path: Path, file: str, marked: bool) -> Header:
     frames = found.get("NumberOfFrames", "1")
     size = f"{found['Rows']} x {found['Columns']}" + (f" x {frames} frames" if frames not in ("1", "0") else "")
     pixels = f"{found.get('PhotometricInterpretation', 'no photometric interpretation')}, {found.get('BitsStored', '?')} bits"
-    return Header(file, "dicom", size, pixels, tags, identities)
+    return Header(file, "dicom", size, pixels, tags, identities, suspect=suspect(read))
 
 
 def _sop_name(uid: str | None) -> str:

@@ -194,7 +194,7 @@ def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = No
 
 
 def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
-    """Write quarantine.jsonl and then manifest.json over written shards, and return the manifest.
+    """Write quarantine.jsonl (also where it is the reason to stop) and then manifest.json over written shards, and return the manifest.
 
     Then shards of an earlier packing that this one does not name are removed: whoever takes all tars of the folder would read patients
     who have left the raw data, or stand in another split now.
@@ -223,10 +223,14 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
     if len(origins) != 1:
         raise WorkError(f"shards of {len(origins)} different plans", where=out_url, hint="pack again")
     quarantined = [{"dataset": card.dataset, "split": e.split, **row.model_dump()} for e in entries for row in e.quarantined]
+    storage.put(storage.join(out_url, QUARANTINE), "".join(canonical_json(row) + "\n" for row in quarantined))
     for split, n in counts.items():
         if n == 0:
-            reason = next((str(row["reason"]) for row in quarantined if row["split"] == split), "")
-            raise WorkError(f"no image of split '{split}' is usable, the first because: {reason}", where=out_url)
+            failed = by_reason([str(row["reason"]) for row in quarantined if row["split"] == split])
+            reasons = ", ".join(f"{times:,} because {reason}" for reason, times in failed.items())
+            raise WorkError(
+                f"no image of split '{split}' is usable, of {sum(failed.values()):,}: {reasons}", where=storage.join(out_url, QUARANTINE)
+            )
     manifest = Manifest(
         dataset=card.dataset,
         card=card,
@@ -237,13 +241,25 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
         quarantined=len(quarantined),
         **next(iter(origins.values())).model_dump(),
     )
-    storage.put(storage.join(out_url, QUARANTINE), "".join(canonical_json(row) + "\n" for row in quarantined))
     storage.put(storage.join(out_url, MANIFEST), manifest.text())
     ours, named = re.compile(rf"({re.escape(card.dataset)}-(?:{'|'.join(SPLITS)})-\d+)\.(tar|idx|entry\.json)"), {e.name for e in entries}
     for name in storage.listing(out_url):
         if (found := ours.fullmatch(name)) and found[1] not in named:
             storage.remove(storage.join(out_url, name))
     return manifest
+
+
+def same_kind(reason: str) -> str:
+    """The reason without its numbers: those that differ in one only (a size, an offset) are one kind."""
+    return re.sub(r"\d+", "0", reason)
+
+
+def by_reason(reasons: Iterable[str]) -> dict[str, int]:
+    """The first reason of each kind and how often the kind occurs, the commonest first."""
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(same_kind(reason), []).append(reason)
+    return {of_kind[0]: len(of_kind) for of_kind in sorted(kinds.values(), key=len, reverse=True)}
 
 
 def pack(

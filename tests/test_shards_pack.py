@@ -243,7 +243,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     raw = pairs(tmp_path / "raw")
     for path in (tmp_path / "raw/CXR_png").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(WorkError, match="is usable, the first because: image is an empty file"):
+    with pytest.raises(WorkError, match="is usable, of 16: 16 because image is an empty file"):
         pack(parse(PAIRS, Card, "card"), raw, str(tmp_path / "out"))
     assert not storage.exists(str(tmp_path / "out" / "manifest.json"))
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from shards.card import Card, load_card
 from shards.columns import FileNames, survey_table
 from shards.corpus import Corpus
@@ -42,14 +43,14 @@ def write_table(path: Path, rows: list[dict[str, object]], delimiter: str = ",")
         writer.writerows(rows)
 
 
-def dicom(path: Path, patient: str, preamble: bytes = b"\0" * 128) -> None:
+def dicom(path: Path, patient: str, preamble: bytes = b"\0" * 128, sop_class: str = "", modality: str = "DX") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[str(path)])
     image = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=preamble)
-    image.PatientID, image.Modality, image.SOPClassUID = patient, "DX", meta.MediaStorageSOPClassUID
+    image.PatientID, image.Modality, image.SOPClassUID = patient, modality, sop_class or meta.MediaStorageSOPClassUID
     image.Rows, image.Columns, image.SamplesPerPixel, image.PhotometricInterpretation = 8, 9, 1, "MONOCHROME2"
     image.BitsAllocated = image.BitsStored = 8
     image.HighBit, image.PixelRepresentation = 7, 0
@@ -243,6 +244,25 @@ def test_from_an_unknown_folder_to_shards(
     samples = [Corpus(str(tmp_path / "shards"), ("train",))[i] for i in range(manifest.counts["train"])]
     assert {name for sample in samples for name in sample.labels} == set(labels)
     assert all((sample.seg is not None) == (kind == "segmentation") for sample in samples)
+
+
+def test_captures_and_ultrasound_open_a_point_for_their_rule(tmp_path: Path) -> None:
+    for n in range(60):
+        values = [{}, {"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, {"modality": "US"}][n % 3]
+        dicom(tmp_path / "raw" / f"study{n // 2}" / f"{n}.dcm", f"patient {n // 2}", **values)
+    text = draft(survey(str(tmp_path / "raw")))
+    assert "40 of 60 headers" in text
+    (tmp_path / "draft.yaml").write_text(text)
+    unfinished = load_card(str(tmp_path / "draft.yaml"))
+    assert {"burned_in.0.match.SOPClassUID", "burned_in.1.match.Modality"} == {p for p in open_points(unfinished) if "burned" in p}
+    without = re.sub(r"^burned_in:.*\n", "", text.replace("OPEN:", "settled:"), flags=re.MULTILINE)
+    (tmp_path / "without.yaml").write_text(without)
+    with pytest.raises(WorkError, match=r"split 'val' is usable, of 2: 1 because a secondary capture .* card's burned_in .* ultra"):
+        pack(load_card(str(tmp_path / "without.yaml")), str(tmp_path / "raw"), str(tmp_path / "a"), secret=b"s")
+    assert len((tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()) == 40
+    (tmp_path / "card.yaml").write_text(re.sub(r"OPEN: ([1U])", r"\1", text).replace("OPEN:", "settled:"))
+    card = load_card(str(tmp_path / "card.yaml"))
+    assert pack(card, str(tmp_path / "raw"), str(tmp_path / "b"), secret=b"s").quarantined == 0
 
 
 def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
