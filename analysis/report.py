@@ -106,8 +106,16 @@ def best_on_validation(evidence: Evidence) -> str:
     return f"Best on validation ({task}, {unit}): <b>{esc(source)}</b>, {esc(strategy)}, {num(mean)} over {n} seed{'s' if n > 1 else ''}."
 
 
-def _tiles(evidence: Evidence) -> str:
-    sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", None)]
+def under_floor(evidence: Evidence) -> str:
+    """What must be known before any number is believed, in words; empty where nothing is under its floor."""
+    below, known = tables.under_floor(evidence, floors(evidence)[0])
+    return (
+        f"{below} of {known} results are under their floor: pixels or a mean mask do better, so nothing was learned there" if below else ""
+    )
+
+
+def _tiles(evidence: Evidence, low: str) -> str:
+    sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", "too short", None)]
     unfinished = [run.name for run in evidence.pretrainings if not run.result]
     state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + (f", {len(sick)} not healthy" if sick else "")
     spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
@@ -118,19 +126,21 @@ def _tiles(evidence: Evidence) -> str:
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
         ("pretrainings", state, "bad" if sick else ""),
+        *([("under their floor", " ".join(low.split()[:3]), "bad")] if low else []),
         ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
     ]
     return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)
 
 
-def _headline(evidence: Evidence) -> str:
+def _headline(evidence: Evidence, low: str) -> str:
     """The answer, one sentence a line: the same words as `answer`."""
     lines = evidence.headlines()
     if not evidence.cells or not lines:
         return esc(evidence.answer())
+    warning = f'<span class="bad">{esc(low)}. </span>' if low else ""
     lead = evidence.answer().removesuffix("; ".join(sentence for _, sentence in lines))
     spans = [f'<span class="{mark}">{esc(sentence)}{";" if i < len(lines) else ""} </span>' for i, (mark, sentence) in enumerate(lines, 1)]
-    return (f"<span>{esc(lead)}</span>" if lead else "") + "".join(spans)
+    return warning + (f"<span>{esc(lead)}</span>" if lead else "") + "".join(spans)
 
 
 def _scope(evidence: Evidence) -> str:
@@ -155,6 +165,7 @@ METHOD = (
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
     held, notes = floors(evidence)
+    low = under_floor(evidence)
     lead = best_on_validation(evidence)
     tasks = list(dict.fromkeys(c.task for c in evidence.cells))
     pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
@@ -191,9 +202,9 @@ def page(evidence: Evidence) -> str:
         title=esc(name),
         answer=esc(evidence.answer()),
         state=f'<p class="banner">{esc(state)}</p>' if state else "",
-        headline=_headline(evidence),
+        headline=_headline(evidence, low),
         scope=esc(_scope(evidence)),
-        tiles=_tiles(evidence),
+        tiles=_tiles(evidence, low),
         nav=nav,
         main=main,
     )

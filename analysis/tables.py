@@ -80,6 +80,20 @@ def bar(floors: Floors, metric: str) -> tuple[float, str]:
     return max(((value, name) for value, name in held if math.isfinite(value)), default=(math.nan, ""))
 
 
+def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> tuple[int, int]:
+    """How many means of the matrix, each task by its headline metric, are under their floor; and of how many whose floor is known."""
+    first = {(task, dataset): metric for task, dataset, metric in reversed(columns(evidence, floors))}
+    below = known = 0
+    groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution", "task", "dataset")
+    for (*_, fraction, _, task, dataset), cells in groups.items():
+        metric = first.get((task, dataset))
+        under, _ = bar(floors.get((task, float(fraction)), {}), metric or "")
+        mean, _, n = results.mean_sd(c.value(metric) for c in cells) if metric else (math.nan, math.nan, 0)
+        if n and math.isfinite(under):
+            known, below = known + 1, below + (mean < under)
+    return below, known
+
+
 def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
     shown = columns(evidence, floors)

@@ -126,6 +126,8 @@ def _closing(study: Any, summary: Any) -> None:
         print(f"encoder   allograft pull {study.study}@champion DIR --tracking {where}   ({summary.champion})")
     elif summary.versions:
         print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
+    if summary.low:
+        print(f"beware    {summary.low}")
     print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {len(summary.failed)} failed")
     if summary.restarts or summary.deaths:
         print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")

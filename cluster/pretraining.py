@@ -4,6 +4,8 @@ A restart reads the newest COMMIT in storage, whatever Ray remembers.
 """
 
 import sys
+import threading
+from concurrent.futures import Future
 from typing import Any
 
 from base import storage
@@ -40,7 +42,7 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
         run_config=RunConfig(name=config.key, storage_path=_scratch(), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
     )
     try:
-        outcome = trainer.fit().return_value
+        outcome = _fit(trainer).return_value
     except ray.train.TrainingFailedError as error:
         hint = "run the same command again to go on from the newest checkpoint"
         raise WorkError(
@@ -49,6 +51,20 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     if "error" in outcome:
         raise WorkError(outcome["error"], where=f"pretrain {config.name}")
     return dict(storage.read_json(storage.join(config.out, "result.json")))
+
+
+def _fit(trainer: Any) -> Any:
+    # In the main thread Ray Train takes Ctrl-C for itself and ends the process with 1; so it stays a KeyboardInterrupt of the caller.
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001, raised where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="pretraining", daemon=True).start()
+    return outcome.result()
 
 
 def _scratch() -> str:

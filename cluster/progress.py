@@ -117,8 +117,8 @@ def _describe(row: dict[str, float]) -> str:
     parts += [f"{name} {form.format(row[key])}" for key, name, form in FIELDS if row.get(key) is not None]
     if row.get("health", "healthy") not in ("healthy", "too short"):
         parts.append(str(row["health"]))
-    if "steps" in row and "seconds" in row:
-        parts.append(f"to go {minutes(row['seconds'] / row['step'] * (row['steps'] - row['step']))}")
+    if "steps" in row and "s_per_step" in row and row["step"] > 1:  # the first step pays for the start
+        parts.append(f"to go {minutes(row['s_per_step'] * (row['steps'] - row['step']))}")
     return " | ".join(parts)
 
 

@@ -36,6 +36,7 @@ class Summary:
     champion: str | None
     report: str
     answer: str
+    low: str  # what is under its floor, in words
 
 
 def run(study: Study, progress: Progress | None = None) -> Summary:
@@ -95,7 +96,7 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
 
 def _finish(study: Study, projector: Projector, progress: Progress, **counts: Any) -> Summary:
     from analysis.evidence import gather
-    from analysis.report import report
+    from analysis.report import report, under_floor
 
     ok = not counts["failed"]
     projection, versions, champion, trouble = _registered(study, projector)
@@ -116,6 +117,7 @@ def _finish(study: Study, projector: Projector, progress: Progress, **counts: An
         champion=champion,
         report=path,
         answer=words,
+        low=under_floor(evidence),
     )
 
 

@@ -91,6 +91,8 @@ def pretrain(
                 progress.say(f"{label}: stands already")
             else:
                 began = time.monotonic()
+                if before := storage.listing(storage.join(config.out, "checkpoints")):
+                    progress.say(f"{label}: goes on from step {int(before[-1].removeprefix('step-'))}")
                 try:
                     with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
                         result = pretrain_on_ray(config, study.resources)

@@ -37,9 +37,10 @@ class Meter:
             self._first_end = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """`img_per_s` and `data_wait` (0 to 1) since the last read; `roofline`, the share of it that was reached, where it is known."""
+        """`img_per_s`, `s_per_step` and `data_wait` (0 to 1) since the last read; where it is known `roofline`, the share of it reached."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         row = {"img_per_s": round(self._steps * self.global_batch / elapsed, 2), "data_wait": round(self._wait / elapsed, 4)}
+        row["s_per_step"] = round(elapsed / max(1, self._steps), 5)
         if self.least is not None:
             row["roofline"] = round(self._steps * self.least / elapsed, 4)
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()

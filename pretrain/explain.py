@@ -86,9 +86,9 @@ def explain(recipe: Recipe, architecture: str, *, images: int, channels: int, gp
     kind = methods.method_class(recipe.method)
     if images < recipe.global_batch:
         raise RequestError(
-            f"a global batch of {recipe.global_batch}, and {images} images",
-            where="recipe: global_batch",
-            hint=f"--images {recipe.global_batch}",
+            f"{images} images are fewer than the global batch of {recipe.global_batch}: not one step",
+            where="--images",
+            hint=f"--images {recipe.global_batch} at least, or a smaller global_batch",
         )
     epoch_steps = -(-images // recipe.global_batch) if kind.exact_epochs else images // recipe.global_batch
     steps = recipe.steps(epoch_steps)

@@ -125,7 +125,7 @@ class Order:
             raise RequestError(
                 f"the global batch of {global_batch} is larger than the {self.samples} samples of an epoch",
                 where="global_batch",
-                hint=f"at most {self.samples}, or exact_epoch=true",
+                hint=f"global_batch={self.samples} at most",
             )
         if len(sources) > 1:
             self._quotas = _quotas(self.sources, weights)

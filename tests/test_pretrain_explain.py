@@ -234,7 +234,7 @@ def test_the_share_of_the_roofline_is_the_least_time_over_the_time_taken(monkeyp
     meter = Meter(8, least=0.25)
     meter.tick()
     meter.tick()
-    assert meter.read() == {"img_per_s": 16.0, "data_wait": 0.0, "roofline": 0.5}
+    assert meter.read() == {"img_per_s": 16.0, "s_per_step": 0.5, "data_wait": 0.0, "roofline": 0.5}
 
 
 def test_a_run_knows_its_roofline_on_a_gpu_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:

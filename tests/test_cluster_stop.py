@@ -1,0 +1,52 @@
+"""Ctrl-C in the middle of a pretraining: it ends cleanly, says how to go on, and goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COMMAND = [
+    *(sys.executable, "-m", "cluster", "pretrain", "simclr/smoke", "data.phantom-chest.raw=phantom:300", "architecture=test_resnet"),
+    *("resources.pretrain_workers=1", "settings.max_steps=null", "settings.epochs=400"),
+]
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted = subprocess.Popen(
+        [*COMMAND, f"out={out}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A test runner in the background ignores SIGINT, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    _wait(lambda: any((out / "pretrain").glob("*/checkpoints/*/COMMIT")), interrupted)
+    interrupted.send_signal(signal.SIGINT)
+    said = interrupted.communicate(timeout=60)[0]
+    assert interrupted.returncode == 130, said
+    assert "stopped; the same command goes on from here" in said
+    assert "Traceback" not in said
+    again = subprocess.Popen([*COMMAND, f"out={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        _wait(lambda: "resumed" in "".join(path.read_text() for path in (out / "pretrain").glob("*/metrics.jsonl")), again)
+    finally:
+        again.send_signal(signal.SIGTERM)
+        said = again.communicate(timeout=90)[0]
+    assert "goes on from step" in said
+    rows = [json.loads(line) for path in (out / "pretrain").glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def _wait(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 150
+    while not done():
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"ended with {process.returncode}: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
+        time.sleep(0.3)
