@@ -30,8 +30,11 @@ def show(url: str, sheet: str | None, seed: int) -> None:
     if found.card.labels:
         print()
         table(*_labels(found))
-    for line in quarantine_lines(url):
+    lines = quarantine_lines(url)
+    for line in lines:
         print(line)
+    if lines and not found.card.public:
+        print("  (names of private files are not kept: pack again with this raw folder to see the names)")
     from analysis import contact
 
     place = Path(sheet or f"{found.dataset}-sheet.png").absolute()

@@ -196,7 +196,8 @@ def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft:
     assert "there already" in again.err
 
 
-def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path) -> None:
+def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path, allograft: Allograft) -> None:
+    sheet = str(tmp_path / "sheet.png")
     (tmp_path / "raw").mkdir()
     for n in range(9):
         Image.fromarray(np.full((36, 40), n, np.uint8)).save(tmp_path / "raw" / f"{n}.png")
@@ -213,6 +214,7 @@ def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path) -> None
     assert "1 quarantined" in so_far.line()
     assert "3.png" not in (tmp_path / "shards" / "quarantine.jsonl").read_text()
     assert quarantine_lines(str(tmp_path / "shards"), so_far.quarantined)[1] == "  1 x image is an empty file: 3.png"
+    assert "pack again with this raw folder to see the names" in allograft("inspect", str(tmp_path / "shards"), "--sheet", sheet).out
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
