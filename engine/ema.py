@@ -45,16 +45,20 @@ def largest(network: nn.Module) -> int:
     return max(enumerate(network.parameters()), key=lambda pair: pair[1].numel())[0]
 
 
+BF16_SPACING = 2.0**-8
+
+
 @torch.no_grad()
 def moved(before: Tensor, teacher: nn.Module, student: nn.Module) -> float:
-    """Share of the numbers of the teacher's largest parameter that differ from `before`, among those where the student's do; 1 if none do.
+    """Share of the numbers of the teacher's largest parameter that differ from `before`, among those where the student's do by more than
+    bf16 resolves; 1 where none do.
 
     About 1 in float32; a teacher that is stored in bf16 stands still. All ranks call.
     """
     at = largest(teacher)
     theirs = list(student.parameters())[at]
     with whole([theirs]):
-        apart = theirs.detach().to(before.device) != before
+        apart = (theirs.detach().to(before.device) - before).abs() > BF16_SPACING * before.abs()
     now = list(teacher.parameters())[at].data != before
     return float((now & apart).sum() / apart.sum()) if bool(apart.any()) else 1.0
 

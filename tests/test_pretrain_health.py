@@ -144,8 +144,10 @@ def test_a_teacher_in_float32_moves_and_one_in_bf16_does_not() -> None:
     assert next(teacher.parameters()).dtype == torch.float32
     assert moved(teacher, student) > 0.99
     assert moved(halved, student) < 0.5
-    part = copy.deepcopy(teacher)  # a student most of whose numbers have no gradient
+    part = copy.deepcopy(teacher)  # a student most of whose numbers have no gradient, and decay by less than a step can follow
     with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.mul_(1 + 1e-6)
         next(part.parameters())[:4] += 0.1
     assert moved(teacher, part) == 1
     with pytest.raises(RuntimeError, match="BFloat16"):
