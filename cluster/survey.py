@@ -10,6 +10,7 @@ from shards.columns import MOST_ROWS, TableFacts
 from shards.draft import draft
 from shards.headers import DICOM_TAGS
 from shards.open_points import OPEN
+from shards.splitting import count
 from shards.survey import Group, Survey, survey
 
 SHOWN = 4  # values of a tag or column
@@ -32,6 +33,8 @@ def show(raw: str, out: str | None) -> None:
     for facts in found.tables:
         rows = f"the first {MOST_ROWS:,} rows" if facts.rows == MOST_ROWS else f"{facts.rows:,} rows"
         title = f"{facts.file}: {rows}, {facts.images:,} name an image that is there"
+        if facts.doubled:
+            title += f"; {count(facts.doubled, 'image')} in several rows, which {'agree' if facts.agree else 'differ'}"
         _section(title, _columns(facts), ("column", "filled", "values", "seems to be", "most often"))
     keys = [(key.where, f"{key.patients:,}", f"{key.largest:,}", f"{key.images:,}") for key in found.patients]
     _section("may tell patients apart", keys, ("by", "patients", "images of the largest", "of images"))

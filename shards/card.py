@@ -23,6 +23,7 @@ from base.paths import named
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 Split = Literal["train", "val", "test"]
 Part = Literal["train", "val", "test", "train_val"]  # what official releases call a split; train_val is divided by patient
+OpenPoint = Annotated[str, Field(pattern="^OPEN:")]  # of a draft, see shards.open_points
 FOUND = "found"  # `labels: found`: the classes are those that the raw files name, sorted
 
 
@@ -140,7 +141,7 @@ class Layout(Strict):
     sep: str = Field(",", min_length=1, max_length=1)
     join: list[Join] = Field(default_factory=list)
     keep: dict[str, list[str]] = Field(default_factory=dict)  # column -> values: other rows are left out, and counted
-    repeated: Literal["majority"] | None = None  # several rows of an image are readers' votes; None: an error, but for `rle`
+    repeated: Literal["majority"] | OpenPoint | None = None  # several rows of an image are readers' votes; None: an error, but for `rle`
     image_column: str | None = None
     image_pattern: str | None = None  # group 1 is the part of that column's value that stands in the path
 
@@ -337,7 +338,7 @@ class Card(Strict):
             raise ValueError(f"layout {layout.name}: {sorted(stray)} are not in the card's metadata, labels or mask_classes")
         if self.has_masks and not (layout.masks or layout.mask_column or layout.rle):
             raise ValueError(f"layout {layout.name}: kind {self.kind} needs masks, mask_column or rle")
-        if layout.repeated is not None and self.kind == "multiclass":
+        if layout.repeated == "majority" and self.kind == "multiclass":
             raise ValueError(f"layout {layout.name}: repeated is for labels, not for classes")
         reader = self.reader_of(layout)
         if reader == "csv" and not layout.has_table:

@@ -8,11 +8,11 @@ import csv
 import gzip
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from shards.cells import CELLS
 from shards.splitting import SPLIT_WORDS
@@ -28,6 +28,7 @@ _NAMES: tuple[tuple[Role, str], ...] = (
     ("class", r"label|class|diagnos|\bdx\b|grade|level|finding|category|target"),
 )
 MOST_ROWS = 200_000  # of a table are looked at
+NEAR, SHORTEST = 2, 5  # letters between a word and its slip, and those of the shortest word that is looked at
 MOST_CLASSES = 50  # distinct values of a column beyond which they are not classes
 
 
@@ -43,6 +44,7 @@ class Column:
     words: tuple[str, ...] = ()  # of findings: the names in its cells; of a class: its values
     separator: str = ""
     images: int = 0  # of an image column: how many cells name a file that is there
+    slips: tuple[tuple[str, str], ...] = ()  # of findings or a class: words of one row that are nearly another one, with that
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class TableFacts:
     rows: int
     columns: tuple[Column, ...]
     one_of: bool  # each row has a 1 in exactly one of the label columns: they are classes
+    doubled: int = 0  # images that stand in several rows
+    agree: bool = True  # the rows of each of them are equal
 
     def having(self, role: Role) -> list[Column]:
         """The columns of that role, the best first."""
@@ -108,7 +112,14 @@ def survey_table(path: str, file: str, files: FileNames) -> TableFacts | None:
     columns = tuple(_column(name, [row[name] for row in rows], files) for name in rows[0] if name)
     labels = [column.name for column in columns if column.role == "label"]
     one_of = len(labels) > 1 and all(sum(_value(row[name]) == 1 for name in labels) == 1 for row in rows)
-    return TableFacts(file, separator, len(rows), columns, one_of)
+    image = next((column.name for column in columns if column.role == "image"), None)
+    of_image: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in rows if image is not None else ():
+        if cell := row[str(image)]:
+            of_image[cell].append(row)
+    several = [held for held in of_image.values() if len(held) > 1]
+    agree = all(row == held[0] for held in several for row in held)
+    return TableFacts(file, separator, len(rows), columns, one_of, len(several), agree)
 
 
 def _column(name: str, cells: Sequence[str], files: FileNames) -> Column:
@@ -128,15 +139,40 @@ def _column(name: str, cells: Sequence[str], files: FileNames) -> Column:
     separator = _joins(counts)
     if separator:
         words = Counter(word.strip() for cell, n in counts.items() for word in cell.split(separator) for _ in range(n) if word.strip())
-        return _as(facts, "findings", words=tuple(words), separator=separator)
+        return _as(facts, "findings", words=tuple(words), separator=separator, slips=_slips(words))
     repeated = 2 <= len(counts) <= min(MOST_CLASSES, filled // 2)
     if repeated and (by_name == "class" or not all(_is_number(cell) for cell in counts)):
-        return _as(facts, "class", words=tuple(sorted(counts)))
+        return _as(facts, "class", words=tuple(sorted(counts)), slips=_slips(counts))
     return facts
 
 
-def _as(facts: Column, role: Role, *, words: tuple[str, ...] = (), separator: str = "", images: int = 0) -> Column:
-    return Column(facts.name, facts.filled, facts.distinct, facts.top, role, words, separator, images)
+def _as(facts: Column, role: Role, **found: Any) -> Column:
+    return replace(facts, role=role, **found)
+
+
+def _slips(counts: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+    """Words that occur once and are one or two letters from a commoner one, each with that: slips of a pen, perhaps."""
+    found = []
+    for word in (word for word, n in counts.items() if n == 1 and len(word) >= SHORTEST):
+        near = [other for other, n in counts.items() if n > 1 and _letters_apart(word, other) <= NEAR]
+        # `grade 1` and `grade 2` are no slips of each other.
+        near = [other for other in near if re.sub(r"\d+", "0", other) != re.sub(r"\d+", "0", word)]
+        if near:
+            found.append((word, max(near, key=lambda other: counts[other])))
+    return tuple(found)
+
+
+def _letters_apart(a: str, b: str) -> int:
+    """Letters to put in, take out or change (Levenshtein); any number above NEAR where the lengths say so."""
+    if abs(len(a) - len(b)) > NEAR:
+        return NEAR + 1
+    above = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != other)))
+        above = row
+    return above[-1]
 
 
 def _named(name: str) -> Role:

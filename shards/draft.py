@@ -13,7 +13,7 @@ from typing import Any
 from base.errors import RequestError
 from shards.columns import Column, TableFacts
 from shards.open_points import OPEN
-from shards.splitting import SPLIT_WORDS
+from shards.splitting import SPLIT_WORDS, count
 from shards.survey import PatientKey, Survey
 
 RULES = 8  # of burned_in are drafted, for the commonest files
@@ -92,7 +92,7 @@ def _burned_in(found: Survey, remarks: Remarks) -> Draft:
     more = f" and {len(kinds) - RULES:,} kinds more" if len(kinds) > RULES else ""
     remarks["burned_in"] = (
         f"{sum(kinds.values()):,} of {len(headers):,} headers{more}: {why}. Without a rule they are quarantined: look at some, "
-        f"write into blank what to blacken, [top, left, bottom, right] in pixels, or nothing where clean, and take '{OPEN}' away"
+        f"write into blank what to blacken, [top, left, bottom, right] in pixels, or nothing where clean, and take the word OPEN away"
     )
     rules = [
         {"match": {tag: f"{OPEN} {value}", "Rows": int(rows), "Columns": int(columns)}, "blank": []}
@@ -132,6 +132,11 @@ def _layout(found: Survey, table: TableFacts | None, remarks: Remarks) -> Draft:
         remarks["layout.table"] = f"{table.images:,} of its {table.rows:,} rows name an image that is there"
         if table.separator != ",":
             layout["sep"] = table.separator
+    if table and table.doubled:
+        remarks["layout.repeated"] = f"{count(table.doubled, 'image')} in several rows, which {'agree' if table.agree else 'differ'}"
+        layout["repeated"] = (
+            f"{OPEN} majority, if rows agree or are readers' votes (not of one class an image); else keep one row of each, drop this key"
+        )
     return layout | _split(found, table, remarks)
 
 
@@ -205,19 +210,23 @@ def _packed_labels(found: Survey, remarks: Remarks) -> Draft:
 
 def _findings(column: Column, remarks: Remarks) -> Draft:
     nothing = [word for word in column.words if re.fullmatch(r"no[ _-]?(findings?|abnormality)|normal|none|healthy", word, re.IGNORECASE)]
-    remarks["labels"] = f"check: names joined by '{column.separator}' in the column {column.name}"
+    remarks["labels"] = f"check: names joined by '{column.separator}' in the column {column.name}{_slips(column)}"
     keys: Draft = {"labels": [word for word in column.words if word not in nothing], "findings_column": column.name}
     keys |= {"separator": column.separator} if column.separator != "|" else {}
     return keys | ({"no_finding": nothing} if nothing else {})
 
 
 def _classes(column: Column, remarks: Remarks) -> Draft:
-    remarks["labels"] = f"check: values of the column {column.name}"
+    remarks["labels"] = f"check: values of the column {column.name}{_slips(column)}"
     if not all(word.isdigit() for word in column.words):
         return {"labels": list(column.words), "multiclass": True, "findings_column": column.name}
     names = {word: f"{re.sub(r'[^a-z0-9]+', '-', column.name.lower())}-{word}" for word in column.words}
     remarks["layout.values"] = "check: give the numbers their names"
     return {"labels": list(names.values()), "multiclass": True, "findings_column": column.name, "values": names}
+
+
+def _slips(column: Column) -> str:
+    return "".join(f"; '{word}' 1 row: did you mean '{near}'?" for word, near in column.slips)
 
 
 def _masks(found: Survey, table: TableFacts | None, remarks: Remarks) -> Draft:

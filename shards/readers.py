@@ -26,7 +26,7 @@ from shards.deidentify import Names, keyed, keyed_split
 from shards.phantoms import parse_raw, patient_of
 from shards.rawfiles import files, stamp
 from shards.rows import Row, read_rows
-from shards.splitting import SplitFiles, rule_of, some
+from shards.splitting import SplitFiles, count, rule_of, some
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read(card: Card, raw: str, names: Names, split_files: str | None = None) -> 
     rows, left_out = read_rows(card, raw, there)
     if not rows:
         raise RequestError(f"no image in the layout {layout.name}", where=raw)
-    _refuse_twice(rows, raw)
+    _refuse_twice(card, rows, raw)
     if card.labels_found:
         labels = sorted({label for row in rows for label in row.labels})
         if len(labels) < 2:
@@ -101,7 +101,7 @@ def read(card: Card, raw: str, names: Names, split_files: str | None = None) -> 
         rows = [row for row in rows if row.part is not None]
     rows.sort(key=lambda row: row.file)
     if not any((row.inside.container if row.inside else row.file) in there for row in rows):
-        raise RequestError(f"none of the {len(rows)} images that the table names is there, for instance {rows[0].file}", where=raw)
+        raise RequestError(f"none of the {count(len(rows), 'image')} that the table names is there, for instance {rows[0].file}", where=raw)
     records = [_record(card, raw, names, there, row) for row in rows]
     _refuse_shared_patients(rows, records, raw)
     _refuse_empty(card, records, raw)
@@ -172,11 +172,23 @@ def _recognise(card: Card, raw: str) -> Layout:
     raise RequestError(f"no layout that the card {card.dataset} knows", where=raw, hint="; ".join(missing))
 
 
-def _refuse_twice(rows: list[Row], where: str) -> None:
+def _refuse_twice(card: Card, rows: list[Row], where: str) -> None:
     times = Counter(row.file for row in rows)
     twice = [file for file, n in times.items() if n > 1]
     if twice:
-        raise RequestError(f"{len(twice)} images: each stands in several rows: {some(twice)}", where=where)
+        said: dict[str, list[object]] = defaultdict(list)
+        for row in rows:
+            if times[row.file] > 1:
+                said[row.file].append((row.labels, row.identity, row.study, row.part, row.meta, row.masks))
+        agree = all(one == of[0] for of in said.values() for one in of)
+        told = "the rows agree" if agree else "the rows differ"
+        if card.kind == "multiclass" or card.layouts[0].split_tables:  # `repeated` joins neither classes nor rows of several tables
+            hint = f"{told}: keep one of each image"
+        elif agree:
+            hint = f"{told}: write `repeated: majority` into the card's layout, which makes them one"
+        else:
+            hint = f"{told}: keep the right one, or, if they are readers' votes, write `repeated: majority` into the card's layout"
+        raise RequestError(f"{count(len(twice), 'image')} in several rows: {some(twice)}", where=where, hint=hint)
 
 
 def _refuse_shared_patients(rows: list[Row], records: list[Record], raw: str) -> None:
@@ -187,7 +199,7 @@ def _refuse_shared_patients(rows: list[Row], records: list[Record], raw: str) ->
     if shared:
         example = " and ".join(sorted(splits[min(shared)], key=SPLITS.index))
         raise RequestError(
-            f"{len(shared)} patients are in more than one split ({example}): {some(shared)}",
+            f"{count(len(shared), 'patient')} in more than one split ({example}): {some(shared)}",
             where=raw,
             hint="give all images of a patient the same split, or drop the split from the card: then patients are split by their hash",
         )
@@ -201,5 +213,7 @@ def _refuse_empty(card: Card, records: list[Record], where: str) -> None:
     for split in SPLITS:
         if (shares[split] or split in official) and split not in there:
             raise RequestError(
-                f"no image in split '{split}' ({len(records)} images in all)", where=where, hint="more images, or another split rule"
+                f"no image in split '{split}' ({count(len(records), 'image')} in all)",
+                where=where,
+                hint="more images, or another split rule",
             )

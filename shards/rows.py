@@ -22,7 +22,7 @@ from shards.card import Card, Layout, Part
 from shards.containers import Inside
 from shards.deidentify import clean_metadata
 from shards.rawfiles import Finder, bare, files, inside, stamp, stem
-from shards.splitting import official, part_of, some
+from shards.splitting import count, official, part_of, some
 from shards.tables import Table
 
 
@@ -179,7 +179,7 @@ def _by_list(layout: Layout, raw: str, rows: list[Row]) -> list[Row]:
         if row.part is None:
             unlisted.append(row.said)
     if unlisted:
-        raise RequestError(f"{len(unlisted)} images are in none of the official lists: {some(unlisted)}", where=raw)
+        raise RequestError(f"{count(len(unlisted), 'image')} in none of the official lists: {some(unlisted)}", where=raw)
     return rows
 
 

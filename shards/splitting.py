@@ -30,6 +30,11 @@ SPLIT_WORDS: dict[str, Split] = {
 SHOWN = 5  # of the offenders an error lists
 
 
+def count(n: int, one: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{n:,} {one}" + ("" if n == 1 else "s")
+
+
 def some(items: Iterable[str]) -> str:
     """The first few of those names, and how many more there are."""
     listed = sorted(set(items))
@@ -112,7 +117,7 @@ class SplitFiles:
         of_name: dict[str, Split] = {}
         twice = [name for name, split in pairs if of_name.setdefault(name, split) != split]
         if twice:
-            raise RequestError(f"{len(twice)} images are in two splits: {some(twice)}", where=url)
+            raise RequestError(f"{count(len(twice), 'image')} in two splits: {some(twice)}", where=url)
         return cls(url, of_name)
 
     @property

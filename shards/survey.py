@@ -87,10 +87,12 @@ def survey(raw: str) -> Survey:
     """Look at a local folder.
 
     Raises:
-        RequestError: no such folder, or no file in it.
+        RequestError: no such folder, a file instead of one, or no file in it.
     """
     if is_url(raw):
         raise RequestError("a URL; survey looks at local folders only", where=raw, hint="copy some of its folders here, tables included")
+    if os.path.isfile(raw):
+        raise RequestError("this is a file; survey takes the folder in which images and tables lie", where=raw)
     if not os.path.isdir(raw):
         raise RequestError("no such folder", where=raw)
     sizes = dict(_walk(raw))

@@ -129,7 +129,7 @@ def test_one_table_a_split(raw: Path) -> None:
     assert {record.split for record in found.records} == {"train", "val", "test"}
     assert found.split_rule == "official tables a.csv, b.csv; validation from the training patients by keyed hash, 0.5"
     write(raw, "b.csv", "\n".join(["image,edema,mass", *ROWS[8:]]))
-    with pytest.raises(RequestError, match=r"1 images: each stands in several rows: images/8.png"):
+    with pytest.raises(RequestError, match=r"1 image in several rows: images/8.png \(the rows differ: keep one"):
         find(card(tables), raw)
 
 
@@ -139,7 +139,12 @@ def test_votes(raw: Path) -> None:
     found = labels(find(card(layout(repeated="majority")), raw))
     assert found["images/0.png"] == {"edema": 1, "mass": -1}  # one of two is no majority
     assert found["images/1.png"] == {"edema": -1, "mass": -1}
-    with pytest.raises(RequestError, match="2 images: each stands in several rows"):
+    agreeing = "\n".join(["image,edema,mass", *(f"images/{n % 12}.png,1,0" for n in range(13))])
+    write(raw, "t.csv", agreeing)
+    with pytest.raises(RequestError, match=r"1 image in several rows: .*the rows agree: write `repeated: majority`"):
+        find(card(), raw)
+    write(raw, "t.csv", "\n".join(["image,edema,mass", *(f"images/{n}.png,{edema},{mass}" for n, edema, mass in votes)]))
+    with pytest.raises(RequestError, match=r"2 images in several rows: .* rows differ: .*`repeated: majority`"):
         find(card(), raw)
 
 
@@ -222,7 +227,7 @@ def test_split_files_as_a_table(raw: Path, tmp_path: Path) -> None:
     ("of", "says"),
     [
         ({"train": ["0"], "val": ["1"]}, "test.txt not there"),
-        ({"train": ["0"], "val": ["1"], "test": ["0"]}, "1 images are in two splits: 0"),
+        ({"train": ["0"], "val": ["1"], "test": ["0"]}, "1 image in two splits: 0"),
         ({"train": ["0"], "val": [], "test": ["2"]}, "val.txt: the list is empty"),
         ({"train": ["0"], "val": ["1"], "test": ["99"]}, "1 of the 3 listed images are not there: 99"),
         ({"train": ["0"], "test": ["2"]}, "no image in split 'val'"),
@@ -253,7 +258,7 @@ def test_official_lists_of_images_patients_or_a_columns_values(raw: Path, by: st
     splits = {record.file: record.split for record in found.records}
     assert [splits[f"images/{n}.png"] for n in range(12)] == ["train"] * 6 + ["val"] * 2 + ["test"] * 4
     write(raw, "test.txt", names[11])
-    with pytest.raises(RequestError, match=r"(3|2) images are in none of the official lists"):
+    with pytest.raises(RequestError, match=r"(3|2) images in none of the official lists"):
         find(card(layout(split_lists=split_lists, split_lists_by=by, patient_column="who")), raw)
 
 

@@ -102,8 +102,8 @@ def test_missing_column_names_file_column_and_nearest(tmp_path: Path) -> None:
         ({"edema": "maybe"}, "'maybe' is not a label"),
         ({"split": "tset"}, "'tset' is not a split"),
         ({"patient": ""}, "no patient"),
-        ({"patient": "p0", "split": "test"}, "1 patients are in more than one split (train and test): p0"),
-        ({"image": "images/0.png"}, "1 images: each stands in several rows: images/0.png"),
+        ({"patient": "p0", "split": "test"}, "1 patient in more than one split (train and test): p0"),
+        ({"image": "images/0.png"}, "1 image in several rows: images/0.png (the rows differ: keep the right one, or"),
         ({"split": "train"}, "no image in split 'test'"),
     ],
 )

@@ -265,12 +265,32 @@ def test_captures_and_ultrasound_open_a_point_for_their_rule(tmp_path: Path) -> 
     assert pack(card, str(tmp_path / "raw"), str(tmp_path / "b"), secret=b"s").quarantined == 0
 
 
+def test_doubled_rows_and_slips_of_a_pen_are_pointed_out(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    with_findings(raw)
+    lines = (raw / "entries.csv").read_text().splitlines()
+    lines[3] = lines[3].replace("Mass", "Masss|Noduel")
+    (raw / "entries.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    found = survey(str(raw))
+    assert (found.tables[0].doubled, found.tables[0].agree) == (1, True)
+    text = draft(found)
+    assert "'Noduel' 1 row: did you mean 'Nodule'?" in text
+    assert "'Masss' 1 row: did you mean 'Mass'?" in text
+    assert "1 images" not in text
+    (tmp_path / "draft.yaml").write_text(text)
+    assert "layouts.0.repeated" in open_points(load_card(str(tmp_path / "draft.yaml")))
+    (tmp_path / "card.yaml").write_text(re.sub(r"repeated: '.*'", "repeated: majority", text).replace("OPEN:", "settled:"))
+    assert len(plan(load_card(str(tmp_path / "card.yaml")), str(raw), b"secret")) == 3
+
+
 def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds no file"):
         survey(str(tmp_path))
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(RequestError, match="no image among"):
         draft(survey(str(tmp_path)))
+    with pytest.raises(RequestError, match="this is a file; survey takes the folder"):
+        survey(str(tmp_path / "notes.txt"))
     with pytest.raises(RequestError, match="no such folder"):
         survey(str(tmp_path / "absent"))
 
