@@ -8,8 +8,10 @@ from typing import Any
 from base import storage
 from cluster.screen import Rows, table
 from shards.card import SPLITS
+from shards.copies import count as count_copies
 from shards.manifest import Manifest, read
 from shards.pack import QUARANTINE, by_reason, same_kind
+from shards.splitting import OWN, count
 
 LABELS = 40  # labels whose counts are printed
 REASONS = 6  # kinds of reasons that are listed; the file has them all
@@ -30,6 +32,9 @@ def show(url: str, sheet: str | None, seed: int) -> None:
     if found.card.labels:
         print()
         table(*_labels(found))
+    told = [line for line in (left_out(found), copies(url, found)) if line]
+    if told:
+        print("", *told, sep="\n")
     lines = quarantine_lines(url)
     for line in lines:
         print(line)
@@ -47,7 +52,6 @@ def _facts(found: Manifest, url: str) -> list[tuple[str, str]]:
     card = found.card
     counted = f"{sum(found.counts.values()):,} images"
     counted += f", a subset of {found.of:,}" if found.of else ""
-    counted += f", {found.left_out:,} left out by the card's rules or the split files" if found.left_out else ""
     labels = f"{len(card.labels)} labels" if card.labels else "no labels"
     stored = f"{card.channels} channels of {card.depth} bits" + (f", at most {card.max_side} px" if card.max_side else "")
     stored += f", windows {', '.join(f'{centre:g}/{width:g}' for centre, width in card.windows)}" if card.windows else ""
@@ -92,6 +96,28 @@ def _labels(found: Manifest) -> tuple[Rows, Sequence[str]]:
     if len(found.card.labels) > LABELS:
         rows.append((f"and {len(found.card.labels) - LABELS:,} others", *("" for _ in splits)))
     return rows, ("positive", *splits)
+
+
+def left_out(found: Manifest) -> str:
+    """How many images the plan left out, and why; nothing where it took all."""
+    if not found.left_out:
+        return ""
+    layout = found.card.layouts[0]
+    rules = [
+        "no row of the table names them" if layout.has_table else "",
+        "the card's `keep` drops their rows" if layout.keep else "",
+        "the split files do not name them" if found.split_rule.startswith(OWN) else "",
+    ]
+    why = " or ".join(rule for rule in rules if rule)
+    return f"{count(found.left_out, 'image')} left out: {why or 'by a rule of the card'}"
+
+
+def copies(url: str, found: Manifest) -> str:
+    """How many packed images are exact copies of others; nothing where none is. Raises WorkError where an index is missing or damaged."""
+    of = count_copies(url, found)
+    across = f", {of.across:,} of them of another patient's (the same person twice, or a wrong patient key)" if of.across else ""
+    what = "is an exact copy of another" if of.images == 1 else "are exact copies of others"
+    return f"{of.images:,} of {count(sum(found.counts.values()), 'image')} {what}{across}" if of.images else ""
 
 
 def quarantine_lines(url: str, files: Mapping[str, str] | None = None) -> list[str]:

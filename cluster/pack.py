@@ -82,7 +82,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
         changes: keys of the card that are to be others than it says (max_side, depth).
         split_files: folder or CSV that replaces the card's rule of splitting.
     """
-    from cluster.inspect import quarantine_lines
+    from cluster.inspect import copies, left_out, quarantine_lines
     from cluster.session import session
 
     card = load_card(name)
@@ -102,8 +102,9 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
     progress.say(f"split by {manifest.split_rule}")
     progress.say(packing.summary())
-    for line in quarantine_lines(url, packing.quarantined):
-        progress.say(line)
+    for line in (left_out(manifest), copies(url, manifest), *quarantine_lines(url, packing.quarantined)):
+        if line:
+            progress.say(line)
     progress.say(f"look at it: allograft inspect {out}")
 
 

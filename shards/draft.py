@@ -92,7 +92,7 @@ def _burned_in(found: Survey, remarks: Remarks) -> Draft:
     more = f" and {len(kinds) - RULES:,} kinds more" if len(kinds) > RULES else ""
     remarks["burned_in"] = (
         f"{sum(kinds.values()):,} of {len(headers):,} headers{more}: {why}. Without a rule they are quarantined: look at some, "
-        f"write into blank what to blacken, [top, left, bottom, right] in pixels, or nothing where clean, and take the word OPEN away"
+        "write into blank what to blacken, [top, left, bottom, right] in pixels, or nothing where clean, and take the word OPEN away"
     )
     rules = [
         {"match": {tag: f"{OPEN} {value}", "Rows": int(rows), "Columns": int(columns)}, "blank": []}

@@ -27,6 +27,7 @@ SPLIT_WORDS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+OWN = "split files of the user's own"  # how the rule of such a split begins
 SHOWN = 5  # of the offenders an error lists
 
 
@@ -125,7 +126,7 @@ class SplitFiles:
         """What the manifest says: never where the files lie, which may be anywhere."""
         listed = list(self.of_name.values())
         counts = ", ".join(f"{split} {listed.count(split)}" for split in SPLITS if split in listed)
-        return f"split files of the user's own ({counts}; {digest(self.of_name)[:12]})"
+        return f"{OWN} ({counts}; {digest(self.of_name)[:12]})"
 
     def find(self, file: str, said: str) -> Split | None:
         """The split of an image, listed by its path, by what the table calls it, or by its name; None where it is not listed."""

@@ -217,6 +217,23 @@ def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path, allogra
     assert "pack again with this raw folder to see the names" in allograft("inspect", str(tmp_path / "shards"), "--sheet", sheet).out
 
 
+def test_copies_and_files_that_no_row_names_are_counted(tmp_path: Path, allograft: Allograft) -> None:
+    raw, sheet = tmp_path / "raw", str(tmp_path / "sheet.png")
+    raw.mkdir()
+    for n in range(9):  # 0 and 1 are of one patient, 2 and 4 of two
+        Image.fromarray(np.full((36, 40), {1: 0, 4: 2}.get(n, n), np.uint8)).save(raw / f"{n}.png")
+    (raw / "t.csv").write_text("\n".join(["image,patient", *(f"{n}.png,p{n // 2}" for n in range(7))]))
+    layout = {"name": "one", "requires": ["t.csv"], "table": "t.csv", "images": ["*.png"], "image_column": "image"}
+    held = {"schema": 2, "dataset": "ward", "title": "t", "reader": "csv", "kind": "unlabelled", "public": True}
+    held |= {"layouts": [layout | {"patient_column": "patient"}], "split": {"val": 0, "test": 0}}
+    card = parse({**held, "licence": "l", "access": "a", "citation": "c"}, Card, "card")
+    pack(card, str(raw), str(tmp_path / "shards"))
+    out = allograft("inspect", str(tmp_path / "shards"), "--sheet", sheet).out
+    assert "2 images left out: no row of the table names them\n" in out
+    assert "2 of 7 images are exact copies of others, 1 of them of another patient's" in out
+    assert "card's rules" not in out
+
+
 @pytest.mark.parametrize("out", ["file", "file/below"])
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, allograft: Allograft, out: str) -> None:
     (tmp_path / "file").write_text("x")
