@@ -115,7 +115,7 @@ def left_out(found: Manifest) -> str:
 def copies(url: str, found: Manifest) -> str:
     """How many packed images are exact copies of others; nothing where none is. Raises WorkError where an index is missing or damaged."""
     of = count_copies(url, found)
-    across = f", {of.across:,} of them of another patient's (the same person twice, or a wrong patient key)" if of.across else ""
+    across = f", {of.across:,} across patients (one person under two names, or a wrong patient key)" if of.across else ""
     what = "is an exact copy of another" if of.images == 1 else "are exact copies of others"
     return f"{of.images:,} of {count(sum(found.counts.values()), 'image')} {what}{across}" if of.images else ""
 
