@@ -10,9 +10,12 @@ import yaml
 from base import storage
 from base.errors import RequestError
 from base.paths import ROOT
+from cluster import stages
+from cluster.events import Events
 from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.pack import check_place
+from cluster.progress import Progress
 from cluster.single import finetune_study, pretrain_study
 from cluster.study import Study
 from shards.card import load_card
@@ -131,6 +134,15 @@ def test_shards_are_not_written_over_anything_else(tmp_path: Path) -> None:
     storage.put(str(other / "phantom-fundus-train-00000.tar"), "x")
     with pytest.raises(RequestError, match="not shards of phantom-chest"):
         check_place(card, str(other))
+
+
+def test_no_dataset_of_a_study_is_packed_where_one_stands_with_another_secret(tmp_path: Path) -> None:
+    data = {"phantom-fundus": {"raw": "phantom:60"}, "phantom-chest": {"raw": "phantom:60"}}
+    study = load_study(written(tmp_path, data=data, out=str(tmp_path / "out")))
+    storage.put(str(tmp_path / "out" / "shards" / "phantom-chest" / "manifest.json"), '{"secret_fingerprint": "0123456789ab"}')
+    with pytest.raises(RequestError, match=r"shards/phantom-chest/manifest.json: .* another secret: 0123456789ab, .* public cards"):
+        stages.pack(study, Progress(), Events(study.out))
+    assert [path.name for path in (tmp_path / "out" / "shards").iterdir()] == ["phantom-chest"]
 
 
 def test_one_pretraining_and_one_cell_are_studies() -> None:
