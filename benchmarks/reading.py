@@ -7,8 +7,8 @@ One process, one thread, shards in the page cache; 512 px grey JPEGs of about 45
     webdataset       WebDataset over tars of the same samples as its ShardWriter writes them: image and metadata of each as bytes, one
                      shard after the other
     ... our tars     the same over our tars, whose headers are plain ustar: half as many to parse
-    raw              index and one pread of the same bytes, in random order
-    checked          Corpus.stored in random order, as our loader reads: the same, and both checksums compared
+    raw              index and the same bytes, in random order, each touched once by a CRC-32: a mapped file costs nothing before
+    checked          Corpus.stored in random order, as our loader reads: image and metadata with a checksum each, compared
     jpeg, 2 views    Corpus.read (read, check, decode) and two views of 224 px, as a pretraining worker does
     decoded, 2 views the same views of an image from the decoded cache (shards.decoded at 512 px)
     jpeg             Corpus.read alone: the limit that decoding sets
@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import webdataset
 import xrays
+from isal import isal_zlib
 
 from shards.loader import Corpus, ViewsConfig, decode_all
 from shards.shardfile import opened
@@ -49,15 +50,15 @@ def stock(folder: Path, corpus: Corpus) -> Path:
     return folder
 
 
-def raw(corpus: Corpus) -> Callable[[int], bytes]:
-    """Sample -> the bytes of its image and metadata."""
+def raw(corpus: Corpus) -> Callable[[int], int]:
+    """Sample -> CRC-32 of the bytes of its image and metadata."""
     starts = corpus.starts.tolist()
 
-    def read(i: int) -> bytes:
+    def read(i: int) -> int:
         number = bisect_right(starts, i) - 1
         shard = opened(corpus.shards[number], corpus.url, None)
         row = shard.row(i - starts[number])
-        return shard.read(row.image_off, row.json_off + row.json_len - row.image_off)
+        return isal_zlib.crc32(shard.read(row.image_off, row.json_off + row.json_len - row.image_off))
 
     return read
 

@@ -104,7 +104,7 @@ class Corpus:
         return Sample(i, pixels, mask, side.get("labels", {}), row.patient.rstrip(b"\0").decode(), side.get("meta", {}), key)
 
     def stored(self, i: int, *, image: bool = True, seg: bool = True, text: bool = True) -> tuple[Row, dict[str, memoryview]]:
-        """The index row of sample i and its parts `image`, `json` and `seg` as they are stored, by one pread: they lie side by side.
+        """The index row of sample i and its parts `image`, `json` and `seg` as they are stored, without a copy: they lie in the page cache.
 
         A part whose checksum differs is read again from a fresh copy of its shard, where there is one to fetch.
         """

@@ -4,7 +4,7 @@
     row = shard.row(17)
     jpeg = shard.read(row.image_off, row.image_len)
 
-The index is mapped, never loaded: a loader over ten million samples holds only the pages it reads from.
+Index and tar are mapped, never loaded: a loader over ten million samples holds only the pages it reads from, and no sample is copied.
 """
 
 import hashlib
@@ -49,17 +49,13 @@ assert Row._fields == INDEX_DTYPE.names
 
 
 class ShardFile:
-    """One shard: its index, and its tar, which is opened when first read. Raises WorkError where one is missing or not the manifest's."""
+    """One shard: its index, and its tar, which is mapped when first read. Raises WorkError where one is missing or not the manifest's."""
 
     def __init__(self, entry: ShardEntry, url: str, cache_dir: str | None) -> None:
         self._entry, self._url, self._cache_dir = entry, url, cache_dir
-        self._file = self._images = -1
+        self._tar: _Mapped | None = None
+        self._images: _Mapped | None = None
         self._index, self._first = _map_index(entry, storage.join(url, f"{entry.name}.idx"), cache_dir)
-
-    def __del__(self) -> None:
-        for file in (self._file, self._images):
-            if file >= 0:
-                os.close(file)
 
     def row(self, n: int) -> Row:
         """Row n: some ten times as fast as an element of a structured array. Short names end in zeros."""
@@ -70,31 +66,44 @@ class ShardFile:
         return np.frombuffer(self._index, INDEX_DTYPE, offset=self._first)
 
     def parts(self, spans: Sequence[tuple[str, int, int, int]]) -> dict[str, memoryview]:
-        """The named parts (name, offset, length, checksum) by one pread, for they lie side by side; an image elsewhere by another."""
+        """The named parts (name, offset, length, checksum), without a copy; they lie side by side, an image elsewhere by itself."""
         parts: dict[str, memoryview] = {}
-        if self._entry.images is not None and spans[0][0] == "image":
-            parts["image"] = memoryview(self._read_elsewhere(self._entry.images, *spans[0][1:3]))
-            spans = spans[1:]
-        if spans:
-            start, end = spans[0][1], 0
-            for _, offset, length, _ in spans:  # plain loops: this runs for each sample, and generators cost as much as the read
-                start, end = min(start, offset), max(end, offset + length)
-            data = memoryview(self.read(start, end - start))
-            for name, offset, length, _ in spans:
-                parts[name] = data[offset - start : offset - start + length]
+        for name, offset, length, _ in spans:
+            if name == "image" and self._entry.images is not None:
+                parts[name] = self._elsewhere(self._entry.images, offset, length)
+            else:
+                parts[name] = self.read(offset, length)
         return parts
 
-    def _read_elsewhere(self, images: Elsewhere, offset: int, length: int) -> bytes:
-        if self._images < 0:
-            self._images = _open(images.url, images.sha256, images.bytes, self._cache_dir)
-        return os.pread(self._images, length, offset)
+    def _elsewhere(self, images: Elsewhere, offset: int, length: int) -> memoryview:
+        if self._images is None:
+            self._images = _Mapped(images.url, _open(images.url, images.sha256, images.bytes, self._cache_dir))
+        return self._images.read(offset, length)
 
-    def read(self, offset: int, length: int) -> bytes:
-        """That part of the tar; fewer bytes only at its end."""
-        if self._file < 0:
+    def read(self, offset: int, length: int) -> memoryview:
+        """That part of the tar, which stays in the page cache; shorter only at the tar's end. Raises WorkError where the tar was cut."""
+        if self._tar is None:
             url = storage.join(self._url, f"{self._entry.name}.tar")
-            self._file = _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir)
-        return os.pread(self._file, length, offset)
+            self._tar = _Mapped(url, _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir))
+        return self._tar.read(offset, length)
+
+
+class _Mapped:
+    """A file in the address space: a read costs no system call and no copy. Takes the descriptor."""
+
+    def __init__(self, url: str, file: int) -> None:
+        self._url = url
+        try:
+            self._map = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+        self._view, self._bytes = memoryview(self._map), len(self._map)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        # A page that a shorter file has lost ends the process by a signal, and nobody would know which file it was.
+        if self._map.size() < self._bytes:
+            raise WorkError(f"the file was cut from {self._bytes} to {self._map.size()} bytes while it was in use", where=self._url)
+        return self._view[offset : offset + length]
 
 
 def _open(url: str, sha256: str, size: int | None, cache_dir: str | None) -> int:
@@ -162,5 +171,5 @@ def forget() -> None:
 
 @cached
 def _most_open() -> int:
-    """Each takes two descriptors (a mapping keeps one of its own); half of them are left to others. 16 lanes walk 128 shards."""
+    """Each takes two descriptors (every mapping keeps one of its own); half of them are left to others. 16 lanes walk 128 shards."""
     return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 1024)

@@ -324,6 +324,16 @@ def test_a_cut_shard_and_the_index_of_another_are_refused(tmp_path: Path) -> Non
         Corpus(url)[7]
 
 
+def test_a_shard_that_is_cut_while_it_is_in_use_is_named(tmp_path: Path) -> None:
+    """A page that a mapped file has lost would end the process by a signal."""
+    corpus = Corpus(write(tmp_path, (5,)))
+    assert corpus[2].image.size
+    tar = tmp_path / "tiny-train-00000.tar"
+    os.truncate(tar, 512)
+    with pytest.raises(WorkError, match=r"tiny-train-00000\.tar: the file was cut from \d+ to 512 bytes while it was in use"):
+        Corpus.read(corpus, 3)
+
+
 def test_a_damaged_sample_is_replaced_by_the_next_of_its_lane(tmp_path: Path) -> None:
     url = write(tmp_path / "shards", (40, 33, 27))
     whole = list(itertools.islice(TrainLoader([Corpus(url)], None, TWO, 20, seed=1).batches(0), 10))
