@@ -25,9 +25,14 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
 # glibc hands every large tensor's pages back to the kernel and faults them in again at the next step; kept, a small network trains nearly
-# twice as fast on a CPU (docs/log.md).
+# twice as fast on a CPU (docs/log.md). Ray Train trains in a thread, whose own arena would not keep them: one arena for all.
 # One thread by default: a worker sets its own number, and two pools of threads on the same cores only fight.
-WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+WORKER_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_ARENA_MAX": "1",
+}
 # What the driver's environment says about storage holds on every worker. The secret is the driver's alone: names are hashed while planning.
 FORWARDED = (
     "AWS_ENDPOINT_URL",
