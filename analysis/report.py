@@ -106,27 +106,28 @@ def best_on_validation(evidence: Evidence) -> str:
     return f"Best on validation ({task}, {unit}): <b>{esc(source)}</b>, {esc(strategy)}, {num(mean)} over {n} seed{'s' if n > 1 else ''}."
 
 
-def under_floor(evidence: Evidence) -> str:
+def under_floor(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
     """What must be known before any number is believed, in words; empty where nothing is under its floor."""
-    below, known = tables.under_floor(evidence, floors(evidence)[0])
-    return (
-        f"{below} of {known} results are under their floor: pixels or a mean mask do better, so nothing was learned there" if below else ""
-    )
+    below, known = tables.under_floor(evidence, held)
+    if not below:
+        return ""
+    return f"{below} of {known} results are under their floor: pixels or a mean mask do better, so nothing was learned there"
 
 
-def _tiles(evidence: Evidence, low: str) -> str:
+def _tiles(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
     sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", "too short", None)]
     unfinished = [run.name for run in evidence.pretrainings if not run.result]
     state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + (f", {len(sick)} not healthy" if sick else "")
     spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
     spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
+    below, known = tables.under_floor(evidence, held)
     shown = [
         ("cells", f"{len(evidence.cells)} of {evidence.asked}", "bad" if evidence.failed else ""),
         ("encoders", str(len(evidence.sources())), ""),
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
         ("pretrainings", state, "bad" if sick else ""),
-        *([("under their floor", " ".join(low.split()[:3]), "bad")] if low else []),
+        *([("under their floor", f"{below} of {known}", "bad")] if below else []),
         ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
     ]
     return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)
@@ -165,7 +166,6 @@ METHOD = (
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
     held, notes = floors(evidence)
-    low = under_floor(evidence)
     lead = best_on_validation(evidence)
     tasks = list(dict.fromkeys(c.task for c in evidence.cells))
     pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
@@ -202,9 +202,9 @@ def page(evidence: Evidence) -> str:
         title=esc(name),
         answer=esc(evidence.answer()),
         state=f'<p class="banner">{esc(state)}</p>' if state else "",
-        headline=_headline(evidence, low),
+        headline=_headline(evidence, under_floor(evidence, held)),
         scope=esc(_scope(evidence)),
-        tiles=_tiles(evidence, low),
+        tiles=_tiles(evidence, held),
         nav=nav,
         main=main,
     )

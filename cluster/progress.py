@@ -11,6 +11,7 @@ from base.errors import WorkError
 
 QUIET_S = 15.0
 POLL_S = 2.0
+NEWEST_LINES = 16  # read at each look: a long run has thousands
 
 
 class Progress:
@@ -86,7 +87,7 @@ def _newest(url: str) -> dict[str, float] | None:
     except (OSError, WorkError):
         return None
     newest: dict[str, float] | None = None
-    for line in reversed(lines):
+    for line in reversed(lines[-NEWEST_LINES:]):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -98,7 +99,7 @@ def _newest(url: str) -> dict[str, float] | None:
     return newest
 
 
-SELDOM = "knn_auroc"
+SELDOM = "knn_auroc"  # every fifth logged step, where there are labels
 
 
 FIELDS = (

@@ -96,7 +96,7 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
 
 def _finish(study: Study, projector: Projector, progress: Progress, **counts: Any) -> Summary:
     from analysis.evidence import gather
-    from analysis.report import report, under_floor
+    from analysis.report import floors, report, under_floor
 
     ok = not counts["failed"]
     projection, versions, champion, trouble = _registered(study, projector)
@@ -117,7 +117,7 @@ def _finish(study: Study, projector: Projector, progress: Progress, **counts: An
         champion=champion,
         report=path,
         answer=words,
-        low=under_floor(evidence),
+        low=under_floor(evidence, floors(evidence)[0]),
     )
 
 
