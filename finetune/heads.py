@@ -1,7 +1,7 @@
-"""Heads, and the network that a strategy makes: encoder, features, head.
+"""Heads: what makes a task's logits of an encoder's features.
 
-    network = Network(encoder, PooledHead(encoder.num_features, 14), pyramid=False, frozen=False)
-    logits = network(x_u8_BCHW)                  # == network.head(network.embed(x)): embed can be cached when the encoder is frozen
+    logits_BL = PooledHead(encoder.num_features, 14)([z_BD], size)
+    logits_BHW = UnetHead(encoder.pyramid_channels, encoder.in_chans)(maps, size)
 
 Decoders are those of segmentation-models-pytorch, fed the maps that our own encoder gives. Its `Unet("tu-...")` is not used: it wraps the
 timm network in a feature extractor with other key names, under which transplanted weights are not found.
@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from encoders.build import Encoder
 
 HEAD_STD = 0.01  # of a classification head's weights at the start; the bias starts at 0 (the transfer benchmark's choice)
 DECODER_CHANNELS = (256, 128, 64, 32, 16)  # segmentation-models-pytorch's default U-Net
@@ -111,31 +109,3 @@ class UnetHead(nn.Module):
 
 
 Head = PooledHead | PyramidHead | UnetHead
-
-
-class Network(nn.Module):
-    """What is trained: `forward(x) == head(embed(x), x's size)`. A frozen encoder stays in evaluation mode whatever `train()` says."""
-
-    def __init__(self, encoder: Encoder, head: Head, *, pyramid: bool, frozen: bool) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, head
-        self.pyramid, self.frozen = pyramid, frozen
-        if frozen:
-            encoder.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Network":
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()  # else batch-norm statistics drift while nothing seems to train
-        return self
-
-    def embed(self, x: Tensor) -> list[Tensor]:
-        """x: u8 BCHW -> what the head reads: pooled features, or the maps at the cut points."""
-        if self.frozen:
-            with torch.no_grad():
-                return self.encoder.pyramid(x) if self.pyramid else [self.encoder(x)]
-        return self.encoder.pyramid(x) if self.pyramid else [self.encoder(x)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x), (x.shape[-2], x.shape[-1]))

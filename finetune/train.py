@@ -25,8 +25,9 @@ from engine.context import Context
 from engine.schedules import factor
 from finetune import data, predict
 from finetune.cell import CellConfig, Selection
-from finetune.heads import Network, PooledHead, PyramidHead
+from finetune.heads import PooledHead, PyramidHead
 from finetune.losses import loss_of
+from finetune.network import Network
 from finetune.transplant import Transplant
 
 CACHE_BYTES = 2 << 30  # features above this are computed again for each batch instead of kept

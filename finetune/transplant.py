@@ -7,8 +7,9 @@ A strategy is one file: `Config` (its options, strict) and `transplant`. Groups 
 that a learning rate meant for the encoder cannot land on a wrapper's only child.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from torch import nn
 from base.config import Strict
 from encoders.build import Encoder, build
 from encoders.weights import Loaded, State, load_into, sha256_of
-from finetune.heads import Head, Network, PooledHead, PyramidHead, UnetHead
+from finetune.heads import Head, PooledHead, PyramidHead, UnetHead
+from finetune.network import Network
 from finetune.task import Task
 
 
@@ -32,22 +34,35 @@ class EncoderSpec(Strict):
 
 @dataclass
 class Group:
-    """Parameters that train alike: `lr_scale` times the recipe's rate, with or without its weight decay."""
+    """Parameters that train alike: `lr_scale` times the recipe's rate, with or without its weight decay.
+
+    start: the share of the epochs after which they begin to train; until then they are frozen.
+    """
 
     name: str
     params: list[nn.Parameter]
     lr_scale: float = 1.0
     decay: bool = True
+    start: float = 0.0
 
 
 @dataclass
 class Transplant:
-    """The bare network, its groups, what was loaded, and the hash of the encoder's tensors right after loading."""
+    """The bare network, its groups, what was loaded, and the hash of the encoder's tensors right after loading.
+
+    views: what trains: augmented views by the task's `recipe`, or the evaluation view by its `linear` recipe, where the features of a
+        frozen encoder are computed once and kept.
+    probe: before all else the head is trained alone on kept features, by the task's `linear` recipe.
+    penalty: a scalar added to the loss of every step of training, or None.
+    """
 
     module: Network
     groups: list[Group]
     loaded: Loaded | None
     sha256: str
+    views: Literal["augmented", "evaluation"] = "augmented"
+    probe: bool = False
+    penalty: Callable[[], torch.Tensor] | None = None
 
 
 def receive(spec: EncoderSpec, weights: Mapping[str, torch.Tensor] | None, seed: int) -> tuple[Encoder, Loaded | None, str]:
@@ -62,7 +77,7 @@ def receive(spec: EncoderSpec, weights: Mapping[str, torch.Tensor] | None, seed:
 
 
 def assemble(encoder: Encoder, task: Task, seed: int, *, linear: bool) -> Network:
-    """The encoder with the task's head, drawn from the seed alone. linear: frozen encoder, head linear in its features."""
+    """The encoder with the task's head, drawn from the seed alone. linear: the head is linear in the features, which it standardises."""
     segments = task.kind == "segmentation"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +88,7 @@ def assemble(encoder: Encoder, task: Task, seed: int, *, linear: bool) -> Networ
             head = PyramidHead(encoder.pyramid_channels)
         else:
             head = UnetHead(encoder.pyramid_channels, encoder.in_chans)
-    return Network(encoder, head, pyramid=segments, frozen=linear)
+    return Network(encoder, head, pyramid=segments)
 
 
 def groups_of(module: Network) -> list[Group]:

@@ -21,5 +21,5 @@ class Config(Strict):
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Strict, seed: int) -> Transplant:
     """A network whose only trainable part is its head; `Network.train()` leaves the encoder in evaluation mode."""
     encoder, loaded, sha256 = receive(spec, weights, seed)
-    module = assemble(encoder, task, seed_of("head", seed), linear=True)
-    return Transplant(module, groups_of(module), loaded, sha256)
+    module = assemble(encoder.requires_grad_(False), task, seed_of("head", seed), linear=True)
+    return Transplant(module, groups_of(module), loaded, sha256, views="evaluation")
