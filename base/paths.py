@@ -19,6 +19,7 @@ FOLDERS: dict[str, Path] = {
     "study": ROOT / "studies",
     "weights": ROOT / "encoders" / "zoo",
 }
+PRESETS = ("smoke", "small", "paper")  # of a task, all in its one file
 OVERLAPS = ROOT / "datasets" / "overlaps.yaml"  # stands among the cards and is none
 
 
@@ -40,12 +41,22 @@ def names(kind: Kind) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml") if path != OVERLAPS)
 
 
+def with_preset(task: str) -> tuple[str, str]:
+    """Name and preset of `dxc14/paper`, `mine.yaml/smoke`, or `dxc14`, which means preset small."""
+    name, _, preset = task.rpartition("/")
+    return (name, preset) if name and preset in PRESETS else (task, "small")
+
+
 def named(kind: Kind, name: str) -> Path:
     """The file of a card, task, recipe or study: one of ours by name, or a user's own by its path ending in .yaml.
+
+    A task may be named with its preset: its file is the same.
 
     Raises:
         RequestError: unknown name (with the nearest right one), or no such file.
     """
+    if kind == "task":
+        name = with_preset(name)[0]
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -53,7 +64,8 @@ def named(kind: Kind, name: str) -> Path:
         return path
     path = FOLDERS[kind] / f"{name}.yaml"
     if not path.is_file():
-        raise unknown(kind, name, names(kind))
+        presets = [f"{task}/{preset}" for task in names("task") for preset in PRESETS] if kind == "task" and "/" in name else []
+        raise unknown(kind, name, [*names(kind), *presets])
     return path
 
 

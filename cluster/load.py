@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, unknown
-from base.paths import absolute, is_url, named, names
+from base.paths import absolute, is_url, named, names, with_preset
 from cluster.study import PretrainEntry, Study
-from finetune.task import load_task
+from finetune.task import METRICS, load_task
 
 if TYPE_CHECKING:
     from shards.card import Card
@@ -158,9 +158,10 @@ def check_names(study: Study, where: str) -> None:
             if split == "test" and dataset in tested:
                 key, hint = f"{where}: pretrain[{i}].data.{dataset}", f"pretrain.{i}.data.{dataset}=train"
                 raise RequestError("pretraining on the test images of a task of this study", where=key, hint=hint)
-    if study.champion and study.champion.task not in study.cells.tasks:
-        raise unknown("task", study.champion.task, study.cells.tasks, where=f"{where}: champion.task")
-    if study.champion and (load_task(study.champion.task).kind == "segmentation") != (study.champion.metric == "dice"):
+    tasks = [with_preset(task)[0] for task in study.cells.tasks]
+    if study.champion and study.champion.task not in tasks:
+        raise unknown("task", study.champion.task, tasks, where=f"{where}: champion.task")
+    if study.champion and study.champion.metric not in METRICS[load_task(study.champion.task).kind]:
         raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
 
 

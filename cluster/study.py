@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config import Strict, canonical_json
-from finetune.task import load_task
+from base.paths import with_preset
+from finetune.task import Metric, load_task
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
@@ -65,7 +66,8 @@ class Cells(Strict):
 
     @model_validator(mode="after")
     def _once(self) -> Self:
-        values: dict[str, list[Any]] = {"tasks": self.tasks, "seeds": self.seeds, "sources": [source.name for source in self.sources]}
+        values: dict[str, list[Any]] = {"seeds": self.seeds, "sources": [source.name for source in self.sources]}
+        values |= {"tasks": [with_preset(task)[0] for task in self.tasks]}  # one task in two presets would be one name for two things
         values |= {"strategies": [canonical_json(strategy) for strategy in self.strategies]}
         for axis in ("fractions", "resolutions"):
             held = getattr(self, axis)
@@ -99,7 +101,12 @@ class Champion(Strict):
     """The rule by which one registered encoder gets the alias `champion`: best mean on validation."""
 
     task: str
-    metric: Literal["auroc_mean", "auprc_mean", "auroc_within_mean", "dice"] = "auroc_mean"
+    metric: Metric = "auroc_mean"
+
+    @field_validator("task")
+    @classmethod
+    def _without_preset(cls, value: str) -> str:
+        return with_preset(value)[0]
 
 
 class Resources(Strict):

@@ -29,7 +29,7 @@ from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
 @dataclass(frozen=True)
 class Arrays:
     """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1, NOT_JUDGED) for masks; who, and of which
-    stratum (None: not known)."""
+    stratum (None: not known). meta: the card's allow-listed metadata of each image, which `aggregate` and `stratify_by` read."""
 
     split: str
     image: NDArray[np.uint8]
@@ -38,6 +38,7 @@ class Arrays:
     patients: tuple[str, ...]
     strata: tuple[str | None, ...]
     ids: tuple[str, ...]
+    meta: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +55,7 @@ class Arrays:
             patients=tuple(self.patients[i] for i in index),
             strata=tuple(self.strata[i] for i in index),
             ids=tuple(self.ids[i] for i in index),
+            meta=tuple(self.meta[i] for i in index) if self.meta else (),
         )
 
 
@@ -96,15 +98,15 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
             raise RequestError(f"{corpus.manifest.dataset} has no masks", where=f"task {task.task}")
         inside = decoded.seg > 0 if task.mask_class is None else decoded.seg == card.mask_index(task.mask_class, f"task {task.task}")
         target = np.where(decoded.seg == NO_MASK, NOT_JUDGED, inside).astype(np.float32)
-        arrays = Arrays(split, image, target, np.ones((len(ids), 1), np.float32), tuple(decoded.patients), strata, ids)
+        arrays = Arrays(split, image, target, np.ones((len(ids), 1), np.float32), tuple(decoded.patients), strata, ids, tuple(decoded.meta))
         masked = (decoded.seg != NO_MASK).any(axis=(1, 2))
         return arrays if masked.all() else arrays.take(np.flatnonzero(masked))
     absent = [label for label in task.labels if label not in corpus.labels and label not in card.derived]
     if absent:
         raise RequestError(f"{corpus.manifest.dataset} has no label {', '.join(absent)}", where=f"task {task.task}: labels")
     target, known = Targets(card, task.labels, task.uncertain, training=split == "train")(decoded.raw, ids)
-    arrays = Arrays(split, image, target, known, tuple(decoded.patients), strata, ids)
-    if task.kind == "multiclass":
+    arrays = Arrays(split, image, target, known, tuple(decoded.patients), strata, ids, tuple(decoded.meta))
+    if task.kind in ("multiclass", "ordinal"):
         return arrays.take(np.flatnonzero((known.min(1) > 0) & (target.sum(1) == 1)))
     return arrays.take(np.flatnonzero(known.max(1) > 0)) if not known.max(1).all() else arrays
 

@@ -1,86 +1,165 @@
 """Tasks: a dataset seen through labels, with a loss, a metric and a recipe. One YAML file each in `finetune/tasks/`.
 
-    task = load_task("phantom-chest")                    # or a path ending in .yaml
-    task = load_task("dxc14", ["recipe.epochs=3"])
+    task = load_task("phantom-chest")                    # preset small; or a path ending in .yaml
+    task = load_task("dxc14/paper", ["recipe.epochs=3"])
 
-The kind fixes loss and head: multilabel is binary cross-entropy over the known labels, multiclass is cross-entropy over labels of which
-each image has one, segmentation is binary cross-entropy plus Dice per image against one class of the mask, or any of them.
+A file holds the facts of a task and its presets: `smoke` shows that it runs and claims nothing, `small` is what a laptop does in minutes,
+`paper` is the recipe of the study that the task comes from. The kind fixes the head, and which losses and metrics fit (LOSSES, METRICS).
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from base.config import Settings, Strict, load
-from base.paths import named
+from base.config import Settings, Strict, apply, load_tree, parse
+from base.errors import unknown
+from base.paths import named, with_preset
 from shards.card import Uncertain
+from shards.draws import Share
 
-Metric = Literal["auroc_mean", "auprc_mean", "auroc_within_mean", "dice"]
+Kind = Literal["multilabel", "multiclass", "ordinal", "segmentation"]
+Preset = Literal["smoke", "small", "paper"]
+Loss = Literal["bce", "focal", "ce", "cumulative", "dice", "bce-dice"]
+Metric = Literal[
+    "auroc_mean", "auprc_mean", "auroc_within_mean", "dice", "iou", "accuracy", "balanced_accuracy", "kappa_quadratic"
+]  # fmt: skip
+
+RANKED: tuple[Metric, ...] = ("auroc_mean", "auprc_mean", "auroc_within_mean")
+DECIDED: tuple[Metric, ...] = ("accuracy", "balanced_accuracy", "kappa_quadratic")
+METRICS: dict[Kind, tuple[Metric, ...]] = {
+    "multilabel": RANKED,
+    "multiclass": RANKED + DECIDED,
+    "ordinal": RANKED + DECIDED,
+    "segmentation": ("dice", "iou"),
+}
+LOSSES: dict[Kind, tuple[Loss, ...]] = {  # the first is what a task has that says nothing
+    "multilabel": ("bce", "focal"),
+    "multiclass": ("ce", "focal"),
+    "ordinal": ("cumulative",),
+    "segmentation": ("bce-dice", "dice", "bce"),
+}
 
 
 class Augmentation(Strict):
-    """Training views, drawn for each sample and epoch. Evaluation sees the whole image, resized, and nothing else.
+    """Training views, drawn for each sample and epoch; validation and test never see one. The mask moves with its image.
 
     crop_scale: share of the area that is kept. crop_ratio: width over height of the crop, relative to the image's own.
+    resized_crop_p: share of the views that are cropped at all; the others show the whole image.
+    flip: mirrored left and right with probability 1/2.
+    rotate: degrees to either side at most, uniform; what comes in at the corners is black and, in a mask, background.
     brightness, contrast: half width of the factor's range around 1.
+    gamma: half width of the range of log2 of the exponent. Where brightness or contrast is given too, a view gets the one or the other.
+    light_p: share of the views whose brightness, contrast or gamma is changed at all.
+    distort_p: share of the views that are bent, by an elastic, a grid or an optical distortion, each as likely.
     """
 
     crop_scale: tuple[float, float] = (0.6, 1.0)
     crop_ratio: tuple[float, float] = (0.8, 1.25)
+    resized_crop_p: Share = 1.0
     flip: bool = True
+    rotate: float = Field(0.0, ge=0, le=180)
     brightness: float = Field(0.1, ge=0, lt=1)
     contrast: float = Field(0.1, ge=0, lt=1)
+    gamma: float = Field(0.0, ge=0, le=3)
+    light_p: Share = 1.0
+    distort_p: Share = 0.0
 
 
-class Recipe(Strict):
-    """Training of all weights. The rate rises over `warmup` epochs and falls along half a cosine to 0 at the last epoch.
+class Plateau(Strict):
+    """The rate times `factor` after `patience` epochs without a better validation loss; training ends once it is under `stop_below`."""
 
-    patience: epochs without a better validation metric before training stops; the best epoch is kept in any case.
+    patience: int = Field(5, ge=0)
+    factor: float = Field(0.5, gt=0, lt=1)
+    stop_below: float = Field(1e-6, ge=0)
+
+
+class Training(Strict):
+    """How weights are trained. The rate rises over `warmup` epochs, then follows the schedule: half a cosine to 0 at the last epoch, steps
+    down at plateaus, or none.
+
+    select: what chooses the best epoch, which is kept: the task's metric, or the loss, both of validation.
+    patience: epochs without a better one before training stops.
     """
 
     epochs: int = Field(gt=0)
     batch: int = Field(gt=1)
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    plateau: Plateau = Plateau()
     warmup: float = Field(1.0, ge=0)
     patience: int = Field(gt=0)
+    select: Literal["metric", "loss"] = "metric"
+
+
+class Recipe(Training):
+    """Training of an encoder with its head, on augmented views."""
+
     views: Augmentation = Augmentation()
 
 
-class LinearRecipe(Strict):
+class LinearRecipe(Training):
     """Training of a linear head on cached features: an epoch costs milliseconds, so it takes many."""
 
     epochs: int = Field(100, gt=0)
     batch: int = Field(64, gt=1)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    warmup: float = Field(1.0, ge=0)
     patience: int = Field(20, gt=0)
 
 
-class Task(Strict):
-    """One task. `metric` is the one that validation selects on; `resolution` the default side in pixels.
+class Aggregate(Strict):
+    """Predictions of slices made into predictions of studies, at evaluation: those of one value of `by` (`patient`, or a column of the
+    card's metadata) by their mean, their maximum, or noisy-or, 1 - product of (1 - p)."""
 
-    labels: of the card, or made by its views. uncertain: what labels that are -1 count as in training, where it is not the card's own
-    policy; validation and test leave them out. mask_class: the class of the card's masks to outline; null for all of them as one.
+    by: str
+    how: Literal["mean", "max", "noisy-or"]
+
+
+class Facts(Strict):
+    """What a task is, whatever the preset. `metric` is the one that validation selects on.
+
+    labels: of the card, or made by its views; of kind `ordinal` they are the grades in order. evaluate: those of them that are measured,
+        where it is not all. uncertain: what labels that are -1 count as in training, where it is not the card's own policy; validation and
+        test leave them out.
+    mask_class: the class of the card's masks to outline; null for all of them as one.
+    loss: by default the first that LOSSES names for the kind. class_weights: `balanced` gives a class the weight N / (K n_k), a label of
+        several the positive weight negatives / positives, both counted on the training images of the cell.
+    decoder: of a segmentation. aggregate: null measures images.
+    evaluation: what validation and test see: `whole` the image resized to the resolution; `center-crop` the image resized to 256/224 of it
+        and the centre kept; `ten-crop` that for validation, and for test the mean of the logits over centre, corners and mirror images.
+    pad: images are made square with that colour before they are resized; null squeezes them.
+    volume: the encoder is given slices as a third axis, B windows slices H W, where the card has slabs; otherwise they are channels.
     """
 
-    schema_: Literal[2] = Field(alias="schema")
+    schema_: Literal[3] = Field(alias="schema")
     task: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     dataset: str
-    kind: Literal["multilabel", "multiclass", "segmentation"]
+    kind: Kind
     labels: list[str] = Field(default=[])
+    evaluate: list[str] = Field(default=[])
     uncertain: Uncertain | None = None
     mask_class: str | None = None
     metric: Metric
-    resolution: int = Field(ge=16)
-    recipe: Recipe
-    linear: LinearRecipe = LinearRecipe()
+    loss: Loss
+    class_weights: Literal["none", "balanced"] = "none"
+    decoder: Literal["unet", "unetplusplus", "upernet"] = "unet"
+    aggregate: Aggregate | None = None
+    evaluation: Literal["whole", "center-crop", "ten-crop"] = "whole"
+    pad: Literal["black", "white"] | None = None
+    volume: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_loss(cls, data: Any) -> Any:
+        fits = LOSSES.get(data.get("kind")) if isinstance(data, dict) else None
+        return {**data, "loss": fits[0]} if fits and data.get("loss") is None else data
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> "Task":
+    def _is_consistent(self) -> "Facts":
         segments = self.kind == "segmentation"
         if segments and self.labels:
             raise ValueError("labels: a segmentation task has none, its target is the mask")
@@ -88,19 +167,74 @@ class Task(Strict):
             raise ValueError(f"mask_class: a {self.kind} task has no masks")
         if not segments and not self.labels:
             raise ValueError(f"labels: a {self.kind} task needs them")
-        if self.kind == "multiclass" and len(self.labels) < 2:
-            raise ValueError("labels: a multiclass task needs two at least")
+        if self.kind in ("multiclass", "ordinal") and len(self.labels) < 2:
+            raise ValueError(f"labels: {'a' if self.kind == 'multiclass' else 'an'} {self.kind} task needs two at least")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a name stands twice")
-        if segments != (self.metric == "dice"):
-            raise ValueError(f"metric: '{self.metric}' does not measure a {self.kind} task")
+        if stray := [label for label in self.evaluate if label not in self.labels]:
+            raise ValueError(f"evaluate: {', '.join(stray)} is not among labels")
+        if self.metric not in METRICS[self.kind]:
+            raise ValueError(f"metric: '{self.metric}' does not measure a {self.kind} task, {' or '.join(METRICS[self.kind])} does")
+        if self.loss not in LOSSES[self.kind]:
+            raise ValueError(f"loss: '{self.loss}' does not fit a {self.kind} task, {' or '.join(LOSSES[self.kind])} does")
+        if segments:
+            for key, plain in (("class_weights", "none"), ("aggregate", None), ("evaluation", "whole"), ("volume", False)):
+                if getattr(self, key) != plain:
+                    raise ValueError(f"{key}: not for a segmentation task")
+        elif self.decoder != "unet":
+            raise ValueError(f"decoder: a {self.kind} task has none")
         return self
+
+    @property
+    def measured(self) -> list[str]:
+        """The labels that are evaluated, in the order of `labels`."""
+        return [label for label in self.labels if label in self.evaluate] if self.evaluate else self.labels
+
+
+Side = Annotated[int, Field(ge=16, le=4096)]
+
+
+class Variant(Strict):
+    """A preset: resolution (side in pixels) and recipes, and those of the facts that it has otherwise."""
+
+    resolution: Side
+    recipe: Recipe
+    linear: LinearRecipe = LinearRecipe()
+    loss: Loss | None = None
+    class_weights: Literal["none", "balanced"] | None = None
+    decoder: Literal["unet", "unetplusplus", "upernet"] | None = None
+    evaluation: Literal["whole", "center-crop", "ten-crop"] | None = None
+    uncertain: Uncertain | None = None
+
+
+class TaskFile(Facts):
+    """A YAML file of `finetune/tasks/`, or one of a user's own, who may leave presets out."""
+
+    presets: dict[Preset, Variant] = Field(min_length=1)
+
+
+class Task(Facts):
+    """A task in one of its presets, as a cell has it. `resolution` is the default side in pixels."""
+
+    preset: Preset = "small"
+    resolution: Side
+    recipe: Recipe
+    linear: LinearRecipe = LinearRecipe()
 
 
 def load_task(name: str, overrides: Settings = ()) -> Task:
-    """The task of that name, or of that YAML file, with `key=value` settings (or dotted keys and values) applied.
+    """The task of that name, or of that YAML file, with `key=value` settings (or dotted keys and values) applied to what its preset gives.
 
+    Args:
+        name: `dxc14` (preset small), `dxc14/paper`, `mine.yaml`, `mine.yaml/smoke`.
     Raises:
-        RequestError: unknown name (with the nearest right one), unknown key, bad value.
+        RequestError: unknown name or preset (with the nearest right one), unknown key, bad value.
     """
-    return load(named("task", name), Task, overrides)
+    stem, preset = with_preset(name)
+    path = named("task", stem)
+    tree = load_tree(path)
+    presets = parse(tree, TaskFile, str(path)).presets
+    if preset not in presets:
+        raise unknown("preset", preset, presets, where=str(path))
+    facts = {key: value for key, value in tree.items() if key != "presets"}
+    return parse(apply({**facts, "preset": preset, **tree["presets"][preset]}, overrides), Task, str(path))

@@ -73,6 +73,8 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions"),
         ({"cells": {**TINY["cells"], "seeds": [0, 0]}}, "seeds: 0 stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest"] * 2}}, "tasks: phantom-chest stands twice"),
+        ({"cells": {**TINY["cells"], "tasks": ["phantom-chest", "phantom-chest/paper"]}}, "tasks: phantom-chest stands twice"),
+        ({"champion": {"task": "phantom-chest/paper", "metric": "iou"}}, "does not measure phantom-chest"),
         ({"cells": {**TINY["cells"], "task_settings": {"dxc14": {}}}}, "unknown task 'dxc14'"),
         ({"cells": {**TINY["cells"], "architectures": ["resnet19"]}}, "did you mean 'resnet18'"),
         ({"pretrain": [{**TINY["pretrain"][0], "architecture": "resnet19"}]}, "did you mean 'resnet18'"),
