@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,11 +93,38 @@ def locked(path: str) -> Iterator[None]:
         yield
 
 
+def make_once(folder: Path, write: Callable[[Path], None], what: str) -> None:
+    """Make `<cache>/<kind>/<key>/` unless it stands: written beside its place by one process of the node, renamed, and room made for it.
+
+    Args:
+        write: fills the folder that it is given.
+        what: that is made, for the error.
+    Raises:
+        WorkError: no space left.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(str(folder)):
+        if folder.is_dir():
+            return
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise WorkError(f"no space left for {what}", where=str(folder), hint="free some space or set ALLOGRAFT_CACHE") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        evict(str(folder.parent.parent), keep=str(folder))
+
+
 def evict(folder: str, keep: str) -> None:
     """Remove what was used least recently until the cache is within its limit. What a process has open stays readable to it.
 
     Args:
-        folder: the cache. An entry is a file `??/<sha256>.*` or a folder `decoded/<key>`.
+        folder: the cache. An entry is a file `??/<sha256>.*` or a folder `<kind>/<key>`.
         keep: the entry that was just written.
     """
     limit = limit_bytes(folder)

@@ -7,13 +7,11 @@ wrote, and none holds it in memory twice. `shards.views.augment` makes each trai
 a key of all that decides them, and make room for others like shards do.
 """
 
-import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ import cv2
 import numpy as np
 
 from base.config import digest
-from base.errors import WorkError
 from shards import cache
 from shards.batches import NO_MASK
 from shards.corpus import Corpus
@@ -62,7 +59,7 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -
     folder = Path(corpus.cache_dir or cache.default_dir()) / "decoded" / key
     while True:
         if not folder.is_dir():
-            _make(corpus, size, folder)
+            cache.make_once(folder, partial(_write, corpus, size), "decoded images")
         try:
             os.utime(folder)  # the time of last use, by which the cache makes room
             images = np.load(folder / "images.npy", mmap_mode="c")
@@ -72,25 +69,6 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -
             continue
         names = list(corpus.labels if labels is None else labels)
         return Decoded(images, seg, *targets(rows["raw"], corpus.card, names), labels=names, **rows)
-
-
-def _make(corpus: Corpus, size: int, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with cache.locked(str(folder)):
-        if folder.is_dir():
-            return
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-        try:
-            _write(corpus, size, temporary)
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise WorkError("no space left for decoded images", where=str(folder), hint="free some space or set ALLOGRAFT_CACHE") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        cache.evict(str(folder.parent.parent), keep=str(folder))
 
 
 def _write(corpus: Corpus, size: int, folder: Path) -> None:

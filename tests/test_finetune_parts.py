@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import write
@@ -19,7 +18,7 @@ from encoders.build import build
 from encoders.weights import sha256_of
 from finetune.data import NOT_JUDGED, Arrays, batches, fraction_of, load, shuffled
 from finetune.heads import PyramidHead, UnetHead
-from finetune.losses import bce_dice, loss_of
+from finetune.losses import loss_of
 from finetune.predict import measure
 from finetune.strategies import resolve
 from finetune.task import load_task
@@ -50,30 +49,13 @@ def steps(transplant: Transplant, task: object, count: int = 3) -> None:
         optimizer.step()
 
 
-# -- losses
-
-
-def test_the_loss_of_labels_is_the_mean_over_known_ones() -> None:
-    logits, target = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
-    known = torch.tensor([[1.0, 0, 1]] * 4 + [[0, 0, 0]])
-    by_hand = F.binary_cross_entropy_with_logits(logits[known > 0], target[known > 0])
-    torch.testing.assert_close(loss_of(CHEST, logits, target, known), by_hand)
-    assert loss_of(CHEST, logits, target, torch.zeros(5, 3)) == 0
-
-
-def test_bce_dice_does_not_depend_on_which_images_share_a_batch() -> None:
-    logits, target = torch.randn(6, 8, 8), (torch.rand(6, 8, 8) > torch.linspace(0, 1, 6).view(6, 1, 1)).float()
-    one_by_one = torch.stack([bce_dice(logits[i : i + 1], target[i : i + 1]) for i in range(6)]).mean()
-    torch.testing.assert_close(bce_dice(logits, target), one_by_one)
-    perfect = (target * 2 - 1) * 50
-    assert bce_dice(perfect, target) < 1e-3
+# -- pixels that nobody judged
 
 
 def test_pixels_that_nobody_judged_count_for_nothing() -> None:
     logits, target = torch.randn(3, 8, 8), (torch.rand(3, 8, 8) > 0.5).float()
     outside = target.clone()
     outside[:, :, 5:] = NOT_JUDGED
-    torch.testing.assert_close(bce_dice(logits, outside), bce_dice(logits[:, :, :5], target[:, :, :5]))
     of = Arrays("test", np.zeros((3, 1, 8, 8), np.uint8), outside.numpy(), np.ones((3, 1), np.float32), ("p",) * 3, (None,) * 3, ("i",) * 3)
     inside = dataclasses.replace(of, target=target[:, :, :5].numpy())
     assert measure(LUNGS, of, logits.numpy()) == measure(LUNGS, inside, logits[:, :, :5].numpy())
