@@ -18,8 +18,6 @@ from finetune.task import LOSSES, Task, load_task
 CHEST, VESSELS = load_task("phantom-chest"), load_task("phantom-vessels")
 KINDS = [(kind, loss) for kind, losses in LOSSES.items() for loss in losses]
 WEIGHTED = [(kind, loss, weights) for kind, loss in KINDS for weights in (["none"] if kind == "segmentation" else ["none", "balanced"])]
-    (kind, loss, weights) for kind, loss in KINDS for weights in ("none", "balanced") if kind != "segmentation" or weights == "none"
-]
 
 
 def task_of(kind: str, loss: str | None = None, class_weights: str = "none") -> Task:
