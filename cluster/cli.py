@@ -126,12 +126,19 @@ def _closing(study: Any, summary: Any) -> None:
         print(f"encoder   allograft pull {study.study}@champion DIR --tracking {where}   ({summary.champion})")
     elif summary.versions:
         print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
-    if summary.low:
-        print(f"beware    {summary.low}")
-    print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {len(summary.failed)} failed")
+    if study.cells is None:
+        from cluster.standing import encoders
+
+        for folder, health in encoders(study.out):
+            print(f"folder    {folder}   ({health})")
+    else:
+        if summary.low:
+            print(f"beware    {summary.low}")
+        print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {len(summary.failed)} failed")
     if summary.restarts or summary.deaths:
         print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")
-    print(summary.answer)
+    if study.cells is not None:
+        print(summary.answer)
 
 
 @app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke"))

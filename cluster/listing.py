@@ -28,7 +28,7 @@ def show(what: str) -> None:
 def _methods() -> Listing:
     from pretrain.methods import METHODS
 
-    return ("method", "module"), sorted(METHODS.items())
+    return ("method", "about"), [(name, entry.about) for name, entry in METHODS.items()]
 
 
 def _strategies() -> Listing:

@@ -15,6 +15,12 @@ def done(url: str) -> bool:
     return storage.exists(storage.join(url, "result.json"))
 
 
+def encoders(out: str) -> list[tuple[str, str]]:
+    """Of every finished pretraining: the folder of its encoder, and its health."""
+    runs = [storage.join(out, "pretrain", name) for name in storage.listing(storage.join(out, "pretrain"))]
+    return [(storage.join(run, "export"), storage.read_json(storage.join(run, "result.json"))["health"]) for run in runs if done(run)]
+
+
 def standing_corpora(study: Study) -> dict[str, Corpus]:
     """The datasets whose shards are complete already and were packed from the very raw files that the study names.
 

@@ -32,30 +32,38 @@ if TYPE_CHECKING:
     from shards.draws import ViewsConfig
     from shards.loader import Batch
 
-METHODS: dict[str, str] = {  # name in recipes -> module, whose METHODS holds the class
-    "barlow-twins": "pretrain.methods.decorrelation",
-    "byol": "pretrain.methods.byol",
-    "deepcluster-v2": "pretrain.methods.deepcluster",
-    "densecl": "pretrain.methods.densecl",
-    "dino": "pretrain.methods.dino",
-    "dinov2": "pretrain.methods.dinov2",
-    "ijepa": "pretrain.methods.ijepa",
-    "infomin": "pretrain.methods.moco",
-    "insdis": "pretrain.methods.instance",
-    "mae": "pretrain.methods.masked",
-    "moco-v1": "pretrain.methods.moco",
-    "moco-v2": "pretrain.methods.moco",
-    "pcl-v1": "pretrain.methods.pcl",
-    "pcl-v2": "pretrain.methods.pcl",
-    "pirl": "pretrain.methods.instance",
-    "sela-v2": "pretrain.methods.deepcluster",
-    "simclr": "pretrain.methods.simclr",
-    "simclr-v2": "pretrain.methods.simclr",
-    "simmim": "pretrain.methods.masked",
-    "simsiam": "pretrain.methods.byol",
-    "supervised": "pretrain.methods.supervised",
-    "swav": "pretrain.methods.swav",
-    "vicreg": "pretrain.methods.decorrelation",
+
+class Entry(NamedTuple):
+    """The module whose METHODS holds the class, and a line about the method."""
+
+    module: str
+    about: str
+
+
+METHODS: dict[str, Entry] = {
+    "barlow-twins": Entry("pretrain.methods.decorrelation", "correlations of two views' features become the identity; Zbontar et al. 2021"),
+    "byol": Entry("pretrain.methods.byol", "predicts a slow copy's features of the other view; Grill et al. 2020"),
+    "deepcluster-v2": Entry("pretrain.methods.deepcluster", "predicts clusters of the corpus, made each epoch; Caron et al. 2018, 2020"),
+    "densecl": Entry("pretrain.methods.densecl", "contrast between places of the map, too; Wang et al. 2021"),
+    "dino": Entry("pretrain.methods.dino", "a student's prototypes follow a slow teacher's; Caron et al. 2021"),
+    "dinov2": Entry("pretrain.methods.dinov2", "DINO, masked patches and features spread out; Oquab et al. 2023 (vision transformers)"),
+    "ijepa": Entry("pretrain.methods.ijepa", "predicts a teacher's features of hidden blocks; Assran et al. 2023 (vision transformers)"),
+    "infomin": Entry("pretrain.methods.moco", "MoCo v2 with less shared by the views, and patches; Tian et al. 2020"),
+    "insdis": Entry("pretrain.methods.instance", "each image a class, against a bank of all; Wu et al. 2018"),
+    "mae": Entry("pretrain.methods.masked", "paints hidden patches from the few that are seen; He et al. 2022 (vision transformers)"),
+    "moco-v1": Entry("pretrain.methods.moco", "contrast against a queue from a slow encoder; He et al. 2020"),
+    "moco-v2": Entry("pretrain.methods.moco", "MoCo with a deeper head and stronger views; Chen et al. 2020"),
+    "pcl-v1": Entry("pretrain.methods.pcl", "MoCo, and contrast between the corpus' clusters; Li et al. 2021"),
+    "pcl-v2": Entry("pretrain.methods.pcl", "PCL with version 2's head and views; Li et al. 2021"),
+    "pirl": Entry("pretrain.methods.instance", "an image and its jigsaw agree, against a bank; Misra and van der Maaten 2020"),
+    "sela-v2": Entry("pretrain.methods.deepcluster", "labels that fill all clusters alike, by optimal transport; Asano et al. 2020"),
+    "simclr": Entry("pretrain.methods.simclr", "two views attract, all others of the batch repel; Chen et al. 2020"),
+    "simclr-v2": Entry("pretrain.methods.simclr", "SimCLR with a deeper head; Chen et al. 2020"),
+    "simmim": Entry("pretrain.methods.masked", "paints hidden patches, which it sees as blanks; Xie et al. 2022 (vision transformers)"),
+    "simsiam": Entry("pretrain.methods.byol", "BYOL without the slow copy; Chen and He 2021"),
+    "supervised": Entry("pretrain.methods.supervised", "the labels of one corpus or several, missing ones left out"),
+    "swav": Entry("pretrain.methods.swav", "one view predicts the other's balanced assignment to prototypes; Caron et al. 2020"),
+    "vicreg": Entry("pretrain.methods.decorrelation", "views agree, features keep their variance and share nothing; Bardes et al. 2022"),
 }
 
 
@@ -208,7 +216,7 @@ def method_class(name: str) -> type[Method]:
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS, "recipe: method")
-    found: type[Method] = importlib.import_module(METHODS[name]).METHODS[name]
+    found: type[Method] = importlib.import_module(METHODS[name].module).METHODS[name]
     return found
 
 
