@@ -2,6 +2,8 @@
 
     train = load(url, digest, "train", size, task, cache_dir)
     train = train.take(fraction_of(train, 0.1, seed))
+    for view_BCHW in seen(test, index): ...                    # what evaluation shows the network of these images
+    for mask_HW in original_masks(test): ...                   # true masks as packed, not as resized
 
 Maps of decoded splits stay in the process (a few, newest first), so that the cells of a warm worker open them once.
 
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,13 +26,35 @@ from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
 from finetune.task import Augmentation, Task
 from shards import views
+from shards.decoded import Pad
 from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
+
+NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The masks of some samples in their shards. inside: the value that means inside; None: any but 0. pad: the task's."""
+
+    corpus: Corpus
+    at: NDArray[np.int64]
+    inside: int | None
+    pad: bool
+
+    def take(self, index: NDArray[np.int64]) -> "Origin":
+        """Those at the positions."""
+        return replace(self, at=self.at[index])
 
 
 @dataclass(frozen=True)
 class Arrays:
     """One split: image_NCHW u8; target_NL and known_NL f32 for labels, or target_NHW f32 (0, 1, NOT_JUDGED) for masks; who, and of which
-    stratum (None: not known). meta: the card's allow-listed metadata of each image, which `aggregate` and `stratify_by` read."""
+    stratum (None: not known). meta: the card's allow-listed metadata of each image, which `aggregate` and `stratify_by` read.
+
+    large: the enlarged images that ten crops are cut of, where the task asks for them and the split is test; `image` are their centres.
+    slices: of the volumes that the channels are, slice by slice; None where they are channels.
+    origin: where the masks lie as they were packed.
+    """
 
     split: str
     image: NDArray[np.uint8]
@@ -39,6 +64,9 @@ class Arrays:
     strata: tuple[str | None, ...]
     ids: tuple[str, ...]
     meta: tuple[Mapping[str, Any], ...] = ()
+    large: NDArray[np.uint8] | None = None
+    slices: int | None = None
+    origin: "Origin | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +84,8 @@ class Arrays:
             strata=tuple(self.strata[i] for i in index),
             ids=tuple(self.ids[i] for i in index),
             meta=tuple(self.meta[i] for i in index) if self.meta else (),
+            large=None if self.large is None else self.large[index],
+            origin=self.origin and self.origin.take(index),
         )
 
 
@@ -69,8 +99,8 @@ def _corpus(url: str, digest: str, split: str, cache_dir: str | None) -> Corpus:
 
 # Six: a full cell holds train (enlarged), val and test; a worker alternates between two datasets at most.
 @lru_cache(maxsize=6)
-def _decoded(url: str, digest: str, split: str, size: int, cache_dir: str | None) -> Decoded:
-    return decode_all(_corpus(url, digest, split, cache_dir), size)
+def _decoded(url: str, digest: str, split: str, size: int, cache_dir: str | None, pad: Pad = None) -> Decoded:
+    return decode_all(_corpus(url, digest, split, cache_dir), size, pad=pad)
 
 
 def describe(url: str, digest: str, cache_dir: str | None) -> Corpus:
@@ -78,43 +108,123 @@ def describe(url: str, digest: str, cache_dir: str | None) -> Corpus:
     return _corpus(url, digest, "train", cache_dir)
 
 
-NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
-
-
-def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: str | None = None) -> Arrays:
+def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: str | None = None, whole: bool = False) -> Arrays:
     """A split under the task's view of labels, at `size` pixels (antialiased resize). Nothing is copied that is not changed.
 
+    Args:
+        whole: images as training views are made of them: whole, whatever the task's `evaluation` says.
     Raises:
-        RequestError: the dataset lacks labels or masks that the task needs.
+        RequestError: the dataset lacks labels, masks or slices that the task needs.
         WorkError: other shards than planned.
     """
     corpus = _corpus(url, digest, split, cache_dir)
     card = corpus.manifest.card
-    decoded = _decoded(url, digest, split, size, cache_dir)
-    strata = tuple(_stratum(meta, card.stratify_by) for meta in decoded.meta)
-    ids, image = tuple(decoded.ids), decoded.images
+    where = f"task {task.task}"
+    cropped = task.evaluation != "whole" and not whole
+    decoded = _decoded(url, digest, split, around(size) if cropped else size, cache_dir, task.pad)
+    if task.volume and card.slab is None:
+        raise RequestError(f"{corpus.manifest.dataset} has no slabs of slices, its channels are no volume", where=f"{where}: volume")
+    arrays = Arrays(
+        split,
+        centre(decoded.images, size) if cropped else decoded.images,
+        target=np.empty(0, np.float32),
+        known=np.ones((len(decoded.ids), 1), np.float32),
+        patients=tuple(decoded.patients),
+        strata=tuple(_stratum(meta, card.stratify_by) for meta in decoded.meta),
+        ids=tuple(decoded.ids),
+        meta=tuple(decoded.meta),
+        large=decoded.images if cropped and task.evaluation == "ten-crop" and split == "test" else None,
+        slices=card.slab if task.volume else None,
+    )
     if task.kind == "segmentation":
         if decoded.seg is None:
-            raise RequestError(f"{corpus.manifest.dataset} has no masks", where=f"task {task.task}")
-        inside = decoded.seg > 0 if task.mask_class is None else decoded.seg == card.mask_index(task.mask_class, f"task {task.task}")
-        target = np.where(decoded.seg == NO_MASK, NOT_JUDGED, inside).astype(np.float32)
-        arrays = Arrays(split, image, target, np.ones((len(ids), 1), np.float32), tuple(decoded.patients), strata, ids, tuple(decoded.meta))
+            raise RequestError(f"{corpus.manifest.dataset} has no masks", where=where)
+        inside = None if task.mask_class is None else card.mask_index(task.mask_class, where)
+        target = _inside(decoded.seg, inside).astype(np.float32)
+        origin = Origin(corpus, np.arange(len(arrays)), inside, task.pad is not None)
+        arrays = replace(arrays, target=target, origin=origin)
         masked = (decoded.seg != NO_MASK).any(axis=(1, 2))
         return arrays if masked.all() else arrays.take(np.flatnonzero(masked))
     absent = [label for label in task.labels if label not in corpus.labels and label not in card.derived]
     if absent:
-        raise RequestError(f"{corpus.manifest.dataset} has no label {', '.join(absent)}", where=f"task {task.task}: labels")
-    target, known = Targets(card, task.labels, task.uncertain, training=split == "train")(decoded.raw, ids)
-    arrays = Arrays(split, image, target, known, tuple(decoded.patients), strata, ids, tuple(decoded.meta))
+        raise RequestError(f"{corpus.manifest.dataset} has no label {', '.join(absent)}", where=f"{where}: labels")
+    target, known = Targets(card, task.labels, task.uncertain, training=split == "train")(decoded.raw, arrays.ids)
+    arrays = replace(arrays, target=target, known=known)
     if task.kind in ("multiclass", "ordinal"):
         return arrays.take(np.flatnonzero((known.min(1) > 0) & (target.sum(1) == 1)))
     return arrays.take(np.flatnonzero(known.max(1) > 0)) if not known.max(1).all() else arrays
+
+
+def _inside(seg: NDArray[np.uint8], value: int | None) -> NDArray[np.uint8]:
+    """Class indices -> 0, 1 or NOT_JUDGED."""
+    inside = seg > 0 if value is None else seg == value
+    return np.where(seg == NO_MASK, np.uint8(NOT_JUDGED), inside.astype(np.uint8))
 
 
 def _stratum(meta: Mapping[str, Any], column: str | None) -> str | None:
     # Not str(None): a layout without the column would make one stratum of all images, in which "within" compares everything.
     value = None if column is None else meta.get(column)
     return None if value is None else str(value)
+
+
+# -- what evaluation sees
+
+
+def around(size: int) -> int:
+    """The side of the image of which evaluation sees the centre: 256 for 224, as Krizhevsky et al. 2012 had it."""
+    return round(size * 256 / 224)
+
+
+def centre(image_NCHW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle size x size pixels; nothing is copied."""
+    top, left = (round((side - size) / 2) for side in image_NCHW.shape[2:])
+    return image_NCHW[:, :, top : top + size, left : left + size]
+
+
+def seen(arrays: Arrays, index: NDArray[np.int64]) -> Iterator[Tensor]:
+    """What evaluation shows the network of these images, u8 BCHW, or B windows slices H W of volumes: one view, or ten.
+
+    The logits of an image are the mean over the views. Ten are the centre and the corners of `large` and the mirror images of these.
+    """
+    if arrays.large is None:
+        yield as_input(arrays.image[index], arrays.slices)
+        return
+    large_BCHW, side = arrays.large[index], arrays.image.shape[-1]
+    low, high = slice(0, side), slice(large_BCHW.shape[-1] - side, None)
+    corners = [large_BCHW[:, :, rows, columns] for rows in (low, high) for columns in (low, high)]
+    for crop_BCHW in (centre(large_BCHW, side), *corners):
+        yield as_input(crop_BCHW, arrays.slices)
+        yield as_input(crop_BCHW[..., ::-1], arrays.slices)
+
+
+def as_input(image_BCHW: NDArray[np.uint8], slices: int | None) -> Tensor:
+    """u8 BCHW; where the channels are `slices` slices in some windows, slice by slice (shards.decode), B windows slices H W."""
+    image = torch.from_numpy(np.ascontiguousarray(image_BCHW))
+    return image if slices is None else image.unflatten(1, (slices, -1)).transpose(1, 2)
+
+
+def original_masks(arrays: Arrays) -> Iterator[NDArray[np.uint8]]:
+    """The true masks in the order of `arrays`, u8 HW, 0, 1 or NOT_JUDGED, each of the size that was packed (the original's, unless the
+    card has a max_side). Read from the shards one by one, since together they may not fit into memory.
+
+    A prediction is brought to that size by `at_origin`, never the mask to the prediction's: Dice is measured where it was drawn.
+    """
+    assert arrays.origin is not None, "only segmentation tasks have masks"
+    for i in arrays.origin.at:
+        seg_HW = arrays.origin.corpus.read(int(i), image=False, text=False).seg
+        assert seg_HW is not None  # `load` leaves out samples without
+        yield _inside(seg_HW, arrays.origin.inside)
+
+
+def at_origin(logits_HW: NDArray[np.float32], shape: tuple[int, int], pad: bool) -> NDArray[np.float32]:
+    """Logits at the resolution -> f32 of that height and width, bilinear; pad: the image had been made square (`Arrays.origin.pad`)."""
+    height, width = (max(shape), max(shape)) if pad else shape
+    large_HW = cv2.resize(logits_HW, (width, height), interpolation=cv2.INTER_LINEAR)
+    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
+    return np.asarray(large_HW[top : top + shape[0], left : left + shape[1]])
+
+
+# -- what training sees
 
 
 def fraction_of(arrays: Arrays, fraction: float, seed: int) -> NDArray[np.int64]:
@@ -161,7 +271,8 @@ def shuffled(arrays: Arrays, seed: int) -> Arrays:
     givers = draw.permutation(len(arrays))
     if arrays.target.ndim == 2:
         givers = _uncorrelated(arrays.target, givers, draw)
-    return replace(arrays, target=arrays.target[givers], known=arrays.known[givers])
+    origin = arrays.origin and arrays.origin.take(givers)
+    return replace(arrays, target=arrays.target[givers], known=arrays.known[givers], origin=origin)
 
 
 SWAPS = 20_000  # tried; enough to bring correlations of 14 labels over a few thousand images under 0.01
@@ -221,4 +332,4 @@ class TrainingViews:
         seg = arrays.target[index].astype(np.uint8) if self.masks else None
         image, moved = views.augment(arrays.image[index], seg, self.config, keys)
         target = arrays.target[index] if moved is None else moved.astype(np.float32)
-        return torch.from_numpy(image), torch.from_numpy(target), torch.from_numpy(arrays.known[index])
+        return as_input(image, arrays.slices), torch.from_numpy(target), torch.from_numpy(arrays.known[index])

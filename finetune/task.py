@@ -155,8 +155,9 @@ class Facts(Strict):
     @model_validator(mode="before")
     @classmethod
     def _has_a_loss(cls, data: Any) -> Any:
-        fits = LOSSES.get(data.get("kind")) if isinstance(data, dict) else None
-        return {**data, "loss": fits[0]} if fits and data.get("loss") is None else data
+        if not isinstance(data, dict) or data.get("loss") is not None or data.get("kind") not in LOSSES:
+            return data
+        return {**data, "loss": LOSSES[data["kind"]][0]}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Facts":

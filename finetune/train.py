@@ -56,9 +56,9 @@ class Trainer:
             self._arrays[split] = self._load(split, self.config.resolution)
         return self._arrays[split]
 
-    def _load(self, split: str, size: int) -> data.Arrays:
+    def _load(self, split: str, size: int, whole: bool = False) -> data.Arrays:
         config = self.config
-        arrays = data.load(config.shards, config.manifest_digest, split, size, self.task, config.cache_dir)
+        arrays = data.load(config.shards, config.manifest_digest, split, size, self.task, config.cache_dir, whole)
         if split == "train":
             arrays = arrays.take(data.fraction_of(arrays, config.fraction, config.seed))
         if not len(arrays):
@@ -119,7 +119,7 @@ class Trainer:
             images = len(self.arrays("train"))
         else:
             size = data.enlarged(self.config.resolution, self.task.recipe.views)
-            large = self._load("train", size)
+            large = self._load("train", size, whole=True)
             images = len(large)
             self._views = data.TrainingViews(
                 large, self.config.resolution, self.task.recipe.views, self.config.seed, masks=self.task.kind == "segmentation"

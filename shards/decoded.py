@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,6 +27,8 @@ from shards.labels import targets
 from shards.views import VIEWS_VERSION, resize, resize_mask
 
 _FORMAT = 1
+Pad = Literal["black", "white"] | None
+FILL = {"black": 0, "white": 255}
 
 
 class Decoded(NamedTuple):
@@ -49,17 +51,19 @@ class Decoded(NamedTuple):
     ids: list[str]
 
 
-def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -> Decoded:
+def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None, pad: Pad = None) -> Decoded:
     """The whole corpus, resized for evaluation (views.resize), from the node's cache. Targets are those of `labels` (default: its own).
 
+    Args:
+        pad: oblong images are first made square with that colour, the image in the middle; what is added to a mask is NO_MASK.
     Raises:
         WorkError: as eval_batches; for a damaged sample, since the result of a cell is that of its whole dataset; no space left.
     """
-    key = digest([_FORMAT, VIEWS_VERSION, corpus.source.digest, size])[:32]
+    key = digest([_FORMAT, VIEWS_VERSION, corpus.source.digest, size, *([pad] if pad else [])])[:32]
     folder = Path(corpus.cache_dir or cache.default_dir()) / "decoded" / key
     while True:
         if not folder.is_dir():
-            cache.make_once(folder, partial(_write, corpus, size), "decoded images")
+            cache.make_once(folder, partial(_write, corpus, size, pad), "decoded images")
         try:
             os.utime(folder)  # the time of last use, by which the cache makes room
             images = np.load(folder / "images.npy", mmap_mode="c")
@@ -71,7 +75,7 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None) -
         return Decoded(images, seg, *targets(rows["raw"], corpus.card, names), labels=names, **rows)
 
 
-def _write(corpus: Corpus, size: int, folder: Path) -> None:
+def _write(corpus: Corpus, size: int, pad: Pad, folder: Path) -> None:
     corpus.check_keys()
     cv2.setNumThreads(0)
     raw, patients, meta = [], [], []
@@ -84,15 +88,25 @@ def _write(corpus: Corpus, size: int, folder: Path) -> None:
             _begin(segs, (len(corpus), size, size))
         for i in in_order(corpus):
             sample = corpus.read(i, seg=segs is not None)
-            images.write(resize(sample.image, size).transpose(2, 0, 1).tobytes())
+            images.write(resize(_squared(sample.image, FILL[pad]) if pad else sample.image, size).transpose(2, 0, 1).tobytes())
             if segs is not None:
-                mask = np.full((size, size), NO_MASK, np.uint8) if sample.seg is None else resize_mask(sample.seg, size)
+                seg = sample.seg if sample.seg is None or pad is None else _squared(sample.seg, NO_MASK)
+                mask = np.full((size, size), NO_MASK, np.uint8) if seg is None else resize_mask(seg, size)
                 segs.write(mask.tobytes())
             raw.append(sample.labels)
             patients.append(sample.patient)
             meta.append(sample.meta)
     rows = {"raw": raw, "patients": patients, "meta": meta, "ids": corpus.keys()}
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def _squared(pixels: np.ndarray, value: int) -> np.ndarray:
+    """HWC or HW with the shorter side filled up on both ends."""
+    side = max(pixels.shape[:2])
+    square = np.full((side, side, *pixels.shape[2:]), value, np.uint8)
+    top, left = ((side - length) // 2 for length in pixels.shape[:2])
+    square[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return square
 
 
 def _begin(file: Any, shape: tuple[int, ...]) -> None:
