@@ -1,0 +1,425 @@
+"""Similarities against planted correlations, invariances and code written from the definitions; and no mistake of the known packages."""
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from analysis import similarity as sim
+from analysis.activations import evaluating
+from analysis.moments import Sums
+from base.errors import RequestError, WorkError
+from base.seeds import rng
+
+Array = np.ndarray[Any, Any]
+
+
+def planted(n: int, p: int, q: int, rho: float, shared: int, seed: int = 0) -> tuple[Array, Array]:
+    """Two sides with `shared` directions of correlation rho, and noise; mixed, so that no channel shows it."""
+    draw = rng("planted", seed)
+    z = draw.normal(size=(n, shared))
+    x = np.concatenate([z, draw.normal(size=(n, p - shared))], 1)
+    y = np.concatenate([rho * z + math.sqrt(1 - rho**2) * draw.normal(size=(n, shared)), draw.normal(size=(n, q - shared))], 1)
+    return x @ mixing(draw, p) + 3, y @ mixing(draw, q) - 7
+
+
+def mixing(draw: np.random.Generator, p: int) -> Array:
+    """Invertible, with a condition number of 10."""
+    u, v = (np.linalg.qr(draw.normal(size=(p, p)))[0] for _ in range(2))
+    return u * np.geomspace(1, 10, p) @ v
+
+
+# -- the definitions, in numpy alone, of whole arrays
+
+
+def bases(x: Array, threshold: float = 1.0, energy: int = 2) -> tuple[Array, Array]:
+    """Centred rows and their orthonormal directions, truncated."""
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    u, s = u[:, s > s[0] * 1e-13 * max(x.shape)], s[s > s[0] * 1e-13 * max(x.shape)]
+    share = np.cumsum(s**energy) / (s**energy).sum()
+    return x, u[:, : 1 + int(np.sum(share < threshold - 1e-14))] if threshold < 1 else u
+
+
+def rho_of(x: Array, y: Array, threshold: float = 1.0, energy: int = 2) -> Array:
+    return np.linalg.svd(bases(x, threshold, energy)[1].T @ bases(y, threshold, energy)[1], compute_uv=False)
+
+
+def pwcca_by_definition(x: Array, y: Array) -> float:
+    centred, u = bases(x)
+    left, rho, _ = np.linalg.svd(u.T @ bases(y)[1], full_matrices=False)
+    weight = np.abs((u @ left).T @ centred).sum(1)
+    return float((weight * rho).sum() / weight.sum())
+
+
+def cka_by_definition(x: Array, y: Array, debiased: bool) -> float:
+    """By the n x n Gram matrices; debiased: Song et al. 2012, eq. 5."""
+    n = len(x)
+    if not debiased:
+        x, y = x - x.mean(0), y - y.mean(0)
+    k, m = x @ x.T, y @ y.T
+    if debiased:
+        np.fill_diagonal(k, 0)
+        np.fill_diagonal(m, 0)
+
+    def hsic(a: Array, b: Array) -> float:
+        if not debiased:
+            return float((a * b).sum())
+        one = np.ones(n)
+        return float(np.trace(a @ b) + one @ a @ one * (one @ b @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ a @ b @ one))
+
+    return hsic(k, m) / math.sqrt(hsic(k, k) * hsic(m, m))
+
+
+def procrustes_by_definition(x: Array, y: Array) -> float:
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float(np.linalg.norm(x.T @ y, "nuc") / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 9), st.floats(0, 1), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_all_measures_are_their_definitions(seed: int, p: int, q: int, rho: float, exact: bool) -> None:
+    x, y = planted(60, p, q, rho, min(p, q, 2), seed)
+    found = sim.similarity(x, y, exact=exact, chunk=13).values
+    assert found["svcca"] == pytest.approx(rho_of(x, y, 0.99).mean(), abs=1e-8)
+    assert found["cca"] == pytest.approx(rho_of(x, y).mean(), abs=1e-8)
+    assert found["pwcca_x"] == pytest.approx(pwcca_by_definition(x, y), abs=1e-8)
+    assert found["pwcca_y"] == pytest.approx(pwcca_by_definition(y, x), abs=1e-8)
+    assert found["cka"] == pytest.approx(cka_by_definition(x, y, False), abs=1e-8)
+    assert found["cka_debiased"] == pytest.approx(cka_by_definition(x, y, True), abs=1e-8)
+    assert found["procrustes"] == pytest.approx(procrustes_by_definition(x, y), abs=1e-8)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 50), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_chunks_give_what_the_whole_gives(seed: int, chunk: int, exact: bool) -> None:
+    x, y = planted(90, 6, 4, 0.7, 2, seed)
+    whole, parts = (sim.similarity(x + 100, y, exact=exact, chunk=size) for size in (90, chunk))
+    for name in sim.MEASURES:
+        assert parts.values[name] == pytest.approx(whole.values[name], abs=1e-8), name
+
+
+def test_a_planted_correlation_is_found_and_the_rest_is_the_noise_floor() -> None:
+    n, p, q = 20 * 30, 30, 30
+    x, y = planted(n, p, q, 0.9, 5)
+    rho = sim.correlations(sim.pair(x, y))
+    # A planted correlation is estimated high, as the sides' own noise fits: for rho of 0.9 by about (1 - rho^2)^2 (p + q) / (2 rho n).
+    assert rho[:5] == pytest.approx(np.full(5, 0.9), abs=0.03)
+    assert rho[5] < 0.5
+    floor = sim.gaussian_correlations(n, p - 5, q - 5)
+    assert np.mean(rho[5:]) == pytest.approx(floor.mean(), abs=0.03)
+    assert np.mean(rho[5:]) > 0.1  # not 0: reading it as similarity would be a mistake
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(60, 5, 9), (40, 20, 20), (30, 18, 20)])
+def test_the_gaussian_baseline_has_the_distribution_of_gaussian_rows(n: int, k: int, m: int) -> None:
+    draw = rng("direct", n)
+    direct = [rho_of(draw.normal(size=(n, k)), draw.normal(size=(n, m)))[: min(k, m)] for _ in range(120)]
+    drawn = [sim.gaussian_correlations(n, k, m, seed) for seed in range(120)]
+    for at in (0, min(k, m) // 2):
+        one, other = ([row[at] for row in rows] for rows in (direct, drawn))
+        error = math.sqrt((np.var(one) + np.var(other)) / 120)
+        assert abs(np.mean(one) - np.mean(other)) < 4 * error + 1e-12
+
+
+def test_baselines_of_cka_and_procrustes_have_the_gaussians_values() -> None:
+    x, y = planted(400, 20, 12, 0.5, 3)
+    draw = rng("direct products")
+    direct = [(draw.normal(size=(400, 20)), draw.normal(size=(400, 12))) for _ in range(20)]
+    found = sim.gaussian_baseline(sim.pair(x, y))
+    assert found["cka"] == pytest.approx(np.mean([cka_by_definition(*sides, False) for sides in direct]), rel=0.15)
+    assert found["procrustes"] == pytest.approx(np.mean([procrustes_by_definition(*sides) for sides in direct]), rel=0.05)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=12, deadline=None)
+def test_invariances(seed: int) -> None:
+    x, y = planted(80, 5, 7, 0.8, 3, seed)
+    draw = rng("invariance", seed)
+    rotation = np.linalg.qr(draw.normal(size=(5, 5)))[0]
+    before = sim.similarity(x, y).values
+    rotated = sim.similarity(2.5 * x @ rotation + 4, y).values
+    for name in ("svcca", "cca", "pwcca_y", "cka", "cka_debiased", "procrustes"):
+        assert rotated[name] == pytest.approx(before[name], abs=1e-8), name
+    mixed = sim.similarity(x @ mixing(draw, 5), y).values
+    assert mixed["cca"] == pytest.approx(before["cca"], abs=1e-8)
+    order = draw.permutation(80)
+    shuffled = sim.similarity(x[order], y[order]).values
+    swapped = sim.similarity(y, x).values
+    for name in sim.MEASURES:
+        assert shuffled[name] == pytest.approx(before[name], abs=1e-8), name
+        assert swapped[{"pwcca_x": "pwcca_y", "pwcca_y": "pwcca_x"}.get(name, name)] == pytest.approx(before[name], abs=1e-8), name
+    own = sim.similarity(x, x).values
+    assert [own[name] for name in sim.MEASURES] == pytest.approx([1.0] * len(sim.MEASURES), abs=1e-8)
+
+
+def test_independent_noise_falls_with_rows_and_both_baselines_say_where_it_stands() -> None:
+    draw = rng("noise")
+    values = []
+    for n in (100, 1000, 10000):
+        found = sim.similarity(draw.normal(size=(n, 20)), draw.normal(size=(n, 20)))
+        values.append(found.values["svcca"])
+        assert found.gaussian["svcca"] == pytest.approx(found.values["svcca"], abs=0.05)
+        assert found.permuted["svcca"] == pytest.approx(found.values["svcca"], abs=0.06)
+        assert abs(found.area) < 0.06
+        assert abs(found.values["cka_debiased"]) < 0.02
+    assert values[0] > 0.3 > values[1] > 0.05 > values[2] / 2
+
+
+def test_the_permuted_side_is_a_permutation_of_whole_images() -> None:
+    draw = rng("permuted")
+    maps = torch.from_numpy(draw.normal(size=(11, 3, 2, 2)))
+    for chunk in (11, 4, 3, 2):
+        sums = Sums([(0, 1)], permuted=True)
+        for part in maps.split(chunk):
+            sums.add([part, part])
+        found = sums.permuted_pairs()[0, 1][0][1]
+        lag = chunk // 2
+        other = torch.roll(maps, lag, 0)
+        rows = [one.permute(0, 2, 3, 1).reshape(-1, 3) for one in (maps, other)]
+        expected = (rows[0] - rows[0].mean(0)).T @ (rows[1] - rows[1].mean(0))
+        assert torch.allclose(found.cross_PQ, expected, atol=1e-10)
+
+
+def test_a_shared_spectrum_is_no_similarity() -> None:
+    """Strong directions that both sides have of their own: CKA of unrelated sides is far from the Gaussian's and near the permuted."""
+    draw = rng("spectrum")
+    scale = np.geomspace(1, 1e-2, 30)
+    x, y = draw.normal(size=(200, 30)) * scale, draw.normal(size=(200, 30)) * scale
+    found = sim.similarity(x, y)
+    assert found.kept[0] < 25
+    assert abs(found.values["svcca"] - found.permuted["svcca"]) < 0.05
+    assert abs(found.values["cka"] - found.permuted["cka"]) < 0.05
+
+
+# -- channels that are dead, doubled, or nearly dependent
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_dead_and_doubled_channels_are_counted_and_change_no_correlation(exact: bool) -> None:
+    x, y = planted(100, 6, 5, 0.6, 2)
+    wide = np.concatenate([x, np.full((100, 3), 1e4), x[:, :2], np.zeros((100, 1))], 1)
+    plain, found = sim.similarity(x, y, exact=exact), sim.similarity(wide, y, exact=exact)
+    assert found.channels == (12, 5)
+    assert found.dead == (4, 0)
+    assert found.duplicates == (2, 0)
+    assert found.kept == plain.kept
+    assert all(math.isfinite(found.values[name]) for name in sim.MEASURES)
+    for name in sim.OF_CCA:
+        assert found.values[name] == pytest.approx(plain.values[name], abs=1e-8), name
+    live = np.delete(wide, [6, 7, 8, 11], 1)
+    assert found.values["cka_debiased"] == pytest.approx(cka_by_definition(live, y, True), abs=1e-8)
+
+
+def test_no_live_channel_is_an_error() -> None:
+    with pytest.raises(WorkError, match="no channel ever changes"):
+        sim.cka(np.ones((20, 3)), planted(20, 2, 2, 0, 1)[0])
+
+
+def test_near_dependence_needs_the_triangular_factor() -> None:
+    """Singular values down to 1e-8 of the largest: covariances hold directions down to 1e-6 and say how many; exact holds all."""
+    x, y = planted(400, 20, 10, 0.9, 4)
+    u, v = (np.linalg.qr(rng("near", i).normal(size=(20, 20)))[0] for i in (0, 1))
+    steep = (x - x.mean(0)) @ np.linalg.inv(np.linalg.qr(x - x.mean(0))[1]) @ u * np.geomspace(1, 1e-8, 20) @ v
+    expected = rho_of(steep, y).mean()
+    assert sim.cca(steep, y, exact=True) == pytest.approx(expected, abs=1e-8)
+    found = sim.similarity(steep, y)
+    assert found.rank == (15, 10)
+    assert sim.similarity(steep, y, exact=True).rank == (20, 10)
+
+
+# -- maps
+
+
+def test_fold_is_the_explicit_loop() -> None:
+    draw = rng("fold")
+    x, y = draw.normal(size=(9, 3, 4, 5)), draw.normal(size=(9, 2, 4, 5))
+    rows_x = np.array([x[i, :, r, c] for i in range(9) for r in range(4) for c in range(5)])
+    rows_y = np.array([y[i, :, r, c] for i in range(9) for r in range(4) for c in range(5)])
+    found = sim.similarity(x, y, chunk=4)
+    assert found.n == 180
+    assert found.images == 9
+    assert found.values["cca"] == pytest.approx(rho_of(rows_x, rows_y).mean(), abs=1e-10)
+    some = sim.similarity(x, y, chunk=4, positions=7)
+    assert some.n == 63
+
+
+def test_pooled_and_interpolated_maps_of_two_sizes() -> None:
+    draw = rng("sizes")
+    x, y = draw.normal(size=(120, 3, 6, 6)), draw.normal(size=(120, 2, 3, 3))
+    pooled = sim.similarity(x, y, spatial="pool")
+    assert pooled.values["cca"] == pytest.approx(rho_of(x.mean((2, 3)), y.mean((2, 3))).mean(), abs=1e-10)
+    large = torch.nn.functional.interpolate(torch.from_numpy(y), size=(6, 6), mode="bilinear").numpy()
+    expected = sim.similarity(x, large).values["cca"]
+    assert sim.similarity(x, y, spatial="interpolate").values["cca"] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(RequestError, match=r"3 x 3 and 6 x 6 cannot be folded.*pool, interpolate or dft"):
+        sim.similarity(x, y)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 3), (4, 5), (1, 1)])
+def test_frequencies_make_up_the_plane(size: tuple[int, int]) -> None:
+    maps = torch.from_numpy(rng("plane").normal(size=(6, 2, *size)))
+    sums = Sums([(0, 1)], spatial="dft")
+    views, weights = sums._views([maps, maps])
+    assert sum(weights) == size[0] * size[1]
+    energy = sum(weight * float(view[0].square().sum()) for view, weight in zip(views, weights, strict=True))
+    assert energy == pytest.approx(float(maps.square().sum()))
+
+
+def test_dft_does_not_mind_a_shifted_network() -> None:
+    """Every map rolled, as by a network that is the same up to a shift: folded it looks like another, by frequency it does not."""
+    draw = rng("dft")
+    x = draw.normal(size=(200, 2, 4, 4))
+    y = np.roll(x, 1, axis=3)
+    assert sim.similarity(x, y, spatial="dft").values["cca"] == pytest.approx(1, abs=1e-8)
+    assert sim.similarity(x, y).values["cca"] < 0.2
+    smaller = sim.similarity(x, draw.normal(size=(200, 3, 2, 2)), spatial="dft")
+    assert 0 < smaller.values["cca"] < 0.4
+
+
+# -- encoders
+
+
+class Leaky(nn.Module):
+    """A network whose features depend on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.norm.eval()  # one part rests while the whole trains
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.drop(self.norm(self.conv(x)))
+        return out
+
+
+def test_an_encoder_and_a_loader_are_what_its_activations_are() -> None:
+    torch.manual_seed(0)
+    net = Leaky().train()
+    net.norm.eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    batches = [torch.rand(5, 1, 6, 6) for _ in range(4)]
+    found = sim.similarity((net, batches), (net, batches))
+    assert found.values["cca"] == pytest.approx(1)  # no dropout: evaluation mode
+    assert net.training
+    assert net.drop.training
+    assert not net.norm.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not torch.is_inference_mode_enabled()
+    with evaluating(net):
+        maps = torch.cat([net(batch) for batch in batches])
+    assert sim.similarity(maps, (net, batches)).values["cka"] == pytest.approx(1)
+    with pytest.raises(RequestError, match="read once only"):
+        sim.cka((net, iter(batches)), (net, batches))
+    with pytest.raises(RequestError, match="one side has more images"):
+        sim.cka((net, batches), (net, batches[:3]))
+
+
+def test_nothing_that_is_not_finite_passes() -> None:
+    x, y = planted(30, 3, 3, 0.5, 1)
+    x[4, 1] = np.nan
+    with pytest.raises(WorkError, match="not finite"):
+        sim.cka(x, y)
+
+
+# -- what other packages get wrong: reference/transfer-learning.md, section 4
+
+
+def test_does_not_repeat_pf1_options_by_position() -> None:
+    """A threshold given by position landed on another argument, and the loop ran five times whatever happened."""
+    x, y = planted(60, 4, 4, 0.5, 1)
+    for name in ("cca", "svcca", "pwcca", "cka", "similarity", "pair"):
+        options = list(inspect.signature(getattr(sim, name)).parameters.values())[2:]
+        assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options), name
+    with pytest.raises(TypeError):
+        sim.svcca(x, y, 0.98)  # type: ignore[call-arg]
+    assert sim.svcca(x, y, threshold=0.9) == sim.svcca(x, y, threshold=0.9)
+
+
+def test_does_not_repeat_pf2_weights_of_the_wrong_side() -> None:
+    x, y = planted(200, 4, 9, 0.7, 3)
+    assert sim.pwcca(x, y, side="y") == pytest.approx(pwcca_by_definition(y, x), abs=1e-8)
+    assert sim.pwcca(y, x, side="x") == pytest.approx(sim.pwcca(x, y, side="y"), abs=1e-10)
+    assert sim.pwcca(x, y, side="x") != pytest.approx(sim.pwcca(x, y, side="y"), abs=1e-3)
+
+
+def test_does_not_repeat_pf3_one_side_unchecked() -> None:
+    """Only the first side's channels were counted against the rows; a rank-deficient side gave NaN."""
+    draw = rng("pf3")
+    for shapes in ((40, 5), (5, 40)):
+        x, y = (draw.normal(size=(30, width)) for width in shapes)
+        with pytest.raises(RequestError, match="too few rows"):
+            sim.cca(x, y)
+    low = draw.normal(size=(80, 3)) @ draw.normal(size=(3, 12))
+    assert math.isfinite(sim.cca(low, draw.normal(size=(80, 6))))
+
+
+def test_does_not_repeat_pf4_no_number_at_the_whole() -> None:
+    x, y = planted(100, 5, 5, 0.5, 2)
+    assert sim.svcca(x, y, threshold=1.0) == pytest.approx(rho_of(x, y).mean(), abs=1e-10)
+    held = sim.pair(x, y)
+    assert held.x.leading(1.0, "s2") == 5
+    # The direction that reaches the share is kept; energies of s and of s squared are told apart.
+    s = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    assert held.x.leading(float(s[0] ** 2 / (s**2).sum()), "s2") == 1
+    assert held.x.leading(float(s[0] ** 2 / (s**2).sum()) + 1e-9, "s2") == 2
+    assert sim.svcca(x, y, threshold=0.7, energy="s") == pytest.approx(rho_of(x, y, 0.7, 1).mean(), abs=1e-10)
+
+
+def test_does_not_repeat_pf5_baseline_centred_along_the_wrong_axis() -> None:
+    """Centred by row, Gaussian rows lose no column mean, and a shifted side would correlate with a shifted side."""
+    x, y = planted(500, 10, 10, 0.0, 1)
+    plain, shifted = sim.similarity(x, y), sim.similarity(x + 1000, y + 1000)
+    for found in (plain, shifted):
+        direct = [[rng("pf5", i, side).normal(size=(500, 10)) for side in "xy"] for i in range(30)]
+        expected = np.mean([rho_of(sides[0], sides[1]).mean() for sides in direct])
+        assert found.gaussian["cca"] == pytest.approx(expected, abs=0.01)
+        assert found.permuted["cca"] == pytest.approx(expected, abs=0.05)
+
+
+def test_does_not_repeat_pf6_channels_as_samples() -> None:
+    draw = rng("pf6")
+    x = draw.normal(size=(40, 5, 3, 3))
+    y = x[:, :, ::-1, ::-1].copy()  # every image turned: as channels x (images, positions) almost nothing would change
+    found = sim.similarity(x, y)
+    assert found.n == 40 * 9
+    assert found.channels == (5, 5)
+    assert found.values["cka"] < 0.4
+
+
+def test_does_not_repeat_pf7_division_by_nothing() -> None:
+    x, y = planted(100, 4, 4, 0.5, 2)
+    for wide in (np.concatenate([x, x], 1), np.concatenate([x, x @ np.ones((4, 1))], 1), np.concatenate([x, 0 * x], 1)):
+        for exact in (False, True):
+            assert sim.cca(wide, y, exact=exact) == pytest.approx(sim.cca(x, y, exact=exact), abs=1e-8)
+
+
+def test_does_not_repeat_pf8_uncentred_weights() -> None:
+    x, y = planted(200, 6, 6, 0.7, 3)
+    assert sim.pwcca(x + 1e3, y, side="x") == pytest.approx(sim.pwcca(x, y, side="x"), abs=1e-8)
+
+
+def test_does_not_repeat_pf9_everything_alike_for_few_rows() -> None:
+    """Fewer rows than channels make any two sides identical to CCA."""
+    draw = rng("pf9")
+    x, y = draw.normal(size=(20, 50)), draw.normal(size=(20, 50))
+    with pytest.raises(RequestError, match=r"too few rows for CCA.*cka\(debiased=True\)"):
+        sim.svcca(x, y)
+    assert sim.svcca(x, y, threshold=1.0, allow_small_n=True) == pytest.approx(1)
+    with pytest.raises(RequestError, match="correlations are 1 whatever the images"):
+        sim.cca(draw.normal(size=(30, 20)), draw.normal(size=(30, 12)))
+    assert abs(sim.cka(x, y, debiased=True)) < 0.2
+
+
+@pytest.mark.parametrize("shape", [(30,), (), (3, 4, 5), (20, 0)])
+def test_does_not_repeat_pf10_errors_that_do_not_say_what_to_do(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match="give images x channels"):
+        sim.cka(np.zeros(shape), np.zeros(shape))
+    with pytest.raises(RequestError, match="PWCCA weighs with the channels of side x or y"):
+        sim.pwcca(*planted(50, 3, 3, 0.5, 1), side="z")
