@@ -37,7 +37,8 @@ class Truncated(Encoder):
             _prune(net, _kept(net, cut))
         super().__init__(encoder.architecture, net, encoder.in_chans, encoder.mean, encoder.std, encoder.image_size, encoder.widths)
         self.normalise = copy.deepcopy(encoder.normalise)  # where the encoder is
-        self.cut, self.flat, self.whole = cut.name, flat, last
+        self.cut, self.flat = cut.name, flat
+        self.whole: bool = last and (not isinstance(encoder, Truncated) or encoder.whole)
         self.cuts = encoder.cuts[: encoder.cuts.index(cut) + 1]
         self.pyramid_cuts = self.cuts if is_vit(self.architecture) else last_of_each(self.cuts)
         self.pyramid_reductions = tuple(point.reduction for point in self.pyramid_cuts)

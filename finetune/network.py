@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.build import Encoder
-from finetune.heads import Head
+from finetune.heads import pad
 
 
 class Network(nn.Module):
@@ -21,9 +21,10 @@ class Network(nn.Module):
     or its batch-norm statistics would drift while nothing seems to train.
     """
 
-    def __init__(self, encoder: Encoder, head: Head, *, pyramid: bool) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module, *, pyramid: bool) -> None:
         super().__init__()
         self.encoder, self.head, self.pyramid = encoder, head, pyramid
+        self.stride: int = head.stride if pyramid else 1  # type: ignore[assignment]
         _rest(encoder)
 
     @property
@@ -39,10 +40,11 @@ class Network(nn.Module):
     def embed(self, x: Tensor) -> list[Tensor]:
         """x: u8 BCHW -> what the head reads: pooled features, or the maps at the cut points."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.encoder.pyramid(x) if self.pyramid else [self.encoder(x)]
+            return self.encoder.pyramid(pad(x, self.stride)) if self.pyramid else [self.encoder(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x), (x.shape[-2], x.shape[-1]))
+        logits: Tensor = self.head(self.embed(x), (x.shape[-2], x.shape[-1]))
+        return logits
 
 
 def _rest(module: nn.Module) -> None:

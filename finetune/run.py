@@ -26,9 +26,10 @@ from encoders.weights import State, load_local, sha256_of
 from engine.context import Context
 from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig, Result
+from finetune.jackknife import error_row
 from finetune.strategies import resolve
 from finetune.train import Trainer, cost
-from finetune.transplant import EncoderSpec, Transplant
+from finetune.transplant import EncoderSpec, Transplant, verify
 
 RESULT = "result.json"
 
@@ -64,10 +65,12 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             arrays = trainer.arrays(split)
             logits = trainer.logits(split)
             rows += predict.measure(task, arrays, logits)
+            if config.role == "trial":
+                rows.append(error_row(task, arrays, logits))
             tables.append(predict.predictions(task, arrays, logits))
             if split == "test" and task.kind == "segmentation" and corpus.manifest.card.share_images:
                 np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
-        params, macs = cost(transplant.module, corpus.manifest.card.channels, config.resolution)
+        params, macs = cost(transplant.module, data.as_input(trainer.arrays("val").image[:1], trainer.arrays("val").slices).shape[1:])
         result = Result(
             key=config.key,
             architecture=config.architecture,
@@ -124,9 +127,7 @@ def plant(config: CellConfig, channels: int) -> tuple[Transplant, str, dict[str,
     if config.encoder_sha256 not in (None, sha256):
         raise WorkError(f"the weights of '{config.source}' are not those that the cell was planned for", where=config.encoder_dir)
     transplant = make.transplant(spec, weights, config.task, options, seed_of("cell", config.seed))
-    loaded = transplant.loaded
-    if loaded is not None and not loaded.reshaped and not loaded.missing and transplant.sha256 != sha256:
-        raise WorkError(f"the transplanted tensors are not the source's ({loaded.table()})", where=config.encoder_dir)
+    verify(transplant, weights)
     return transplant, sha256, options.model_dump(mode="json")
 
 
@@ -134,7 +135,8 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     """Network and weights of the cell's source. Random weights are drawn from the source's name and the cell's seed alone."""
     if config.source_kind == "random":
         encoder = build(config.architecture, channels, seed=seed_of("source", config.source, config.seed), image_size=config.resolution)
-        spec = EncoderSpec(architecture=config.architecture, in_chans=channels, image_size=config.resolution)
+        side = config.resolution
+        spec = EncoderSpec(architecture=config.architecture, in_chans=channels, image_size=side, resolution=side)
         return spec, dict(encoder.net.state_dict())
     if config.encoder_dir is None:
         raise RequestError("source_kind weights needs encoder_dir", where=f"cell {config.key}")
@@ -142,5 +144,15 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     if info.architecture != config.architecture:
         raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
     mean, std = info.normalisation(channels)
-    spec = EncoderSpec(architecture=info.architecture, in_chans=channels, mean=mean, std=std, image_size=info.image_size)
+    spec = EncoderSpec(
+        architecture=info.architecture,
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        image_size=info.image_size,
+        widths=info.widths,
+        cut=info.cut,
+        flat=info.flat,
+        resolution=config.resolution,
+    )
     return spec, load_local(config.encoder_dir)
