@@ -10,7 +10,9 @@ Maps of decoded splits stay in the process (a few, newest first), so that the ce
 Legend: N images, C channels, H W pixels, L labels.
 """
 
+import itertools
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +30,7 @@ from finetune.task import Augmentation, Task
 from shards import views
 from shards.decoded import Pad
 from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
+from shards.warp import BENDS, Warp, apply
 
 NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
 
@@ -189,12 +192,11 @@ def seen(arrays: Arrays, index: NDArray[np.int64]) -> Iterator[Tensor]:
     if arrays.large is None:
         yield as_input(arrays.image[index], arrays.slices)
         return
-    large_BCHW, side = arrays.large[index], arrays.image.shape[-1]
-    low, high = slice(0, side), slice(large_BCHW.shape[-1] - side, None)
-    corners = [large_BCHW[:, :, rows, columns] for rows in (low, high) for columns in (low, high)]
-    for crop_BCHW in (centre(large_BCHW, side), *corners):
-        yield as_input(crop_BCHW, arrays.slices)
-        yield as_input(crop_BCHW[..., ::-1], arrays.slices)
+    side = arrays.image.shape[-1]
+    for large_BCHW in (arrays.large[index], arrays.large[index][..., ::-1]):
+        yield as_input(centre(large_BCHW, side), arrays.slices)
+        for rows, columns in itertools.product((slice(side), slice(-side, None)), repeat=2):
+            yield as_input(large_BCHW[:, :, rows, columns], arrays.slices)
 
 
 def as_input(image_BCHW: NDArray[np.uint8], slices: int | None) -> Tensor:
@@ -300,36 +302,61 @@ def batches(order: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
         yield order[start : starts[i + 1] if i + 1 < len(starts) else len(order)]
 
 
+MOST_ENLARGED = 2  # times the side: the smallest crops of [0.08, 1] would want 3.5, and 12 times the room of a node's cache
+
+
 def enlarged(size: int, augmentation: Augmentation) -> int:
-    """The side at which training images are decoded, so that the smallest crop still has `size` pixels a side of its own."""
-    return math.ceil(size / math.sqrt(augmentation.crop_scale[0]))
+    """The side at which training images are decoded, so that the smallest crop still has `size` pixels a side of its own, or half of it."""
+    return min(math.ceil(size / math.sqrt(augmentation.crop_scale[0])), MOST_ENLARGED * size)
 
 
 class TrainingViews:
     """Augmented training batches. A view is a function of (seed, epoch, sample's key); the mask moves with its image."""
 
     def __init__(self, arrays: Arrays, size: int, augmentation: Augmentation, seed: int, masks: bool) -> None:
-        self.arrays, self.seed, self.masks = arrays, seed, masks
+        self.arrays, self.augmentation, self.seed, self.masks = arrays, augmentation, seed, masks
         self.keys = [seed_of(name) for name in arrays.ids]
-        self.config = views.ViewsConfig(
-            kind="one",
-            size=size,
-            crop_scale=augmentation.crop_scale,
-            crop_ratio=augmentation.crop_ratio,
-            flip=augmentation.flip,
-            jitter_p=1.0,
-            brightness=augmentation.brightness,
-            contrast=augmentation.contrast,
-            saturation=0.0,
-            hue=0.0,
-            blur_p=0.0,
-        )
+        self.configs = {(cropped, lit): _config(size, augmentation, cropped, lit) for cropped in (False, True) for lit in (False, True)}
 
     def batch(self, index: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image u8 BCHW, target and known f32, as `losses.loss_of` takes them."""
+        """Image u8 BCHW (volumes: B windows slices H W), target and known f32, as `losses.loss_of` takes them."""
         arrays = self.arrays
         keys = [(self.seed, epoch, self.keys[i]) for i in index]
+        drawn = [self._draw(key) for key in keys]
         seg = arrays.target[index].astype(np.uint8) if self.masks else None
-        image, moved = views.augment(arrays.image[index], seg, self.config, keys)
+        image, moved = views.augment(arrays.image[index], seg, [config for config, _ in drawn], keys)
+        for b, (_, warp) in enumerate(drawn):
+            if warp != Warp():
+                image_HWC, seg_HW = apply(image[b].transpose(1, 2, 0), None if moved is None else moved[b], warp)
+                image[b] = image_HWC.transpose(2, 0, 1)
+                if moved is not None:
+                    moved[b] = seg_HW
         target = arrays.target[index] if moved is None else moved.astype(np.float32)
         return as_input(image, arrays.slices), torch.from_numpy(target), torch.from_numpy(arrays.known[index])
+
+    def _draw(self, key: views.Key) -> tuple[views.ViewsConfig, Warp]:
+        """What is drawn beside crop, light and mirror image, which shards.draws draws from the same key."""
+        ask, stream = self.augmentation, random.Random(seed_of("warp", *key))
+        cropped, lit = stream.random() < ask.resized_crop_p, stream.random() < ask.light_p
+        by_gamma = ask.gamma > 0 and (not (ask.brightness or ask.contrast) or stream.random() < 0.5)
+        exponent = 2 ** stream.uniform(-ask.gamma, ask.gamma) if lit and by_gamma else 1.0
+        angle = stream.uniform(-ask.rotate, ask.rotate) if ask.rotate else 0.0
+        bend = stream.choice(BENDS) if stream.random() < ask.distort_p else None
+        warp = Warp(angle, bend, stream.getrandbits(31) if bend else 0, exponent)
+        return self.configs[cropped, lit and not by_gamma], warp
+
+
+def _config(size: int, augmentation: Augmentation, cropped: bool, lit: bool) -> views.ViewsConfig:
+    return views.ViewsConfig(
+        kind="one",
+        size=size,
+        crop_scale=augmentation.crop_scale if cropped else (1.0, 1.0),
+        crop_ratio=augmentation.crop_ratio if cropped else (1.0, 1.0),
+        flip=augmentation.flip,
+        jitter_p=float(lit),
+        brightness=augmentation.brightness,
+        contrast=augmentation.contrast,
+        saturation=0.0,
+        hue=0.0,
+        blur_p=0.0,
+    )

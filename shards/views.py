@@ -57,19 +57,22 @@ def make(
 
 
 def augment(
-    image_NCHW: np.ndarray, seg_NHW: np.ndarray | None, cfg: ViewsConfig, keys: Sequence[Key]
+    image_NCHW: np.ndarray, seg_NHW: np.ndarray | None, cfg: ViewsConfig | Sequence[ViewsConfig], keys: Sequence[Key]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """One view of each already decoded image: a training batch for fine-tuning, which reads each image many times.
 
+    Args:
+        cfg: for all images, or one for each; their `size` is the same.
     Returns:
         u8 (N, C, size, size) and the masks u8 (N, size, size) or None. Decode at about 1.25 times `size` (decode_all), so that crops keep
         detail.
     """
-    out_NCHW = np.empty((len(image_NCHW), image_NCHW.shape[1], cfg.size, cfg.size), dtype=np.uint8)
-    out_seg = None if seg_NHW is None else np.empty((len(image_NCHW), cfg.size, cfg.size), dtype=np.uint8)
-    for i, key in enumerate(keys):
+    cfgs = [cfg] * len(keys) if isinstance(cfg, ViewsConfig) else cfg
+    out_NCHW = np.empty((len(image_NCHW), image_NCHW.shape[1], cfgs[0].size, cfgs[0].size), dtype=np.uint8)
+    out_seg = None if seg_NHW is None else np.empty((len(image_NCHW), cfgs[0].size, cfgs[0].size), dtype=np.uint8)
+    for i, (key, each) in enumerate(zip(keys, cfgs, strict=True)):
         image_HWC = np.ascontiguousarray(image_NCHW[i].transpose(1, 2, 0))
-        views, moved = make(image_HWC, None if seg_NHW is None else seg_NHW[i], cfg, key)
+        views, moved = make(image_HWC, None if seg_NHW is None else seg_NHW[i], each, key)
         out_NCHW[i] = views[0].transpose(2, 0, 1)
         if out_seg is not None and moved is not None:
             out_seg[i] = moved
