@@ -1,0 +1,77 @@
+"""What a network costs: parameters, multiply-accumulates, and time for one image and for 32.
+
+    found = measure(transplant.module, in_chans=1, size=224)        # Efficiency(params, macs, latency)
+    before = measure(whole(transplant.module.encoder, task), 1, 224)    # the same architecture, nothing truncated, narrowed or added
+
+Parameters and operations are a network's own; latency is this machine's, with this number of threads, in evaluation mode.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from base.config import Strict
+from encoders.build import Encoder, build
+from finetune.network import Network
+from finetune.task import Task
+from finetune.transplant import assemble
+
+BATCHES = (1, 32)
+LEAST, SECONDS = 7, 0.5  # runs of each batch: at least so many, and for so long
+
+
+class Latency(Strict):
+    """Milliseconds for a batch of that many images: median and quartiles of `runs` after a warm-up."""
+
+    batch: int
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    runs: int
+
+
+class Efficiency(Strict):
+    """Of the whole network, head included; macs: of one image."""
+
+    params: int
+    macs: int
+    latency: tuple[Latency, ...]
+
+
+def cost(module: nn.Module, in_chans: int, size: int) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates for one image of that side in pixels (convolutions and matrix products)."""
+    module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(_images(module, 1, in_chans, size))
+    return sum(parameter.numel() for parameter in module.parameters()), counter.get_total_flops() // 2
+
+
+def measure(module: nn.Module, in_chans: int, size: int) -> Efficiency:
+    """Cost, and latency on the module's own device, for images of that side in pixels."""
+    params, macs = cost(module, in_chans, size)
+    return Efficiency(params=params, macs=macs, latency=tuple(_latency(module, batch, in_chans, size) for batch in BATCHES))
+
+
+def whole(encoder: Encoder, task: Task) -> Network:
+    """The network of strategy `full` of the encoder's architecture, with random weights: what a transplant is compared with."""
+    plain = build(encoder.architecture, encoder.in_chans, encoder.mean, encoder.std, image_size=encoder.image_size)
+    device = next(encoder.parameters()).device
+    return assemble(plain, task, 0, linear=False).to(device)
+
+
+@torch.inference_mode()
+def _latency(module: nn.Module, batch: int, in_chans: int, size: int) -> Latency:
+    module.eval()
+    scope = {"module": module, "x": _images(module, batch, in_chans, size)}
+    timer = Timer("module(x)", globals=scope, num_threads=torch.get_num_threads())
+    once = timer.timeit(1).median
+    found = timer.blocked_autorange(min_run_time=max(SECONDS, LEAST * once))
+    q1, median, q3 = (float(value) for value in np.percentile(found.times, [25, 50, 75]) * 1e3)
+    return Latency(batch=batch, median_ms=median, q1_ms=q1, q3_ms=q3, runs=len(found.times) * found.number_per_run)
+
+
+def _images(module: nn.Module, batch: int, in_chans: int, size: int) -> torch.Tensor:
+    device = next(module.parameters()).device
+    return torch.full((batch, in_chans, size, size), 127, dtype=torch.uint8, device=device)
