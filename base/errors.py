@@ -45,6 +45,10 @@ class WorkError(AllograftError):
     exit_code = 1
 
 
+class Diverged(WorkError):
+    """A training's loss or output is not finite: the same command would end there again."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name most like `name`, or None when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

@@ -9,10 +9,13 @@ parameter, what they are judged by is a metric, one value each, and the rest sta
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
+
+from finetune.search import trained_by
 
 # How often something is written tells no two runs apart.
 UNTOLD = {"schema", "method", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
@@ -34,12 +37,15 @@ def name(kind: str, config: dict[str, Any]) -> str:
         return f"pretrain {config['name']} seed {config['seed']}"
     task = config["task"]["task"] + (" shuffled labels" if config.get("shuffle_labels") else "")
     amount = f" {config['fraction']:g}" if config["fraction"] != 1 else ""
-    return f"{task} {config['source']} {config['strategy']['name']}{amount} seed {config['seed']}"
+    trial = "trial of " if config.get("role") == "trial" else ""
+    return f"{trial}{task} {config['source']} {config['strategy']['name']}{amount} seed {config['seed']}"
 
 
 def kind(folder: str, config: dict[str, Any]) -> str:
-    """The tag `allograft.kind`: pretrain, cell, control."""
-    return "pretrain" if folder == "pretrain" else "control" if config.get("shuffle_labels") else "cell"
+    """The tag `allograft.kind`: pretrain, cell, control, trial (of a search)."""
+    if folder == "pretrain" or config.get("role") == "trial":
+        return "pretrain" if folder == "pretrain" else "trial"
+    return "control" if config.get("shuffle_labels") else "cell"
 
 
 def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
@@ -66,7 +72,7 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
 
 def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
     """A finished cell. Metrics of single labels stay in result.json: fourteen labels in two splits would hide the rest."""
-    recipe = config["task"]["linear" if config["strategy"]["name"] == "linear" else "recipe"]
+    recipe = config["task"][trained_by(config["strategy"]["name"]) or "recipe"]
     options = {f"strategy.{key}": value for key, value in config["strategy"].items() if key != "name"}
     params = {
         "source": config["source"],
@@ -95,9 +101,9 @@ def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
 
 
 def headline(result: dict[str, Any]) -> dict[str, float]:
-    """A cell's metrics over all labels, by name: `test_auroc_mean`, `val_dice`."""
+    """A cell's metrics over all labels, by name: `test_auroc_mean`, `val_dice`, `test_auroc_mean/<stratum>` in letters that MLflow takes."""
     rows = [row for row in result["metrics"] if not row["class"] and row["value"] is not None]
-    return {f"{row['split']}_{row['metric']}": float(row["value"]) for row in rows}
+    return {re.sub(r"[^\w\-./: ]", "_", f"{row['split']}_{row['metric']}"): float(row["value"]) for row in rows}
 
 
 def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]], exposed: str = "apart") -> dict[str, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base.config import canonical_json, parse
+from base.errors import WorkError
 from cluster.context import WorkerContext
 from cluster.sources import local_encoder
 from cluster.study import Resources
@@ -60,22 +61,31 @@ class CellWorker:
         return config.key
 
 
-def pool_size(resources: Resources, cells: int) -> int:
-    """How many workers the cluster holds at once, at most one a cell."""
+def pool_size(resources: Resources) -> int:
+    """Workers that fit into the cluster."""
     import ray
 
+    if resources.cell_workers:
+        return resources.cell_workers
     available = ray.cluster_resources()
     fits = available.get("CPU", 1) / resources.threads
     if resources.gpus_per_cell:
         fits = min(fits, available.get("GPU", 0) / resources.gpus_per_cell)
-    return max(1, min(resources.cell_workers or int(fits), cells))
+    return max(1, int(fits))
 
 
-def run_cells(configs: Sequence[CellConfig], resources: Resources, report: Callable[[Tally], None]) -> Tally:
-    """Compute the cells; returns when every one is done or has failed.
+def run_cells(
+    configs: Sequence[CellConfig],
+    resources: Resources,
+    report: Callable[[Tally], None],
+    told: Callable[[CellConfig, Exception | None], Sequence[CellConfig]] | None = None,
+) -> Tally:
+    """Compute the cells; returns when every one is done or has failed, those that were added meanwhile included.
 
     Args:
         report: called whenever a count changes, and at least every two seconds.
+        told: called with each cell that ended, and with its error where it failed; returns cells that became ready by it. They come
+            before those that wait, since others may depend on them.
     """
     import ray
 
@@ -83,30 +93,38 @@ def run_cells(configs: Sequence[CellConfig], resources: Resources, report: Calla
     if not configs:
         return tally
     make = ray.remote(num_cpus=resources.threads, num_gpus=resources.gpus_per_cell)(CellWorker)
-    idle: deque[Any] = deque(make.remote() for _ in range(pool_size(resources, len(configs))))
+    room = pool_size(resources)
+    idle: deque[Any] = deque()
     queue = deque((config, 1) for config in configs)
     running: dict[Any, tuple[Any, CellConfig, int]] = {}
     while queue or running:
-        while queue and idle:
-            worker, (config, attempt) = idle.popleft(), queue.popleft()
+        while queue and (idle or len(running) < room):
+            worker, (config, attempt) = idle.popleft() if idle else make.remote(), queue.popleft()
             running[worker.run.remote(canonical_json(config))] = (worker, config, attempt)
         tally.running = len(running)
         report(tally)
         for reference in ray.wait(list(running), num_returns=1, timeout=2.0)[0]:
             worker, config, attempt = running.pop(reference)
+            problem: Exception | None = None
             try:
                 ray.get(reference)
                 tally.done += 1
             except ray.exceptions.RayTaskError as error:
-                tally.failed[config.key] = str(error.cause)
+                problem = error.cause
             except ray.exceptions.RayActorError as error:
                 tally.deaths += 1
-                worker = make.remote()
+                worker = None
                 if attempt < ATTEMPTS:
                     queue.appendleft((config, attempt + 1))
-                else:
-                    tally.failed[config.key] = f"its worker died {ATTEMPTS} times ({type(error).__name__})"
-            idle.append(worker)
+                    continue
+                problem = WorkError(f"its worker died {ATTEMPTS} times ({type(error).__name__})")
+            if worker is not None:
+                idle.append(worker)
+            if problem is not None:
+                tally.failed[config.key] = str(problem)
+            more = told(config, problem) if told else ()
+            tally.total += len(more)
+            queue.extendleft((ready, 1) for ready in reversed(more))
     tally.running = 0
     report(tally)
     for worker in idle:

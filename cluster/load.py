@@ -90,6 +90,7 @@ def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
     from encoders.cuts import family
     from engine.step import rank_batch
+    from finetune.search import asked
     from finetune.strategies import resolve
     from pretrain import methods
     from pretrain.recipe import load_recipe
@@ -135,7 +136,7 @@ def check_names(study: Study, where: str) -> None:
     if not study.cells.architectures and not study.pretrain and not foreign:
         raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")
     for i, strategy in enumerate(study.cells.strategies):
-        resolve(strategy, f"{where}: cells.strategies[{i}]")
+        resolve(asked(strategy, f"{where}: cells.strategies[{i}]")[1], f"{where}: cells.strategies[{i}]")
     for i, task in enumerate(study.cells.tasks):
         found = load_task(task, study.cells.task_settings.get(task, {}))
         if found.dataset not in cards:

@@ -7,9 +7,13 @@ from cluster.fit import fit
 from cluster.plan import Corpus
 from cluster.progress import minutes
 from cluster.run import claim
-from cluster.standing import standing_corpora, standing_weights
+from cluster.searches import Searches, most
+from cluster.standing import done, standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import tracking_uri
+from finetune.search import Tune
+
+UNTUNED = "untuned: one fixed rate a task, which may suit one source better than another (cells.tune: {lr: [...], trials: n})"
 
 
 def outlook(study: Study) -> bool:
@@ -65,19 +69,29 @@ def outlook(study: Study) -> bool:
         table.add_row(f"pretrain {run.name}", f"[red]{escape(wrong)}[/red]" if wrong else f"{state}  ({run.recipe} from {run.start_from})")
     if study.cells:
         if complete and not missing:
-            configs = list(plan.cells(study, checked, weights))
-            standing = [config for config in configs if storage.exists(storage.join(config.out, "result.json"))]
-            exposed = sum(bool(config.exposed_to) for config in configs)
+            searches = Searches(plan.settings(study, checked, weights), keep=False)
+            rows, configs = list(searches.rows()), searches.cells
+            standing = [config for config in configs if done(config.out)]
+            exposed = sum(bool(row["exposed_to"]) for row in rows)
             apart = f", {exposed} exposed to test images by their source's past ({study.exposed})" if exposed else ""
-            table.add_row("cells", f"{len(configs)}, of which {len(standing)} stand{apart}")
+            if searches.searching:
+                asked, trials, every = most(one.setting for one in searches.chosen)
+                answered = sum(len(one.answers) for one in searches.chosen)
+                table.add_row("searches", f"{asked}, of which {answered} have answered; at most {trials} trials, {every} to try everything")
+            table.add_row("cells", f"{len(rows)}, of which {len(standing)} stand{apart}")
+            table.add_row("", UNTUNED if study.cells.tune is None else _tuned(study.cells.tune, study.cells.trial_seeds))
             seconds = [storage.read_json(storage.join(config.out, "result.json"))["seconds"] for config in standing]
-            if seconds and len(standing) < len(configs):
-                left = sum(seconds) / len(seconds) * (len(configs) - len(standing))
+            if seconds and len(standing) < len(rows):
+                left = sum(seconds) / len(seconds) * (len(rows) - len(standing))
                 table.add_row("", f"{minutes(left)} of one worker to go, by the {len(seconds)} that stand")
         else:
             table.add_row("cells", str(_count(study)))
     console.print(table)
     return not problems
+
+
+def _tuned(tune: Tune, seeds: list[int]) -> str:
+    return f"tuned: {tune.trials} rates x {len(seeds)} trial seeds for every source and strategy, chosen on validation"
 
 
 def _count(study: Study) -> int:

@@ -6,7 +6,7 @@ A key needs what lies before it (manifest digests, the encoder's hash), so the p
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from analysis.exposure import Seen, exposed_to
 from base.config import digest
@@ -117,8 +117,35 @@ def compared_corpora(study: Study, corpora: Mapping[str, Corpus]) -> set[Seen]:
     return {(name, split, corpora[name].manifest.digest, without_name(corpora[name].without.get(split, ()))) for name, split in read}
 
 
-def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:
-    """Every cell of the matrix, in a fixed order.
+@dataclass(frozen=True)
+class Setting:
+    """What cells share that differ in their seed alone; searches choose for all of them at once. `strategy` is as the study has it."""
+
+    study: Study
+    source: str
+    architecture: str
+    weights: Weights | None
+    strategy: dict[str, Any]
+    task: Task
+    corpus: Corpus
+    fraction: float
+    resolution: int
+    shuffled: bool
+    exposed: tuple[str, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of its cells."""
+        assert self.study.cells is not None
+        return self.study.cells.seeds
+
+    def words(self) -> str:
+        """As short as a line of the terminal needs it."""
+        return f"{self.task.task} {self.source} {self.strategy['name']}" + (" shuffled labels" if self.shuffled else "")
+
+
+def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[Setting]:
+    """Every setting of the matrix, in a fixed order.
 
     Args:
         corpora: by dataset.
@@ -143,66 +170,83 @@ def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, lis
                 group = [(found.architecture, found) for found in weights[source.name]]
             shuffles = [False, True] if source.name in matrix.shuffled_labels else [False]
             fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
-            axes = itertools.product(group, matrix.strategies, fractions, resolutions, matrix.seeds, shuffles)
-            for (architecture, found), strategy, fraction, resolution, seed, shuffled in axes:
-                exposed = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
-                yield _cell(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, seed, shuffled, exposed)
+            axes = itertools.product(group, matrix.strategies, fractions, resolutions, shuffles)
+            for (architecture, found), strategy, fraction, resolution, shuffled in axes:
+                seen = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
+                yield Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, tuple(seen))
 
 
-def _cell(
-    study: Study,
-    source: str,
-    architecture: str,
-    found: Weights | None,
-    strategy: dict[str, Any],
-    task: Task,
-    corpus: Corpus,
-    fraction: float,
-    resolution: int,
-    seed: int,
-    shuffled: bool,
-    exposed: list[str],
-) -> CellConfig:
-    threads = study.resources.threads
-    identity = {
+def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:
+    """Every cell of a study in which nothing is searched, in a fixed order; see cluster.searches for those in which something is."""
+    for setting in settings(study, corpora, weights):
+        for seed in setting.seeds:
+            yield cell(setting, seed)
+
+
+def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """What the key of a cell is made of."""
+    found = setting.weights
+    return {
         "cell": {
-            "architecture": architecture,
-            "source": source,
+            "architecture": setting.architecture,
+            "source": setting.source,
             "source_seed": found.seed if found else seed,
             "strategy": strategy,
             "task": task.task,
-            "fraction": fraction,
-            "resolution": resolution,
+            "fraction": setting.fraction,
+            "resolution": setting.resolution,
             "seed": seed,
-            "shuffle_labels": shuffled,
+            "shuffle_labels": setting.shuffled,
         },
         # Named only where one is asked for, so that other cells keep their keys.
         "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
         "encoder_sha256": found.sha256 if found else None,
-        "manifests": [corpus.manifest.digest],
+        "manifests": [setting.corpus.manifest.digest],
         "dtype": "fp32",
-        "threads": threads,
+        "threads": setting.study.resources.threads,
         "version": [CELL_VERSION, VIEWS_VERSION],
     }
-    key = digest(identity)[:KEY_DIGITS]
+
+
+def cell(
+    setting: Setting,
+    seed: int,
+    strategy: dict[str, Any] | None = None,
+    task: Task | None = None,
+    role: Literal["cell", "trial"] = "cell",
+    searched: Mapping[str, Any] | None = None,
+) -> CellConfig:
+    """One cell of a setting.
+
+    Args:
+        strategy, task: with what a search chose or tries put in; the setting's own by default.
+        searched: the strategy as it was asked for, where a search chose for it. Part of the key, so that such a cell is not taken for one
+            that was asked for by the cut itself.
+    """
+    strategy, task = strategy or setting.strategy, task or setting.task
+    made = (
+        identity(setting, seed, strategy, task) | ({"role": role} if role == "trial" else {}) | ({"searched": searched} if searched else {})
+    )
+    key, found = digest(made)[:KEY_DIGITS], setting.weights
     return CellConfig(
         key=key,
-        architecture=architecture,
-        source=source,
+        architecture=setting.architecture,
+        source=setting.source,
         source_kind="weights" if found else "random",
         source_seed=found.seed if found else seed,
         encoder_dir=found.url if found else None,
         encoder_sha256=found.sha256 if found else None,
         strategy=strategy,
         task=task,
-        shards=corpus.url,
-        manifest_digest=corpus.manifest.digest,
-        fraction=fraction,
-        resolution=resolution,
+        shards=setting.corpus.url,
+        manifest_digest=setting.corpus.manifest.digest,
+        fraction=setting.fraction,
+        resolution=setting.resolution,
         seed=seed,
-        shuffle_labels=shuffled,
-        threads=threads,
+        shuffle_labels=setting.shuffled,
+        threads=setting.study.resources.threads,
         own_source=bool(found and task.dataset in found.labelled),
-        exposed_to=exposed,
-        out=join(study.out, "cells", key),
+        exposed_to=list(setting.exposed),
+        role=role,
+        out=join(setting.study.out, "cells", key),
     )

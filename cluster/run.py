@@ -18,6 +18,7 @@ from cluster.lock import DriverLock
 from cluster.plan import Corpus
 from cluster.progress import Progress
 from cluster.projector import Projector
+from cluster.searches import Searches
 from cluster.standing import done, standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import Projection, require_server, tracking_uri
@@ -75,21 +76,22 @@ def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events
     complete = set(corpora) == set(study.data)
     checked = leakage.standing(study, corpora) if complete else None
     weights, missing = standing_weights(study, checked, uri) if checked is not None else ({}, ["everything"])
-    configs = list(plan.cells(study, checked, weights)) if checked is not None and not missing else []
-    if missing or any(not done(config.out) for config in configs):
+    searches = Searches(plan.settings(study, checked, weights)) if checked is not None and not missing else Searches([])
+    if missing or searches.open or any(not done(config.out) for config in searches.cells):
         if complete:  # what is packed in this run is checked when it is
             fits(study, corpora)
         progress.say("starting Ray")
         with session():
             corpora = leakage.compare(study, stages.pack(study, progress, events), progress, events)
             weights, restarts = stages.pretrain(study, corpora, uri, progress, events)
-            configs = list(plan.cells(study, corpora, weights))
-            stages.write_plan(study.out, configs)
-            kept, new, failed, deaths = stages.cells(study, configs, progress, events)
+            searches = Searches(plan.settings(study, corpora, weights))
+            stages.write_plan(study.out, searches)
+            kept, new, failed, deaths = stages.cells(study, searches, progress, events)
+            stages.write_plan(study.out, searches)
     else:
         leakage.summarise(study, corpora)
-        stages.write_plan(study.out, configs)
-        kept = len(configs)
+        stages.write_plan(study.out, searches)
+        kept = len(searches.cells)
         progress.say(f"all {kept} cells stand already")
     return _finish(study, projector, progress, kept=kept, new=new, failed=failed, restarts=restarts, deaths=deaths)
 

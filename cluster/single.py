@@ -9,6 +9,7 @@ from pydantic import Field
 from base.config import Strict, apply, parse
 from cluster.load import check_names, resolve_paths
 from cluster.study import DataEntry, Resources, Study
+from finetune.search import Tune
 
 
 class OnePretraining(Strict):
@@ -36,6 +37,7 @@ class OneCell(Strict):
     fraction: float = 1.0
     resolution: int | None = None
     seed: int = 0
+    tune: Tune | None = None
     settings: dict[str, Any] = Field({})
     resources: Resources = Resources()
     tracking: str = "sqlite"
@@ -70,6 +72,8 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
         "fractions": [one.fraction],
         "resolutions": [one.resolution] if one.resolution else {},
         "seeds": [one.seed],
+        "tune": one.tune,
+        "trial_seeds": [one.seed],
         "task_settings": {task: one.settings} if one.settings else {},
     }
     return _study(f"finetune-{task}", one, {"cells": matrix}, where)

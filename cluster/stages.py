@@ -10,6 +10,7 @@ from cluster import plan, quarantine
 from cluster.events import Events
 from cluster.plan import Corpus, Weights
 from cluster.progress import Progress, minutes
+from cluster.searches import Searches
 from cluster.standing import by_source, done, shards_url, start_of
 from cluster.study import Study
 from finetune.cell import CellConfig
@@ -49,14 +50,9 @@ def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
     return corpora
 
 
-def write_plan(out: str, configs: list[CellConfig]) -> None:
+def write_plan(out: str, searches: Searches) -> None:
     """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
-    axes = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "shuffle_labels", "own_source", "exposed_to")
-    rows = [
-        {**{name: getattr(config, name) for name in axes}, "strategy": config.strategy["name"], "task": config.task.task}
-        for config in configs
-    ]
-    storage.put(storage.join(out, "plan.json"), json.dumps(rows, indent=1))
+    storage.put(storage.join(out, "plan.json"), json.dumps(list(searches.rows()), indent=1))
 
 
 def _show_packing(progress: Progress, name: str, so_far: "Packing") -> None:
@@ -109,29 +105,49 @@ def pretrain(
     return by_source(study, made, uri, []), restarts
 
 
-def cells(study: Study, configs: list[CellConfig], progress: Progress, events: Events) -> tuple[int, int, dict[str, str], int]:
-    """The cells that are missing, on the pool.
+def cells(study: Study, searches: Searches, progress: Progress, events: Events) -> tuple[int, int, dict[str, str], int]:
+    """The trials and cells that are missing, on one pool: cells whose searches have answered do not wait for those that still ask.
 
     Returns:
-        How many were kept, how many are new, reasons of those that failed by their description, deaths of workers.
+        How many cells were kept, how many are new, reasons of those that failed by their description, deaths of workers.
     """
     from cluster.fanout import Tally, run_cells
 
-    todo = [config for config in configs if not done(config.out)]
-    asked = {config.key for config in configs}
-    idle = [key for key in storage.listing(storage.join(study.out, "cells")) if key not in asked]
-    progress.say(f"cells: {len(configs) - len(todo)} kept, {len(todo)} new, {len(idle)} no longer asked for")
+    todo = searches.ready()
+    known = {config.key: config for config in todo}
+    kept = sum(done(config.out) for config in searches.cells)
+    idle = set(storage.listing(storage.join(study.out, "cells"))) - {config.key for config in searches.cells}
+    asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
+    other = "trials or no longer asked for" if searches.searching else "no longer asked for"
+    progress.say(f"cells: {kept} kept, {sum(config.role == 'cell' for config in todo)} new, {len(idle)} {other}{asking}")
+    new = 0
 
     def show(tally: Tally) -> None:
         counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
         progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", last=tally.done + len(tally.failed) == tally.total)
 
-    tally = run_cells(todo, study.resources, show)
-    names = {config.key: f"{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}" for config in todo}
-    failed = {f"{names[key]} ({key})": reason for key, reason in tally.failed.items()}
-    for key, reason in tally.failed.items():
+    def told(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
+        nonlocal new
+        new += problem is None and config.role == "cell"
+        more = searches.told(config, problem)
+        known.update({found.key: found for found in more})
+        return more
+
+    tally = run_cells(todo, study.resources, show, told)
+    reasons = {key: reason for key, reason in tally.failed.items() if not searches.excused(key)}
+    failed = {f"{_words(known[key])} ({key})": reason for key, reason in reasons.items()}
+    failed |= {f"{one.setting.words()} (cells without a {one.steps[0]})": str(one.failed) for one in searches.open}
+    for key, reason in reasons.items():
         events.add("cell failed", key=key, reason=reason)
+    for one in searches.chosen:
+        for key in one.answers:
+            events.add("searched", key=key, setting=one.setting.words())
     if tally.deaths:
         progress.say(f"cells: {tally.deaths} worker(s) died and were replaced")
     events.add("cells", done=tally.done, failed=len(failed), deaths=tally.deaths)
-    return len(configs) - len(todo), tally.done, failed, tally.deaths
+    return kept, new, failed, tally.deaths
+
+
+def _words(config: CellConfig) -> str:
+    trial = "trial of " if config.role == "trial" else ""
+    return f"{trial}{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}"

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from base.config import Strict, canonical_json
 from base.paths import with_preset
+from finetune.search import Tune
 from finetune.task import Metric, load_task
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -62,11 +63,17 @@ class Cells(Strict):
     resolutions: list[Pixels] | dict[str, list[Pixels]] = Field({}, description="default: the task's own")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     task_settings: dict[str, dict[str, Any]] = Field({}, description="by task: keys of its file that this study sets otherwise")
+    tune: Tune | None = Field(None, description="rates to choose from, by validation; without it the study is untuned: one rate for all")
+    trial_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="seeds of the trials of every search")
     shuffled_labels: list[str] = Field([], description="control: sources whose cells are repeated with permuted training labels")
 
     @model_validator(mode="after")
     def _once(self) -> Self:
-        values: dict[str, list[Any]] = {"seeds": self.seeds, "sources": [source.name for source in self.sources]}
+        values: dict[str, list[Any]] = {
+            "seeds": self.seeds,
+            "trial_seeds": self.trial_seeds,
+            "sources": [source.name for source in self.sources],
+        }
         values |= {"tasks": [with_preset(task)[0] for task in self.tasks]}  # one task in two presets would be one name for two things
         values |= {"strategies": [canonical_json(strategy) for strategy in self.strategies]}
         for axis in ("fractions", "resolutions"):

@@ -1,6 +1,7 @@
 """The standard error of a validation metric over the patients, whatever the metric is.
 
     error, groups = patients_error(task, arrays, logits)
+    row = error_row(task, arrays, logits)                   # the same as a metric row, `auroc_mean_error`
 
 Legend: N images.
 """
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from base.seeds import rng
 from finetune.data import Arrays
-from finetune.predict import headline, measure
+from finetune.predict import Row, headline, measure
 from finetune.task import Task
 
 GROUPS = 20  # of patients
@@ -37,3 +38,10 @@ def patients_error(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> t
     if len(values) < 2:
         return math.nan, len(values)
     return math.sqrt((len(values) - 1) * float(np.var(values))), len(values)
+
+
+def error_row(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> Row:
+    """The error of the task's metric; its value is None where it is not known, n the groups of patients."""
+    error, groups = patients_error(task, arrays, logits)
+    value = None if math.isnan(error) else error
+    return {"split": arrays.split, "class": "", "metric": f"{task.metric}_error", "unit": "fraction", "value": value, "n": groups}

@@ -171,6 +171,13 @@ class _Way(Strict):
     search: CutSearch
 
 
+def trained_by(strategy: str) -> Literal["recipe", "linear"] | None:
+    """Which of the task's recipes a strategy trains by, whose rate is tuned; None where nothing trains."""
+    if strategy == "knn":
+        return None
+    return "linear" if strategy in ("linear", "fat") else "recipe"
+
+
 def _ends(architecture: str) -> tuple[int, ...]:
     """The last cut of each resolution, the stem's apart; of a network with one resolution the ends of its four quarters."""
     points = cuts(architecture)
