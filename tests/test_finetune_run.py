@@ -77,7 +77,8 @@ def test_a_cell_leaves_its_files_and_is_not_computed_twice(cell: Make, tmp_path:
     assert len(rows) == result["selection"]["epochs"]
     assert {"epoch", "train_loss", f"val_{config.task.metric}", "lr", "seconds"} <= set(rows[0])
     assert result["selection"]["value"] == max(row[f"val_{config.task.metric}"] for row in rows)
-    assert value(result, config.task.metric, "val") == result["selection"]["value"]  # the best epoch's weights made the predictions
+    at_resolution = "dice_resized" if config.task.metric == "dice" else config.task.metric
+    assert value(result, at_resolution, "val") == result["selection"]["value"]  # the best epoch's weights made the predictions
     table = pd.read_parquet(out / "predictions.parquet")
     counts = read(config.shards).counts
     assert table["split"].value_counts().to_dict() == {"val": counts["val"], "test": counts["test"]}
@@ -135,12 +136,12 @@ def test_what_was_exported_is_what_is_transplanted(cell: Make, tmp_path: Path, s
 def test_cached_features_give_the_predictions_of_the_whole_network(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for limit in (1 << 30, 0):
-        monkeypatch.setattr("finetune.train.CACHE_BYTES", limit)
+        monkeypatch.setattr("finetune.features.LIMIT_BYTES", limit)
         config = cell("phantom-vessels", strategy={"name": "linear"})
         transplant, sha256, _ = plant(config, 3)
         trainer = Trainer(config, transplant)
         trainer.fit(context(tmp_path), tmp_path / "log.jsonl")
-        assert bool(trainer._features) == (limit > 0)
+        assert (trainer.evaluator._features["train"] is not None) == (limit > 0)
         assert sha256_of(transplant.module.encoder.net.state_dict()) == sha256
         image = torch.from_numpy(trainer.arrays("test").image)
         with torch.no_grad():
