@@ -1,10 +1,14 @@
-"""Metrics, exact and defined where others crash or mislead. Fractions, never percent.
+"""Metrics, exact and defined where others crash or mislead. Fractions, never percent; nan where a value is not defined.
 
     auroc(score_N, target_N)                      # nan when only one class is present
     auroc_within(score_N, target_N, stratum_N)    # pairs are compared inside a stratum only: a confounder that is the stratum gains nothing
+    points = operating_points(score_N, target_N)  # thresholds, to be chosen on validation
+    decided(target_N, score_N >= points["youden"], 2)["sensitivity"]
     dice_per_image(pred_NHW, true_NHW)            # N values; two empty masks agree: 1
 
-Legend: N samples, H W pixels. Targets are 0 and 1; unknown labels are left out by the caller.
+Areas and calibration are computed here because the report and the cells need them without the seconds that torchmetrics takes to import;
+tests hold them against it and against scikit-learn. Legend: N samples, L labels, H W pixels. Targets are 0 and 1; unknown labels are left
+out by the caller.
 """
 
 from collections.abc import Iterable, Sequence
@@ -90,12 +94,124 @@ def mean_defined(values: Iterable[float]) -> tuple[float, int]:
     return (float(np.mean(kept)), len(kept)) if kept else (float("nan"), 0)
 
 
-def dice_per_image(pred_NHW: ArrayLike, true_NHW: ArrayLike) -> Floats:
-    """Dice (1945) of each image: 2 |A and B| / (|A| + |B|). Empty policy: both empty is 1, one empty is 0."""
+# -- decisions
+
+
+def operating_points(score_N: ArrayLike, target_N: ArrayLike) -> dict[str, float]:
+    """Thresholds, a score of at least which is a positive: `youden` (most sensitivity + specificity; Youden 1950), `spec95` (the most
+    sensitivity at a specificity of 0.95 at least) and `sens95` (the most specificity at a sensitivity of 0.95 at least).
+
+    Each is a score that occurs, or inf where only calling nothing positive will do; nan when there is no positive or no negative.
+    """
+    from sklearn.metrics import roc_curve
+
+    score, target = _checked(score_N, target_N)
+    if not len(target) or target.all() or not target.any():
+        return dict.fromkeys(("youden", "spec95", "sens95"), float("nan"))
+    fall_out, sensitivity, threshold = roc_curve(target, score, drop_intermediate=False)
+    # Both rise along the curve: the last point with enough specificity, the first with enough sensitivity.
+    spec95 = int(np.flatnonzero(fall_out <= 0.05 + 1e-12)[-1])
+    at = {"youden": int(np.argmax(sensitivity - fall_out)), "spec95": spec95, "sens95": int(np.argmax(sensitivity >= 0.95 - 1e-12))}
+    return {name: float(threshold[place]) for name, place in at.items()}
+
+
+def decided(true_N: ArrayLike, pred_N: ArrayLike, classes: int) -> dict[str, Floats]:
+    """Metrics of decisions for classes 0..L-1.
+
+    Returns:
+        Of each class, L values: `sensitivity` (recall: of the samples that are of it, how many were called so), `precision` (of those that
+        were called so, how many are), `f1`. Over all, one value: `accuracy`; `balanced_accuracy`, the mean sensitivity of the classes
+        that occur, nan where that is one; `f1_macro`, the mean of the defined f1; `kappa` and, for grades, `kappa_quadratic` (Cohen 1960,
+        1968), nan where truth and decisions are of one and the same class.
+    """
+    from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
+
+    true, pred = np.asarray(true_N).astype(int), np.asarray(pred_N).astype(int)
+    if not len(true):
+        empty = {name: np.full(classes, np.nan) for name in ("precision", "sensitivity", "f1")}
+        return empty | {name: np.array(np.nan) for name in ("accuracy", "balanced_accuracy", "f1_macro", "kappa", "kappa_quadratic")}
+    labels = list(range(classes))
+    precision, sensitivity, f1, support = precision_recall_fscore_support(true, pred, labels=labels, zero_division=np.nan)
+    one = len(np.union1d(true, pred)) == 1
+    several = int((support > 0).sum()) > 1
+    return {
+        "precision": precision,
+        "sensitivity": sensitivity,
+        "f1": f1,
+        "accuracy": np.mean(true == pred),
+        "balanced_accuracy": np.array(np.nanmean(sensitivity) if several else np.nan),
+        "f1_macro": np.nanmean(f1),
+        "kappa": np.array(np.nan if one else cohen_kappa_score(true, pred, labels=labels)),
+        "kappa_quadratic": np.array(np.nan if one else cohen_kappa_score(true, pred, labels=labels, weights="quadratic")),
+    }
+
+
+ECE_BINS = 15
+
+
+def ece(confidence_N: ArrayLike, right_N: ArrayLike) -> float:
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599): the mean over samples of |mean confidence - share
+    right| of their bin, in 15 bins of equal width over 0..1. nan without samples.
+
+    Of one label, confidence is its score and right its target; of several classes, the highest score and whether that is the true class's.
+    """
+    confidence, right = _checked(confidence_N, right_N)
+    if not len(right):
+        return float("nan")
+    if confidence.min() < 0 or confidence.max() > 1:
+        raise ValueError("confidences must be probabilities")
+    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)  # [lower, upper), the last with 1
+    gaps = np.bincount(bins, confidence - right, ECE_BINS)
+    return float(np.abs(gaps).sum() / len(right))
+
+
+# -- masks
+
+
+def overlaps(pred_NHW: ArrayLike, true_NHW: ArrayLike) -> NDArray[np.int64]:
+    """Pixels of each image that are in both masks, in the predicted and in the true one: N3."""
     pred, true = np.asarray(pred_NHW, dtype=bool), np.asarray(true_NHW, dtype=bool)
     if pred.shape != true.shape or pred.ndim < 2:
         raise ValueError(f"masks of one shape are needed, got {pred.shape} and {true.shape}")
     axes = tuple(range(1, pred.ndim))
-    both = (pred & true).sum(axis=axes, dtype=np.float64)
-    total = pred.sum(axis=axes, dtype=np.float64) + true.sum(axis=axes, dtype=np.float64)
-    return np.where(total == 0, 1.0, 2 * both / np.maximum(total, 1))
+    return np.stack([mask.sum(axis=axes, dtype=np.int64) for mask in (pred & true, pred, true)], axis=1)
+
+
+def dice_of(overlap: ArrayLike, predicted: ArrayLike, true: ArrayLike) -> Floats:
+    """Dice (1945) of counted pixels: 2 |A and B| / (|A| + |B|). Empty policy: both empty is 1, one empty is 0."""
+    total = np.asarray(predicted, float) + np.asarray(true, float)
+    return np.where(total == 0, 1.0, 2 * np.asarray(overlap, float) / np.maximum(total, 1))
+
+
+def iou_of(overlap: ArrayLike, predicted: ArrayLike, true: ArrayLike) -> Floats:
+    """Intersection over union (Jaccard) of counted pixels. Empty policy as `dice_of`."""
+    union = np.asarray(predicted, float) + np.asarray(true, float) - np.asarray(overlap, float)
+    return np.where(union == 0, 1.0, np.asarray(overlap, float) / np.maximum(union, 1))
+
+
+def dice_per_image(pred_NHW: ArrayLike, true_NHW: ArrayLike) -> Floats:
+    """`dice_of` each image."""
+    return dice_of(*overlaps(pred_NHW, true_NHW).T)
+
+
+def hd95(pred_HW: NDArray[np.bool_], true_HW: NDArray[np.bool_], spacing: tuple[float, float] = (1.0, 1.0)) -> float:
+    """Hausdorff distance at 95 % of one image: the larger of the two 95th percentiles, over the border pixels of one mask, of the distance
+    to the nearest border pixel of the other. In pixels, or in the unit of `spacing` (between rows, between columns).
+
+    A border pixel is one with a neighbour, above, below, left or right, outside the mask or the image. Empty policy: both masks empty is
+    0; one empty has no distance: nan, to be left out and counted.
+    """
+    from scipy.spatial import KDTree
+
+    if pred_HW.shape != true_HW.shape or pred_HW.ndim != 2:
+        raise ValueError(f"two masks of one shape are needed, got {pred_HW.shape} and {true_HW.shape}")
+    a, b = (np.argwhere(_border(mask)) * np.asarray(spacing) for mask in (pred_HW, true_HW))
+    if not len(a) or not len(b):
+        return 0.0 if len(a) == len(b) else float("nan")
+    return float(max(np.percentile(KDTree(one).query(other)[0], 95) for one, other in ((a, b), (b, a))))
+
+
+def _border(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    around = np.pad(mask_HW, 1)
+    inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    return np.asarray(mask_HW & ~inner)

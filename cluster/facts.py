@@ -101,7 +101,7 @@ def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
 
 
 def headline(result: dict[str, Any]) -> dict[str, float]:
-    """A cell's metrics over all labels, by name: `test_auroc_mean`, `val_dice`, `test_auroc_mean/<stratum>` in letters that MLflow takes."""
+    """A cell's metrics over all labels, by name: `test_auroc_mean`, `val_dice`, and `test_auroc_mean/<stratum>` in MLflow's letters."""
     rows = [row for row in result["metrics"] if not row["class"] and row["value"] is not None]
     return {re.sub(r"[^\w\-./: ]", "_", f"{row['split']}_{row['metric']}"): float(row["value"]) for row in rows}
 

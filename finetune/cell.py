@@ -42,7 +42,7 @@ class CellConfig(Strict):
     fraction: float = Field(1.0, gt=0, le=1)
     resolution: int = Field(ge=16)
     seed: int = 0
-    dtype: Literal["fp32"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     threads: int = Field(1, gt=0)
     own_source: bool = False
     exposed_to: list[str] = Field(default=[])
@@ -53,12 +53,12 @@ class CellConfig(Strict):
 
 
 class MetricRow(Strict):
-    """One number. `class` is a label, or empty for a mean; `value` is null where it is not defined; `n` as `predict.measure` says."""
+    """One number. `class` is a label, or empty for a mean; `value` is null where it is not defined; the rest as finetune.measure says."""
 
     split: Literal["val", "test"]
     class_: str = Field(alias="class")
     metric: str
-    unit: Literal["fraction"]
+    unit: Literal["fraction", "px", "mm"]
     value: float | None
     n: int
 

@@ -255,7 +255,3 @@ def head_for(task: Task, encoder: Encoder, *, linear: bool) -> "Head":
 
 
 Head = PooledHead | PyramidHead | DecoderHead
-
-
-def UnetHead(channels: Sequence[int], in_chans: int) -> DecoderHead:
-    return DecoderHead("unet", channels, [2 ** (i + 1) for i in range(len(channels))], in_chans)

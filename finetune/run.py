@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from base import paths, storage
@@ -27,6 +28,7 @@ from engine.context import Context
 from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig, Result
 from finetune.jackknife import error_row
+from finetune.measure import rows_of
 from finetune.strategies import resolve
 from finetune.train import Trainer, cost
 from finetune.transplant import EncoderSpec, Transplant, verify
@@ -59,17 +61,18 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         local = Path(folder)
         history, train_images = trainer.fit(ctx, local / "metrics.jsonl")
         splits = ["val"] if config.role == "trial" else ["val", "test"]
-        rows, tables = [], []
+        tables: list[pd.DataFrame] = []
+        errors = []
         for split in splits:
             # The test split is read here for the first time, with the chosen epoch's weights in place.
             arrays = trainer.arrays(split)
             logits = trainer.logits(split)
-            rows += predict.measure(task, arrays, logits)
+            tables.append(predict.predictions(task, arrays, logits, tables[0] if tables else None))
             if config.role == "trial":
-                rows.append(error_row(task, arrays, logits))
-            tables.append(predict.predictions(task, arrays, logits))
+                errors.append(error_row(task, arrays, logits))
             if split == "test" and task.kind == "segmentation" and corpus.manifest.card.share_images:
                 np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
+        table = pd.concat(tables, ignore_index=True)
         params, macs = cost(transplant.module, data.as_input(trainer.arrays("val").image[:1], trainer.arrays("val").slices).shape[1:])
         result = Result(
             key=config.key,
@@ -86,7 +89,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             own_source=config.own_source,
             exposed_to=config.exposed_to,
             shuffle_labels=config.shuffle_labels,
-            metrics=rows,
+            metrics=rows_of(task, table) + errors,
             selection=history,
             train_images=train_images,
             params=params,
@@ -101,9 +104,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             device=trainer.device_name,
             role=config.role,
         )
-        import pandas as pd
-
-        pd.concat(tables).to_parquet(local / "predictions.parquet", index=False)
+        table.to_parquet(local / "predictions.parquet", index=False)
         (local / "config.yaml").write_text(to_yaml(config))
         (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
         storage.put_dir(local, config.out, last=(RESULT,))

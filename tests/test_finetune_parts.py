@@ -17,7 +17,7 @@ from base.errors import RequestError, WorkError
 from encoders.build import build
 from encoders.weights import sha256_of
 from finetune.data import NOT_JUDGED, Arrays, batches, fraction_of, load, shuffled
-from finetune.heads import PyramidHead, UnetHead
+from finetune.heads import PyramidHead
 from finetune.losses import loss_of
 from finetune.predict import measure
 from finetune.strategies import resolve
@@ -120,14 +120,6 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 def test_heads_are_drawn_from_the_seed() -> None:
     states = [sha256_of(transplanted("full", LUNGS, seed)[0].module.head.state_dict()) for seed in (0, 0, 1)]
     assert states[0] == states[1] != states[2]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 80), (36, 52)])
-def test_masks_have_the_images_size(size: tuple[int, int]) -> None:
-    encoder = build("test_resnet", 1).eval()
-    maps = encoder.pyramid(torch.zeros(2, 1, *size, dtype=torch.uint8))
-    for head in (UnetHead(encoder.pyramid_channels, 1).eval(), PyramidHead(encoder.pyramid_channels)):
-        assert head(maps, size).shape == (2, *size)
 
 
 def test_the_pyramid_head_is_linear_in_the_features() -> None:
