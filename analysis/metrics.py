@@ -6,9 +6,8 @@
     decided(target_N, score_N >= points["youden"], 2)["sensitivity"]
     dice_per_image(pred_NHW, true_NHW)            # N values; two empty masks agree: 1
 
-Areas and calibration are computed here because the report and the cells need them without the seconds that torchmetrics takes to import;
-tests hold them against it and against scikit-learn. Legend: N samples, L labels, H W pixels. Targets are 0 and 1; unknown labels are left
-out by the caller.
+Areas and calibration are computed here, since torchmetrics takes seconds to import, which cells and reports do not have; tests hold them
+against scikit-learn. Legend: N samples, L labels, H W pixels. Targets are 0 and 1; unknown labels are left out by the caller.
 """
 
 from collections.abc import Iterable, Sequence

@@ -6,9 +6,34 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
-from analysis.metrics import auprc, auroc, auroc_within, dice_per_image, mean_defined, stratified
+from analysis.metrics import (
+    auprc,
+    auroc,
+    auroc_within,
+    decided,
+    dice_of,
+    dice_per_image,
+    ece,
+    hd95,
+    iou_of,
+    mean_defined,
+    operating_points,
+    overlaps,
+    stratified,
+)
 
 # Few distinct scores, so that ties are common.
 samples = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 2)), min_size=2, max_size=60)
@@ -81,3 +106,126 @@ def test_mean_over_labels_counts_those_that_have_a_value() -> None:
     mean, count = mean_defined([float("nan")])
     assert math.isnan(mean)
     assert count == 0
+
+
+# -- decisions
+
+decisions = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(decisions)
+def test_decisions_equal_sklearn_where_it_is_defined(rows: list[tuple[int, int]]) -> None:
+    true, pred = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    found = decided(true, pred, 4)
+    assert float(found["accuracy"]) == pytest.approx(accuracy_score(true, pred))
+    for label in range(4):
+        hit, said, there = ((true == label) & (pred == label)).sum(), (pred == label).sum(), (true == label).sum()
+        for metric, under in (("precision", said), ("sensitivity", there)):
+            assert math.isnan(found[metric][label]) if not under else found[metric][label] == pytest.approx(hit / under)
+    if len(set(true)) > 1:
+        assert float(found["kappa"]) == pytest.approx(cohen_kappa_score(true, pred))
+        assert float(found["kappa_quadratic"]) == pytest.approx(cohen_kappa_score(true, pred, weights="quadratic", labels=range(4)))
+        if set(pred) <= set(true):
+            assert float(found["balanced_accuracy"]) == pytest.approx(balanced_accuracy_score(true, pred))
+            assert float(found["f1_macro"]) == pytest.approx(f1_score(true, pred, average="macro"))
+    else:
+        assert math.isnan(found["balanced_accuracy"])
+        assert math.isnan(found["kappa"]) == (set(pred) == set(true))
+
+
+def test_does_not_repeat_precision_that_is_recall() -> None:
+    """TruncatedTL (2.5-3) divides by the counts of the true class and calls it precision."""
+    true, pred = np.array([1, 1, 1, 1, 0, 0]), np.array([1, 0, 0, 0, 1, 1])
+    found = decided(true, pred, 2)
+    assert found["sensitivity"][1] == recall_score(true, pred) == 1 / 4
+    assert found["precision"][1] == precision_score(true, pred) == 1 / 3
+
+
+def test_decisions_of_no_sample_have_no_value() -> None:
+    assert all(np.isnan(value).all() for value in decided([], [], 3).values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples)
+def test_operating_points_are_the_best_of_all_thresholds(rows: list[tuple[int, bool, int]]) -> None:
+    score, target = np.array([row[0] for row in rows], float), np.array([row[1] for row in rows])
+    points = operating_points(score, target)
+    if target.all() or not target.any():
+        assert all(math.isnan(value) for value in points.values())
+        return
+    tried = {t: ((score >= t)[target].mean(), (score < t)[~target].mean()) for t in [*np.unique(score), np.inf]}
+    assert sum(tried[points["youden"]]) == pytest.approx(max(sum(pair) for pair in tried.values()))
+    assert tried[points["spec95"]][1] >= 0.95
+    assert tried[points["spec95"]][0] == max(sensitivity for sensitivity, specificity in tried.values() if specificity >= 0.95)
+    assert tried[points["sens95"]][0] >= 0.95
+    assert tried[points["sens95"]][1] == max(specificity for sensitivity, specificity in tried.values() if sensitivity >= 0.95)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.999), st.booleans()), min_size=1, max_size=80))
+def test_ece_equals_sklearns_calibration_curve(rows: list[tuple[float, bool]]) -> None:
+    score, target = np.array([row[0] for row in rows], np.float64), np.array([row[1] for row in rows], int)
+    inner = np.abs(score * 15 - np.round(score * 15)) > 1e-6  # on the border of two bins either is right
+    score, target = score[inner], target[inner]
+    if not len(score):
+        return
+    right, said = calibration_curve(target, score, n_bins=15, strategy="uniform")
+    share = np.histogram(score, np.linspace(0, 1, 16))[0] / len(score)
+    assert ece(score, target) == pytest.approx((np.abs(right - said) * share[share > 0]).sum())
+
+
+def test_ece_by_hand() -> None:
+    assert ece([0.91, 0.93, 0.1, 0.1], [1, 0, 0, 0]) == pytest.approx((abs(0.91 + 0.93 - 1) + 0.2) / 4)
+    assert ece([1.0, 1.0], [1, 1]) == 0
+    assert math.isnan(ece([], []))
+    with pytest.raises(ValueError, match="probabilities"):
+        ece([1.5], [1])
+
+
+# -- masks
+
+
+def test_iou_and_pooled_dice_by_hand() -> None:
+    pred, true = np.zeros((3, 4, 4), bool), np.zeros((3, 4, 4), bool)
+    pred[0, :2], true[0, 1:3] = True, True  # 8 and 8, 4 shared
+    pred[1, 0] = True  # 4 and none
+    counts = overlaps(pred, true)
+    assert counts.tolist() == [[4, 8, 8], [0, 4, 0], [0, 0, 0]]
+    np.testing.assert_allclose(iou_of(*counts.T), [1 / 3, 0, 1])
+    pooled = counts.sum(0)
+    assert dice_of(*pooled) == pytest.approx(2 * 4 / (12 + 8))  # not the mean of 0.5, 0 and 1
+    assert iou_of(*pooled) == pytest.approx(4 / 16)
+
+
+def blobs(draw: np.random.Generator) -> np.ndarray:
+    mask = np.zeros((24, 30), bool)
+    for _ in range(draw.integers(1, 4)):
+        y, x, h, w = draw.integers(0, 18), draw.integers(0, 24), draw.integers(1, 10), draw.integers(1, 10)
+        mask[y : y + h, x : x + w] = True
+    return mask
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.4, 1.7)])
+def test_hausdorff_95_equals_distance_transforms(spacing: tuple[float, float]) -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        masks = [blobs(draw), blobs(draw)]
+        borders = [mask & ~binary_erosion(mask) for mask in masks]
+        away = [distance_transform_edt(~border, sampling=spacing) for border in borders]
+        expected = max(np.percentile(away[1][borders[0]], 95), np.percentile(away[0][borders[1]], 95))
+        assert hd95(masks[0], masks[1], spacing) == pytest.approx(expected)
+        assert hd95(masks[0], masks[1], spacing) == hd95(masks[1], masks[0], spacing)
+
+
+def test_hausdorff_95_by_hand_and_its_empty_policy() -> None:
+    square, moved, empty = (np.zeros((40, 40), bool) for _ in range(3))
+    square[5:15, 5:15], moved[5:15, 12:22] = True, True
+    assert hd95(square, moved) == 7
+    assert hd95(square, moved, (1.0, 0.5)) == 3.5
+    assert hd95(square, square) == 0
+    assert hd95(empty, empty) == 0
+    assert math.isnan(hd95(square, empty))
+    assert math.isnan(hd95(empty, square))
+    with pytest.raises(ValueError, match="one shape"):
+        hd95(square, square[:20])
