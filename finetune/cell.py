@@ -8,7 +8,7 @@ from base.config import Strict
 from finetune.task import Task
 
 # Raised by whoever changes a cell's numbers; it is part of every cell's key, and a golden test of one cell forces it.
-CELL_VERSION = 1
+CELL_VERSION = 2
 
 
 class CellConfig(Strict):
@@ -19,6 +19,7 @@ class CellConfig(Strict):
         encoder_dir, encoder_sha256: the exported encoder and the hash of its tensors, with source_kind `weights`.
         strategy: `name` and the strategy's options.
         fraction: share of the training images, by whole patients.
+        dtype: `bf16` computes networks under autocast; weights, losses and logits are fp32 in any case.
         own_source: the source has seen this dataset's labels.
         exposed_to: corpora in the source's past that may hold test images of this dataset, or other images of their patients.
         shuffle_labels: the control: targets permuted over the training and over the validation images, and the correlation with the
@@ -27,7 +28,7 @@ class CellConfig(Strict):
         out: where the result goes, a path or URL.
     """
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[2] = Field(2, alias="schema")
     key: str
     architecture: str
     source: str
@@ -64,7 +65,8 @@ class MetricRow(Strict):
 
 
 class Selection(Strict):
-    """The epoch that was kept (from 1) of those that ran, and the validation metric that chose it (`loss` where that is not defined)."""
+    """The epoch that was kept (from 1) of those that ran, and the value of what chose it: the task's metric on validation, or `loss`, where
+    the recipe says so or the metric is not defined. Epoch 0 of 0: nothing was trained (kNN)."""
 
     metric: str
     value: float | None
@@ -73,9 +75,13 @@ class Selection(Strict):
 
 
 class Result(Strict):
-    """result.json, written last: a cell is done when it stands. params, macs: of the whole network, for one image; seconds: wall time."""
+    """result.json, written last: a cell is done when it stands.
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    preset: of the task. probe: what the probe chose before the rest was trained, where the strategy has one.
+    params, macs: of the whole network, for one image. seconds: wall time.
+    """
+
+    schema_: Literal[2] = Field(2, alias="schema")
     key: str
     architecture: str
     source: str
@@ -83,6 +89,7 @@ class Result(Strict):
     strategy: str
     options: dict[str, Any]
     task: str
+    preset: str = "small"
     dataset: str
     fraction: float
     resolution: int
@@ -92,6 +99,7 @@ class Result(Strict):
     shuffle_labels: bool = False
     metrics: list[MetricRow]
     selection: Selection
+    probe: Selection | None = None
     train_images: int
     params: int
     macs: int
@@ -104,4 +112,5 @@ class Result(Strict):
     revision: str
     host: str
     device: str
+    dtype: str = "fp32"
     role: Literal["cell", "trial"]

@@ -55,11 +55,13 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
     if corpus.manifest.dataset != task.dataset:
         raise RequestError(f"task {task.task} is about {task.dataset}, these shards are {corpus.manifest.dataset}", where=config.shards)
+    if config.role != "trial" and not corpus.manifest.counts.get("test"):
+        raise RequestError(f"{task.dataset} has no test split to measure on", where=config.shards)
     transplant, encoder_sha256, options = plant(config, corpus.manifest.card.channels)
     trainer = Trainer(config, transplant)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
-        history, train_images = trainer.fit(ctx, local / "metrics.jsonl")
+        selection, train_images = trainer.fit(ctx, local / "metrics.jsonl")
         splits = ["val"] if config.role == "trial" else ["val", "test"]
         tables: list[pd.DataFrame] = []
         errors = []
@@ -82,6 +84,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             strategy=str(config.strategy["name"]),
             options=options,
             task=task.task,
+            preset=task.preset,
             dataset=task.dataset,
             fraction=config.fraction,
             resolution=config.resolution,
@@ -90,7 +93,8 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             exposed_to=config.exposed_to,
             shuffle_labels=config.shuffle_labels,
             metrics=rows_of(task, table) + errors,
-            selection=history,
+            selection=selection,
+            probe=trainer.probe,
             train_images=train_images,
             params=params,
             macs=macs,
@@ -102,6 +106,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             revision=paths.revision(),
             host=platform.node(),
             device=trainer.device_name,
+            dtype=config.dtype,
             role=config.role,
         )
         table.to_parquet(local / "predictions.parquet", index=False)
