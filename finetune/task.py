@@ -209,8 +209,9 @@ class Variant(Strict):
 
 
 class TaskFile(Facts):
-    """A YAML file of `finetune/tasks/`, or one of a user's own, who may leave presets out."""
+    """A YAML file of `finetune/tasks/`, or one of a user's own, who may leave presets out. source: of the recipe in preset `paper`."""
 
+    source: str = ""
     presets: dict[Preset, Variant] = Field(min_length=1)
 
 
@@ -237,5 +238,5 @@ def load_task(name: str, overrides: Settings = ()) -> Task:
     presets = parse(tree, TaskFile, str(path)).presets
     if preset not in presets:
         raise unknown("preset", preset, presets, where=str(path))
-    facts = {key: value for key, value in tree.items() if key != "presets"}
+    facts = {key: value for key, value in tree.items() if key in Facts.model_fields or key == "schema"}
     return parse(apply({**facts, "preset": preset, **tree["presets"][preset]}, overrides), Task, str(path))

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_files import card as raw_card
 from raw_files import ct_slice
+from test_datasets import CARDS, SECRET, build, wide
 from tiny_corpus import picture, write
 from torchvision.transforms import functional as tv
 
 from base.errors import RequestError
-from base.paths import ROOT
+from base.paths import ROOT, names
 from finetune import data
 from finetune.data import NOT_JUDGED, Arrays, TrainingViews, as_input, at_origin, centre, enlarged, fraction_of, original_masks, seen
 from finetune.task import Augmentation, Task, load_task
@@ -375,3 +376,48 @@ def test_pixels_become_tensors_without_being_changed() -> None:
     images = pictures(2, 8, 6)
     np.testing.assert_array_equal(as_input(images, None), images)
     np.testing.assert_array_equal(as_input(images, 2)[:, 1, 0], images[:, 1])
+
+
+# -- every task
+
+
+@pytest.fixture(scope="module")
+def miniatures_packed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Dataset -> shards of a miniature of its official layout, each packed once."""
+    made: dict[str, str] = {}
+
+    def shards(dataset: str) -> str:
+        if dataset not in made:
+            folder = tmp_path_factory.mktemp(dataset)
+            card = wide(CARDS[dataset])
+            (folder / "raw").mkdir()
+            if card.phantom:
+                pack(card, "phantom:24", str(folder / "shards"))
+            else:
+                build(card, card.layouts[0], folder / "raw")
+                pack(card, str(folder / "raw"), str(folder / "shards"), secret=SECRET)
+            made[dataset] = str(folder / "shards")
+        return made[dataset]
+
+    return shards
+
+
+@pytest.mark.parametrize("name", names("task"))
+def test_every_task_reads_a_miniature_of_its_dataset(name: str, miniatures_packed: Any, tmp_path: Path) -> None:
+    task = load_task(f"{name}/paper")
+    url = miniatures_packed(task.dataset)
+    for split in ("train", "val", "test"):
+        arrays = data.load(url, read(url).digest, split, 32, task, str(tmp_path))
+        assert len(arrays)
+        (*_, view) = seen(arrays, np.arange(len(arrays)))
+        assert view.shape[-2:] == (32, 32)
+        if task.kind == "segmentation":
+            assert arrays.target.shape == (len(arrays), 32, 32)
+            assert sum(int((mask == 1).sum()) for mask in original_masks(arrays)) > 0
+            continue
+        assert arrays.target.shape == (len(arrays), len(task.labels))
+        assert arrays.known.any(0).all()
+        if task.kind in ("multiclass", "ordinal"):
+            assert (arrays.target.sum(1) == 1).all()
+        if task.aggregate:
+            assert 1 < len({meta[task.aggregate.by] for meta in arrays.meta}) < len(arrays)

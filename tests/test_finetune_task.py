@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,48 @@ def test_golden_files_still_read() -> None:
     assert load(GOLDEN / "cell.yaml", CellConfig).schema_ == 2
     result = json.loads((GOLDEN / "cell_result.json").read_text())
     assert parse(result, Result, "golden").model_dump(mode="json", by_alias=True) == result
+
+
+# -- docs/tasks.md
+
+
+PAGE = ROOT / "docs" / "tasks.md"
+
+
+def test_the_page_lists_every_task() -> None:
+    """ALLOGRAFT_UPDATE_GOLDEN=1 rewrites the table."""
+    text = PAGE.read_text()
+    head = text.index("| task |")
+    end = text.index("\n\n", head)
+    if os.environ.get("ALLOGRAFT_UPDATE_GOLDEN"):
+        text = text[:head] + _table() + text[end:]
+        PAGE.write_text(text)
+        end = text.index("\n\n", head)
+    assert text[head:end] == _table()
+
+
+def _table() -> str:
+    rows = ["| task | what | dataset | kind | metric | paper recipe | its source |", "|---|---|---|---|---|---|---|"]
+    for name in names("task"):
+        task, source = load_task(f"{name}/paper"), load(named("task", name), TaskFile).source
+        recipe = task.recipe
+        said = [f"{recipe.optimizer} {recipe.lr:g}", f"batch {recipe.batch}", f"{recipe.epochs} epochs", recipe.schedule, task.loss]
+        said += [f"{task.resolution} px"] + [task.evaluation] * (task.evaluation != "whole")
+        said += ["balanced"] * (task.class_weights == "balanced") + ["mirrored"] * recipe.views.flip
+        cells = [f"`{name}`", task.title, f"`{task.dataset}`", task.kind, task.metric, ", ".join(said), source]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_task_on_the_page_is_ten_lines_at_most_and_reads(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(text.splitlines()) <= 10
+    (tmp_path / "effusion.yaml").write_text(text)
+    assert load_task(str(tmp_path / "effusion.yaml")).recipe.views.flip is False
+
+
+def test_the_page_names_the_losses_and_metrics_of_every_kind() -> None:
+    text = PAGE.read_text()
+    for kind, losses in LOSSES.items():
+        (row,) = re.findall(rf"^\| `{kind}` \|.*$", text, re.MULTILINE)
+        assert list(re.findall(r"`([a-z_-]+)`", row.split("|")[4])) == list(losses)
