@@ -2,16 +2,18 @@
 
 judge(rows, chance_loss=4.8, width=512, labelled=False) -> Verdict("healthy", "...")
 
-The first rule that holds decides, the gravest first. What the thresholds were calibrated on is in docs/health.md.
+The first rule that holds decides, the gravest first. What the thresholds were calibrated on is in docs/pretraining.md.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from scipy.stats import binom
 
 COLLAPSED_STD, COLLAPSED_COSINE, COLLAPSED_RANK_SHARE, LEAST_RANK = 0.1, 0.95, 0.02, 1.5
 CONSTANT_RANK = 1.001
-AT_CHANCE, CHANCE_FACTOR = 0.99, 2.0
+AT_CHANCE, PAIRS_P = 0.99, 0.01
 FEWEST_ROWS, FEWEST_STEPS, FEWEST_EPOCHS = 3, 50, 2.0
 FALLING_RANK, RANK_ROWS = 0.7, 5  # rank over this many rows falls to under this share while the loss falls
 MOST_DEAD, FEWEST_SAMPLES = 0.5, 5.0  # share of prototypes; samples a prototype before they are judged
@@ -91,16 +93,32 @@ def _recent_loss(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _stuck(rows: Sequence[dict[str, Any]], chance_loss: float | None) -> str | None:
-    last, loss = rows[-1], _recent_loss(rows)
-    pairs = "contrastive_top1" in last
-    # A contrastive loss can stand above its value at random while pairs are already found: temperature sharpens mistakes too.
-    if chance_loss is not None and (abs(loss / chance_loss - 1) <= 1 - AT_CHANCE if pairs else loss >= AT_CHANCE * chance_loss):
-        return f"the loss {loss:.4f} is that of a network that knows nothing, {chance_loss:.4f}"
-    if pairs:
-        top1 = sum(row["contrastive_top1"] for row in rows[-FEWEST_ROWS:]) / FEWEST_ROWS
-        if top1 <= CHANCE_FACTOR * last["contrastive_chance"]:
-            return f"the right view is found in {top1:.2%} of cases, chance is {last['contrastive_chance']:.2%}"
+    loss, found = _recent_loss(rows), _pairs_found(rows)
+    if chance_loss is not None:
+        # A contrastive loss can stand above its value at random while pairs are already found: temperature sharpens mistakes too.
+        stuck = loss >= AT_CHANCE * chance_loss and not (found and found.above_chance)
+        return f"the loss {loss:.4f} is that of a network that knows nothing, {chance_loss:.4f}" if stuck else None
+    if found and not found.above_chance:
+        return f"the right view is found in {found.share:.2%} of cases, chance is {found.chance:.2%}"
     return None
+
+
+class _Pairs(NamedTuple):
+    share: float
+    chance: float
+    above_chance: bool
+
+
+def _pairs_found(rows: Sequence[dict[str, Any]]) -> _Pairs | None:
+    """How often the other view of an image was the nearest in the later half of the run, by an exact test: a row alone has few pairs."""
+    later = [row for row in rows if "contrastive_top1" in row][-max(FEWEST_ROWS, len(rows) // 2) :]
+    if len(later) < FEWEST_ROWS:
+        return None
+    chance = float(later[-1]["contrastive_chance"])
+    of_a_row = round(1 / chance) + 1
+    share = sum(row["contrastive_top1"] for row in later) / len(later)
+    p = binom.sf(round(share * of_a_row * len(later)) - 1, of_a_row * len(later), chance)
+    return _Pairs(share, chance, bool(p < PAIRS_P))
 
 
 def _frozen(rows: Sequence[dict[str, Any]]) -> str | None:

@@ -380,3 +380,12 @@ def test_bf16_computes_the_loss_in_float32(name: str) -> None:
     assert found.loss.item() == pytest.approx(exact, rel=0.03)
     found.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in method.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("hidden", [64, 512, 2048])
+def test_a_dino_head_of_any_width_starts_with_the_gain_of_the_official_one(hidden: int) -> None:
+    """With the official 0.02 at 64 dimensions outputs began so small that gradients were 60 times larger and biases soon all there was."""
+    torch.manual_seed(0)
+    head = dino.DINOHead(64, dino.DINOOptions(prototypes=8, hidden_dim=hidden, bottleneck_dim=32))
+    middle = next(layer for layer in list(head.project.layers)[1:] if isinstance(layer, nn.Linear))
+    assert float(middle.weight.detach().std()) * hidden**0.5 == pytest.approx(0.02 * 2048**0.5, rel=0.03)

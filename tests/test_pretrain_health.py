@@ -101,7 +101,7 @@ def made(kind: str) -> list[dict[str, Any]]:
         return rows(**{name: value for name, value in meter.read().items() if name == "data_wait"})
     found = rows({"collapsed": "constant"}.get(kind, "normal"))
     if kind == "not learning":
-        return [row | {"loss": 6.19} for row in found]
+        return [row | {"loss": 6.19, "contrastive_top1": 1 / 511} for row in found]
     if kind == "dimensional collapse":
         return [row | {"loss": 3 - i / 10, "rankme": 60.0 - 2.5 * i} for i, row in enumerate(found)]
     if kind == "unstable":
@@ -156,6 +156,21 @@ def test_a_teacher_in_float32_moves_and_one_in_bf16_does_not() -> None:
 
 def test_a_run_at_chance_is_seen() -> None:
     assert judge([row | {"contrastive_top1": 0.002} for row in rows()], chance_loss=None, width=64, labelled=False).health == "not learning"
+    at_chance = [row | {"contrastive_top1": 0.002, "loss": 6.19} for row in rows()]
+    assert judge(at_chance, chance_loss=6.2, width=64, labelled=False).health == "not learning"
+
+
+def test_few_pairs_in_the_last_rows_do_not_make_a_run_that_learns_look_stuck() -> None:
+    """Batches of 64 on phantoms: Barlow Twins found 3.5 % of the pairs where chance is 0.79 %, but 1.3 % in its last three rows."""
+    found = [0.03, 0.05, 0.02, 0.04, 0.03, 0.05, 0.04, 0.013, 0.013, 0.013]
+    learns = [row | {"contrastive_top1": share, "contrastive_chance": 1 / 127} for row, share in zip(rows(), found + found, strict=True)]
+    assert judge(learns, chance_loss=None, width=64, labelled=False).health == "healthy"
+
+
+def test_a_loss_under_chance_is_learning_whatever_pairs_say() -> None:
+    """PIRL's image and its patches lie apart, so the nearest is never the other view; its loss says that it learns."""
+    apart = [row | {"contrastive_top1": 0.0} for row in rows()]
+    assert judge(apart, chance_loss=6.2, width=64, labelled=False).health == "healthy"
     assert judge([], chance_loss=6.2, width=64, labelled=False).health == "too short"
 
 

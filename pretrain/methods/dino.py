@@ -12,7 +12,8 @@ weight decay 0.04 to 0.4 along a cosine, clip 3, T_s 0.1, T_t 0.04 to 0.07 over 
 frozen in the first epoch, two crops of 224 px and 40 to 100 %, six to ten of 96 px and 5 to 40 %.
 
 Parts: lightly's DINOLoss (with the centre: a persistent buffer, the mean over all ranks) and the layers of its ProjectionHead.
-DINOProjectionHead is not used: torch's weight norm keeps a tensor that cannot be copied to make a teacher.
+DINOProjectionHead is not used: torch's weight norm keeps a tensor that cannot be copied to make a teacher. Heads narrower than 2048
+start with larger weights, which keep a layer's gain.
 Deviations: T_t grows with each step and not each epoch. Prototypes keep length 1 always (the official ViT-S runs let it train). Frozen
 prototypes still shrink by weight decay, which their direction does not feel. No drop path. Output and softmax are float32 also in bf16.
 """
@@ -59,7 +60,8 @@ class DINOHead(nn.Module):
         self.project = ProjectionHead([(width, hidden, None, nn.GELU()), (hidden, hidden, None, nn.GELU()), (hidden, out, None, None)])
         for layer in self.project.layers:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                # The official 0.02, at the official width: a narrow head's outputs would be so small that its biases drown them.
+                nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / hidden) ** 0.5)
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Linear(out, options.prototypes, bias=False)
 
