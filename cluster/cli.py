@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.analyze import app as analyze
+
 app = typer.Typer(
     name="allograft",
     help="Which pretraining, moved how, helps which medical imaging task, and by how much.",
@@ -20,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(analyze, name="analyze")
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, for instance cells.seeds=[0,1]")]
 
 

@@ -1,0 +1,279 @@
+"""Encoders compared layer by layer: the studies' figures of what training changes, and of what random weights share.
+
+    found = across({"before": a, "after": b}, [("before", "after")], probe, cuts)          # Layer a cut: Fig. 3 of Transfusion, 2019
+    top = against_random(["p0", "p1"], ["r0", "r1", "r2"], pairs, "svcca")                 # Fig. 2: pretrained-random, random-random
+    line = start_against_end(at_start, at_end, runs)                                       # Fig. 4: R squared over pairs of runs
+
+One pass over the images serves all encoders, cuts and pairs. Intervals resample runs, not pairs: pairs that share a run are not
+independent. Source: Raghu, Zhang, Kleinberg and Bengio, Transfusion, NeurIPS 2019 (arXiv 1902.07208), section 4.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analysis.activations import walk
+from analysis.moments import Spatial, Sums
+from analysis.similarity import MEASURES, THRESHOLD, Similarity, summarise
+from base.errors import RequestError
+from base.seeds import rng
+from encoders.build import Encoder
+from encoders.cuts import Cut, last_of_each
+
+Names = tuple[str, str]
+REPLICATES = 2000
+FEWEST = 3  # runs of a group, under which no interval is given
+POSITIONS = 64  # of a map that are folded: rows far outnumber channels, and the first layers have thousands
+
+
+@dataclass(frozen=True)
+class Across:
+    """Similarities by pair of encoders and by cut. images, sha256: of the pixels that were shown, in their order."""
+
+    cuts: list[str]
+    pairs: dict[Names, list[Similarity]]
+    images: int
+    sha256: str
+
+
+def across(
+    encoders: Mapping[str, Encoder],
+    pairs: Sequence[Names],
+    batches: Iterable[Tensor],
+    cuts: Sequence[str] | None = None,
+    *,
+    spatial: Spatial = "fold",
+    positions: int | None = POSITIONS,
+    threshold: float = THRESHOLD,
+    energy: str = "s2",
+) -> Across:
+    """Each pair of encoders at each cut, with both baselines. Where rows are too few for CCA its measures are NaN and `few` says why.
+
+    Args:
+        batches: of stored pixels u8 BCHW, such as a Probe.
+        cuts: their names; by default all that every encoder has.
+
+    Raises:
+        RequestError: encoders of different architectures, no such cut, no pair, images of another number of channels.
+    """
+    if not pairs:
+        raise RequestError("no pair of encoders to compare")
+    architectures = sorted({encoder.architecture for encoder in encoders.values()})
+    if len(architectures) > 1:
+        hint = "analysis.similarity compares any two arrays, maps of two sizes with spatial=interpolate or dft"
+        raise RequestError(f"{' and '.join(architectures)} have no cut points in common", hint=hint)
+    chosen = list(cuts) if cuts else [cut.name for cut in common(list(encoders.values()))]
+    names = list(encoders)
+    wanted = [(names.index(a), names.index(b)) for a, b in pairs]
+    sums = [Sums(wanted, spatial=spatial, positions=positions, permuted=True) for _ in chosen]
+    pixels = hashlib.sha256()
+    for taken in walk(list(encoders.values()), _hashed(batches, pixels), chosen):
+        for at, one in enumerate(sums):
+            one.add([maps[at] for maps in taken])
+    found: dict[Names, list[Similarity]] = {pair: [] for pair in pairs}
+    for one in sums:
+        straight, permuted = one.pairs(), one.permuted_pairs()
+        for pair, key in zip(pairs, wanted, strict=True):
+            found[pair].append(summarise(straight[key], permuted[key], one.images, threshold=threshold, energy=energy))
+    return Across(chosen, found, sums[0].images, pixels.hexdigest())
+
+
+def common(encoders: Sequence[Encoder]) -> list[Cut]:
+    """The cuts of the shortest, which the others have too."""
+    return list(min(encoders, key=lambda encoder: len(encoder.cuts)).cuts)
+
+
+def top(encoders: Sequence[Encoder], layers: int = 2) -> list[str]:
+    """The last cuts of the last resolutions: the layers (CBR) or stages that Transfusion's Fig. 2 averages over."""
+    return [cut.name for cut in last_of_each(common(encoders))[-layers:]]
+
+
+def _hashed(batches: Iterable[Tensor], pixels: "hashlib._Hash") -> Iterable[Tensor]:
+    for batch in batches:
+        pixels.update(str(tuple(batch.shape[1:])).encode())
+        pixels.update(batch.cpu().contiguous().numpy().tobytes())
+        yield batch
+
+
+def averaged(found: Sequence[Similarity]) -> Similarity:
+    """Several runs of one kind as one: means of the measures and of the baselines, all coefficients; the counts are the first's."""
+
+    def mean(held: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {name: float(np.mean([one[name] for one in held])) for name in MEASURES}
+
+    return dataclasses.replace(
+        found[0],
+        values=mean([one.values for one in found]),
+        gaussian=mean([one.gaussian for one in found]),
+        permuted=mean([one.permuted for one in found]),
+        coefficients=np.concatenate([one.coefficients for one in found]),
+        permuted_coefficients=np.concatenate([one.permuted_coefficients for one in found]),
+    )
+
+
+# -- groups of runs
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; NaN bounds where runs are too few for one."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def words(self, digits: int = 3) -> str:
+        bounds = f" [{self.low:.{digits}f}, {self.high:.{digits}f}]" if math.isfinite(self.low) else ""
+        return f"{self.estimate:.{digits}f}{bounds}" if math.isfinite(self.estimate) else "-"
+
+
+Values = Mapping[Names, float]
+
+
+def value_of(values: Values, a: str, b: str) -> float:
+    """Of the pair in either order."""
+    return values[a, b] if (a, b) in values else values[b, a]
+
+
+@dataclass(frozen=True)
+class AgainstRandom:
+    """Mean similarities of pretrained with random runs, of random runs among themselves, and the difference."""
+
+    pretrained_random: Interval
+    random_random: Interval
+    difference: Interval
+
+
+def against_random(pretrained: Sequence[str], random: Sequence[str], values: Values, replicates: int = REPLICATES) -> AgainstRandom:
+    """Do pretrained and random weights, both trained, come to more different representations than two random ones?
+
+    Args:
+        values: a similarity of each pair of names, in either order.
+
+    Raises:
+        RequestError: no pretrained run, or one random run.
+    """
+    if not pretrained or len(random) < 2:
+        raise RequestError(
+            f"{len(pretrained)} pretrained and {len(random)} random runs", hint="one and two at least, three each for intervals"
+        )
+
+    def estimates(p: Sequence[str], r: Sequence[str]) -> tuple[float, float]:
+        mixed = [value_of(values, a, b) for a in p for b in r]
+        # A run drawn twice is not compared with itself: that would be 1 by definition.
+        own = [value_of(values, a, b) for a, b in itertools.combinations(r, 2) if a != b]
+        return float(np.mean(mixed)), float(np.mean(own)) if own else math.nan
+
+    draw = rng("against random", len(pretrained), len(random))
+    drawn = [estimates(_again(pretrained, draw), _again(random, draw)) for _ in range(replicates)]
+    mixed, own = estimates(pretrained, random)
+    enough = len(pretrained) >= FEWEST and len(random) >= FEWEST
+    held = np.array(drawn)
+    return AgainstRandom(
+        _interval(mixed, held[:, 0], enough), _interval(own, held[:, 1], enough), _interval(mixed - own, held[:, 0] - held[:, 1], enough)
+    )
+
+
+def _again(runs: Sequence[str], draw: np.random.Generator) -> list[str]:
+    return [runs[i] for i in draw.integers(0, len(runs), len(runs))]
+
+
+def _interval(estimate: float, replicates: NDArray[np.float64], enough: bool) -> Interval:
+    held = replicates[np.isfinite(replicates)]
+    if not enough or not len(held):
+        return Interval(estimate, math.nan, math.nan)
+    low, high = np.quantile(held, (0.025, 0.975))
+    return Interval(estimate, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class StartAgainstEnd:
+    """Similarity of each pair of runs at initialisation and after training, and the square of their correlation."""
+
+    pairs: list[tuple[str, str, float, float]]
+    r_squared: Interval
+
+
+def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str], replicates: int = REPLICATES) -> StartAgainstEnd:
+    """How far similarity at initialisation foretells similarity after training: layers that hardly move keep it.
+
+    Raises:
+        RequestError: fewer than three runs, that is three pairs.
+    """
+    if len(runs) < 3:
+        raise RequestError(f"{len(runs)} runs make too few pairs for R squared", hint="at least three runs of different starting weights")
+    pairs = [(a, b, value_of(at_start, a, b), value_of(at_end, a, b)) for a, b in itertools.combinations(runs, 2)]
+    draw = rng("start against end", len(runs))
+
+    def again(_: int) -> float:
+        drawn = [(a, b) for a, b in itertools.combinations(_again(runs, draw), 2) if a != b]
+        return r_squared([value_of(at_start, *pair) for pair in drawn], [value_of(at_end, *pair) for pair in drawn])
+
+    whole = r_squared([pair[2] for pair in pairs], [pair[3] for pair in pairs])
+    replicated = np.array([again(i) for i in range(replicates)])
+    return StartAgainstEnd(pairs, _interval(whole, replicated, len(runs) >= 5))
+
+
+def r_squared(x: Sequence[float], y: Sequence[float]) -> float:
+    """Square of the correlation; NaN where one of the two does not vary or fewer than three pairs are finite."""
+    held = np.array([pair for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))])
+    if len(held) < 3 or held.std(0).min() < 1e-12:
+        return math.nan
+    return float(np.corrcoef(held.T)[0, 1] ** 2)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Spearman's rank correlation with its interval, the probability of as strong a one by chance, and how many points."""
+
+    rho: Interval
+    p: float
+    n: int
+
+
+EXACT = 8  # points up to which all orders are tried
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> Rank:
+    """Do encoders that are better at what they were trained for do better at the task?
+
+    Interval by Fisher's transformation with the variance of Bonett and Wright (Psychometrika 65, 2000), (1 + rho^2 / 2) / (n - 3); p from
+    permutations, all of them up to 8 points.
+    """
+    from scipy import stats
+
+    held = np.array([pair for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))]).reshape(-1, 2)
+    n = len(held)
+    if n < 3 or held.std(0).min() == 0:
+        return Rank(Interval(math.nan, math.nan, math.nan), math.nan, n)
+    statistic: Callable[[NDArray[np.float64]], float] = partial(_rho, held[:, 1])
+    rho = statistic(held[:, 0])
+    resamples = math.factorial(n) if n <= EXACT else 10_000
+    tested = stats.permutation_test(
+        (held[:, 0],),
+        statistic,
+        permutation_type="pairings",
+        n_resamples=resamples,
+        alternative="two-sided",
+        rng=rng("spearman", n),
+    )
+    interval = Interval(rho, math.nan, math.nan)
+    if n > 3:
+        half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+        centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+        interval = Interval(rho, math.tanh(centre - half), math.tanh(centre + half))
+    return Rank(interval, float(tested.pvalue), n)
+
+
+def _rho(y: NDArray[np.float64], x: NDArray[np.float64]) -> float:
+    from scipy import stats
+
+    return float(stats.spearmanr(x, y).statistic)

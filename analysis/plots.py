@@ -1,0 +1,236 @@
+"""Figures of analyses as PNG, and what draws them.
+
+    storage.put(path, png(partial(layers, found.cuts, {"random": [...]}, "SVCCA"), 7, 3.2))
+
+A drawing function takes the figure last, and names its colours C0 to C6, so that whoever calls it decides on the palette.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.convergence import Curve, Depth, Reached, first_reach
+from analysis.figures import DASHES, MARKERS
+from analysis.layers import Interval, StartAgainstEnd
+from analysis.similarity import Similarity
+
+# Okabe and Ito's colours without their yellow, which does not show on white.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
+GREY = "0.55"
+Draw = Callable[[Any], None]
+
+
+def png(draw: Draw, width: float, height: float) -> bytes:
+    """Draw on a new figure of width x height inches; 160 dots an inch."""
+    import matplotlib
+    from cycler import cycler
+
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=PALETTE),
+        "axes.grid": True,
+        "grid.alpha": 0.35,
+        "grid.linewidth": 0.5,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+    }
+    with matplotlib.rc_context(settings):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def layers(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], measure: str, title: str, figure: Any) -> None:
+    """A measure at every cut, a line a pair with its permuted baseline dashed below; with two pairs their difference dotted in grey."""
+    axes = figure.subplots()
+    x = np.arange(len(cuts))
+    held = []
+    for i, (label, found) in enumerate(lines.items()):
+        values = np.array([one.values[measure] for one in found])
+        held.append(values)
+        axes.plot(x, values, f"C{i % 7}", marker=MARKERS[i % 7], markersize=4, label=label, linestyle=DASHES[0])
+        axes.plot(x, [one.permuted[measure] for one in found], f"C{i % 7}", linewidth=1, linestyle=(0, (4, 2)))
+    if len(held) == 2:
+        axes.plot(x, held[0] - held[1], GREY, linestyle=":", linewidth=1.6, label="difference")
+    axes.plot([], [], GREY, linewidth=1, linestyle=(0, (4, 2)), label="images of one side permuted")
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    axes.set_xticks(x, cuts, rotation=45 if len(cuts) > 6 else 0, ha="right" if len(cuts) > 6 else "center")
+    shown = [*held, held[0] - held[1]] if len(held) == 2 else held
+    axes.set_ylim(min([-0.03, *(float(np.nanmin(v)) - 0.03 for v in shown if np.isfinite(v).any())]), 1.03)
+    axes.set_ylabel(measure)
+    axes.set_title(title, loc="left")
+    figure.legend(loc="outside lower center", ncols=2)
+
+
+def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], title: str, figure: Any) -> None:
+    """Boxes of the canonical correlations at every cut, a row a pair, the permuted ones in grey beside them; areas above."""
+    rows = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
+    x = np.arange(len(cuts))
+    for i, (axes, (label, found)) in enumerate(zip(rows, lines.items(), strict=True)):
+        for shift, colour, which in ((-0.18, f"C{i % 7}", "coefficients"), (0.18, GREY, "permuted_coefficients")):
+            at = [j for j, one in enumerate(found) if len(getattr(one, which))]
+            drawn = axes.boxplot(
+                [getattr(found[j], which) for j in at],
+                positions=[j + shift for j in at],
+                widths=0.3,
+                patch_artist=True,
+                showfliers=False,
+                manage_ticks=False,
+                medianprops={"color": "black"},
+            )
+            for box in drawn["boxes"]:
+                box.set(facecolor=colour, alpha=0.75, edgecolor=colour)
+        for j, one in enumerate(found):
+            words = f"{one.area:.2f}" if math.isfinite(one.area) else "too few"
+            axes.text(j, 1.04, words, ha="center", fontsize=7.5)
+        axes.set_ylim(-0.03, 1.14)
+        axes.set_ylabel("correlation")
+        axes.set_title(label, loc="left")
+    rows[-1].set_xticks(x, cuts, rotation=45 if len(cuts) > 6 else 0, ha="right" if len(cuts) > 6 else "center")
+    figure.suptitle(f"{title}: coefficients, permuted images in grey; numbers are the area between", fontsize=9.5, x=0.01, ha="left")
+
+
+def intervals(rows: Mapping[str, Interval], unit: str, title: str, figure: Any) -> None:
+    """Estimates with their 95 % intervals, one line each."""
+    axes = figure.subplots()
+    for y, (_, one) in enumerate(rows.items()):
+        if math.isfinite(one.low):
+            axes.plot([one.low, one.high], [y, y], f"C{y % 7}", linewidth=2)
+        axes.plot([one.estimate], [y], "o", color=f"C{y % 7}")
+        axes.annotate(one.words(), (one.estimate, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.axvline(0, color=GREY, linewidth=0.6)
+    axes.margins(x=0.15)
+    axes.set_xlabel(unit)
+    axes.set_title(title, loc="left")
+
+
+def pairs(found: StartAgainstEnd, unit: str, title: str, figure: Any) -> None:
+    """Similarity after training against similarity at initialisation, a point a pair of runs."""
+    axes = figure.subplots()
+    x, y = [pair[2] for pair in found.pairs], [pair[3] for pair in found.pairs]
+    low, high = min(x + y), max(x + y)
+    pad = 0.05 * (high - low) or 0.05
+    axes.plot([low - pad, high + pad], [low - pad, high + pad], GREY, linewidth=0.8, linestyle=":")
+    axes.plot(x, y, "o", color="C0", markersize=4.5, alpha=0.8)
+    axes.set_xlabel(f"{unit} at initialisation")
+    axes.set_ylabel(f"{unit} after training")
+    axes.set_title(f"{title}: R² {found.r_squared.words(2)}", loc="left")
+
+
+def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: Sequence[str], title: str, figure: Any) -> None:
+    """Pictures of filters in a grid, those after below those before, a note under each."""
+    count, columns = len(before), min(16, len(before))
+    rows = math.ceil(count / columns)
+    h, w = before.shape[1:3]
+    gap, label, each = 1, 3.2 * max(h, w) / 7, (1 if after is None else 2)
+    band = each * (h + gap) + label
+    axes = figure.subplots()
+    axes.set_axis_off()
+    for i in range(count):
+        x, y = (i % columns) * (w + 2 * gap), (i // columns) * band
+        for j, held in enumerate((before,) if after is None else (before, after)):
+            axes.imshow(held[i], extent=(x, x + w, y + (j + 1) * (h + gap) - gap, y + j * (h + gap)), interpolation="nearest")
+        axes.text(x + w / 2, y + each * (h + gap) + 0.2 * label, notes[i], ha="center", va="top", fontsize=6)
+    axes.set_xlim(-gap, columns * (w + 2 * gap))
+    axes.set_ylim(rows * band, -gap)
+    axes.set_title(title, loc="left")
+
+
+def learning(curves: Sequence[Curve], threshold: float, unit: str, by: str, title: str, figure: Any) -> None:
+    """Learning curves of every run by what is compared; a mark where each first reaches the threshold, a cross where it never does."""
+    axes = figure.subplots()
+    order = list(dict.fromkeys(curve.label for curve in curves))
+    for i, label in enumerate(order):
+        for n, curve in enumerate(curve for curve in curves if curve.label == label):
+            style: dict[str, Any] = {"color": f"C{i % 7}", "linestyle": DASHES[i % 7]}
+            axes.plot(curve.at_T, curve.value_T, linewidth=1.1, alpha=0.8, label=label if not n else None, **style)
+            at = first_reach(curve.at_T, curve.value_T, threshold)
+            if math.isfinite(at):
+                axes.plot([at], [threshold], MARKERS[i % 7], color=f"C{i % 7}", markersize=5)
+            else:
+                axes.plot([curve.end], [curve.value_T[-1]], "x", color=f"C{i % 7}", markersize=6, clip_on=False)
+    axes.axhline(threshold, color=GREY, linewidth=1, linestyle=":")
+    axes.annotate(f"{threshold:.3g}", (1, threshold), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, va="bottom", ha="right")
+    axes.set_xlabel(f"{by}; x: a run that ended below the threshold")
+    axes.set_ylabel(f"validation {unit}")
+    axes.set_title(title, loc="left")
+    figure.legend(loc="outside lower center", ncols=2 if len(order) > 1 else 1)
+
+
+def steps(rows: Sequence[Reached], by: str, title: str, figure: Any) -> None:
+    """How long each run took, a line a source and strategy; open triangles are runs that ended before; medians and speed-ups in words."""
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for value in row.steps.values():
+            if math.isinf(value):
+                axes.plot([row.end], [y], ">", color=f"C{y % 7}", markerfacecolor="none", markersize=7, clip_on=False)
+            else:
+                axes.plot([value], [y], "o", color=f"C{y % 7}", markersize=4.5, alpha=0.7)
+        if math.isfinite(row.median):
+            axes.plot([row.median, row.median], [y - 0.28, y + 0.28], "black", linewidth=1.6)
+        ratio = row.speedup.words()
+        words = row.words() + (f"   x {ratio}" if ratio != "-" else "")
+        axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
+    axes.set_yticks(range(len(rows)), [f"{row.source}, {row.strategy}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{by} to the threshold; open triangles ended before; right: median, times faster than random")
+    axes.set_title(title, loc="left")
+
+
+def depths(rows: Sequence[Depth], by: str, title: str, figure: Any) -> None:
+    """Steps against the depth that was transfused, and what each block saves."""
+    left, right = figure.subplots(1, 2)
+    x, names = np.arange(len(rows)), [row.depth for row in rows]
+    left.plot(x, [row.steps if math.isfinite(row.steps) else math.nan for row in rows], "C0", marker="o", markersize=4)
+    right.bar(x[1:], [row.gain for row in rows[1:]], color="C0", width=0.6)
+    for axes, label in ((left, f"{by} to the threshold"), (right, f"{by} saved over the depth before")):
+        axes.set_xticks(x, names, rotation=45, ha="right")
+        axes.set_ylabel(label)
+    left.set_ylim(bottom=0)
+    left.set_title(title, loc="left")
+
+
+def movement(moved: NDArray[np.float64], gabor: NDArray[np.float64], noise: float, title: str, figure: Any) -> None:
+    """How far filters moved, and that against how much of a Gabor each was; where kernels are too small for that, the first alone."""
+    scored = np.isfinite(gabor)
+    panels = figure.subplots(1, 2 if scored.any() else 1, squeeze=False)[0]
+    panels[0].hist(moved, bins=min(30, max(8, len(moved) // 3)), color="C0")
+    panels[0].set_xlabel("movement, share of a filter's length")
+    panels[0].set_ylabel("filters")
+    panels[0].set_title(title, loc="left")
+    if scored.any():
+        panels[1].plot(gabor[scored], moved[scored], "o", color="C0", markersize=4, alpha=0.8)
+        panels[1].axvline(noise, color=GREY, linewidth=1, linestyle=":", label="95 % of noise is left of this")
+        panels[1].set_xlabel("Gabor score before")
+        panels[1].set_ylabel("movement")
+        panels[1].legend(loc="best")
+
+
+def ranked(points: Sequence[tuple[float, float, str]], rho: str, unit: str, title: str, figure: Any) -> None:
+    """A task's metric against the accuracy of its sources, each named."""
+    axes = figure.subplots()
+    for x, y, name in points:
+        axes.plot([x], [y], "o", color="C0")
+        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.2, y=0.15)
+    axes.set_xlabel("accuracy of the source")
+    axes.set_ylabel(unit)
+    axes.set_title(f"{title}\nSpearman {rho}", loc="left")

@@ -1,0 +1,172 @@
+"""`allograft analyze convergence`: how soon the cells of studies reach a threshold; tables and figures written, the main of it printed."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast, get_args
+
+import pandas as pd
+
+from analysis import convergence as speed
+from analysis import layers, plots, results
+from base import storage
+from base.errors import RequestError, unknown
+from base.paths import absolute
+from cluster.compare import put_png, put_table
+from cluster.published import safe_name
+from cluster.screen import table
+from encoders.cuts import find
+
+SHOWN = 12  # rows of a table on the screen
+
+
+def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str, accuracy: str | None, out: str) -> None:
+    """`allograft analyze convergence`. Raises RequestError where no study stands or no cell has a curve."""
+    if by not in get_args(speed.By):
+        raise unknown("unit", by, get_args(speed.By), "--by")
+    cells = []
+    for place in outs:
+        url = absolute(place)
+        if not storage.exists(storage.join(url, "study.yaml")):
+            raise RequestError("no study here (no study.yaml)", where=url, hint="allograft run studies/demo.yaml")
+        cells += results.finished(url)
+    curves = speed.curves_of(cells, cast(speed.By, by))
+    if not curves:
+        raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
+    folder = absolute(out)
+    runs: list[dict[str, Any]] = []
+    summary: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for group in dict.fromkeys((*curve.group, curve.metric) for curve in curves):
+        held = [curve for curve in curves if (*curve.group, curve.metric) == group]
+        level = speed.common_threshold(held) if threshold is None else threshold
+        rows = speed.reached(held, level, base)
+        runs += _runs(rows, group, level, by)
+        summary += _summary(rows, group, level, by)
+        title, name = _title(group), safe_name("-".join(group))
+        drawn = partial(plots.learning, held, level, group[-1], by, title)
+        put_png(drawn, 6.4, 3.4 + 0.12 * len(rows), storage.join(folder, f"{name}-curves.png"))
+        put_png(partial(plots.steps, rows, by, title), 7.4, 1.3 + 0.34 * len(rows), storage.join(folder, f"{name}-steps.png"))
+        print(f"{title}: {group[-1]} of {level:.4g} on validation")
+        table([_line(row) for row in rows[:SHOWN]], ("source", "strategy", by, "censored", f"times faster than {base}", "area", "best"))
+        if len(rows) > SHOWN:
+            print(f"and {len(rows) - SHOWN} others")
+        for source in dict.fromkeys(row.source for row in rows):
+            chain = transfused(rows, source, group[1], base)
+            if chain:
+                steps += [{**_setting(group), "source": source, "by": by, **vars(depth)} for depth in chain]
+                drawn = partial(plots.depths, chain, by, f"{source}, {title}")
+                put_png(drawn, 7.4, 3.0, storage.join(folder, f"{name}-{safe_name(source)}-depths.png"))
+        print()
+    put_table(runs, storage.join(folder, "runs.csv"))
+    put_table(summary, storage.join(folder, "convergence.csv"))
+    if steps:
+        put_table(steps, storage.join(folder, "depths.csv"))
+    if accuracy is not None:
+        ranks(cells, accuracy, folder)
+    print(folder)
+
+
+def transfused(rows: Sequence[speed.Reached], source: str, architecture: str, base: str) -> list[speed.Depth]:
+    """From random weights over each transfused cut to all weights; nothing where the source was not transfused at two cuts."""
+    by_cut = {}
+    for row in rows:
+        name, _, options = row.strategy.partition(" ")
+        if row.source == source and name == "transfusion" and options:
+            cut = str(json.loads(options)["cut"])
+            by_cut[cut] = row.median
+    if len(by_cut) < 2:
+        return []
+    chain = [(cut, by_cut[cut]) for cut in sorted(by_cut, key=lambda cut: find(architecture, cut))]
+    ends = {(row.source, row.strategy): row.median for row in rows}
+    start = [("none", ends[base, "full"])] if (base, "full") in ends else []
+    whole = [("all", ends[source, "full"])] if (source, "full") in ends else []
+    names, steps = zip(*(start + chain + whole), strict=True)
+    return speed.marginal(names, steps)
+
+
+def _setting(group: Sequence[str]) -> dict[str, str]:
+    return dict(zip(("task", "architecture", "fraction", "resolution", "metric"), group, strict=True))
+
+
+def _title(group: Sequence[str]) -> str:
+    task, architecture, fraction, resolution, _ = group
+    return f"{task}, {architecture}, {resolution} px" + (f", {float(fraction):.3g} of the labels" if float(fraction) != 1 else "")
+
+
+def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by: str) -> list[dict[str, Any]]:
+    return [
+        {
+            **_setting(group),
+            "threshold": level,
+            "source": row.source,
+            "strategy": row.strategy,
+            "seed": seed,
+            "by": by,
+            "reached": math.isfinite(value),
+            "at": value if math.isfinite(value) else None,
+            "shown": speed.shown(value, row.end),
+        }
+        for row in rows
+        for seed, value in row.steps.items()
+    ]
+
+
+def _summary(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by: str) -> list[dict[str, Any]]:
+    return [
+        {
+            **_setting(group),
+            "threshold": level,
+            "by": by,
+            "source": row.source,
+            "strategy": row.strategy,
+            "runs": len(row.steps),
+            "censored": row.censored,
+            "median": row.words(),
+            "speedup": row.speedup.ratio,
+            "speedup_sign": row.speedup.sign,
+            "speedup_low": row.speedup.low,
+            "speedup_high": row.speedup.high,
+            "area": row.area,
+            "best": row.best,
+        }
+        for row in rows
+    ]
+
+
+def _line(row: speed.Reached) -> list[str]:
+    censored = f"{row.censored} of {len(row.steps)}"
+    return [row.source, row.strategy, row.words(), censored, row.speedup.words(), f"{row.area:.4f}", f"{row.best:.4f}"]
+
+
+def ranks(cells: Sequence[results.Cell], accuracy: str, folder: str) -> None:
+    """Does a source's own accuracy foretell the task's metric? Spearman over sources, in each setting; table and figure.
+
+    Raises:
+        RequestError: not a CSV of source and accuracy.
+    """
+    if not os.path.isfile(accuracy):
+        raise RequestError("no such file", where=accuracy, hint="a CSV with the columns source, accuracy")
+    frame = pd.read_csv(accuracy)
+    if not {"source", "accuracy"} <= set(frame.columns):
+        raise RequestError("the columns source and accuracy are needed", where=accuracy)
+    known = {str(source): float(value) for source, value in zip(frame["source"], frame["accuracy"], strict=True)}
+    rows, listed = [], []
+    for group, held in results.by([cell for cell in cells if not cell.shuffled], "task", "architecture", "strategy", "options").items():
+        metric = held[0].primary()
+        scores = {source: [cell.value(metric) for cell in own] for (source,), own in results.by(held, "source").items()} if metric else {}
+        both = [(known[name], results.mean_sd(values)[0], name) for name, values in scores.items() if name in known]
+        if len(both) < 3:
+            continue
+        rank = layers.spearman([point[0] for point in both], [point[1] for point in both])
+        title = ", ".join(str(part) for part in group if part)
+        rows += [{"setting": title, "source": name, "accuracy": x, str(metric): y} for x, y, name in both]
+        listed.append([title, str(metric), rank.rho.words(2), f"{rank.p:.3f}", str(rank.n)])
+        drawn = partial(plots.ranked, both, rank.rho.words(2), str(metric), title)
+        put_png(drawn, 4.6, 3.2, storage.join(folder, f"accuracy-{len(listed)}.png"))
+    if not listed:
+        raise RequestError("fewer than three sources of a setting stand in the table", where=accuracy, hint=", ".join(sorted(known)))
+    put_table(rows, storage.join(folder, "accuracy.csv"))
+    table(listed, ("setting", "metric", "Spearman", "p", "sources"))

@@ -1,0 +1,128 @@
+"""`allograft analyze similarity OUT`: the cells of a study that kept their trained encoder, before and after training.
+
+A cell's encoder before training is made again from its configuration, which decides every weight of it; after training it is the export
+that stands in OUT/cells/<key>/encoder.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from analysis import layers, plots, results
+from analysis.activations import Probe
+from analysis.layers import Across, Names
+from base import storage
+from base.config import parse
+from base.errors import RequestError
+from cluster.compare import located, opened, put_png, put_table, rows_of, write
+from cluster.published import safe_name
+from cluster.screen import table
+from encoders.build import Encoder
+from encoders.export import read_export
+from finetune.cell import CellConfig
+from finetune.run import plant
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A cell's encoder at both ends of its training."""
+
+    cell: results.Cell
+    before: Encoder
+    after: Encoder
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.source} {self.cell.seed}" + (f" of {self.cell.source_seed}" if self.cell.source_seed != self.cell.seed else "")
+
+
+def kept(cells: Sequence[results.Cell], channels: int) -> list[Kept]:
+    """Those of the cells that kept their encoder, opened."""
+    found = []
+    for cell in cells:
+        folder = storage.join(cell.url, "encoder")
+        if cell.shuffled or not storage.exists(storage.join(folder, "allograft.json")):
+            continue
+        info = read_export(located(folder), verify=False)
+        where = storage.join(cell.url, "config.yaml")
+        before = plant(parse(results.read_yaml(where), CellConfig, where), channels)[0].module.encoder
+        found.append(Kept(cell, before, opened(folder, info, info, channels)))
+    return found
+
+
+def of_study(
+    out: str, shards: str, split: str, images: int, size: int | None, measure: str, how: dict[str, Any], folder: str, base: str = "random"
+) -> None:
+    """Fig. 2 to 4 of Transfusion, for each task, architecture, strategy, fraction and resolution that kept encoders.
+
+    Raises:
+        RequestError: no study, or none of its cells kept its encoder.
+    """
+    if not storage.exists(storage.join(out, "study.yaml")):
+        raise RequestError("one encoder, and no study here (no study.yaml)", where=out, hint="similarity A B, or the out of a study")
+    groups = results.by(results.finished(out), "task", "architecture", "strategy", "options", "fraction", "resolution")
+    probes: dict[int, Probe] = {}
+    seen = 0
+    for group, cells in groups.items():
+        probe = probes.setdefault(side := size or int(group[-1]), Probe(shards, split=split, images=images, size=side))
+        runs = kept(cells, probe.channels)
+        if not runs:
+            continue
+        seen += 1
+        title = ", ".join(str(part) for part in group[:4] if part)
+        print(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
+        _figures(runs, probe, measure, how, storage.join(folder, _safe(group)), title, base)
+    if not seen:
+        hint = "two encoders are compared by: allograft analyze similarity A B --data SHARDS"
+        raise RequestError("no cell of this study kept its trained encoder (cells/KEY/encoder)", where=out, hint=hint)
+
+
+def _safe(parts: Sequence[Any]) -> str:
+    """As a folder's name."""
+    return "-".join(safe_name(str(part)) for part in parts if part)
+
+
+def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], folder: str, title: str, base: str) -> None:
+    ends = {run.name: run.after for run in runs}
+    starts = {f"{run.name} before": run.before for run in runs}
+    moved = layers.across(ends | starts, [(f"{name} before", name) for name in ends], probe, **how)
+    sources = list(dict.fromkeys(run.cell.source for run in runs))
+    by_source = {source: [(f"{run.name} before", run.name) for run in runs if run.cell.source == source] for source in sources}
+    means: dict[Names, list[layers.Similarity]] = {
+        (source, f"{source} trained"): [layers.averaged(one) for one in zip(*(moved.pairs[pair] for pair in pairs), strict=True)]
+        for source, pairs in by_source.items()
+    }
+    write(Across(moved.cuts, means, moved.images, moved.sha256), probe, measure, folder)
+    put_table(rows_of(moved, probe), storage.join(folder, "runs.csv"))
+    pairs = list(itertools.combinations(ends, 2))
+    if not pairs:
+        return
+    highest, first = layers.top(list(ends.values())), moved.cuts[0]
+    after = layers.across(ends, pairs, probe, list(dict.fromkeys([first, *highest])), **how)
+    put_table(rows_of(after, probe), storage.join(folder, "pairs.csv"))
+    values = {
+        pair: sum(one.values[measure] for cut, one in zip(after.cuts, held, strict=True) if cut in highest) / len(highest)
+        for pair, held in after.pairs.items()
+    }
+    names = {source: [run.name for run in runs if run.cell.source == source] for source in sources}
+    listed = []
+    for source in sources:
+        if source == base or len(names.get(base, [])) < 2:
+            continue
+        found = layers.against_random(names[source], names[base], values)
+        rows = {f"{source} and {base}": found.pretrained_random, f"{base} and {base}": found.random_random, "difference": found.difference}
+        listed += [(what, one.words()) for what, one in rows.items()]
+        drawn = partial(plots.intervals, rows, f"{measure} at {' and '.join(highest)}", title)
+        put_png(drawn, 6.0, 2.2, storage.join(folder, f"top-{_safe([source])}.png"))
+    if len(runs) >= 3:
+        before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
+        at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}
+        at_end = {pair: held[0].values[measure] for pair, held in after.pairs.items()}
+        line = layers.start_against_end(at_start, at_end, list(ends))
+        put_png(partial(plots.pairs, line, f"{measure} at {first}", title), 4.2, 3.6, storage.join(folder, "start-against-end.png"))
+        listed.append((f"R squared of {first} at the start and at the end", line.r_squared.words(2)))
+    if listed:
+        print()
+        table(listed)
