@@ -113,12 +113,13 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
         names = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
         for at in sorted({round(q * (len(frame) - 1)) for q in np.linspace(0, 1, 6)}):
             row = frame.iloc[at]
-            sample = _sample(corpus, place, row["sample_id"])
+            key = row["images"].split()[0] if "images" in frame else row["sample_id"]  # the first image of a study
+            sample = _sample(corpus, place, key)
             top = sorted(names, key=lambda name: -float(row[f"score_{name}"]))[:3]
             true = [name for name in names if row[f"target_{name}"] == 1]
             said = ", ".join(f"{name} {row[f'score_{name}']:.2f}" for name in top)
             text = f"true: {', '.join(true) or 'none'}"
-            drawn = figures.overlay(sample.image, None, None, f"test image {row['sample_id']}; {text}")
+            drawn = figures.overlay(sample.image, None, None, f"test image {key}; {text}")
             parts.append(f"<figure>{drawn}<figcaption><b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
     except (AllograftError, OSError, IndexError) as error:
         return f'<p class="faint">Images could not be read: {esc(error)}</p>'

@@ -10,7 +10,7 @@ Rows of decisions, test split only, thresholds chosen on validation (metrics.ope
     sensitivity_at_spec95, specificity_at_spec95, sensitivity_at_sens95, specificity_at_sens95
     multilabel, at Youden's threshold: threshold, sensitivity, specificity, precision, f1, accuracy, balanced_accuracy, kappa
     Of labels that exclude each other the decision is the most likely one, or the median grade, and needs no threshold: sensitivity,
-    precision and f1 of each; accuracy, balanced_accuracy, f1_macro, kappa, ece over all; kappa_quadratic of grades.
+    precision and f1 of each; accuracy, balanced_accuracy, f1_macro, kappa, kappa_quadratic (of labels in order), ece over all.
 Rows over all labels (class ""): <metric>_mean over the labels that have a value, n how many those are; auroc_mean_min10 and
     auprc_mean_min10 over those of at least ten positives.
 Rows of masks (n: images): dice, iou, dice_nonempty (of images whose true mask is not empty), dice_tuned, threshold_tuned, hd95 and hd95_mm
@@ -140,7 +140,7 @@ def _exclusive(task: Task, part: pd.DataFrame) -> list[Found]:
     found: list[Found] = []
     for metric in ("sensitivity", "precision", "f1"):
         found += [(label, metric, float(said[metric][task.labels.index(label)]), n) for label in task.measured]
-    over_all = ("accuracy", "balanced_accuracy", "f1_macro", "kappa", *(["kappa_quadratic"] if task.kind == "ordinal" else []))
+    over_all = ("accuracy", "balanced_accuracy", "f1_macro", "kappa", "kappa_quadratic")
     found += [("", metric, float(said[metric]), n) for metric in over_all]
     likeliest = scores.argmax(1)
     confidence = np.minimum(scores.max(1), 1.0)

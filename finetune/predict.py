@@ -125,7 +125,7 @@ def _studies(task: Task, aggregate: Aggregate, arrays: Arrays, images: pd.DataFr
         where = f"task {task.task}: aggregate.by, study {study}"
         if part["patient"].nunique() > 1:
             raise RequestError(f"a study of {part['patient'].nunique()} patients", where=where, hint="by a column whose values are studies")
-        strata = set(part["stratum"])
+        strata = {arrays.strata[i] for i in positions}
         row = {
             "split": arrays.split,
             "sample_id": study,

@@ -19,6 +19,7 @@ from encoders.weights import load_local, sha256_of
 from engine.context import LocalContext
 from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig
+from finetune.measure import rows_of
 from finetune.run import plant, run
 from finetune.task import load_task
 from finetune.train import Trainer
@@ -83,6 +84,7 @@ def test_a_cell_leaves_its_files_and_is_not_computed_twice(cell: Make, tmp_path:
     counts = read(config.shards).counts
     assert table["split"].value_counts().to_dict() == {"val": counts["val"], "test": counts["test"]}
     assert table["sample_id"].is_unique
+    assert rows_of(config.task, table) == result["metrics"]  # any metric can be computed again from the file
     if task == "phantom-vessels":
         assert table.loc[table["split"] == "test", "dice"].mean() == pytest.approx(value(result, "dice"))
     stamp = (out / "result.json").stat().st_mtime_ns

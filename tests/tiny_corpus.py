@@ -59,8 +59,12 @@ def write(
     labels: Sequence[str] = LABELS,
     splits: Sequence[str] | None = None,
     suffix: str = "jpg",
+    spacing: tuple[float, float] | None = None,
 ) -> str:
-    """Shards of those sizes (all `train` unless said otherwise); the path of the folder. Raw labels cycle through 0, 1, -1, None."""
+    """Shards of those sizes (all `train` unless said otherwise); the path of the folder. Raw labels cycle through 0, 1, -1, None.
+
+    spacing: millimetres between rows and columns, where the shards are to say them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     entries, at = [], 0
     splits = splits or ["train"] * len(shard_samples)
@@ -72,7 +76,7 @@ def write(
             for row in range(count):
                 i = at + row
                 key = hashlib.sha256(f"{dataset}{i}".encode()).hexdigest()
-                payload[row] = _parts(i, size, channels, masks, labels, split, suffix)
+                payload[row] = _parts(i, size, channels, masks, labels, split, suffix, spacing)
                 tar.write({"__key__": f"{dataset}-{key[:20]}", **payload[row]})
                 rows[row]["key"], rows[row]["patient"] = key[:20].encode(), key[20:36].encode()
         data, offset = buffer.getvalue(), 0
@@ -109,7 +113,16 @@ def write(
     return str(folder)
 
 
-def _parts(i: int, size: int, channels: int, masks: bool, labels: Sequence[str], split: str, suffix: str) -> dict[str, bytes]:
+def _parts(
+    i: int,
+    size: int,
+    channels: int,
+    masks: bool,
+    labels: Sequence[str],
+    split: str,
+    suffix: str,
+    spacing: tuple[float, float] | None,
+) -> dict[str, bytes]:
     pixels, mask = picture(i, size, channels), np.zeros((size, size), dtype=np.uint8)
     if masks:  # a white square, and the mask that says where
         x, y = np.random.default_rng(1000 + i).integers(4, size - 16, 2)
@@ -121,6 +134,7 @@ def _parts(i: int, size: int, channels: int, masks: bool, labels: Sequence[str],
         "patient": "0" * 16,
         "split": split,
         "meta": {"age": i},
+        **({"image": {"spacing_mm": list(spacing)}} if spacing else {}),
     }
     quality = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == "jpg" else []
     parts = {suffix: cv2.imencode(f".{suffix}", pixels[:, :, ::-1] if channels == 3 else pixels, quality)[1].tobytes()}
