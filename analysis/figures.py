@@ -184,6 +184,36 @@ def traces(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple
     return _svg(name, title, f"{label} by step. {ends}", 3.6, 2.5, draw)
 
 
+def searched(name: str, title: str, points: Sequence[tuple[str, float, float, bool]], choice: str, best: str, label: str) -> str:
+    """What a search saw: (candidate, mean, standard error, trained in full?) in order. The shade is one standard error under the best mean,
+    the filled point the choice; points of shorter trainings are crosses."""
+    held = {at: (x, mean, error) for x, (at, mean, error, _) in enumerate(points)}
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _, top, error = held[best]
+        if math.isfinite(error):
+            axes.axhspan(top - error, top, color=SERIES[0], alpha=0.12, linewidth=0)
+        for full, marker in ((True, "o"), (False, "x")):
+            x, mean, bars = np.array([(*held[at],) for at, _, _, whole in points if whole == full]).reshape(-1, 3).T
+            line = {"linestyle": "-" if full else "none", "linewidth": 1.2, "elinewidth": 1, "capsize": 2, "markersize": 5}
+            axes.errorbar(x, mean, yerr=np.nan_to_num(bars), marker=marker, color=SERIES[0], markerfacecolor="none", **line)
+        axes.plot(*held[choice][:2], "o", color=SERIES[0], markersize=7)
+        axes.annotate(choice, held[choice][:2], xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8, color=INK)
+        axes.set_xticks(
+            range(len(points)),
+            [at for at, *_ in points],
+            rotation=40 if len(points) > 4 else 0,
+            ha="right" if len(points) > 4 else "center",
+        )
+        axes.margins(y=0.2)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel(label)
+
+    text = "; ".join(f"{at}: {mean:.3f} with a standard error of {error:.3f}" for at, mean, error, _ in points)
+    return _svg(name, title, f"{label}. Chosen: {choice}. {text}", 4.6, 2.9, draw)
+
+
 def thumbnail(image: NDArray[np.uint8]) -> str:
     """A u8 image (H, W), (H, W, 1) or (H, W, 3) RGB as a PNG data address."""
     held = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image

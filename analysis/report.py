@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from analysis import floors as floors_of_tasks
-from analysis import leakage_section, results, samples, sections, tables
+from analysis import leakage_section, results, samples, search_section, sections, tables
 from analysis.evidence import Evidence, gather, significance
 from analysis.floors import Floors
 from analysis.tables import esc, num, short
@@ -181,8 +181,11 @@ def page(evidence: Evidence) -> str:
         (
             "differences",
             "Differences",
-            sections.forests(evidence) + tables.findings(evidence) + f'<p class="faint">{METHOD}</p>' if found else "",
+            sections.forests(evidence) + tables.findings(evidence) + f'<p class="faint">{METHOD} {search_section.tuning(evidence)}</p>'
+            if found
+            else "",
         ),
+        ("searches", "Searches", search_section.searches(evidence)),
         ("controls", "Controls", sections.controls(evidence, held, notes) if tasks else ""),
         ("curves", "Learning curves", sections.curves(evidence)),
         ("images", "Sample images", pictures),

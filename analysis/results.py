@@ -162,14 +162,18 @@ def read_study(out: str) -> dict[str, Any]:
 
 
 def finished(out: str) -> list[Cell]:
-    """Finished cells of role `cell`, sorted by what they are. Search trials never open the test split and are left out."""
-    root = storage.join(out, "cells")
+    """Finished cells of role `cell`, sorted by what they are. Search trials never open the test split and are left out.
+
+    Where a search chose for a cell, its options are those that were asked for (`cut: auto`): its siblings may have got other ones.
+    """
+    root, chosen = storage.join(out, "cells"), {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
     cells = []
     for name in storage.listing(root):
         url = storage.join(root, name)
         result = read_json(storage.join(url, "result.json"))
         if isinstance(result, dict) and result.get("role", "cell") == "cell":
-            cells.append(Cell(url, result))
+            options = {**(result.get("options") or {}), **chosen.get(name, {})}
+            cells.append(Cell(url, {**result, "options": options}))
     return sorted(cells, key=lambda cell: (str(cell.group()), cell.source, cell.source_seed, cell.seed, cell.key))
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.config import digest
-from base.errors import RequestError, WorkError
+from base.errors import Diverged, RequestError, WorkError
 from encoders.weights import sha256_of
 from finetune import data, features
 from finetune.cell import CellConfig
@@ -188,9 +188,9 @@ class Evaluator:
             raise self.diverged(f"the network's output is not finite on split {split}")
         return logits
 
-    def diverged(self, what: str) -> WorkError:
+    def diverged(self, what: str) -> Diverged:
         """The error for numbers that are not finite."""
-        return WorkError(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {self.rate}")
+        return Diverged(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {self.rate}")
 
     def _mean_logits(self, maps: list[Tensor]) -> Tensor:
         levels = len(self.module.encoder.pyramid_channels) if self.module.pyramid else 1

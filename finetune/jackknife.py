@@ -1,47 +1,42 @@
-"""The standard error of a validation metric over the patients, whatever the metric is.
+"""The standard error of a metric over the patients, whatever the metric is, from a table of predictions.
 
-    error, groups = patients_error(task, arrays, logits)
-    row = error_row(task, arrays, logits)                   # the same as a metric row, `auroc_mean_error`
-
-Legend: N images.
+error, groups = patients_error(task, table)        # rows of one split
+row = error_row(task, table)                       # the same as a metric row, `auroc_mean_error`
 """
 
 import math
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
 from base.seeds import rng
-from finetune.data import Arrays
-from finetune.predict import Row, headline, measure
+from finetune.measure import Row, headline, rows_of
 from finetune.task import Task
 
 GROUPS = 20  # of patients
 
 
-def patients_error(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> tuple[float, int]:
-    """Standard error of the task's metric on a split over its patients, and from how many groups of them.
+def patients_error(task: Task, table: pd.DataFrame) -> tuple[float, int]:
+    """Standard error of the task's metric on a split, and from how many groups of patients.
 
     Delete-a-group jackknife (Shao and Tu 1995, 2.3): patients are dealt into at most 20 groups by their names, and the metric is taken
     with each group left out. NaN where fewer than two of these are defined.
     """
-    names = [patient or f"image {key}" for patient, key in zip(arrays.patients, arrays.ids, strict=True)]
-    order = sorted(set(names), key=lambda name: float(rng("jackknife", name).random()))
+    patients = [patient or f"image {key}" for patient, key in zip(table["patient"], table["sample_id"], strict=True)]
+    order = sorted(set(patients), key=lambda name: float(rng("jackknife", name).random()))
     groups = {name: i % GROUPS for i, name in enumerate(order)}
-    group_N = np.array([groups[name] for name in names])
-    values = []
-    for group in range(min(GROUPS, len(order))):
-        kept = np.flatnonzero(group_N != group)
-        value = headline(task, measure(task, arrays.take(kept), logits[kept])) if len(kept) else math.nan
-        if not math.isnan(value):
-            values.append(value)
+    group_N = np.array([groups[name] for name in patients])
+    rest = table.assign(split="rest")  # of no split: decisions at thresholds are not asked for
+    found = [headline(task, rows_of(task, rest[group_N != group])) for group in range(min(GROUPS, len(order))) if (group_N != group).any()]
+    values = [value for value in found if not math.isnan(value)]
     if len(values) < 2:
         return math.nan, len(values)
     return math.sqrt((len(values) - 1) * float(np.var(values))), len(values)
 
 
-def error_row(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> Row:
+def error_row(task: Task, table: pd.DataFrame) -> Row:
     """The error of the task's metric; its value is None where it is not known, n the groups of patients."""
-    error, groups = patients_error(task, arrays, logits)
+    error, groups = patients_error(task, table)
     value = None if math.isnan(error) else error
-    return {"split": arrays.split, "class": "", "metric": f"{task.metric}_error", "unit": "fraction", "value": value, "n": groups}
+    split = str(table["split"].iloc[0])
+    return {"split": split, "class": "", "metric": f"{task.metric}_error", "unit": "fraction", "value": value, "n": groups}

@@ -71,7 +71,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             logits = trainer.logits(split)
             tables.append(predict.predictions(task, arrays, logits, tables[0] if tables else None))
             if config.role == "trial":
-                errors.append(error_row(task, arrays, logits))
+                errors.append(error_row(task, tables[-1]))
             if split == "test" and task.kind == "segmentation" and corpus.manifest.card.share_images:
                 np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
         table = pd.concat(tables, ignore_index=True)

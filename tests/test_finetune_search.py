@@ -5,16 +5,20 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.statistics import Scores, metric_B, resample
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from base.seeds import rng
 from encoders.cuts import cuts
+from finetune.jackknife import error_row, patients_error
 from finetune.search import Answer, Outcome, Results, Search, Trial, Tune, answer, asked, cut_search, most_trials, propose, rate_search
+from finetune.task import load_task
 
 ARCHITECTURES = ["resnet50", "resnet18", "test_resnet", "densenet121", "inception_v3", "efficientnet_b0", "convnext_tiny", "cbr_larget"]
 ARCHITECTURES += ["swin_tiny_patch4_window7_224", "vit_small_patch16_224"]
@@ -209,3 +213,25 @@ def test_json_schema_and_golden_answer() -> None:
     assert (ROOT / "docs" / "schemas" / "search.json").read_text() == schema
     held = json.loads(Path(ROOT / "tests" / "golden" / "search.json").read_text())
     assert parse(held, Answer, "search.json").model_dump(mode="json", by_alias=True) == held
+
+
+def test_the_error_over_patients_is_that_of_a_bootstrap() -> None:
+    draw, task = rng("jackknife test"), load_task("phantom-chest")
+    n = 600
+    frame: dict[str, object] = {"split": "val", "sample_id": [f"{i:020d}" for i in range(n)], "stratum": None}
+    frame["patient"] = [f"{i // 6}" for i in range(n)]  # six images each, of one mind: a sixth as many facts as images
+    for label in task.labels:
+        target, shared = draw.integers(0, 2, n // 6).repeat(6), draw.normal(0, 1, n // 6).repeat(6)
+        frame |= {f"target_{label}": target.astype(float), f"score_{label}": 1 / (1 + np.exp(-(target + shared)))}
+    table = pd.DataFrame(frame)
+    error, groups = patients_error(task, table)
+    assert groups == 20
+    columns = [table[[f"{kind}_{label}" for label in task.labels]].to_numpy(float) for kind in ("target", "score")]
+    ids, patients = table["sample_id"].to_numpy(str), table["patient"].to_numpy(object)
+    scores = Scores(0, ids, patients, target_NL=columns[0], score_NL=columns[1])
+    bootstrap = metric_B(scores, "auroc_mean", resample(scores, "auroc_mean", 500).weight_BN).std()
+    assert error == pytest.approx(float(bootstrap), rel=0.35)  # 20 groups give 19 degrees of freedom: a sixth of it, twice
+    alone, _ = patients_error(task, table.assign(patient=[f"{i}" for i in range(n)]))
+    assert alone < 0.7 * error
+    assert error_row(task, table)["metric"] == "auroc_mean_error"
+    assert error_row(task, table[table["patient"] == "0"])["value"] is None

@@ -1,0 +1,290 @@
+"""Searches in a study: trials are cells in the one pool, answers stand in OUT, and a driver that starts again asks for what is missing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_study
+import yaml
+
+from base import storage
+from base.config import parse
+from base.errors import Diverged, RequestError, WorkError
+from cluster import plan
+from cluster.fanout import Tally, run_cells
+from cluster.load import load_study
+from cluster.outlook import outlook
+from cluster.plan import Corpus
+from cluster.run import run
+from cluster.searches import Searches, most
+from cluster.single import finetune_study
+from cluster.study import Resources, Study
+from encoders.cuts import cuts
+from finetune.cell import CellConfig
+from finetune.search import Answer
+from shards import manifest
+
+TREE: dict[str, Any] = {
+    "schema": 1,
+    "study": "searched",
+    "resources": {"cell_workers": 2},
+    "cells": {
+        "sources": ["random", {"name": "random-b", "source": "random"}],
+        "architectures": ["test_resnet"],
+        "strategies": [{"name": "fat", "cut": "auto"}, "linear"],
+        "tasks": ["phantom-chest"],
+        "resolutions": [32],
+        "seeds": [0, 1],
+        "tune": {"lr": [3.0e-2, 1.0e-2, 1.0e-3], "trials": 2},
+        "task_settings": {"phantom-chest": {"linear.epochs": 3}},
+    },
+}
+
+
+def written(folder: Path, shards: str, **cells: object) -> Study:
+    folder.mkdir(exist_ok=True)
+    tree = {**TREE, "data": {"phantom-chest": {"shards": shards}}, "cells": {**TREE["cells"], **cells}}
+    return load_study(tiny_study.write(folder, tree))
+
+
+def planned(study: Study, shards: str, **changes: Any) -> Searches:
+    return Searches(plan.settings(study, {"phantom-chest": Corpus(shards, manifest.read(shards))}, {}), **changes)
+
+
+def result_of(config: CellConfig, value: float) -> dict[str, Any]:
+    metric = config.task.metric
+    rows = [{"metric": metric, "class": "", "value": value}, {"metric": f"{metric}_error", "class": "", "value": 0.01}]
+    return {"metrics": [{**row, "split": "val"} for row in rows], "params": 1000, "key": config.key}
+
+
+def drive(searches: Searches, value: Callable[[CellConfig], float | Exception], limit: int = 1000) -> list[CellConfig]:
+    """Run trials and cells one after the other as the pool would, with values in place of trainings; what ran, in order."""
+    queue, ran = searches.ready(), []
+    while queue and len(ran) < limit:
+        config = queue.pop(0)
+        found = value(config)
+        problem = found if isinstance(found, Exception) else None
+        if problem is None:
+            storage.put(storage.join(config.out, "result.json"), json.dumps(result_of(config, float(found))))  # type: ignore[arg-type]
+        ran.append(config)
+        queue = [*searches.told(config, problem), *queue]
+    return ran
+
+
+def likes(config: CellConfig) -> float:
+    """A value that rises with the cut and falls with the rate."""
+    cut = config.strategy.get("cut")
+    depth = [point.name for point in cuts(config.architecture)].index(cut) if cut else 0
+    return 0.6 + 0.05 * depth - config.task.linear.lr
+
+
+def test_every_setting_gets_the_same_rates_and_budget(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest)
+    searches = planned(study, phantom_chest)
+    ran = drive(searches, likes)
+    rates: dict[tuple[str, str], list[float]] = {}
+    for config in ran:
+        if config.role == "trial" and (config.strategy["name"] != "fat" or config.strategy["cut"] == "layer4.0"):
+            rates.setdefault((config.source, config.strategy["name"]), []).append(config.task.linear.lr)
+    tuned = {key: sorted(set(found) - {1e-3 if key[1] == "fat" else None}) for key, found in rates.items()}
+    assert len(rates) == 4
+    assert len({tuple(found) for (_, name), found in rates.items() if name == "linear"}) == 1
+    assert {len(found) for (_, name), found in rates.items() if name == "linear"} == {2}
+    assert tuned["random", "fat"] == tuned["random-b", "fat"]
+    assert not searches.open
+    assert {(config.strategy.get("cut"), config.task.linear.lr) for config in searches.cells} == {
+        ("layer4.0", min(rates["random", "linear"])),
+        (None, min(rates["random", "linear"])),
+    }
+    assert len(searches.cells) == 8
+    assert len({config.key for config in ran}) == len(ran)
+
+
+def test_cells_do_not_wait_for_searches_that_still_ask(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest, strategies=[{"name": "fat", "cut": "auto"}, "linear"], tune=None)
+    first = planned(study, phantom_chest).ready()
+    assert {config.strategy["name"] for config in first if config.role == "cell"} == {"linear"}
+    assert {config.role for config in first if config.strategy["name"] == "fat"} == {"trial"}
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 9])
+def test_a_driver_that_starts_again_asks_only_for_what_is_missing(after: int, tmp_path: Path, phantom_chest: str) -> None:
+    study, whole = written(tmp_path / "cut", phantom_chest), written(tmp_path / "whole", phantom_chest)
+    undisturbed = drive(planned(whole, phantom_chest), likes)
+    before = drive(planned(study, phantom_chest), likes, limit=after)
+    searches = planned(study, phantom_chest)
+    rest = drive(searches, likes)
+    assert sorted(config.key for config in before + rest) == sorted(config.key for config in undisturbed)
+    assert {config.key for config in searches.cells} == {config.key for config in planned(whole, phantom_chest).cells}
+    assert not planned(study, phantom_chest).ready()
+
+
+def test_answers_stand_with_their_curves_and_the_plan_names_them(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest)
+    searches = planned(study, phantom_chest)
+    assert {row["key"] for row in searches.rows()} == {""}
+    drive(searches, likes)
+    rows = list(searches.rows())
+    keys = {key for row in rows for key in row["searches"]}
+    assert keys == set(storage.listing(f"{study.out}/analyses"))
+    answers = [parse(storage.read_json(f"{study.out}/analyses/{key}/search.json"), Answer, key) for key in keys]
+    assert sorted(found.kind for found in answers) == ["rates"] * 4 + ["two-stage"] * 2
+    for found in answers:
+        assert found.about["source"] in ("random", "random-b")
+        assert found.metric == "auroc_mean"
+        assert all(point.error == pytest.approx(0.01) for point in found.curve)
+    assert {(row["strategy"], row["asked"].get("cut"), row["tuned"]) for row in rows} == {("fat", "auto", True), ("linear", None, True)}
+    drawn = next(found for found in answers if found.kind == "rates")
+    assert all(row["key"] and row["lr"] == min(point.at for point in drawn.curve) for row in rows)
+    shutil.rmtree(f"{study.out}/analyses")
+    assert not planned(study, phantom_chest, keep=False).ready()  # the trials say it all again
+    assert not storage.exists(f"{study.out}/analyses")
+
+
+def test_a_diverged_trial_is_the_worst_of_its_search_and_another_failure_stops_it(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest, strategies=["linear"])
+    searches = planned(study, phantom_chest)
+    ran = drive(
+        searches,
+        lambda config: (
+            Diverged("not finite")
+            if config.task.linear.lr > 5e-3 and config.role == "trial" and config.source == "random"
+            else likes(config)
+        ),
+    )
+    diverged = [config for config in ran if searches.excused(config.key)]
+    assert [config.source for config in diverged] == ["random"] * len(diverged)
+    assert diverged
+    worse = written(tmp_path, phantom_chest, strategies=["linear"], seeds=[5], trial_seeds=[5])
+    searches = planned(worse, phantom_chest)
+    drive(searches, lambda config: WorkError("disk full") if config.source == "random" else likes(config))
+    assert [(one.setting.source, one.failed) for one in searches.open] == [("random", "a trial of its search failed: disk full")]
+    assert {config.source for config in searches.cells} == {"random-b"}
+
+
+def test_a_search_shares_the_trials_of_another(tmp_path: Path, phantom_chest: str) -> None:
+    both = [{"name": "fat", "cut": "auto", "search": "exhaustive"}, {"name": "fat", "cut": "auto", "search": "two-stage"}]
+    study = written(tmp_path, phantom_chest, strategies=both, tune=None, sources=["random"], seeds=[0])
+    searches = planned(study, phantom_chest)
+    ran = drive(searches, likes)
+    assert len([config for config in ran if config.role == "trial"]) == 5
+    assert {config.strategy["cut"] for config in searches.cells} == {"layer4.0"}
+    assert len(searches.cells) == 2  # one for each way of searching: the report tells them apart
+
+
+def test_a_cell_whose_cut_was_searched_is_not_the_one_that_names_it(tmp_path: Path, phantom_chest: str) -> None:
+    strategies = [{"name": "fat", "cut": "auto"}, {"name": "fat", "cut": "layer4.0"}]
+    searches = planned(written(tmp_path, phantom_chest, strategies=strategies, tune=None, sources=["random"]), phantom_chest)
+    drive(searches, likes)
+    assert len({config.key for config in searches.cells}) == len(searches.cells) == 4
+
+
+def test_other_cells_keep_their_keys(tmp_path: Path, phantom_chest: str) -> None:
+    """A study in which nothing is searched has the keys it had."""
+    study = written(tmp_path, phantom_chest, strategies=["linear"], tune=None)
+    searches = planned(study, phantom_chest)
+    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    assert [config.key for config in searches.cells] == [config.key for config in plan.cells(study, corpora, {})]
+    assert all("role" not in plan.identity(one.setting, 0, one.strategy, one.task) for one in searches.chosen)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"strategies": [{"name": "transfusion", "cut": "auto"}]}, "cut: auto is for truncated, fat"),
+        ({"strategies": [{"name": "fat", "cut": "auto", "search": "greedy"}]}, "two-stage"),
+        ({"tune": {"lr": [1e-3], "trials": 2}}, "trials: 2 of 1 rates"),
+        ({"trial_seeds": [0, 0]}, "trial_seeds: 0 stands twice"),
+    ],
+)
+def test_a_wrong_search_is_refused(cells: dict[str, object], message: str, tmp_path: Path, phantom_chest: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        written(tmp_path, phantom_chest, **cells)
+
+
+def test_the_plan_says_how_many_trials_and_what_is_untuned(tmp_path: Path, phantom_chest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    study = written(tmp_path, phantom_chest)
+    assert outlook(study)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6, of which 0 have answered; at most 18 trials, 18 to try everything" in said
+    assert "tuned: 2 rates x 1 trial seeds" in said
+    assert not storage.exists(f"{study.out}/analyses")
+    assert outlook(written(tmp_path, phantom_chest, tune=None, strategies=["linear"]))
+    assert "untuned: one fixed rate" in " ".join(capsys.readouterr().out.split())
+    assert most(plan.settings(study, {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}, {}))[0] == 6
+
+
+def test_one_cell_searches_as_well(phantom_chest: str) -> None:
+    words = [
+        f"data.phantom-chest.shards={phantom_chest}",
+        "architecture=resnet18",
+        "strategy.name=truncated",
+        "strategy.cut=auto",
+        "seed=3",
+    ]
+    study = finetune_study("phantom-chest", words)
+    assert study.cells is not None
+    assert study.cells.trial_seeds == [3]
+    searches = planned(study, phantom_chest)
+    assert [config.strategy["cut"] for config in searches.ready()] == ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_study_with_searches_runs_and_goes_on_where_it_was_cut_off(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest)
+    summary = run(study)
+    assert not summary.failed
+    assert summary.cells_new == 8
+    held = {key: storage.read_json(f"{study.out}/cells/{key}/result.json") for key in storage.listing(f"{study.out}/cells")}
+    trials = {key: result for key, result in held.items() if result["role"] == "trial"}
+    assert len(held) - len(trials) == 8
+    assert {row["split"] for result in trials.values() for row in result["metrics"]} == {"val"}  # the test split was never opened
+    assert all(any(row["metric"] == "auroc_mean_error" and row["value"] for row in result["metrics"]) for result in trials.values())
+    rows = json.loads(storage.read_bytes(f"{study.out}/plan.json"))
+    page = storage.read_bytes(summary.report).decode()
+    assert "untuned" not in page
+    assert 'id="searches"' in page
+    gone = [rows[0]["key"], next(iter(trials))]
+    answered = next(key for key in rows[0]["searches"])
+    for folder in (*(f"cells/{key}" for key in gone), f"analyses/{answered}"):
+        shutil.rmtree(f"{study.out}/{folder}")
+    again = run(study)
+    assert (again.cells_kept, again.cells_new) == (7, 1)
+    assert json.loads(storage.read_bytes(f"{study.out}/plan.json")) == rows
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_work_may_grow_while_it_runs(tmp_path: Path) -> None:
+    """Cells that became ready run in the same pool; those that fail are told with their errors."""
+    from cluster.session import session
+
+    base = yaml.safe_load((Path(__file__).parent / "golden" / "cell.yaml").read_text())
+    held = json.loads((Path(__file__).parent / "golden" / "cell_result.json").read_text())
+
+    def standing(key: str, good: bool = True) -> CellConfig:
+        out = tmp_path / key
+        storage.put(str(out / "result.json"), json.dumps({**held, "key": key if good else "0" * 16}))
+        return parse({**base, "key": key, "out": str(out), "encoder_dir": None, "encoder_sha256": None}, CellConfig, "cell")
+
+    told: list[tuple[str, Exception | None]] = []
+    totals: list[int] = []
+
+    def grow(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
+        told.append((config.key, problem))
+        return [standing(f"{config.key}{i}", good=i > 0) for i in range(3)] if len(config.key) < 2 else []
+
+    def show(tally: Tally) -> None:
+        totals.append(tally.total)
+
+    with session():
+        tally = run_cells([standing("a"), standing("b")], Resources(cell_workers=2), show, grow)
+    assert (tally.total, tally.done, sorted(tally.failed)) == (8, 6, ["a0", "b0"])
+    assert {key for key, problem in told if isinstance(problem, RequestError)} == {"a0", "b0"}
+    assert len(told) == 8
+    assert totals[0] == 2
+    assert totals[-1] == 8
