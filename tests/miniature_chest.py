@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from miniatures import PEOPLE, SIDE, Truth, Truths, blob, image, layout, pixels, relative_runs, table
+from raw_files import ct_slice
 
 # Chest radiographs
 
@@ -255,5 +256,28 @@ def rsna_pe(folder: Path, name: str) -> Truths:
             image(folder, file, i, values=pixels(2 * i + k).astype(np.uint16) * 8)
             rows.append({"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": scan} | labels)
             truths[file] = Truth(labels, study)
+    table(folder, "train.csv", rows)
+    return truths
+
+
+@layout("rsna-pe-slabs", "official")
+def rsna_pe_slabs(folder: Path, name: str) -> Truths:
+    """Series of 25 slices each, in no order, labelled slice by slice as the challenge's table is: two slabs, from slices 0 and 1 on."""
+    truths: Truths = {}
+    rows: list[dict[str, Any]] = []
+    exam, slices = ["negative_exam_for_pe", "indeterminate", "leftsided_pe", "rightsided_pe", "central_pe"], 25
+    for i in range(PEOPLE // 2):
+        study, series = f"{i:012x}", f"{i + 4096:012x}"
+        of_study = {label: int((i + n) % 5 == 0) for n, label in enumerate(RSNA_PE)}
+        for k in range(slices):
+            scan = f"{i:06x}{k:06x}"
+            values = np.full((8, 8), 1024 + 20 * k + i, np.int16)
+            file = folder / f"train/{study}/{series}/{scan}.dcm"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(ct_slice(values, 3.0 * (k * 7 % slices), SeriesInstanceUID=f"1.2.5.{i + 1}"))
+            rows.append({"StudyInstanceUID": study, "SeriesInstanceUID": series, "SOPInstanceUID": scan} | of_study)
+            rows[-1]["pe_present_on_image"] = int(k == i)
+        for first in (0, 1):
+            truths[f"train/{study}/{series}/#{first}"] = Truth({label: of_study[label] for label in exam}, study)
     table(folder, "train.csv", rows)
     return truths

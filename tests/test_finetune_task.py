@@ -76,7 +76,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {  # stud
     ),
     # Section 2.2.
     "TruncatedTL": (
-        ["bimcv", "ham", "chexpert-14"],
+        ["bimcv", "ham", "chexpert-14", "ecc-volume"],
         {"batch": 64, "optimizer": "adam", "lr": 1e-4, "epochs": 50, "schedule": "plateau", "select": "loss", "plateau.stop_below": 1e-6},
         {"crop_scale": (0.08, 1), "flip": True, "rotate": 0, "resolution": 224, "evaluation": "center-crop", "class_weights": "balanced"},
     ),
@@ -118,7 +118,7 @@ def test_every_task_comes_from_a_study_or_is_a_phantom() -> None:
 
 def test_no_mirror_where_a_side_has_a_meaning() -> None:
     """The heart has a side, and so have labels that name one; what a study did all the same stays in its paper preset."""
-    chests = ["dxc14", "dxc5", "txc", "bimcv", "chexpert-5", "chexpert-14", "vindr", "mimic", "ecc", "pxs", "scr-heart"]
+    chests = ["dxc14", "dxc5", "txc", "bimcv", "chexpert-5", "chexpert-14", "vindr", "mimic", "ecc", "pxs", "scr-heart", "ecc-volume"]
     chests += ["chestmnist", "pneumoniamnist", "organamnist", "organcmnist", "organsmnist"]
     assert not [name for name in chests for preset in ("smoke", "small") if load_task(f"{name}/{preset}").recipe.views.flip]
     sided = [name for name in names("task") if any("left" in label or "right" in label for label in load_task(name).labels)]
