@@ -7,9 +7,11 @@ from typing import Any
 from pydantic import Field
 
 from base.config import Strict, apply, parse
+from base.errors import RequestError
 from cluster.load import check_names, resolve_paths
 from cluster.study import DataEntry, Resources, Study
 from finetune.search import Tune
+from finetune.task import load_task
 
 
 class OnePretraining(Strict):
@@ -46,7 +48,7 @@ class OneCell(Strict):
 def pretrain_study(recipe: str, settings: Sequence[str]) -> Study:
     """A study with one pretraining and no cells."""
     where = f"allograft pretrain {recipe}"
-    one = parse(apply({}, settings), OnePretraining, where)
+    one = parse(_with_data(settings, where, "DATASET"), OnePretraining, where)
     name = recipe.removesuffix(".yaml").replace("/", "-")
     entry = {
         "name": name,
@@ -63,7 +65,7 @@ def pretrain_study(recipe: str, settings: Sequence[str]) -> Study:
 def finetune_study(task: str, settings: Sequence[str]) -> Study:
     """A study with one cell."""
     where = f"allograft finetune {task}"
-    one = parse(apply({}, settings), OneCell, where)
+    one = parse(_with_data(settings, where, load_task(task).dataset), OneCell, where)
     matrix = {
         "sources": [{"name": one.source.rstrip("/").rsplit("/", 1)[-1], "source": one.source}],
         "strategies": [one.strategy],
@@ -76,7 +78,16 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
         "trial_seeds": [one.seed],
         "task_settings": {task: one.settings} if one.settings else {},
     }
-    return _study(f"finetune-{task}", one, {"cells": matrix}, where)
+    name = task.removesuffix(".yaml").rsplit("/", 1)[-1] if task.endswith(".yaml") else task.replace("/", "-")
+    return _study(f"finetune-{name}", one, {"cells": matrix}, where)
+
+
+def _with_data(settings: Sequence[str], where: str, dataset: str) -> dict[str, Any]:
+    asked = apply({}, settings)
+    if "data" not in asked:
+        hint = f"data.{dataset}.raw=FOLDER, or data.{dataset}.shards=URL where it is packed already"
+        raise RequestError("where are the images?", where=where, hint=hint + ("; allograft list datasets" if dataset == "DATASET" else ""))
+    return asked
 
 
 def _study(name: str, one: OnePretraining | OneCell, parts: dict[str, Any], where: str) -> Study:

@@ -17,7 +17,7 @@ from cluster.lock import DriverLock
 from cluster.pack import check_place
 from cluster.progress import Progress
 from cluster.single import finetune_study, pretrain_study
-from cluster.study import Study
+from cluster.study import Resources, Study
 from shards.card import load_card
 
 TINY = {
@@ -157,6 +157,21 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60"])
     with pytest.raises(RequestError, match="did you mean 'seed'"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
+
+
+def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said() -> None:
+    words = ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet"]
+    assert finetune_study("phantom-chest/smoke", words).study == "finetune-phantom-chest-smoke"
+    with pytest.raises(RequestError, match="where are the images") as refused:
+        finetune_study("phantom-chest", ["architecture=test_resnet"])
+    assert "data.phantom-chest.raw=FOLDER" in str(refused.value)
+    with pytest.raises(RequestError, match=r"data\.DATASET\.raw"):
+        pretrain_study("simclr/smoke", ["architecture=test_resnet"])
+
+
+def test_what_a_piece_of_work_is_given_is_documented() -> None:
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    assert all(f"| `{key}` |" in text for key in Resources.model_fields)
 
 
 def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
