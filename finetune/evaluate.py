@@ -114,6 +114,7 @@ class Evaluator:
         images = whole if self.config.source_kind == "weights" and len(rows) >= SHARED_FRACTION * len(whole) else whole.take(rows)
         folder = self._folder(images) if self.config.source_kind == "weights" else None
         maps = None
+        self.module.eval()
         if folder or split != "test":  # the test split of a source that no other cell has is read once
             maps = features.keep(lambda index: [x.float().cpu() for x in self._embed(images, index)], len(images), self.chunk, folder)
         self._features[split] = None if maps is None else Features(maps, rows if images is whole else np.arange(len(rows)))
@@ -153,6 +154,7 @@ class Evaluator:
 
     def standardise(self) -> None:
         """Give the head the mean and standard deviation, per channel, of the training images' features, where it asks for them."""
+        self.module.eval()
         norms: Any = getattr(self.module.head, "norms", [])
         totals: list[list[Any]] = [[0.0, 0.0, 0] for _ in norms]
         for index in chunks(len(self.arrays("train")), self.chunk) if totals else ():

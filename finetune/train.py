@@ -143,7 +143,7 @@ class Trainer:
             if _release(groups, share):
                 best.begins(epoch)
             self.module.train()
-            order = rng("probe order" if probe else "order", self.config.seed, epoch).permutation(images)
+            order = rng("order", self.config.seed, epoch).permutation(images)
             parts = ((index, epoch) for index in data.batches(order, recipe.batch))
             losses: list[Tensor] = []
             for step, batch in enumerate(ahead(lambda part: make_batch(*part), parts)):

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_cell
 import tiny_corpus
 import torch
 
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from encoders.build import build
-from encoders.export import export
 from encoders.weights import load_local, sha256_of
 from engine.context import LocalContext
 from finetune import data, predict
@@ -107,17 +106,9 @@ def test_random_under_two_names_is_two_draws(cell: Make) -> None:
     assert hashes[0] == hashes[2] != hashes[1]
 
 
-def exported(folder: Path, in_chans: int = 1) -> tuple[Path, str]:
-    encoder = build("test_resnet", in_chans, seed=42).train()
-    with torch.no_grad():
-        encoder(torch.randint(0, 256, (8, in_chans, 32, 32), dtype=torch.uint8))
-    facts: dict[str, Any] = {"name": "simclr", "method": "simclr", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
-    return folder, export(encoder, folder, **facts)
-
-
 @pytest.mark.parametrize("strategy", ["full", "linear"])
 def test_what_was_exported_is_what_is_transplanted(cell: Make, tmp_path: Path, strategy: str) -> None:
-    folder, sha256 = exported(tmp_path / "export")
+    folder, sha256 = tiny_cell.exported(tmp_path / "export")
     fields = {"source": "simclr", "source_kind": "weights", "encoder_dir": str(folder), "encoder_sha256": sha256}
     config = cell(strategy={"name": strategy}, **fields)
     transplant, found, _ = plant(config, 1)

@@ -1,19 +1,35 @@
 """Losses, rates, early stopping and the phases of a cell's training, each by itself and on a few tiny images."""
 
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_cell
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torchvision.ops import sigmoid_focal_loss
+from torchvision.transforms.functional import ten_crop
 
+from base.errors import RequestError, WorkError
+from encoders.weights import sha256_of
+from finetune import data, features
+from finetune.cell import CellConfig
 from finetune.data import NOT_JUDGED
 from finetune.losses import bce_dice, class_weights, dice, loss_of
-from finetune.task import LOSSES, Task, load_task
+from finetune.optimize import Best, Rate, optimizer_of, set_rates
+from finetune.run import plant
+from finetune.task import LOSSES, Recipe, Task, load_task
+from finetune.train import Trainer, ahead
+from finetune.transplant import Group, Transplant
 
 CHEST, VESSELS = load_task("phantom-chest"), load_task("phantom-vessels")
 KINDS = [(kind, loss) for kind, losses in LOSSES.items() for loss in losses]
@@ -159,3 +175,526 @@ def test_a_class_that_no_training_image_has_weighs_nothing(kind: str) -> None:
     torch.testing.assert_close(weights, torch.tensor([4 / 9, 4 / 3, 0.0]))
     logits: Any = torch.randn(1, 2 if kind == "ordinal" else 3)
     assert loss_of(task, logits, torch.eye(3)[[2]], torch.ones(1, 3), weights) == 0
+
+
+# -- optimisers, rates, stopping
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe.model_validate({"epochs": 10, "batch": 4, "lr": 0.1, "patience": 3, "warmup": 0} | fields)
+
+
+def trace(rate: Rate, losses: list[float], epoch_steps: int) -> list[float]:
+    """The rate of each step of as many epochs as there are losses."""
+    found = []
+    for epoch, loss in enumerate(losses):
+        found += [rate.at(epoch * epoch_steps + step) for step in range(epoch_steps)]
+        rate.observe(loss)
+    return found
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2.5])
+def test_the_cosine_is_the_closed_form(warmup: float) -> None:
+    found = trace(Rate(recipe(warmup=warmup), 4), [1.0] * 10, 4)
+    w = round(warmup * 4)
+    rise = [0.1 * (step + 1) / w for step in range(w)]
+    fall = [0.05 * (1 + math.cos(math.pi * (step - w) / (39 - w))) for step in range(w, 40)]
+    assert found == pytest.approx(rise + fall)
+    if not w:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        scheduler, torchs = CosineAnnealingLR(optimizer, T_max=39), []
+        for _ in range(40):
+            torchs.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert found == pytest.approx(torchs, abs=1e-9)
+
+
+def test_does_not_repeat_a_cosine_that_takes_the_loss_for_the_epoch() -> None:
+    """Reference 3.7-1: `lr_scheduler.step(val_loss)` on a schedule over epochs, which then never advances."""
+    falling, rising = (trace(Rate(recipe(), 4), losses, 4) for losses in ([0.1] * 10, [float(i) for i in range(10)]))
+    assert falling == rising
+    assert falling[-1] == 0
+    assert all(a > b for a, b in itertools.pairwise(falling))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 2) | st.just(math.nan), min_size=1, max_size=30), st.integers(0, 4), st.sampled_from([0.1, 0.5]))
+def test_the_plateau_is_torchs(losses: list[float], patience: int, factor: float) -> None:
+    given_recipe = recipe(epochs=30, schedule="plateau", plateau={"patience": patience, "factor": factor})
+    found = trace(Rate(given_recipe, 2), losses, 2)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler, torchs = ReduceLROnPlateau(optimizer, factor=factor, patience=patience), []
+    for loss in losses:
+        torchs += [optimizer.param_groups[0]["lr"]] * 2
+        scheduler.step(loss)
+    assert found == torchs
+
+
+def test_the_plateau_by_hand_and_its_end() -> None:
+    """TruncatedTL: 1e-4, halved after 5 epochs without a better loss, ended under 1e-6: seven halvings."""
+    rate = Rate(recipe(epochs=100, lr=1e-4, schedule="plateau"), 1)
+    rate.observe(1.0)
+    for halvings in range(7):
+        assert not rate.spent
+        for _ in range(6):  # torch's patience: so many bad epochs change nothing, the next does
+            assert rate.at(50) == pytest.approx(1e-4 / 2**halvings)
+            rate.observe(1.0)
+    assert rate.spent
+    assert rate.at(50) == pytest.approx(1e-4 / 128)
+
+
+def test_a_constant_rate_is_constant_after_warm_up() -> None:
+    assert trace(Rate(recipe(schedule="constant", warmup=1), 4), [1.0] * 3, 4) == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 9)
+
+
+def test_the_best_epoch_is_the_first_of_equals_and_nan_never_is() -> None:
+    best = Best(patience=2)
+    scores = [0.1, math.nan, 0.3, 0.3, 0.2]
+    assert [best.observe(epoch, score) for epoch, score in enumerate(scores, 1)] == [True, False, True, False, False]
+    assert (best.epoch, best.score) == (3, 0.3)
+    assert [best.waited(epoch) for epoch in (3, 4, 5)] == [False, False, True]
+    best.begins(5)  # more weights train from epoch 5 on
+    assert [best.waited(epoch) for epoch in (5, 6)] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_optimisers_are_torchs_and_groups_have_their_own_rate_and_decay(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 2, generator=draw)
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for _ in range(3)] for _ in range(2))
+    groups = [Group("encoder", [ours[0]], lr_scale=0.1), Group("head", [ours[1]]), Group("head, no decay", [ours[2]], decay=False)]
+    optimizer = optimizer_of(recipe(optimizer=name, momentum=0.8, weight_decay=0.3), groups)
+    kind: Any = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+    extra = {"momentum": 0.8} if name == "sgd" else {}
+    expected = [kind([p], lr=lr, weight_decay=decay, **extra) for p, lr, decay in zip(theirs, (0.02, 0.2, 0.2), (0.3, 0.3, 0), strict=True)]
+    for _ in range(3):
+        set_rates(optimizer, groups, 0.2)
+        gradient = torch.randn(3, 2, generator=draw)
+        for parameter in (*ours, *theirs):
+            parameter.grad = gradient.clone()
+        for each in (optimizer, *expected):
+            each.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_batches_are_made_one_ahead_in_order_and_errors_come_through() -> None:
+    made: list[int] = []
+    seen = []
+    for item in ahead(lambda i: made.append(i) or i * i, range(5)):  # type: ignore[func-returns-value]
+        seen.append(item)
+        assert len(made) <= len(seen) + 1
+    assert seen == [0, 1, 4, 9, 16]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda i: 1 // i, [1, 0]))
+
+
+# -- cells
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return tiny_cell.corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def cell(shards: dict[str, str], tmp_path: Path) -> Callable[..., CellConfig]:
+    return lambda *args, **fields: tiny_cell.config(shards, tmp_path, *args, **fields)
+
+
+Make = Callable[..., CellConfig]
+TASKS = {
+    "multilabel": ("phantom-chest", {}),
+    "multiclass": ("phantom-chest", {"kind": "multiclass", **tiny_cell.CLASSES}),
+    "ordinal": ("phantom-chest", {"kind": "ordinal", **tiny_cell.CLASSES}),
+    "segmentation": ("phantom-vessels", {}),
+}
+STRATEGIES = ["full", "linear", "linear-aug", "lp-ft", "gradual", "l2-sp", "knn"]
+
+
+@pytest.mark.parametrize(("kind", "loss"), KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_kind_and_loss_trains_under_every_way_of_training(cell: Make, tmp_path: Path, strategy: str, kind: str, loss: str) -> None:
+    if strategy == "knn" and kind == "segmentation":
+        return
+    task, of_kind = TASKS[kind]
+    weights = {} if kind == "segmentation" else {"class_weights": "balanced"}
+    config = cell(task, {**of_kind, "loss": loss, **weights, "linear.epochs": 2}, strategy={"name": strategy})
+    trainer, selection, rows = tiny_cell.trained(config, tmp_path)
+    assert [row["epoch"] for row in rows] == ([0] if strategy == "knn" else list(range(1, selection.epochs + 1)))
+    arrays, logits = trainer.arrays("val"), trainer.logits("val")
+    of = [torch.from_numpy(x) for x in (logits, arrays.target, arrays.known)]
+    chosen = next(row for row in rows if row["epoch"] == selection.epoch)
+    assert float(loss_of(config.task, *of, trainer._weights)) == pytest.approx(chosen["val_loss"], rel=1e-5)  # type: ignore[arg-type]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "epochs": {"recipe.epochs": 3},
+    "batch": {"recipe.batch": 8},
+    "lr": {"recipe.lr": 2e-3},
+    "weight_decay": {"recipe.weight_decay": 0.5},
+    "optimizer adam": {"recipe.optimizer": "adam"},
+    "optimizer sgd": {"recipe.optimizer": "sgd"},
+    "momentum": {"recipe.optimizer": "sgd", "recipe.momentum": 0.1},
+    "schedule": {"recipe.schedule": "constant"},
+    "plateau": {"recipe.schedule": "plateau", "recipe.plateau.patience": 0, "recipe.plateau.factor": 0.1, "recipe.lr": 0.3},
+    "warmup": {"recipe.warmup": 0},
+    "flip": {"recipe.views.flip": False},
+    "crop": {"recipe.views.crop_scale": [0.3, 0.5]},
+    "class weights": {"class_weights": "balanced"},
+    "loss": {"loss": "focal"},
+}
+
+
+def test_does_not_repeat_options_that_are_parsed_and_ignored(cell: Make, tmp_path: Path) -> None:
+    """Reference 3.7-4: optimizer, schedule and augmentation were options of a script that always did the same."""
+    found = {}
+    for name, changed in ({"nothing": {}, "again": {}} | OPTIONS).items():
+        _, _, rows = tiny_cell.trained(cell(settings={"recipe.patience": 9, **changed}, fraction=0.4), tmp_path)
+        found[name] = str([(row["train_loss"], row["val_loss"]) for row in rows])
+    assert found["nothing"] == found.pop("again")
+    assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize(("select", "epochs"), [("metric", 8), ("loss", 6)])
+def test_does_not_repeat_a_worse_epoch_that_overwrites_the_best(cell: Make, tmp_path: Path, select: str, epochs: int) -> None:
+    """Reference 3.7-5. A rate this high makes later epochs worse; the weights in place are those of the best by what the recipe says."""
+    changed = {"recipe.epochs": epochs, "recipe.patience": 8, "recipe.lr": 0.03, "recipe.schedule": "constant", "recipe.select": select}
+    trainer, selection, rows = tiny_cell.trained(cell(settings=changed), tmp_path)
+    scores = [row["val_auroc_mean"] if select == "metric" else -row["val_loss"] for row in rows]
+    assert selection.epochs == epochs
+    assert selection.epoch == 1 + int(np.argmax(scores)) < epochs
+    assert selection.metric == ("auroc_mean" if select == "metric" else "loss")
+    assert selection.value == (max(scores) if select == "metric" else -max(scores))
+    again = trainer._validate()
+    assert again == {key: rows[selection.epoch - 1][key] for key in again}
+
+
+@pytest.mark.parametrize("select", ["metric", "loss"])
+def test_patience_counts_epochs_without_a_better_one_by_what_selects(cell: Make, tmp_path: Path, select: str) -> None:
+    changed = {"recipe.epochs": 30, "recipe.patience": 2, "recipe.lr": 0.03, "recipe.select": select}
+    _, selection, rows = tiny_cell.trained(cell(settings=changed), tmp_path)
+    assert len(rows) == selection.epochs == selection.epoch + 2 < 30
+
+
+def test_a_cell_follows_the_plateau_of_its_validation_losses_and_ends_with_it(cell: Make, tmp_path: Path) -> None:
+    plateau = {"recipe.plateau": {"patience": 0, "factor": 0.1, "stop_below": 1e-3}}
+    changed = {"recipe.epochs": 40, "recipe.patience": 40, "recipe.lr": 0.1, "recipe.warmup": 0, "recipe.schedule": "plateau", **plateau}
+    _, selection, rows = tiny_cell.trained(cell(settings=changed), tmp_path)
+    rate = Rate(cell(settings=changed).task.recipe, 1)
+    assert [row["lr"] for row in rows] == trace(rate, [row["val_loss"] for row in rows], 1)
+    assert selection.epochs < 40
+    assert rate.spent
+
+
+def test_does_not_repeat_random_views_of_validation_images(cell: Make, tmp_path: Path) -> None:
+    """Reference 3.7-7: early stopping on augmented validation images is stopping by chance."""
+    wild = {"recipe.views": {"crop_scale": [0.2, 0.4], "flip": True, "brightness": 0.5, "contrast": 0.5}}
+    for task in ("phantom-chest", "phantom-vessels"):
+        trainer, *_ = tiny_cell.trained(cell(task, wild), tmp_path)
+        tame, *_ = tiny_cell.trained(cell(task), tmp_path)
+        for split in ("val", "test"):
+            np.testing.assert_array_equal(trainer.arrays(split).image, tame.arrays(split).image)
+            np.testing.assert_array_equal(trainer.arrays(split).target, tame.arrays(split).target)
+            np.testing.assert_array_equal(trainer.logits(split), trainer.logits(split))
+
+
+def test_does_not_repeat_smoothed_labels_outside_training(cell: Make, tmp_path: Path) -> None:
+    """Reference 3.7-8."""
+    trainer, *_ = tiny_cell.trained(cell(settings={"uncertain": {"smoothed": [0.6, 0.9]}}), tmp_path)
+    train = trainer.arrays("train")
+    assert ((train.target > 0.5) & (train.target < 1)).any()
+    for split in ("val", "test"):
+        assert set(np.unique(trainer.arrays(split).target)) == {0, 1}
+
+
+# -- ways of training
+
+
+def starting(share: float) -> Callable[[Transplant], Transplant]:
+    """Encoder groups that wait for this share of the epochs."""
+    return lambda made: dataclasses.replace(
+        made, groups=[dataclasses.replace(group, start=share if group.name.startswith("encoder") else 0.0) for group in made.groups]
+    )
+
+
+def test_a_group_is_frozen_bit_for_bit_until_its_share_of_the_epochs(cell: Make, tmp_path: Path) -> None:
+    """Its batch-norm statistics and its weights, which a decay or a momentum would move though no gradient comes."""
+    for optimizer in ("adamw", "sgd"):
+        states: list[str] = []
+        changed = {"recipe.epochs": 4, "recipe.optimizer": optimizer, "recipe.weight_decay": 0.1, "recipe.patience": 1, "recipe.lr": 0.01}
+        config = cell(settings=changed, fraction=0.5)
+        before = sha256_of(plant(config, 1)[0].module.encoder.state_dict())
+
+        def watched(made: Transplant, states: list[str] = states) -> Transplant:
+            made.module.encoder.register_forward_pre_hook(lambda module, _: states.append(sha256_of(module.state_dict())))
+            return starting(0.5)(made)
+
+        _, selection, _ = tiny_cell.trained(config, tmp_path, change=watched)
+        runs = len(states) // selection.epochs  # of the encoder, in an epoch and its validation
+        assert set(states[: 2 * runs + 1]) == {before}
+        assert states[-1] != before
+        assert selection.epochs >= 3  # patience of one epoch does not end what has not begun
+
+
+def test_in_the_last_epoch_everything_trains_however_few_there_are(cell: Make, tmp_path: Path) -> None:
+    config = cell(settings={"recipe.epochs": 1}, strategy={"name": "gradual"})
+    before = plant(config, 1)[0].module.encoder.state_dict()
+    trainer, *_ = tiny_cell.trained(config, tmp_path)
+    after = trainer.module.encoder.state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+def test_the_probe_comes_first_and_its_best_head_is_where_the_rest_starts(cell: Make, tmp_path: Path, task: str) -> None:
+    still = {
+        "recipe.epochs": 1,
+        "recipe.optimizer": "sgd",
+        "recipe.lr": 1e-12,
+        "linear.epochs": 6,
+        "linear.lr": 0.03,
+        "linear.select": "loss",
+    }
+    trainer, _, _ = tiny_cell.trained(cell(task, still, strategy={"name": "lp-ft"}), tmp_path)
+    probe = trainer.probe
+    assert probe is not None
+    rows = tiny_cell.rows(tmp_path / "log" / "probe.jsonl")
+    assert probe.value == min(row["val_loss"] for row in rows)
+    assert trainer.evaluator._features == {}
+    if task == "phantom-chest":  # its head is that of `linear`, and so is all that the probe does
+        _, selection, linear = tiny_cell.trained(cell(task, still, strategy={"name": "linear"}), tmp_path)
+        assert linear == rows
+        assert selection == probe
+    moved, *_ = tiny_cell.trained(cell(task, strategy={"name": "lp-ft"}), tmp_path)
+    before = plant(cell(task), 1 if task == "phantom-chest" else 3)[0].module.encoder.state_dict()
+    after = moved.module.encoder.state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_penalty_holds_the_weights_and_is_in_no_reported_loss(cell: Make, tmp_path: Path) -> None:
+    distance, losses = [], []
+    for alpha in (0.0, 100.0):
+        config = cell(settings={"recipe.optimizer": "sgd", "recipe.lr": 0.003}, strategy={"name": "l2-sp", "alpha": alpha, "beta": 0.0})
+        before = plant(config, 1)[0].module
+        trainer, _, rows = tiny_cell.trained(config, tmp_path)
+        pairs = zip(before.encoder.parameters(), trainer.module.encoder.parameters(), strict=True)
+        distance.append(sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5)
+        losses.append(rows[0]["train_loss"])
+        assert trainer.transplant.penalty is not None
+        assert 0 < rows[-1]["train_loss"] < 2
+    assert distance[1] < 0.7 * distance[0]
+    added, *_ = tiny_cell.trained(
+        cell(settings={"recipe.epochs": 1}),
+        tmp_path,
+        change=lambda made: dataclasses.replace(made, penalty=lambda: torch.tensor(1000.0)),
+    )
+    plain, *_ = tiny_cell.trained(cell(settings={"recipe.epochs": 1}), tmp_path)
+    assert sha256_of(added.module.state_dict()) == sha256_of(plain.module.state_dict())  # it has no gradient
+
+
+def test_a_frozen_encoder_on_augmented_views_is_run_for_each_and_stays_as_it_is(cell: Make, tmp_path: Path) -> None:
+    config = cell(strategy={"name": "linear-aug"})
+    before = sha256_of(plant(config, 1)[0].module.encoder.state_dict())
+    trainer, _, rows = tiny_cell.trained(config, tmp_path)
+    assert sha256_of(trainer.module.encoder.state_dict()) == before
+    assert set(trainer.evaluator._features) == {"val"}  # nothing is kept of training, whose views never come again
+    _, _, flipped = tiny_cell.trained(cell(settings={"recipe.views.flip": False}, strategy={"name": "linear-aug"}), tmp_path)
+    assert rows[0]["train_loss"] != flipped[0]["train_loss"]
+
+
+def test_knn_is_fitted_once_in_epoch_0(cell: Make, tmp_path: Path) -> None:
+    reported: list[dict[str, Any]] = []
+    config = cell(strategy={"name": "knn", "k": 5}, fraction=0.5)
+    trainer, selection, rows = tiny_cell.trained(config, tmp_path, reported.append)
+    assert (selection.epoch, selection.epochs) == (0, 0)
+    assert [row["epoch"] for row in reported] == [0]
+    assert rows[0]["val_auroc_mean"] == selection.value
+    assert len(trainer.module.head.z_ND) == len(trainer.arrays("train"))  # type: ignore[arg-type]
+    assert trainer.logits("test").shape == trainer.arrays("test").target.shape
+
+
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+def test_bf16_is_for_the_networks_arithmetic_alone(cell: Make, tmp_path: Path, task: str, strategy: str) -> None:
+    outputs = []
+    gently = {"recipe.lr": 1e-5, "linear.lr": 1e-5}
+    for dtype in ("fp32", "bf16"):
+        trainer, *_ = tiny_cell.trained(cell(task, gently, dtype=dtype, strategy={"name": strategy}), tmp_path)
+        assert {parameter.dtype for parameter in trainer.module.parameters()} == {torch.float32}
+        outputs.append(trainer.logits("val"))
+        assert outputs[-1].dtype == np.float32
+    assert (outputs[0] != outputs[1]).any()
+    assert np.corrcoef(outputs[0].ravel(), outputs[1].ravel())[0, 1] > 0.8  # standardised features show the rounding of theirs
+
+
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+def test_ten_crop_is_the_mean_of_ten_and_for_the_test_split_alone(cell: Make, tmp_path: Path, strategy: str) -> None:
+    config = cell(settings={"evaluation": "ten-crop"}, strategy={"name": strategy}, **tiny_cell.weights(tmp_path))
+    trainer, *_ = tiny_cell.trained(config, tmp_path)
+    large = trainer.arrays("test").large
+    assert large is not None
+    assert trainer.arrays("val").large is None
+    crops = ten_crop(torch.from_numpy(np.array(large)), 32)
+    with torch.no_grad():
+        by_hand = torch.stack([trainer.module(crop) for crop in crops]).mean(0).numpy()
+        centre = trainer.module(torch.from_numpy(np.ascontiguousarray(trainer.arrays("val").image))).numpy()
+    np.testing.assert_allclose(trainer.logits("test"), by_hand, atol=1e-5)
+    np.testing.assert_allclose(trainer.logits("val"), centre, atol=1e-5)
+
+
+# -- features of a frozen encoder
+
+
+def kept_folders(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "cache" / "features").glob("*") if path.is_dir()}
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+def test_features_are_computed_once_and_read_by_all_cells(cell: Make, tmp_path: Path, task: str) -> None:
+    """Seeds, fractions, kNN, the probe and other heads read what the first cell wrote; numbers are those of a cell that found nothing."""
+    source = tiny_cell.weights(tmp_path, 1 if task == "phantom-chest" else 3)
+    cold, *_ = tiny_cell.trained(cell(task, strategy={"name": "linear"}, seed=1, **source, fraction=0.6), tmp_path)
+    expected = cold.logits("test")
+    first = kept_folders(tmp_path)
+    assert len(first) == 3  # train, val, test
+    runs: list[int] = []
+    for fields in ({"seed": 1, "fraction": 0.6}, {"seed": 2}, {"settings": {"linear.lr": 0.1}}, {"strategy": {"name": "knn"}}):
+        if task == "phantom-vessels" and "strategy" in fields:
+            continue
+        fields = {"strategy": {"name": "linear"}, **fields}
+        config = cell(task, **fields, **source)
+
+        def counted(transplant: Transplant) -> Transplant:
+            transplant.module.encoder.net.register_forward_hook(lambda *_: runs.append(1))
+            return transplant
+
+        trainer, *_ = tiny_cell.trained(config, tmp_path, change=counted)
+        if "fraction" in fields:
+            np.testing.assert_array_equal(trainer.logits("test"), expected)
+    assert runs == []
+    if task == "phantom-chest":
+        tiny_cell.trained(cell(task, strategy={"name": "lp-ft"}, **source), tmp_path)
+    assert kept_folders(tmp_path) == first
+
+
+def test_what_decides_features_names_them(cell: Make, tmp_path: Path) -> None:
+    source = tiny_cell.weights(tmp_path)
+    linear = {"strategy": {"name": "linear"}, **source}
+    names = []
+    asked: list[dict[str, Any]] = [{}, {"resolution": 24}, {"settings": {"evaluation": "center-crop"}}, {"dtype": "bf16"}, {"threads": 2}]
+    for fields in [*asked, {"fraction": 0.05}]:
+        trainer = Trainer(cell(**fields, **linear), plant(cell(**fields, **linear), 1)[0])
+        trainer.evaluator.keep("val")
+        names.append(kept_folders(tmp_path))
+    assert [len(found) for found in names] == [1, 2, 3, 4, 5, 5]  # of a fraction validation is the same
+    trainer.evaluator.keep("train")  # under a tenth: those images alone
+    (added,) = kept_folders(tmp_path) - names[-1]
+    assert np.load(tmp_path / "cache" / "features" / added / "0.npy", mmap_mode="r").shape[0] == len(trainer.arrays("train"))
+    random = cell(strategy={"name": "linear"})
+    trainer = Trainer(random, plant(random, 1)[0])
+    trainer.evaluator.keep("train")  # of random weights, which no other cell has: in memory
+    assert trainer.evaluator._features["train"] is not None
+    assert kept_folders(tmp_path) - names[-1] == {added}
+
+
+def test_a_frozen_cell_holds_one_copy_of_what_is_large(cell: Make, tmp_path: Path) -> None:
+    """Features are mapped, and of the images it trains on it holds none."""
+    trainer, *_ = tiny_cell.trained(cell(strategy={"name": "linear"}, fraction=0.5, **tiny_cell.weights(tmp_path)), tmp_path)
+    assert trainer.arrays("train").image.nbytes == 0
+    kept = trainer.evaluator._features["train"]
+    assert kept is not None
+    assert len(kept.maps[0]) > len(kept.rows) == len(trainer.arrays("train"))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert any(f"{kept.maps[0].data_ptr() - 128 & ~4095:x}-" in line and "/features/" in line for line in lines)
+
+
+def test_features_that_are_too_large_are_computed_again(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = {"strategy": {"name": "linear"}, **tiny_cell.weights(tmp_path)}
+    expected, *_ = tiny_cell.trained(cell(**source), tmp_path)
+    monkeypatch.setattr(features, "LIMIT_BYTES", 0)
+    (tmp_path / "cache" / "features").rename(tmp_path / "gone")
+    trainer, *_ = tiny_cell.trained(cell(**source), tmp_path)
+    assert kept_folders(tmp_path) == set()
+    np.testing.assert_allclose(trainer.logits("test"), expected.logits("test"), atol=1e-4)
+
+
+# -- bad input
+
+
+def changed_load(monkeypatch: pytest.MonkeyPatch, change: Callable[[data.Arrays], data.Arrays]) -> None:
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args: change(load(*args)))
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "ordinal"])
+@pytest.mark.parametrize("strategy", ["full", "linear", "knn"])
+def test_a_class_absent_from_training_is_trained_without(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, strategy: str
+) -> None:
+    """It weighs nothing, is predicted badly, and its images are measured."""
+    changed_load(monkeypatch, lambda arrays: arrays.take(np.flatnonzero(arrays.target[:, 2] == 0)) if arrays.split == "train" else arrays)
+    config = cell(settings={**TASKS[kind][1], "class_weights": "balanced"}, strategy={"name": strategy})
+    trainer, selection, _ = tiny_cell.trained(config, tmp_path)
+    assert trainer._weights is not None
+    assert trainer._weights[2] == 0
+    assert selection.value is not None
+    assert np.isfinite(trainer.logits("test")).all()
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_constant_images_train_to_something_finite(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, strategy: str
+) -> None:
+    if (task, strategy) == ("phantom-vessels", "knn"):
+        return
+    changed_load(monkeypatch, lambda arrays: dataclasses.replace(arrays, image=np.full_like(arrays.image, 7)))
+    trainer, selection, _ = tiny_cell.trained(cell(task, strategy={"name": strategy}), tmp_path)
+    logits = trainer.logits("test")
+    np.testing.assert_allclose(logits, np.broadcast_to(logits[:1], logits.shape), atol=1e-4)
+    if task == "phantom-chest":
+        assert selection.value == 0.5
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+@pytest.mark.parametrize("strategy", ["full", "linear"])
+def test_targets_that_are_no_numbers_are_refused(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, strategy: str
+) -> None:
+    def spoilt(arrays: data.Arrays) -> data.Arrays:
+        target = arrays.target.copy()
+        target[np.nonzero(arrays.known)[0][0]] = np.nan
+        return dataclasses.replace(arrays, target=target)
+
+    changed_load(monkeypatch, spoilt)
+    with pytest.raises(WorkError, match="targets of split val that are not finite"):
+        tiny_cell.trained(cell(task, strategy={"name": strategy}), tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["full", "lp-ft", "linear-aug"])
+def test_one_image_left_over_joins_the_batch_before(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Batch norm needs two values: at 32 px test_resnet's last map has one position."""
+    changed_load(monkeypatch, lambda arrays: arrays.take(np.arange(min(33, len(arrays)))) if arrays.split == "train" else arrays)
+    for task in ("phantom-chest", "phantom-vessels"):
+        settings = {"recipe.batch": 8, "linear.batch": 8}
+        if task == "phantom-vessels":
+            settings = {"recipe.batch": 19, "linear.batch": 19}
+        trainer, *_ = tiny_cell.trained(cell(task, settings, strategy={"name": strategy}), tmp_path)
+        assert len(trainer.arrays("train")) % settings["recipe.batch"] == 1
+
+
+def test_less_than_two_training_images_are_refused(cell: Make, tmp_path: Path) -> None:
+    for strategy in ("full", "linear", "knn"):
+        with pytest.raises(RequestError, match="1 training image is too few"):
+            tiny_cell.trained(cell(strategy={"name": strategy}, fraction=0.001), tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "least"), [("cbr_larget_valid", 217), ("inception_v3", 75)])
+def test_images_under_the_networks_least_size_are_found_before_anything_is_read(
+    cell: Make, monkeypatch: pytest.MonkeyPatch, architecture: str, least: int
+) -> None:
+    monkeypatch.setattr(data, "load", None)
+    config = cell(architecture=architecture)
+    with pytest.raises(RequestError, match=f"takes images of at least {least} px, not of 32"):
+        Trainer(config, plant(config, 1)[0])
