@@ -13,7 +13,7 @@ Legend: N images, C channels, H W pixels, L labels.
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -27,10 +27,11 @@ from torch import Tensor
 from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
 from finetune.task import Augmentation, Task
-from shards import views
+from shards import device_views, views
 from shards.decoded import Pad
+from shards.draws import draw
 from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
-from shards.warp import BENDS, Warp, apply
+from shards.warp import BENDS, Warp, apply, apply_on_device
 
 NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
 
@@ -199,9 +200,9 @@ def seen(arrays: Arrays, index: NDArray[np.int64]) -> Iterator[Tensor]:
             yield as_input(large_BCHW[:, :, rows, columns], arrays.slices)
 
 
-def as_input(image_BCHW: NDArray[np.uint8], slices: int | None) -> Tensor:
+def as_input(image_BCHW: NDArray[np.uint8] | Tensor, slices: int | None) -> Tensor:
     """u8 BCHW; where the channels are `slices` slices in some windows, slice by slice (shards.decode), B windows slices H W."""
-    image = torch.from_numpy(np.ascontiguousarray(image_BCHW))
+    image = image_BCHW if isinstance(image_BCHW, Tensor) else torch.from_numpy(np.ascontiguousarray(image_BCHW))
     return image if slices is None else image.unflatten(1, (slices, -1)).transpose(1, 2)
 
 
@@ -318,21 +319,20 @@ class TrainingViews:
         self.keys = [seed_of(name) for name in arrays.ids]
         self.configs = {(cropped, lit): _config(size, augmentation, cropped, lit) for cropped in (False, True) for lit in (False, True)}
 
-    def batch(self, index: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image u8 BCHW (volumes: B windows slices H W), target and known f32, as `losses.loss_of` takes them."""
+    def batch(self, index: NDArray[np.int64], epoch: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Image u8 BCHW (volumes: B windows slices H W), target and known f32, as `losses.loss_of` takes them.
+
+        device: where all three are made, whole images being sent there; None: by OpenCV on the CPU. The draws are the same.
+        """
         arrays = self.arrays
         keys = [(self.seed, epoch, self.keys[i]) for i in index]
-        drawn = [self._draw(key) for key in keys]
+        configs, warps = zip(*map(self._draw, keys), strict=True)
         seg = arrays.target[index].astype(np.uint8) if self.masks else None
-        image, moved = views.augment(arrays.image[index], seg, [config for config, _ in drawn], keys)
-        for b, (_, warp) in enumerate(drawn):
-            if warp != Warp():
-                image_HWC, seg_HW = apply(image[b].transpose(1, 2, 0), None if moved is None else moved[b], warp)
-                image[b] = image_HWC.transpose(2, 0, 1)
-                if moved is not None:
-                    moved[b] = seg_HW
-        target = arrays.target[index] if moved is None else moved.astype(np.float32)
-        return as_input(image, arrays.slices), torch.from_numpy(target), torch.from_numpy(arrays.known[index])
+        asked = (arrays.image[index], seg, configs, keys, warps)
+        image, moved = _on_cpu(*asked) if device is None else _on_device(*asked, device)
+        target = torch.from_numpy(arrays.target[index]) if moved is None else moved.float()
+        known = torch.from_numpy(arrays.known[index])
+        return as_input(image, arrays.slices), target.to(image.device), known.to(image.device)
 
     def _draw(self, key: views.Key) -> tuple[views.ViewsConfig, Warp]:
         """What is drawn beside crop, light and mirror image, which shards.draws draws from the same key."""
@@ -344,6 +344,38 @@ class TrainingViews:
         bend = stream.choice(BENDS) if stream.random() < ask.distort_p else None
         warp = Warp(angle, bend, stream.getrandbits(31) if bend else 0, exponent)
         return self.configs[cropped, lit and not by_gamma], warp
+
+
+def _on_cpu(
+    image: NDArray[np.uint8],
+    seg: NDArray[np.uint8] | None,
+    configs: Sequence[views.ViewsConfig],
+    keys: Sequence[views.Key],
+    warps: Sequence[Warp],
+) -> tuple[Tensor, Tensor | None]:
+    image, seg = views.augment(image, seg, configs, keys)
+    for b, warp in enumerate(warps):
+        if warp != Warp():
+            image_HWC, seg_HW = apply(np.ascontiguousarray(image[b].transpose(1, 2, 0)), None if seg is None else seg[b], warp)
+            image[b] = image_HWC.transpose(2, 0, 1)
+            if seg is not None and seg_HW is not None:
+                seg[b] = seg_HW
+    return torch.from_numpy(image), None if seg is None else torch.from_numpy(seg)
+
+
+def _on_device(
+    image: NDArray[np.uint8],
+    seg: NDArray[np.uint8] | None,
+    configs: Sequence[views.ViewsConfig],
+    keys: Sequence[views.Key],
+    warps: Sequence[Warp],
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None]:
+    height, width = image.shape[2:]
+    drawn = [draw(config, key, height, width, rgb=image.shape[1] == 3)[0] for config, key in zip(configs, keys, strict=True)]
+    (view,) = device_views.apply(torch.from_numpy(image).to(device), np.array([drawn], dtype=np.float32))
+    moved = None if seg is None else device_views.crop_masks(torch.from_numpy(seg).to(device), drawn)
+    return apply_on_device(view, moved, warps)
 
 
 def _config(size: int, augmentation: Augmentation, cropped: bool, lit: bool) -> views.ViewsConfig:

@@ -49,6 +49,18 @@ def apply(image_BCHW: Tensor, draws_VBP: np.ndarray) -> list[Tensor]:
         return [_view(pixels_BCHW, draws_BP) for draws_BP in draws_VBP]
 
 
+def crop_masks(seg_BHW: Tensor, drawn: Sequence[Draw]) -> Tensor:
+    """The masks of such images, u8, cropped, resized by nearest neighbour at pixel centres and mirrored as the CPU does it."""
+    size = drawn[0].size
+    columns = dict(zip(Draw._fields, torch.tensor(drawn, dtype=torch.float64, device=seg_BHW.device).T[:, :, None], strict=True))
+    at = torch.arange(size, device=seg_BHW.device, dtype=torch.float64)
+    mirrored = torch.where(columns["flip"] > 0, size - 1 - at, at)
+    row_BS = (columns["y"] + ((at + 0.5) * columns["height"] / size).floor()).long()
+    column_BS = (columns["x"] + ((mirrored + 0.5) * columns["width"] / size).floor()).long()
+    each = torch.arange(len(seg_BHW), device=seg_BHW.device)[:, None, None]
+    return seg_BHW[each, row_BS[:, :, None], column_BS[:, None, :]]
+
+
 def _view(pixels_BCHW: Tensor, draws_BP: np.ndarray) -> Tensor:
     host = dict(zip(Draw._fields, draws_BP.T, strict=True))
     columns_PB = torch.from_numpy(np.ascontiguousarray(draws_BP.T)).to(pixels_BCHW.device, non_blocking=True)
