@@ -19,11 +19,11 @@ from finetune.task import Task
 from finetune.transplant import assemble
 
 BATCHES = (1, 32)
-LEAST, SECONDS = 7, 0.5  # runs of each batch: at least so many, and for so long
+LEAST, SECONDS = 7, 0.5  # of each batch at least so many runs, and for so long
 
 
 class Latency(Strict):
-    """Milliseconds for a batch of that many images: median and quartiles of `runs` after a warm-up."""
+    """Milliseconds for a batch of that many images: median and quartiles of `runs`, after a warm-up."""
 
     batch: int
     median_ms: float
@@ -66,10 +66,11 @@ def _latency(module: nn.Module, batch: int, in_chans: int, size: int) -> Latency
     module.eval()
     scope = {"module": module, "x": _images(module, batch, in_chans, size)}
     timer = Timer("module(x)", globals=scope, num_threads=torch.get_num_threads())
-    once = timer.timeit(1).median
-    found = timer.blocked_autorange(min_run_time=max(SECONDS, LEAST * once))
-    q1, median, q3 = (float(value) for value in np.percentile(found.times, [25, 50, 75]) * 1e3)
-    return Latency(batch=batch, median_ms=median, q1_ms=q1, q3_ms=q3, runs=len(found.times) * found.number_per_run)
+    times: list[float] = []
+    while len(times) < LEAST:
+        times += timer.blocked_autorange(min_run_time=SECONDS).times  # warms up by itself
+    q1, median, q3 = (float(value) for value in np.percentile(times, [25, 50, 75]) * 1e3)
+    return Latency(batch=batch, median_ms=median, q1_ms=q1, q3_ms=q3, runs=len(times))
 
 
 def _images(module: nn.Module, batch: int, in_chans: int, size: int) -> torch.Tensor:

@@ -79,10 +79,10 @@ def _widen(net: Any, donor: nn.Module, stage: str, first: int, seed: int) -> Non
     theirs: Any = donor.get_submodule(stage)
     expansion = theirs[0].expansion
     planes, ins = blocks[-1].conv1.out_channels, theirs[0].conv1.out_channels * expansion
-    ((_, (step,)),), _ = make_blocks((type(theirs[0]),), (planes,), (1,), ins)
+    stages, _ = make_blocks((type(theirs[0]),), (planes,), (2,), ins)  # one block alone it does not make
     for i in range(first):
         blocks[i] = copy.deepcopy(theirs[i])
-    blocks[first] = step
+    blocks[first] = stages[0][1][0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("slim", seed))
         net.init_weights()
