@@ -312,24 +312,27 @@ def enlarged(size: int, augmentation: Augmentation) -> int:
 
 
 class TrainingViews:
-    """Augmented training batches. A view is a function of (seed, epoch, sample's key); the mask moves with its image."""
+    """Augmented training batches. A view is a function of (seed, epoch, sample's key); the mask moves with its image.
 
-    def __init__(self, arrays: Arrays, size: int, augmentation: Augmentation, seed: int, masks: bool) -> None:
+    device: where views are made, whole images being sent there; the CPU's are OpenCV's. The draws are the same, pixels but for rounding.
+    """
+
+    def __init__(
+        self, arrays: Arrays, size: int, augmentation: Augmentation, seed: int, masks: bool, device: torch.device | None = None
+    ) -> None:
         self.arrays, self.augmentation, self.seed, self.masks = arrays, augmentation, seed, masks
+        self.device = None if device is None or device.type == "cpu" else device
         self.keys = [seed_of(name) for name in arrays.ids]
         self.configs = {(cropped, lit): _config(size, augmentation, cropped, lit) for cropped in (False, True) for lit in (False, True)}
 
-    def batch(self, index: NDArray[np.int64], epoch: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Image u8 BCHW (volumes: B windows slices H W), target and known f32, as `losses.loss_of` takes them.
-
-        device: where all three are made, whole images being sent there; None: by OpenCV on the CPU. The draws are the same.
-        """
+    def batch(self, index: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image u8 BCHW (volumes: B windows slices H W), target and known f32, as `losses.loss_of` takes them, on the device."""
         arrays = self.arrays
         keys = [(self.seed, epoch, self.keys[i]) for i in index]
         configs, warps = zip(*map(self._draw, keys), strict=True)
         seg = arrays.target[index].astype(np.uint8) if self.masks else None
         asked = (arrays.image[index], seg, configs, keys, warps)
-        image, moved = _on_cpu(*asked) if device is None else _on_device(*asked, device)
+        image, moved = _on_cpu(*asked) if self.device is None else _on_device(*asked, self.device)
         target = torch.from_numpy(arrays.target[index]) if moved is None else moved.float()
         known = torch.from_numpy(arrays.known[index])
         return as_input(image, arrays.slices), target.to(image.device), known.to(image.device)

@@ -101,7 +101,7 @@ class Evaluator:
         large = self.load("train", data.enlarged(self.config.resolution, views), whole=True)
         self._arrays["train"] = self._of_cell(large, self._rows(large))
         masks = self.task.kind == "segmentation"
-        return data.TrainingViews(self._arrays["train"], self.config.resolution, views, self.config.seed, masks)
+        return data.TrainingViews(self._arrays["train"], self.config.resolution, views, self.config.seed, masks, self.device)
 
     # -- features of a frozen encoder
 

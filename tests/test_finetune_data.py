@@ -289,7 +289,9 @@ def test_views_of_a_device_are_those_of_the_cpu_but_for_rounding(asked: dict[str
     )
     seg = (images[:, 0] > 100).astype(np.float32)
     made = TrainingViews(of(images, target=seg), 48, Augmentation(**asked), 1, masks=True)
-    (image, target, known), (image_, target_, known_) = (made.batch(np.arange(24), 2, where) for where in (None, torch.device("cpu")))
+    image, target, known = made.batch(np.arange(24), 2)
+    made.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU as a device: the same code
+    image_, target_, known_ = (part.cpu() for part in made.batch(np.arange(24), 2))
     apart = (image.int() - image_.int()).abs()
     assert apart.float().mean() < 0.7
     assert apart.max() <= 6
