@@ -72,6 +72,9 @@ class Inflated(Encoder):
             if hasattr(net, name):
                 delattr(net, name)
         _inflate(net, depth)
+        trains = {name: parameter.requires_grad for name, parameter in encoder.net.named_parameters()}
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(trains[name])
         super().__init__(encoder.architecture, net, encoder.in_chans, encoder.mean, encoder.std, widths=encoder.widths)
         self.normalise = copy.deepcopy(encoder.normalise)
         self.depth, self.num_features, self.smallest = depth, encoder.num_features, encoder.smallest

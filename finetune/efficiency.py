@@ -1,10 +1,12 @@
 """What a network costs: parameters, multiply-accumulates, and time for one image and for 32.
 
-    found = measure(transplant.module, in_chans=1, size=224)        # Efficiency(params, macs, latency)
-    before = measure(whole(transplant.module.encoder, task), 1, 224)    # the same architecture, nothing truncated, narrowed or added
+    found = measure(transplant.module, (1, 224, 224))                         # Efficiency(params, macs, latency)
+    before = measure(whole(transplant.module.encoder, task), (1, 224, 224))   # the same architecture, nothing truncated, narrowed or added
 
 Parameters and operations are a network's own; latency is this machine's, with this number of threads, in evaluation mode.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -40,18 +42,18 @@ class Efficiency(Strict):
     latency: tuple[Latency, ...]
 
 
-def cost(module: nn.Module, in_chans: int, size: int) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates for one image of that side in pixels (convolutions and matrix products)."""
+def cost(module: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates for one image of that shape (convolutions and matrix products)."""
     module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(_images(module, 1, in_chans, size))
+        module(_images(module, 1, shape))
     return sum(parameter.numel() for parameter in module.parameters()), counter.get_total_flops() // 2
 
 
-def measure(module: nn.Module, in_chans: int, size: int) -> Efficiency:
-    """Cost, and latency on the module's own device, for images of that side in pixels."""
-    params, macs = cost(module, in_chans, size)
-    return Efficiency(params=params, macs=macs, latency=tuple(_latency(module, batch, in_chans, size) for batch in BATCHES))
+def measure(module: nn.Module, shape: Sequence[int]) -> Efficiency:
+    """Cost, and latency on the module's own device, for images u8 CHW of that shape, or volumes CSHW."""
+    params, macs = cost(module, shape)
+    return Efficiency(params=params, macs=macs, latency=tuple(_latency(module, batch, shape) for batch in BATCHES))
 
 
 def whole(encoder: Encoder, task: Task) -> Network:
@@ -62,9 +64,9 @@ def whole(encoder: Encoder, task: Task) -> Network:
 
 
 @torch.inference_mode()
-def _latency(module: nn.Module, batch: int, in_chans: int, size: int) -> Latency:
+def _latency(module: nn.Module, batch: int, shape: Sequence[int]) -> Latency:
     module.eval()
-    scope = {"module": module, "x": _images(module, batch, in_chans, size)}
+    scope = {"module": module, "x": _images(module, batch, shape)}
     timer = Timer("module(x)", globals=scope, num_threads=torch.get_num_threads())
     times: list[float] = []
     while len(times) < LEAST:
@@ -73,6 +75,5 @@ def _latency(module: nn.Module, batch: int, in_chans: int, size: int) -> Latency
     return Latency(batch=batch, median_ms=median, q1_ms=q1, q3_ms=q3, runs=len(times))
 
 
-def _images(module: nn.Module, batch: int, in_chans: int, size: int) -> torch.Tensor:
-    device = next(module.parameters()).device
-    return torch.full((batch, in_chans, size, size), 127, dtype=torch.uint8, device=device)
+def _images(module: nn.Module, batch: int, shape: Sequence[int]) -> torch.Tensor:
+    return torch.full((batch, *shape), 127, dtype=torch.uint8, device=next(module.parameters()).device)

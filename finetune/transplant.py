@@ -21,6 +21,7 @@ from base.seeds import seed_of
 from encoders.build import Encoder, build
 from encoders.cuts import depths, find
 from encoders.truncate import truncate
+from encoders.volumes import inflate
 from encoders.weights import Loaded, State, load_into, sha256_of
 from finetune.heads import head_for
 from finetune.network import Network
@@ -151,8 +152,13 @@ def verify(transplant: Transplant, weights: Mapping[str, torch.Tensor]) -> None:
     if loaded is None:
         return
     state = transplant.module.encoder.net.state_dict()
-    names = [name for name in loaded.loaded if name not in loaded.reshaped]
-    apart = [name for name in names if not torch.equal(state[name].cpu(), weights[loaded.prefix + name].to(state[name].dtype).cpu())]
+    apart = []
+    for name in (name for name in loaded.loaded if name not in loaded.reshaped):
+        here, there = state[name].cpu(), weights[loaded.prefix + name].to(state[name].dtype).cpu()
+        if here.ndim > there.ndim:  # of volumes
+            there = there.unsqueeze(2).expand_as(here) / here.shape[2]
+        if not torch.equal(here, there):
+            apart.append(name)
     if apart:
         raise WorkError(f"{len(apart)} transplanted tensors are not the source's: {', '.join(apart[:3])} ({loaded.table()})")
 
@@ -160,8 +166,22 @@ def verify(transplant: Transplant, weights: Mapping[str, torch.Tensor]) -> None:
 # -- networks
 
 
+def shaped(encoder: Encoder, task: Task) -> Encoder:
+    """The encoder for the task's inputs: a copy for volumes, where the task is of these.
+
+    Raises:
+        RequestError: a family that has none for volumes.
+    """
+    return inflate(encoder) if task.volume else encoder
+
+
 def assemble(encoder: Encoder, task: Task, seed: int, *, linear: bool) -> Network:
-    """The encoder with the task's head, drawn from the seed alone. linear: the head is linear in the features, which it standardises."""
+    """The encoder, inflated where the task is of volumes, with the task's head, drawn from the seed alone.
+
+    Args:
+        linear: the head is linear in the features, which it standardises.
+    """
+    encoder = shaped(encoder, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = head_for(task, encoder, linear=linear)
@@ -209,5 +229,6 @@ __all__ = [
     "places",
     "receive",
     "rest",
+    "shaped",
     "verify",
 ]

@@ -594,6 +594,40 @@ def test_verify_finds_a_tensor_that_is_not_the_sources() -> None:
         verify(transplant, weights)
 
 
+# -- volumes
+
+VOLUMES = CHEST.model_copy(update={"volume": True})
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] != "vit" and "flat" not in case])
+def test_every_strategy_transplants_into_volumes(case: str) -> None:
+    transplant, weights = planted(case, VOLUMES)
+    flat, _ = planted(case, CHEST)
+    verify(transplant, weights)
+    assert transplant.sha256 == flat.sha256
+    trains = [{name for name, parameter in found.module.named_parameters() if parameter.requires_grad} for found in (transplant, flat)]
+    assert trains[0] == trains[1]
+    assert [(group.name, len(group.params)) for group in transplant.groups] == [(group.name, len(group.params)) for group in flat.groups]
+    x, target = data(CHEST)
+    with torch.no_grad():  # of equal slices: as the image, on every one
+        torch.testing.assert_close(transplant.module.eval().embed(x.unsqueeze(2).expand(-1, -1, 3, -1, -1)), flat.module.eval().embed(x))
+    if transplant.groups:
+        before = snapshot(transplant.module)
+        optimizer = torch.optim.Adam(settings_of(transplant))
+        transplant.module.train()
+        nn.BCEWithLogitsLoss()(transplant.module(torch.stack([x, x.flip(3), x.flip(2)], 2)), target).backward()
+        optimizer.step()
+        moved = {name for name, tensor in transplant.module.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert {name for name in moved if "running" not in name and "tracked" not in name} <= trains[0]
+        assert moved
+
+
+def test_what_has_no_volumes_says_so() -> None:
+    for architecture, strategy in (("test_vit", "full"), ("test_resnet", {"name": "truncated", "cut": "layer2", "head": "flat"})):
+        with pytest.raises(RequestError, match="volumes"):
+            plant(architecture, strategy, VOLUMES)
+
+
 # -- beyond the studies
 
 
@@ -748,7 +782,7 @@ PRINTED_GMACS = [
 def test_operations_are_those_of_the_published_table(name: str, options: dict[str, Any], printed: float) -> None:
     make, chosen = resolve({"name": name, **options})
     transplant = make.transplant(EncoderSpec(architecture="resnet50", in_chans=3), None, CHEST, chosen, 0)
-    params, macs = cost(transplant.module.to("meta"), 3, 224)
+    params, macs = cost(transplant.module.to("meta"), (3, 224, 224))
     assert macs / 1e9 == pytest.approx(printed, rel=0.02)
     assert params == count(transplant.module)
 
@@ -757,7 +791,7 @@ def test_latency_is_measured_before_and_after_truncation(monkeypatch: pytest.Mon
     monkeypatch.setattr(efficiency, "SECONDS", 0.01)
     transplant, _ = plant("test_resnet", {"name": "truncated", "cut": "layer1"})
     after, before = (
-        efficiency.measure(module, 1, SIDE) for module in (transplant.module, efficiency.whole(transplant.module.encoder, CHEST))
+        efficiency.measure(module, (1, SIDE, SIDE)) for module in (transplant.module, efficiency.whole(transplant.module.encoder, CHEST))
     )
     assert after.params < before.params
     assert after.macs < before.macs

@@ -16,7 +16,7 @@ from base.config import Strict
 from base.errors import RequestError, WorkError
 from finetune.network import Network
 from finetune.task import Kind, Task
-from finetune.transplant import EncoderSpec, Transplant, receive
+from finetune.transplant import EncoderSpec, Transplant, receive, shaped
 
 LEAST = 1e-6  # share of the votes that a label gets at the least, and at the most lacks: logits stay finite
 
@@ -81,5 +81,5 @@ def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Ta
     if task.kind == "segmentation":
         raise RequestError("knn finds images, not pixels: it is for labels", hint="strategy linear or full for masks")
     encoder, loaded, sha256 = receive(spec, weights, seed)
-    module = Network(encoder.requires_grad_(False), KnnHead(task.kind, options.k, options.temperature), pyramid=False)
+    module = Network(shaped(encoder, task).requires_grad_(False), KnnHead(task.kind, options.k, options.temperature), pyramid=False)
     return Transplant(module, [], loaded, sha256, views="evaluation")
