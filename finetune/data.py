@@ -171,6 +171,12 @@ def _stratum(meta: Mapping[str, Any], column: str | None) -> str | None:
     return None if value is None else str(value)
 
 
+def channels(corpus: Corpus, task: Task) -> int:
+    """Of what the encoder is given: the card's, or its windows where slices are an axis of their own."""
+    card = corpus.manifest.card
+    return card.channels // (card.slab or 1) if task.volume else card.channels
+
+
 # -- what evaluation sees
 
 
