@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis import figures, results
+from analysis import figures, heat, results
 from analysis.evidence import Evidence
 from analysis.results import Cell
 from analysis.tables import esc
@@ -28,8 +28,8 @@ def gallery(evidence: Evidence, task: str) -> str:
     if not evidence.card(dataset).get("share_images"):
         return f'<p class="faint">The card of {esc(dataset)} does not share images, so none are shown.</p>'
     if cells[0].primary() == "dice":
-        return _kept_masks(evidence, cells) or _true_masks(evidence, cells)
-    return _labels(evidence, cells)
+        return (_kept_masks(evidence, cells) or _true_masks(evidence, cells)) + heat.section(cells)
+    return _labels(evidence, cells) + heat.section(cells)
 
 
 def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:

@@ -108,7 +108,8 @@ def pad(x: Tensor, stride: int) -> Tensor:
     return x
 
 
-def _canvas(size: tuple[int, int], stride: int) -> tuple[int, int]:
+def canvas_of(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The size of a padded image."""
     height, width = (math.ceil(side / stride) * stride for side in size)
     return height, width
 
@@ -133,7 +134,7 @@ class PyramidHead(nn.Module):
                     nn.init.zeros_(parameter)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        canvas = _canvas(size, self.stride)
+        canvas = canvas_of(size, self.stride)
         parts = [
             F.interpolate(conv(norm(x)), size=canvas, mode="bilinear", align_corners=False)
             for norm, conv, x in zip(self.norms, self.convs, maps, strict=True)
@@ -224,7 +225,7 @@ class DecoderHead(nn.Module):
         init.initialize_head(self.head)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        canvas = _canvas(size, self.stride)
+        canvas = canvas_of(size, self.stride)
         held = dict(zip(self.reductions, self.neck(maps) if self.neck else maps, strict=True))
         none = maps[0].new_empty((len(maps[0]), 0, 1, 1))
         fed = [_stretched(held.get(level, none), (canvas[0] // level, canvas[1] // level)) for level in self.levels]

@@ -27,6 +27,7 @@ from encoders.weights import State, load_local, sha256_of
 from engine.context import Context
 from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig, Result
+from finetune.explain import heat_maps
 from finetune.jackknife import error_row
 from finetune.measure import rows_of
 from finetune.strategies import resolve
@@ -57,7 +58,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         raise RequestError(f"task {task.task} is about {task.dataset}, these shards are {corpus.manifest.dataset}", where=config.shards)
     if config.role != "trial" and not corpus.manifest.counts.get("test"):
         raise RequestError(f"{task.dataset} has no test split to measure on", where=config.shards)
-    transplant, encoder_sha256, options = plant(config, corpus.manifest.card.channels)
+    transplant, encoder_sha256, options = plant(config, data.channels(corpus, task))
     trainer = Trainer(config, transplant)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
@@ -72,8 +73,11 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             tables.append(predict.predictions(task, arrays, logits, tables[0] if tables else None))
             if config.role == "trial":
                 errors.append(error_row(task, tables[-1]))
-            if split == "test" and task.kind == "segmentation" and corpus.manifest.card.share_images:
-                np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
+            if split == "test" and corpus.manifest.card.share_images:
+                if task.kind == "segmentation":
+                    np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
+                if not task.volume:
+                    np.savez_compressed(local / "heat.npz", **heat_maps(trainer.module, task, arrays))  # type: ignore[arg-type]
         table = pd.concat(tables, ignore_index=True)
         params, macs = cost(transplant.module, data.as_input(trainer.arrays("val").image[:1], trainer.arrays("val").slices).shape[1:])
         result = Result(

@@ -67,8 +67,8 @@ def test_a_cell_leaves_its_files_and_is_not_computed_twice(cell: Make, tmp_path:
     config = cell(task, strategy={"name": strategy})
     result = run(config, context(tmp_path))
     out = Path(config.out)
-    files = {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"}
-    if task == "phantom-vessels":  # phantoms may be shown: their card says share_images
+    files = {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json", "heat.npz"}  # phantoms may be shown, their cards say
+    if task == "phantom-vessels":
         files.add("samples.npz")
     assert {path.name for path in out.iterdir()} == files
     assert json.loads((out / "result.json").read_text()) == result
