@@ -28,6 +28,7 @@ from base.errors import WorkError
 from base.seeds import rng, seed_of
 from engine.context import Context
 from finetune import data, predict
+from finetune.auxiliary import WEIGHT, Auxiliary, attach
 from finetune.cell import CellConfig, Selection
 from finetune.evaluate import Evaluator
 from finetune.features import chunks
@@ -38,6 +39,7 @@ from finetune.task import Training
 from finetune.transplant import Group, Transplant
 
 Batch = tuple[list[Tensor], Tensor, Tensor]  # one batch of u8 images, or the float maps that the head reads of them; target; known
+Index = NDArray[np.int64]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -55,6 +57,7 @@ class Trainer:
         self.module, self.arrays, self.logits = self.evaluator.module, self.evaluator.arrays, self.evaluator.logits
         self.device_name = self.evaluator.device_name
         self.probe: Selection | None = None
+        self._auxiliary: Auxiliary | None = None
 
     def fit(self, ctx: Context, log: str | Path) -> tuple[Selection, int]:
         """Train, append a row an epoch to `log` and report it, and put the best epoch's weights back. Returns also how many images trained.
@@ -78,15 +81,20 @@ class Trainer:
             selection = self._fit_head(ctx, log)
         elif kept:
             self.evaluator.standardise()
-            selection = self._descend(self.task.linear, groups, self._kept_batch, ctx, log)
+            selection = self._descend(self.task.linear, groups, self._kept_batches, ctx, log)
         else:
             views = self.evaluator.training_views()
 
-            def batch(index: NDArray[np.int64], epoch: int) -> Batch:
-                image, target, known = views.batch(index, epoch)
-                return [image], target, known
+            def batches(parts: Iterable[Index], epoch: int) -> Iterator[Batch]:
+                for image, target, known in ahead(lambda index: views.batch(index, epoch), parts):
+                    yield [image], target, known
 
-            selection = self._descend(self.task.recipe, groups, batch, ctx, log)
+            self._auxiliary = attach(self.module, self.task, self.config.resolution, seed_of("auxiliary", self.config.seed))
+            if self._auxiliary is not None:
+                beside = list(self._auxiliary.to(self.evaluator.device).parameters())
+                parts = [("auxiliary", [p for p in beside if p.ndim > 1]), ("auxiliary, no decay", [p for p in beside if p.ndim == 1])]
+                groups = [*groups, *(Group(name, params, decay=name == "auxiliary") for name, params in parts)]
+            selection = self._descend(self.task.recipe, groups, batches, ctx, log)
         return selection, len(self.arrays("train"))
 
     def _fit_probe(self, ctx: Context, log: Path) -> Selection:
@@ -98,7 +106,7 @@ class Trainer:
             parameter.requires_grad_(False)
         rate, self.evaluator.frozen, self.evaluator.rate = self.evaluator.rate, True, "linear.lr"
         self.evaluator.standardise()
-        selection = self._descend(self.task.linear, [group for group in groups if group.params], self._kept_batch, ctx, log, probe=True)
+        selection = self._descend(self.task.linear, [group for group in groups if group.params], self._kept_batches, ctx, log, probe=True)
         for parameter in encoder:
             parameter.requires_grad_(True)
         self.evaluator.frozen, self.evaluator.rate = False, rate
@@ -117,15 +125,16 @@ class Trainer:
         value = row[f"val_{self.task.metric}"]
         return self._selection(row["val_loss"] if value is None else value, by_loss=value is None, epoch=0, epochs=0)
 
-    def _kept_batch(self, index: NDArray[np.int64], epoch: int) -> Batch:
+    def _kept_batches(self, parts: Iterable[Index], epoch: int) -> Iterator[Batch]:
         arrays = self.arrays("train")
-        return self.evaluator.inputs("train", index), torch.from_numpy(arrays.target[index]), torch.from_numpy(arrays.known[index])
+        for index in parts:
+            yield self.evaluator.inputs("train", index), torch.from_numpy(arrays.target[index]), torch.from_numpy(arrays.known[index])
 
     def _descend(
         self,
         recipe: Training,
         groups: Sequence[Group],
-        make_batch: Callable[[NDArray[np.int64], int], Batch],
+        make_batches: Callable[[Iterable[Index], int], Iterator[Batch]],
         ctx: Context,
         log: str | Path,
         probe: bool = False,
@@ -144,14 +153,13 @@ class Trainer:
                 best.begins(epoch)
             self.module.train()
             order = rng("order", self.config.seed, epoch).permutation(images)
-            parts = ((index, epoch) for index in data.batches(order, recipe.batch))
             losses: list[Tensor] = []
-            for step, batch in enumerate(ahead(lambda part: make_batch(*part), parts)):
+            for step, batch in enumerate(make_batches(data.batches(order, recipe.batch), epoch)):
                 set_rates(optimizer, groups, rate.at((epoch - 1) * steps + step))
-                loss = self._loss(*batch)
+                loss, added = self._losses(*batch)
                 losses.append(loss.detach())
                 optimizer.zero_grad(set_to_none=True)
-                (loss if penalty is None else loss + penalty()).backward()
+                (loss + added + (0.0 if penalty is None else penalty())).backward()
                 optimizer.step()
             train_loss = torch.stack(losses).double().mean().item()
             if not math.isfinite(train_loss):
@@ -186,10 +194,16 @@ class Trainer:
             name: tensor.clone() for name, tensor in state.items() if name not in still and not (head_alone and name.startswith("encoder."))
         }
 
-    def _loss(self, x: list[Tensor], target: Tensor, known: Tensor) -> Tensor:
-        """Of one batch of training."""
+    def _losses(self, x: list[Tensor], target: Tensor, known: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Of one batch of training: that of the network's answers, and what an auxiliary classifier adds to it."""
         logits = self.evaluator.forward(x)
-        return loss_of(self.task, logits, target.to(logits.device), known.to(logits.device), self._weights)
+        target, known = target.to(logits.device), known.to(logits.device)
+        loss = loss_of(self.task, logits, target, known, self._weights)
+        if self._auxiliary is None:
+            return loss, 0.0
+        with self.evaluator.precision():
+            second = self._auxiliary()
+        return loss, WEIGHT * loss_of(self.task, second, target, known, self._weights)
 
     @cached_property
     def _weights(self) -> Tensor | None:
@@ -207,7 +221,8 @@ class Trainer:
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """make(item) of each, one of them ahead of the caller in a thread."""
+    """make(item) of each, one of them ahead of the caller in a thread. Not for kept features: to hand them over costs more than to gather
+    them, 1.5 times an epoch of a linear head."""
     with ThreadPoolExecutor(1, "batches") as pool:
         waiting = None
         for item in items:

@@ -20,11 +20,16 @@ from torchvision.ops import sigmoid_focal_loss
 from torchvision.transforms.functional import ten_crop
 
 from base.errors import RequestError, WorkError
+from base.seeds import seed_of
+from encoders.build import build
 from encoders.weights import sha256_of
 from finetune import data, features
+from finetune.auxiliary import attach
 from finetune.cell import CellConfig
 from finetune.data import NOT_JUDGED
+from finetune.heads import PooledHead
 from finetune.losses import bce_dice, class_weights, dice, loss_of
+from finetune.network import Network
 from finetune.optimize import Best, Rate, optimizer_of, set_rates
 from finetune.run import plant
 from finetune.task import LOSSES, Recipe, Task, load_task
@@ -541,6 +546,46 @@ def test_ten_crop_is_the_mean_of_ten_and_for_the_test_split_alone(cell: Make, tm
         centre = trainer.module(torch.from_numpy(np.ascontiguousarray(trainer.arrays("val").image))).numpy()
     np.testing.assert_allclose(trainer.logits("test"), by_hand, atol=1e-5)
     np.testing.assert_allclose(trainer.logits("val"), centre, atol=1e-5)
+
+
+# -- Inception's auxiliary classifier
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(96, 1), (224, 3), (299, 5)])
+def test_the_auxiliary_classifier_is_timms_at_299_px(size: int, kernel: int) -> None:
+    from timm.models.inception_v3 import InceptionAux
+
+    encoder = build("inception_v3", 1)
+    auxiliary = attach(Network(encoder, PooledHead(2048, 3), pyramid=False), task_of("multilabel"), size, seed=0)
+    assert auxiliary is not None
+    assert auxiliary.layers.conv1.conv.kernel_size == (kernel, kernel)
+    if kernel == 5:
+        theirs = InceptionAux(768, 3)
+        theirs.load_state_dict(auxiliary.layers.state_dict())
+        h = torch.randn(2, 768, 17, 17)
+        auxiliary._seen[:] = [h]
+        torch.testing.assert_close(auxiliary(), theirs(h))
+
+
+def test_the_auxiliary_loss_trains_both_and_is_absent_in_evaluation(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_load(monkeypatch, lambda arrays: arrays.take(np.arange(6)))
+    config = cell(architecture="inception_v3", resolution=75, settings={"recipe.epochs": 1, "recipe.batch": 3, "recipe.select": "loss"})
+    trainer, *_ = tiny_cell.trained(config, tmp_path)
+    module, beside = trainer.module, trainer._auxiliary
+    assert beside is not None
+    assert beside._seen == []  # evaluation leaves nothing there
+    fresh = attach(module, config.task, 75, seed_of("auxiliary", 0))
+    assert fresh is not None
+    assert not any(torch.equal(a, b) for a, b in zip(beside.parameters(), fresh.parameters(), strict=True))
+    module.train().zero_grad()
+    module(torch.randint(0, 256, (2, 1, 75, 75), dtype=torch.uint8))
+    beside().sum().backward()
+    stem = module.encoder.net.get_submodule("Conv2d_1a_3x3.conv").weight.grad
+    assert isinstance(stem, torch.Tensor)
+    assert stem.abs().sum() > 0
+    assert not any("layers.conv0" in name for name in module.state_dict())
+    module.encoder.requires_grad_(False)
+    assert attach(module, config.task, 75, 0) is None
 
 
 # -- features of a frozen encoder
