@@ -141,8 +141,8 @@ def speedup(
 ) -> Speedup:
     """Steps of random weights over steps of a source, medians over runs; infinite ones are censored at `base_end` and `end`.
 
-    The interval is of bootstrap percentiles over the runs of both sides; a replicate in which both medians are censored could be anything
-    and widens it on both ends. None (NaN) for fewer than three runs a side.
+    The interval is of bootstrap percentiles over the runs of both sides. A replicate whose median is censored is known by a bound only,
+    and counts as that for one end and as anything for the other. None (NaN) for fewer than three runs a side.
     """
     base, own = np.asarray(base_S, float), np.asarray(steps_S, float)
     nan = math.nan
@@ -153,12 +153,12 @@ def speedup(
         return Speedup(ratio, nan, nan, sign)
     draw = rng("speed-up", len(base), len(own), seed)
     a, b = (np.array([_median(x[draw.integers(0, len(x), len(x))]) for _ in range(replicates)]) for x in (base, own))
-    with np.errstate(invalid="ignore"):
-        ratios = a / b
-    both = np.isinf(a) & np.isinf(b)
+    lost_a, lost_b = np.isinf(a), np.isinf(b)
+    # Of a censored median only a bound is known: each end of the interval takes what is worst for it.
+    least = np.where(lost_b, 0.0, np.where(lost_a, base_end, a) / b)
+    most = np.where(lost_a, math.inf, a / np.where(lost_b, end, b))
     # Not interpolated: a value between a number and infinity is no number.
-    low = np.quantile(np.where(both, 0.0, ratios), 0.025, method="lower")
-    high = np.quantile(np.where(both, math.inf, ratios), 0.975, method="higher")
+    low, high = np.quantile(least, 0.025, method="lower"), np.quantile(most, 0.975, method="higher")
     return Speedup(ratio, float(low), float(high), sign)
 
 

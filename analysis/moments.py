@@ -72,7 +72,14 @@ class Pair:
 
     @cached_property
     def nuclear(self) -> float:
+        """The nuclear norm of X'Y."""
         return float(torch.linalg.svdvals(self.cross_PQ).sum())
+
+    @cached_property
+    def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The canonical vectors of x (K, R), the correlations R, and the canonical vectors of y (R, L), all directions kept."""
+        u_KR, rho_R, vt_RL = torch.linalg.svd(self.core_KL, full_matrices=False)
+        return u_KR, rho_R.clamp(0, 1), vt_RL
 
 
 class Rows:

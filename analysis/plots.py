@@ -101,7 +101,8 @@ def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]],
         axes.set_ylabel("correlation")
         axes.set_title(label, loc="left")
     rows[-1].set_xticks(x, cuts, rotation=45 if len(cuts) > 6 else 0, ha="right" if len(cuts) > 6 else "center")
-    figure.suptitle(f"{title}: coefficients, permuted images in grey; numbers are the area between", fontsize=9.5, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
+    figure.supxlabel("grey: images of one side permuted; numbers: area between", fontsize=8)
 
 
 def intervals(rows: Mapping[str, Interval], unit: str, title: str, figure: Any) -> None:
@@ -133,23 +134,29 @@ def pairs(found: StartAgainstEnd, unit: str, title: str, figure: Any) -> None:
     axes.set_title(f"{title}: R² {found.r_squared.words(2)}", loc="left")
 
 
-def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: Sequence[str], title: str, figure: Any) -> None:
-    """Pictures of filters in a grid, those after below those before, a note under each."""
+def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: Sequence[str], title: str) -> bytes:
+    """Pictures of filters in a grid as PNG, those after below those before, a note under each."""
     count, columns = len(before), min(16, len(before))
-    rows = math.ceil(count / columns)
     h, w = before.shape[1:3]
-    gap, label, each = 1, 3.2 * max(h, w) / 7, (1 if after is None else 2)
-    band = each * (h + gap) + label
-    axes = figure.subplots()
-    axes.set_axis_off()
-    for i in range(count):
-        x, y = (i % columns) * (w + 2 * gap), (i // columns) * band
-        for j, held in enumerate((before,) if after is None else (before, after)):
-            axes.imshow(held[i], extent=(x, x + w, y + (j + 1) * (h + gap) - gap, y + j * (h + gap)), interpolation="nearest")
-        axes.text(x + w / 2, y + each * (h + gap) + 0.2 * label, notes[i], ha="center", va="top", fontsize=6)
-    axes.set_xlim(-gap, columns * (w + 2 * gap))
-    axes.set_ylim(rows * band, -gap)
-    axes.set_title(title, loc="left")
+    each, gap, note = 1 if after is None else 2, 0.06 * h, 0.42 * h
+    across, band = 1.25 * w, each * (h + gap) + note
+    lines = math.ceil(count / columns)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        for i in range(count):
+            x, y = (i % columns) * across, (i // columns) * band
+            for j, held in enumerate((before,) if after is None else (before, after)):
+                top = y + j * (h + gap)
+                axes.imshow(held[i], extent=(x, x + w, top + h, top), interpolation="nearest")
+            axes.text(x + w / 2, y + each * (h + gap), notes[i], ha="center", va="top", fontsize=7)
+        axes.set_xlim(-0.1 * w, columns * across)
+        axes.set_ylim(lines * band, -0.1 * h)
+        axes.set_title(title, loc="left")
+
+    inch = 0.5 / across  # a picture is 0.4 inches wide
+    return png(draw, max(5.0, 0.3 + columns * across * inch), 0.45 + lines * band * inch)
 
 
 def learning(curves: Sequence[Curve], threshold: float, unit: str, by: str, title: str, figure: Any) -> None:

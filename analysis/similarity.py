@@ -24,6 +24,7 @@ while CKA and Procrustes weigh a channel that stands twice twice, as they are de
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,10 @@ FEWEST = 200  # coefficients that the Gaussian baseline averages over, from as m
 
 def correlations(pair: Pair, threshold: float = 1.0, energy: str = "s2") -> Array:
     """The canonical correlations in falling order, after truncation to the leading directions that hold `threshold` of the energy."""
-    core = pair.core_KL[: pair.x.leading(threshold, energy), : pair.y.leading(threshold, energy)]
-    return np.asarray(torch.linalg.svdvals(core).clamp(0, 1).cpu().numpy(), np.float64)
+    k, m = pair.x.leading(threshold, energy), pair.y.leading(threshold, energy)
+    whole = (k, m) == (pair.x.rank, pair.y.rank)
+    rho_R = pair.canonical[1] if whole else torch.linalg.svdvals(pair.core_KL[:k, :m]).clamp(0, 1)
+    return np.asarray(rho_R.cpu().numpy(), np.float64)
 
 
 def too_few(pair: Pair, threshold: float = 1.0, energy: str = "s2") -> str | None:
@@ -74,13 +77,13 @@ def require_enough(pair: Pair, threshold: float = 1.0, energy: str = "s2") -> No
 
 def pwcca_of(pair: Pair, side: str) -> float:
     """PWCCA with the weights of that side, "x" or "y"."""
-    u_KR, rho_R, vt_RL = torch.linalg.svd(pair.core_KL, full_matrices=False)
+    u_KR, rho_R, vt_RL = pair.canonical
     if side not in ("x", "y"):
         raise RequestError(f"PWCCA weighs with the channels of side x or y, not of '{side}'")
     basis, canonical_KR = (pair.x, u_KR) if side == "x" else (pair.y, vt_RL.T)
     # <h_r, x_j> with h = U canonical and X = U s V': the rows themselves are not needed.
     weight_R = ((canonical_KR.T * basis.s_K) @ basis.v_PK.T).abs().sum(1)
-    return float((weight_R * rho_R.clamp(0, 1)).sum() / weight_R.sum())
+    return float((weight_R * rho_R).sum() / weight_R.sum())
 
 
 def cka_of(pair: Pair, debiased: bool) -> float:
@@ -161,11 +164,13 @@ def gaussian_baseline(pair: Pair, threshold: float = THRESHOLD, energy: str = "s
     return {**found, "cka": cka, "cka_debiased": 0.0, "procrustes": procrustes}
 
 
+@lru_cache(maxsize=1024)
 def _mean_gaussian(n: int, k: int, m: int) -> float:
     draws = math.ceil(FEWEST / min(k, m))
     return float(np.mean([gaussian_correlations(n, k, m, seed).mean() for seed in range(draws)]))
 
 
+@lru_cache(maxsize=1024)
 def _gaussian_products(n: int, p: int, q: int) -> tuple[float, float]:
     """CKA and Procrustes of independent Gaussian rows of p and q channels, from the factors of their products."""
     draw, freedom = rng("gaussian products", n, p, q), n - 1

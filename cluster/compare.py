@@ -138,14 +138,16 @@ def write(found: Across, probe: Probe, measure: str, folder: str) -> None:
     put_png(partial(plots.layers, found.cuts, lines, measure, title), wide, 3.6, storage.join(folder, "layers.png"))
     drawn = partial(plots.coefficients, found.cuts, lines, title)
     put_png(drawn, wide, 0.8 + 1.9 * len(lines), storage.join(folder, "coefficients.png"))
-    header = ["cut"] + [text for label in lines for text in (f"{measure}, {label}", "permuted", "gaussian", "area", "kept of channels")]
-    body = [[cut] + [text for held in lines.values() for text in _words(held[i], measure)] for i, cut in enumerate(found.cuts)]
-    table(body, header)
+    for label, held in lines.items():
+        print(f"{label}")
+        body = [[cut, *_words(one, measure)] for cut, one in zip(found.cuts, held, strict=True)]
+        table(body, ("cut", measure, "permuted", "gaussian", "area", "directions kept"))
+        print()
     few = [(cut, held[i].few) for held in lines.values() for i, cut in enumerate(found.cuts) if held[i].few]
     if few:
-        print(f"\n{len(few)} without CCA ({', '.join(dict.fromkeys(cut for cut, _ in few))}): {few[0][1]}")
-        print("more --images, or --measure cka_debiased, which needs fewer")
-    print(f"\n{found.images} images, probe {probe.sha256[:16]}: {folder}")
+        print(f"{len(few)} without CCA ({', '.join(dict.fromkeys(cut for cut, _ in few))}): {few[0][1]}")
+        print("more --images, or --measure cka_debiased, which needs fewer\n")
+    print(f"{found.images} images, probe {probe.sha256[:16]}: {folder}")
 
 
 def _words(one: Similarity, measure: str) -> list[str]:
@@ -202,14 +204,7 @@ def filters(source: str, after: str | None, out: str) -> None:
         notes = [f"{row['movement']:.2f}" for row in rows]
     shown, later = kernels.pictures(one, two)
     what = f"{names[0]}: Gabor score under each" if two is None else f"{names[0]} above {names[1]}: movement under each"
-    columns, lines = min(16, len(rows)), math.ceil(len(rows) / 16)
-    each = (1 if two is None else 2) + 0.6
-    put_png(
-        partial(plots.gallery, shown, later, notes, what),
-        0.4 + 0.62 * columns,
-        0.5 + 0.55 * each * lines,
-        storage.join(folder, "filters.png"),
-    )
+    storage.put(storage.join(folder, "filters.png"), plots.gallery(shown, later, notes, what))
     frame = pd.DataFrame(rows)
     listed = [("filters", f"{len(rows)} of {one.shape[1]} x {h} x {w}")]
     if frame["gabor"].notna().any():

@@ -1,0 +1,242 @@
+"""Steps to a threshold on curves whose answer is known; what never got there is said to be so; the command on a made study."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cluster_cli import Allograft, allograft
+
+from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, reached, shown, speedup
+from analysis.layers import against_random, r_squared, spearman, start_against_end
+from analysis.results import finished
+from base.errors import RequestError
+from base.seeds import rng
+
+__all__ = ["allograft"]  # a fixture
+
+
+def curve(source: str, tau: float, every: int, end: int, strategy: str = "full", seed: int = 0, group: str = "task") -> Curve:
+    at = np.arange(every, end + 1, every, dtype=float)
+    return Curve((group, "test_resnet", "1", "32"), source, strategy, seed, "auroc_mean", at, 1 - np.exp(-at / tau))
+
+
+@given(st.floats(1, 500), st.floats(0.05, 0.95), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_steps_are_those_of_the_oracle(tau: float, threshold: float, every: int) -> None:
+    """metric(t) = 1 - exp(-t / tau), evaluated every so often: -tau log(1 - threshold), rounded up to an evaluation."""
+    exact = -tau * math.log(1 - threshold)
+    expected = math.ceil(round(exact / every, 9)) * every
+    held = curve("x", tau, every, max(2 * every, 2 * expected))
+    assert first_reach(held.at_T, held.value_T, threshold - 1e-12) == max(every, expected)
+
+
+def test_a_run_that_never_gets_there_is_censored_and_never_a_number() -> None:
+    slow = [curve("random", 400, 10, 100, seed=seed) for seed in range(3)]
+    fast = [curve("simclr", 50, 10, 200, seed=seed) for seed in range(3)]
+    rows = reached([*slow, *fast], 0.6)
+    random, simclr = rows
+    assert random.words() == ">100"
+    assert random.censored == 3
+    assert simclr.words() == "50"
+    assert simclr.speedup.words().startswith(">2.00 [2.00, more]")
+    assert math.isinf(simclr.speedup.high)
+    assert shown(math.inf, 100) == ">100"
+    assert reached([*slow, *fast], 0.999)[1].speedup.words() == "-"
+    other = reached([*slow, *fast], 0.6, base="simclr")
+    assert other[0].speedup.sign == "<"
+    assert other[0].speedup.ratio == 0.5
+    assert (other[0].speedup.low, other[0].speedup.high) == (0, 0.5)
+
+
+def test_half_censored_has_a_censored_median() -> None:
+    runs = [curve("random", tau, 10, 100, seed=seed) for seed, tau in enumerate((20, 30, 400, 400))]
+    assert reached(runs, 0.6)[0].words() == ">100"
+    assert reached(runs[:3], 0.6)[0].words() == "30"
+
+
+def test_speed_up_covers_the_true_ratio() -> None:
+    draw, inside = rng("speed-up test"), 0
+    for i in range(60):
+        base, own = (np.exp(draw.normal(math.log(centre), 0.2, 9)) for centre in (300, 100))
+        found = speedup(base, own, 1e9, 1e9, replicates=300, seed=i)
+        inside += found.low <= 3 <= found.high
+    assert inside >= 52  # of 60: 95 % but for three standard errors
+    few = speedup([10, 20], [5, 5], 100, 100)
+    assert few.words() == "4.00"
+    assert math.isnan(few.low)
+
+
+def test_a_pair_of_censored_medians_widens_the_interval_on_both_ends() -> None:
+    found = speedup([10, 10, math.inf], [5, 5, math.inf], 100, 100)
+    assert found.ratio == 2
+    assert found.low == 0
+    assert math.isinf(found.high)
+    assert found.words() == "2.00 [0.00, more]"
+
+
+def test_area_is_of_the_best_so_far_up_to_a_shared_horizon() -> None:
+    at = np.array([1.0, 2.0, 3.0])
+    assert area(at, np.array([0.5, 0.8, 0.6]), 3) == pytest.approx((0.5 + 0.8) / 2)
+    assert area(at, np.array([0.5, 0.8, 0.6]), 5) == pytest.approx((0.5 + 3 * 0.8) / 4)
+    assert area(at[:1], np.array([0.5]), 1) == 0.5
+
+
+def test_the_threshold_is_what_the_typical_run_of_each_reaches() -> None:
+    held = [curve("a", 10, 1, end, seed=seed) for seed, end in enumerate((5, 10, 30))] + [curve("b", 10, 1, 40)]
+    assert common_threshold(held) == pytest.approx(1 - math.exp(-1))
+    assert all(math.isfinite(row.median) for row in reached(held, common_threshold(held)))
+    with pytest.raises(RequestError, match="no finished cell has a learning curve"):
+        common_threshold([])
+    with pytest.raises(RequestError, match="one threshold is for one task"):
+        reached([curve("a", 1, 1, 3), curve("a", 1, 1, 3, group="other")], 0.5)
+
+
+def test_the_transfusion_curve_gives_each_block_what_was_planted() -> None:
+    rows = marginal(["none", "stem", "layer1", "all"], [100, 60, 50, 50])
+    assert [row.gain for row in rows[1:]] == [40, 10, 0]
+    assert [row.share for row in rows[1:]] == pytest.approx([0.8, 0.2, 0])
+    censored = marginal(["none", "stem", "all"], [math.inf, 60, 50])
+    assert math.isnan(censored[1].gain)
+    assert censored[2].gain == 10
+    assert math.isnan(censored[2].share)
+
+
+# -- groups of runs
+
+
+def test_similarity_at_the_start_against_the_end_is_1_on_copies_and_chance_on_noise() -> None:
+    draw = rng("pairs")
+    runs = list("abcdef")
+    start = {pair: float(draw.random()) for pair in itertools.combinations(runs, 2)}
+    assert start_against_end(start, start, runs).r_squared.estimate == pytest.approx(1)
+    assert start_against_end(start, start, runs).r_squared.low == pytest.approx(1)
+    noise = {(b, a): float(draw.random()) for a, b in start}  # pairs in the other order are the same pairs
+    found = start_against_end(start, noise, runs)
+    assert found.r_squared.estimate < 0.3
+    assert found.r_squared.low < 0.1
+    assert math.isnan(r_squared([1, 1, 1], [1, 2, 3]))
+    with pytest.raises(RequestError, match="2 runs make too few pairs"):
+        start_against_end(start, start, runs[:2])
+
+
+def test_pretrained_against_random_finds_what_was_planted_and_no_more() -> None:
+    draw = rng("groups")
+    p, r = [f"p{i}" for i in range(4)], [f"r{i}" for i in range(4)]
+    offset = dict(zip(p + r, draw.normal(0, 0.02, 8), strict=True))  # a run's own: pairs that share it are not independent
+    values = {(a, b): 0.6 + offset[a] + offset[b] - (0.1 if a in p and b in r else 0) for a, b in itertools.combinations(p + r, 2)}
+    found = against_random(p, r, values)
+    assert found.difference.low <= -0.1 <= found.difference.high
+    assert found.difference.high < 0
+    assert found.random_random.estimate > found.pretrained_random.estimate
+    same = {pair: value + (0.1 if pair[0] in p and pair[1] in r else 0) for pair, value in values.items()}
+    assert against_random(p, r, same).difference.low <= 0 <= against_random(p, r, same).difference.high
+    assert math.isnan(against_random(p[:2], r, values).difference.low)
+    with pytest.raises(RequestError, match="1 random runs"):
+        against_random(p, r[:1], values)
+
+
+def test_spearman_agrees_with_all_permutations() -> None:
+    x, y = [1.0, 2, 3, 4, 5], [0.70, 0.72, 0.71, 0.75, 0.78]
+    found = spearman(x, y)
+    assert found.rho.estimate == pytest.approx(0.9)
+    order = [np.corrcoef(np.argsort(np.argsort(p)), np.argsort(np.argsort(y)))[0, 1] for p in itertools.permutations(x)]
+    assert found.p == pytest.approx(np.mean(np.abs(order) > 0.9 - 1e-9))
+    assert found.rho.low < 0.9 < found.rho.high
+    assert found.n == 5
+    assert math.isnan(spearman([1, 2, math.nan], [1, 2, 3]).rho.estimate)
+
+
+# -- the command
+
+
+def study(out: Path, taus: dict[tuple[str, str, str], float], epochs: int = 20, seeds: int = 3) -> Path:
+    """A finished study by its files: (source, strategy, options) -> how slowly it learns."""
+    out.mkdir()
+    (out / "study.yaml").write_text("study: made\n")
+    for n, ((source, strategy, options), tau) in enumerate(taus.items()):
+        for seed in range(seeds):
+            cell = out / "cells" / f"{n}{seed}"
+            cell.mkdir(parents=True)
+            values = [0.5 + 0.4 * (1 - math.exp(-epoch / (tau * (1 + 0.1 * seed)))) for epoch in range(1, epochs + 1)]
+            rows = [{"epoch": i, "val_auroc_mean": value, "seconds": 2.0} for i, value in enumerate(values, 1)]
+            (cell / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            result = {"key": f"{n}{seed}", "source": source, "strategy": strategy, "options": json.loads(options), "seed": seed}
+            result |= {"task": "phantom-chest", "dataset": "phantom-chest", "architecture": "resnet18", "fraction": 1.0, "resolution": 32}
+            result |= {"selection": {"metric": "auroc_mean"}, "role": "cell", "source_seed": 0}
+            result["metrics"] = [{"split": "test", "class": "", "metric": "auroc_mean", "unit": "fraction", "value": values[-1], "n": 9}]
+            (cell / "result.json").write_text(json.dumps(result))
+    return out
+
+
+TAUS = {
+    ("random", "full", "{}"): 8.0,
+    ("pretrain:simclr", "full", "{}"): 2.0,
+    ("pretrain:moco", "full", "{}"): 4.0,
+    ("pretrain:simclr", "transfusion", '{"cut": "layer1"}'): 4.0,
+    ("pretrain:simclr", "transfusion", '{"cut": "stem"}'): 6.0,
+    ("pretrain:simclr", "transfusion", '{"cut": "layer3"}'): 2.0,
+}
+
+
+def test_the_command_says_and_draws_it(tmp_path: Path, allograft: Allograft) -> None:
+    out = study(tmp_path / "study", TAUS)
+    accuracies = tmp_path / "accuracy.csv"
+    accuracies.write_text("source,accuracy\nrandom,0.1\nsimclr,0.7\nmoco,0.6\n")
+    words = ["analyze", "convergence", str(out), "--threshold", "0.85", "--accuracy", str(accuracies), "--out", str(tmp_path / "made")]
+    said = allograft(*words)
+    assert said.code == 0, said.err
+    frame = pd.read_csv(tmp_path / "made" / "convergence.csv").set_index(["source", "strategy"])
+    full = frame.xs("full", level="strategy")
+    # Epochs are -tau log(1 - 0.35 / 0.4), rounded up; of seeds with tau, 1.1 tau, 1.2 tau the median.
+    assert full.loc["simclr", "median"] == math.ceil(-2.2 * math.log(0.125))
+    assert full.loc["random", "median"] == math.ceil(-8.8 * math.log(0.125))
+    assert full.loc["random", "censored"] == 0
+    depths = pd.read_csv(tmp_path / "made" / "depths.csv")
+    assert depths["depth"].tolist() == ["none", "stem", "layer1", "layer3", "all"]
+    assert depths["steps"].tolist() == [math.ceil(-1.1 * tau * math.log(0.125)) for tau in (8, 6, 4, 2, 2)]
+    assert depths["share"].sum() == pytest.approx(1)
+    assert "Spearman" in said.out
+    for name in ("curves", "steps", "simclr-depths"):
+        held = cv2.imread(str(tmp_path / "made" / f"phantom-chest-resnet18-1-32-auroc_mean-{name}.png"))
+        assert held is not None
+        assert held.std() > 5
+    again = allograft("analyze", "convergence", str(out), "--threshold", "0.89", "--out", str(tmp_path / "high"))
+    assert ">20" in again.out
+    runs = pd.read_csv(tmp_path / "high" / "runs.csv")
+    censored = runs[~runs["reached"]]
+    assert len(censored)
+    assert censored["at"].isna().all()
+    assert set(censored["shown"]) == {">20"}
+
+
+def test_seconds_add_up_and_steps_are_refused_where_rows_have_none(tmp_path: Path) -> None:
+    cells = finished(str(study(tmp_path / "study", TAUS, epochs=3, seeds=1)))
+    assert curves_of(cells, "seconds")[0].at_T.tolist() == [2, 4, 6]
+    with pytest.raises(RequestError, match=r"do not count steps.*--by epochs"):
+        curves_of(cells, "steps")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["/nowhere"], "no study here"),
+        (["{empty}"], "no finished cell has a learning curve"),
+        (["{study}", "--by", "epoch"], "did you mean 'epochs'"),
+        (["{study}", "--accuracy", "/nowhere.csv"], "no such file"),
+        (["{study}", "--accuracy", "{few}"], "fewer than three sources"),
+    ],
+)
+def test_bad_requests_end_with_2_and_one_line(words: list[str], says: str, tmp_path: Path, allograft: Allograft) -> None:
+    places = {"empty": study(tmp_path / "empty", {}), "study": study(tmp_path / "study", TAUS, seeds=1), "few": tmp_path / "few.csv"}
+    places["few"].write_text("source,accuracy\nsimclr,0.7\n")
+    said = allograft("analyze", "convergence", *(word.format(**places) for word in words), "--out", str(tmp_path / "out"))
+    assert said.code == 2
+    assert says in said.err
+    assert len(said.err.splitlines()) == 1
