@@ -8,6 +8,7 @@ from pydantic import Field
 
 from base.config import Strict, apply, parse
 from base.errors import RequestError
+from base.paths import with_preset
 from cluster.load import check_names, resolve_paths
 from cluster.study import DataEntry, Resources, Study
 from finetune.search import Tune
@@ -78,7 +79,8 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
         "trial_seeds": [one.seed],
         "task_settings": {task: one.settings} if one.settings else {},
     }
-    name = task.removesuffix(".yaml").rsplit("/", 1)[-1] if task.endswith(".yaml") else task.replace("/", "-")
+    stem, preset = with_preset(task)
+    name = Path(stem).stem + ("" if stem == task else f"-{preset}")
     return _study(f"finetune-{name}", one, {"cells": matrix}, where)
 
 

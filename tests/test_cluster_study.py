@@ -9,7 +9,7 @@ import yaml
 
 from base import storage
 from base.errors import RequestError
-from base.paths import ROOT
+from base.paths import ROOT, named
 from cluster import stages
 from cluster.events import Events
 from cluster.load import load_study
@@ -159,9 +159,11 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
 
 
-def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said() -> None:
+def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said(tmp_path: Path) -> None:
     words = ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet"]
     assert finetune_study("phantom-chest/smoke", words).study == "finetune-phantom-chest-smoke"
+    (tmp_path / "own.yaml").write_text(named("task", "phantom-chest").read_text())
+    assert finetune_study(f"{tmp_path}/own.yaml/smoke", words).study == "finetune-own-smoke"
     with pytest.raises(RequestError, match="where are the images") as refused:
         finetune_study("phantom-chest", ["architecture=test_resnet"])
     assert "data.phantom-chest.raw=FOLDER" in str(refused.value)
