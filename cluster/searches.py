@@ -81,10 +81,10 @@ def search_of(setting: Setting, step: str) -> Search:
     if step == "rate":
         assert matrix.tune is not None
         return rate_search(matrix.tune, matrix.trial_seeds)
-    kind = asked(setting.strategy)[0]
-    assert kind is not None
+    way = asked(setting.strategy)[0]
+    assert way is not None
     assert recipe is not None
-    return cut_search(kind, setting.architecture, matrix.trial_seeds, getattr(setting.task, recipe).epochs)
+    return cut_search(way.search, setting.architecture, matrix.trial_seeds, getattr(setting.task, recipe).epochs, way.similarity)
 
 
 class Searches:
@@ -239,7 +239,7 @@ class Searches:
         """What an answer stands for: everything that its trials' keys hold but the seed, and the way of searching."""
         return {
             "setting": plan.identity(one.setting, 0, one.strategy, one.task),
-            "search": [search.kind, search.candidates, search.seeds, search.epochs],
+            "search": [search.kind, search.candidates, search.seeds, search.epochs, search.first],
         }
 
     def _answer(self, one: Chosen, search: Search) -> Answer:

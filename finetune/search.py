@@ -144,31 +144,47 @@ def cut_search(
         similarity: by cut, how like the source's features are to those of random weights on the target's images (linear CKA, 1: alike).
             Where it falls, features begin that only the source has; halving begins with the cuts around that place. Without it they
             are spread evenly.
+
+    Raises:
+        RequestError: a cut without a number, or a number without a cut.
     """
     names = [cut.name for cut in cuts(architecture)]
+    if similarity is not None and set(similarity) != set(names):
+        wrong = ", ".join(sorted(set(similarity) ^ set(names)))
+        raise RequestError(f"similarity is given by cut, for every cut of {architecture} (not so: {wrong})", where="strategy.similarity")
     first = () if kind != "halving" else _first([similarity[name] for name in names]) if similarity else _spread(len(names))
     return Search(kind, tuple(names), tuple(seeds), _ends(architecture), epochs, first)
 
 
-def asked(strategy: Mapping[str, Any], where: str = "strategy") -> tuple[CutSearch | None, dict[str, Any]]:
+class Way(Strict):
+    """How the cut of a strategy is searched: what stands beside `cut: auto`. similarity: see `cut_search`."""
+
+    search: CutSearch = "two-stage"
+    similarity: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Way":
+        if self.similarity is not None and self.search != "halving":
+            raise ValueError("similarity: only search: halving begins by it")
+        return self
+
+
+def asked(strategy: Mapping[str, Any], where: str = "strategy") -> tuple[Way | None, dict[str, Any]]:
     """How the cut of a strategy is searched (None: it is not), and the strategy without that: `cut` is `auto` still.
 
     Raises:
         RequestError: a way of searching that does not exist or searches nothing, or a strategy that does not end at its cut.
     """
-    rest = {name: value for name, value in strategy.items() if name != "search"}
+    of_search = {name: strategy[name] for name in Way.model_fields if name in strategy}
+    rest = {name: value for name, value in strategy.items() if name not in of_search}
     if strategy.get("cut") != "auto":
-        if "search" in strategy:
-            raise RequestError("search goes with cut: auto", where=where, hint="cut=auto")
+        if of_search:
+            raise RequestError(f"{' and '.join(of_search)} goes with cut: auto", where=where, hint="cut=auto")
         return None, rest
     if strategy.get("name") not in SEARCHED:
         what = f"the cut of {strategy.get('name')} is not searched for"
         raise RequestError(what, where=where, hint=f"cut: auto is for {', '.join(SEARCHED)}")
-    return parse({"search": strategy.get("search", "two-stage")}, _Way, where).search, rest
-
-
-class _Way(Strict):
-    search: CutSearch
+    return parse(of_search, Way, where), rest
 
 
 def trained_by(strategy: str) -> Literal["recipe", "linear"] | None:

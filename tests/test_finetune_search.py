@@ -17,7 +17,7 @@ from base.paths import ROOT
 from base.seeds import rng
 from encoders.cuts import cuts
 from finetune.jackknife import error_row, patients_error
-from finetune.search import Answer, Outcome, Results, Search, Trial, Tune, answer, asked, cut_search, most_trials, propose, rate_search
+from finetune.search import Answer, Outcome, Results, Search, Trial, Tune, Way, answer, asked, cut_search, most_trials, propose, rate_search
 from finetune.task import load_task
 
 ARCHITECTURES = ["resnet50", "resnet18", "test_resnet", "densenet121", "inception_v3", "efficientnet_b0", "convnext_tiny", "cbr_larget"]
@@ -179,17 +179,23 @@ def test_halving_begins_where_likeness_to_random_features_falls() -> None:
 
 
 def test_which_strategies_are_searched_and_how() -> None:
-    assert asked({"name": "truncated", "cut": "auto"}) == ("two-stage", {"name": "truncated", "cut": "auto"})
-    assert asked({"name": "fat", "cut": "auto", "search": "halving"})[0] == "halving"
+    assert asked({"name": "truncated", "cut": "auto"}) == (Way(), {"name": "truncated", "cut": "auto"})
+    assert Way().search == "two-stage"
+    assert asked({"name": "fat", "cut": "auto", "search": "halving", "similarity": {"stem": 1}})[0] == Way(
+        search="halving", similarity={"stem": 1}
+    )
     assert asked({"name": "truncated", "cut": "layer2"}) == (None, {"name": "truncated", "cut": "layer2"})
     assert asked({"name": "full"})[0] is None
     for wrong, hint in (
         ({"name": "truncated", "cut": "auto", "search": "twostage"}, "search"),
+        ({"name": "truncated", "cut": "auto", "similarity": {"stem": 1}}, "halving begins by it"),
         ({"name": "truncated", "cut": "layer2", "search": "halving"}, "cut=auto"),
         ({"name": "transfusion", "cut": "auto"}, "truncated, fat"),
     ):
         with pytest.raises(RequestError, match=hint):
             asked(wrong)
+    with pytest.raises(RequestError, match=r"every cut of test_resnet \(not so: layer1.0"):
+        cut_search("halving", "test_resnet", (0,), 40, {"stem": 1.0})
 
 
 @pytest.mark.parametrize("tune", [{"lr": [], "trials": 1}, {"lr": [1e-3], "trials": 2}, {"lr": [-1.0], "trials": 1}])
