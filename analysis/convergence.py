@@ -71,7 +71,8 @@ def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
             continue
         at = _places(rows, by, cell.url)
         task = [str(cell.task), str(cell.architecture), f"{float(cell.fraction):g}", str(cell.resolution)]
-        strategy = f"{cell.strategy} {cell.options}".strip()
+        options = cell.result.get("options") or {}
+        strategy = " ".join([str(cell.strategy), *(f"{key}={value}" for key, value in sorted(options.items()))])
         places, values = np.array([at[i] for i, _ in held]), np.array([value for _, value in held])
         curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values))
     return curves

@@ -173,7 +173,8 @@ def learning(curves: Sequence[Curve], threshold: float, unit: str, by: str, titl
             else:
                 axes.plot([curve.end], [curve.value_T[-1]], "x", color=f"C{i % 7}", markersize=6, clip_on=False)
     axes.axhline(threshold, color=GREY, linewidth=1, linestyle=":")
-    axes.annotate(f"{threshold:.3g}", (1, threshold), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, va="bottom", ha="right")
+    axes.annotate(f" {threshold:.3g}", (0, threshold), xycoords=("axes fraction", "data"), fontsize=8, color="0.3", va="bottom")
+    axes.xaxis.get_major_locator().set_params(integer=by != "seconds")
     axes.set_xlabel(f"{by}; x: a run that ended below the threshold")
     axes.set_ylabel(f"validation {unit}")
     axes.set_title(title, loc="left")
@@ -197,6 +198,7 @@ def steps(rows: Sequence[Reached], by: str, title: str, figure: Any) -> None:
     axes.set_yticks(range(len(rows)), [f"{row.source}, {row.strategy}" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=by != "seconds")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{by} to the threshold; open triangles ended before; right: median, times faster than random")
     axes.set_title(title, loc="left")

@@ -1,6 +1,5 @@
 """`allograft analyze convergence`: how soon the cells of studies reach a threshold; tables and figures written, the main of it printed."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -71,12 +70,8 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
 
 def transfused(rows: Sequence[speed.Reached], source: str, architecture: str, base: str) -> list[speed.Depth]:
     """From random weights over each transfused cut to all weights; nothing where the source was not transfused at two cuts."""
-    by_cut = {}
-    for row in rows:
-        name, _, options = row.strategy.partition(" ")
-        if row.source == source and name == "transfusion" and options:
-            cut = str(json.loads(options)["cut"])
-            by_cut[cut] = row.median
+    mark = "transfusion cut="
+    by_cut = {row.strategy.removeprefix(mark): row.median for row in rows if row.source == source and row.strategy.startswith(mark)}
     if len(by_cut) < 2:
         return []
     chain = [(cut, by_cut[cut]) for cut in sorted(by_cut, key=lambda cut: find(architecture, cut))]
