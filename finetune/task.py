@@ -64,6 +64,13 @@ class Augmentation(Strict):
     light_p: Share = 1.0
     distort_p: Share = 0.0
 
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> "Augmentation":
+        for key, (low, high), top in (("crop_scale", self.crop_scale, 1), ("crop_ratio", self.crop_ratio, 10)):
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{key} must be 0 < low <= high <= {top}, got {low:g}, {high:g}")
+        return self
+
 
 class Plateau(Strict):
     """The rate times `factor` after `patience` epochs without a better validation loss; training ends once it is under `stop_below`."""

@@ -11,7 +11,9 @@ is another two: matrix products are what such devices do best. Legend: V views, 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,14 +53,17 @@ def apply(image_BCHW: Tensor, draws_VBP: np.ndarray) -> list[Tensor]:
 
 def crop_masks(seg_BHW: Tensor, drawn: Sequence[Draw]) -> Tensor:
     """The masks of such images, u8, cropped, resized by nearest neighbour at pixel centres and mirrored as the CPU does it."""
-    size = drawn[0].size
-    columns = dict(zip(Draw._fields, torch.tensor(drawn, dtype=torch.float64, device=seg_BHW.device).T[:, :, None], strict=True))
-    at = torch.arange(size, device=seg_BHW.device, dtype=torch.float64)
-    mirrored = torch.where(columns["flip"] > 0, size - 1 - at, at)
-    row_BS = (columns["y"] + ((at + 0.5) * columns["height"] / size).floor()).long()
-    column_BS = (columns["x"] + ((mirrored + 0.5) * columns["width"] / size).floor()).long()
+    places = [[_nearest(one.height, one.size) + one.y, _nearest(one.width, one.size)[:: -1 if one.flip else 1] + one.x] for one in drawn]
+    at_B2S = torch.from_numpy(np.array(places)).to(seg_BHW.device)
     each = torch.arange(len(seg_BHW), device=seg_BHW.device)[:, None, None]
-    return seg_BHW[each, row_BS[:, :, None], column_BS[:, None, :]]
+    return seg_BHW[each, at_B2S[:, 0, :, None], at_B2S[:, 1, None, :]]
+
+
+@lru_cache(maxsize=4096)
+def _nearest(length: int, size: int) -> np.ndarray:
+    """Which of `length` pixels shards.views.resize_mask takes for each of `size`, int64: OpenCV rounds in a fixed point of its own."""
+    pixels = np.arange(length, dtype=np.uint16)[None]
+    return cv2.resize(pixels, (size, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
 
 
 def _view(pixels_BCHW: Tensor, draws_BP: np.ndarray) -> Tensor:

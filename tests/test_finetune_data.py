@@ -17,9 +17,12 @@ from test_datasets import CARDS, SECRET, build, wide
 from tiny_corpus import picture, write
 from torchvision.transforms import functional as tv
 
+from base.config import parse
 from base.errors import RequestError
 from base.paths import ROOT, names
+from cluster.study import Cells
 from finetune import data
+from finetune.cell import CellConfig
 from finetune.data import NOT_JUDGED, Arrays, TrainingViews, as_input, at_origin, centre, enlarged, fraction_of, original_masks, seen
 from finetune.task import Augmentation, Task, load_task
 from shards import views
@@ -295,7 +298,8 @@ def test_views_of_a_device_are_those_of_the_cpu_but_for_rounding(asked: dict[str
     apart = (image.int() - image_.int()).abs()
     assert apart.float().mean() < 0.7
     assert apart.max() <= 6
-    assert (target != target_).float().mean() < 0.003
+    # Crops and mirror images of masks are whole numbers: the same. A place that is turned or bent may fall to a neighbour.
+    assert (target != target_).float().mean() <= (0.003 if made.augmentation.rotate or made.augmentation.distort_p else 0)
     assert image_.dtype == torch.uint8
     torch.testing.assert_close(known, known_)
 
@@ -381,7 +385,10 @@ def test_a_fraction_is_of_one_patient_at_least_and_of_all_at_most() -> None:
     whole = of(np.zeros((5, 1, 2, 2), np.uint8))
     assert len(fraction_of(whole, 0.001, 0)) == 1
     assert len(fraction_of(whole, 1.0, 0)) == 5
-    assert len(fraction_of(whole, 3.0, 0)) == 5  # a study or a cell refuses it before: see its `fractions`
+    assert len(fraction_of(whole, 3.0, 0)) == 5
+    for model, key in ((CellConfig, "fraction"), (Cells, "fractions")):  # what asks for more than there is does not come so far
+        with pytest.raises(RequestError, match=rf"{key}.*less than or equal to 1"):
+            parse({key: 1.5 if model is CellConfig else [1.5]}, model, "here")
 
 
 def test_metadata_stay_with_their_images(tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ def test_errors_name_file_key_and_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="aggregate: not for a segmentation task"):
         load_task("lxs", {"aggregate": {"by": "patient", "how": "mean"}})
     assert load_task("dxc14", ["evaluate=[Mass,Effusion]"]).measured == ["Effusion", "Mass"]
+    for wrong in ("recipe.views.crop_scale=[0,1]", "recipe.views.crop_scale=[0.9,0.5]", "recipe.views.crop_ratio=[-1,1]"):
+        with pytest.raises(RequestError, match=r"recipe\.views: crop_\w+ must be 0 < low <= high"):
+            load_task("dxc14", [wrong])
+    with pytest.raises(RequestError, match=r"recipe\.views\.rotate"):
+        load_task("dxc14", ["recipe.views.rotate=-7"])
     with pytest.raises(RequestError, match="no such task file"):
         load_task(str(tmp_path / "mine.yaml"))
 
