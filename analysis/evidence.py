@@ -193,22 +193,29 @@ def scores(cell: Cell) -> Scores | None:
     frame = results.predictions(cell)
     if frame is None:
         return None
-    labels = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
-    dice = frame["dice"].to_numpy(float) if "dice" in frame.columns and frame["dice"].notna().any() else None
-    target = score = strata = None
+    held = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
+    # Some tasks train on labels that they do not measure.
+    measured = {row.get("class") for row in cell.result.get("metrics", [])}
+    labels = [label for label in held if label in measured] or held
+    dice, iou = (frame[name].to_numpy(float) if name in frame and frame[name].notna().any() else None for name in ("dice", "iou"))
+    target = score = strata = true = decided = None
     if labels and dice is None:
         score = frame[[f"score_{label}" for label in labels]].to_numpy(float)
         target = frame[[f"target_{label}" for label in labels]].to_numpy(float)
         target = np.where(target < 0, math.nan, target)
         if not np.isfinite(score).all():
             return None
+        if "decided" in frame:
+            true = frame[[f"target_{label}" for label in held]].to_numpy(float).argmax(1)
+            decided = np.array([held.index(label) for label in frame["decided"]], np.int64)
     if "stratum" in frame.columns and frame["stratum"].notna().any():
         known = zip(frame["stratum"], frame["stratum"].notna(), strict=True)
         strata = np.array([str(value) if there else None for value, there in known], object)
     # An image without a patient is a patient of its own.
     named = zip(frame["patient"], frame["sample_id"], strict=True)
     patients = np.array([str(patient) if patient else f"image {image}" for patient, image in named], object)
-    return Scores(int(cell.seed), frame["sample_id"].to_numpy(str), patients, target, score, dice, strata, cell.source_seed)
+    ids = frame["sample_id"].to_numpy(str)
+    return Scores(int(cell.seed), ids, patients, target, score, dice, strata, cell.source_seed, iou, true, decided)
 
 
 def _pairs(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:

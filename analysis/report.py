@@ -50,7 +50,7 @@ def floors(evidence: Evidence) -> tuple[dict[tuple[str, float], Floors], list[st
     notes = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
         manifest = evidence.manifests.get(dataset)
-        kind = "segmentation" if any(c.primary() == "dice" for c in cells) else "classification"
+        kind = "segmentation" if any(c.primary() in ("dice", "iou") for c in cells) else "classification"
         labels = list(dict.fromkeys(row["class"] for c in cells for row in c.result.get("metrics", []) if row.get("class")))
         shares = sorted({float(c.fraction) for c in cells})
         if not manifest:

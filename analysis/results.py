@@ -23,13 +23,18 @@ COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", 
 COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
 ORDER = ["architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key"]
 ORDER += ["split", "metric", "class"]
-PRIMARY = ("dice", "auroc_within_mean", "auroc_mean")  # the first that a cell reports is the headline of its task
+ITS_OWN = ("iou", "kappa_quadratic", "balanced_accuracy", "accuracy", "auprc_mean")  # headlines of tasks that select on them
+PRIMARY = (*ITS_OWN, "dice", "auroc_within_mean", "auroc_mean")  # of all others the first that a cell reports
 WORDS = {
     "dice": "Dice",
     "auroc": "AUROC",
     "auroc_mean": "AUROC",
     "auroc_within": "AUROC within stratum",
     "auroc_within_mean": "AUROC within stratum",
+    "iou": "IoU",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "kappa_quadratic": "quadratic kappa",
     "auprc": "AUPRC",
     "auprc_mean": "AUPRC",
 }
@@ -88,11 +93,13 @@ class Cell:
         return math.nan
 
     def primary(self) -> str | None:
-        """The headline metric of the cell's task: Dice, else AUROC within strata where the card names strata, else mean AUROC."""
+        """The headline metric of the cell's task: that which it selects on, with Dice of masks and, of AUROC, that within strata where the
+        card names strata."""
         held = {
             row["metric"] for row in self.result.get("metrics", []) if row["split"] == "test" and math.isfinite(number(row.get("value")))
         }
-        return next((metric for metric in PRIMARY if metric in held), None)
+        own = self.result.get("metric")
+        return own if own in ITS_OWN and own in held else next((metric for metric in PRIMARY[len(ITS_OWN) :] if metric in held), None)
 
     def mask_class(self) -> str | None:
         """The class that a segmentation task outlines; None for all as one."""

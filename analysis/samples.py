@@ -27,7 +27,7 @@ def gallery(evidence: Evidence, task: str) -> str:
     dataset = cells[0].dataset
     if not evidence.card(dataset).get("share_images"):
         return f'<p class="faint">The card of {esc(dataset)} does not share images, so none are shown.</p>'
-    if cells[0].primary() == "dice":
+    if cells[0].primary() in ("dice", "iou"):
         return (_kept_masks(evidence, cells) or _true_masks(evidence, cells)) + heat.section(cells)
     return _labels(evidence, cells) + heat.section(cells)
 

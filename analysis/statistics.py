@@ -32,8 +32,8 @@ CHUNK = 2_000_000  # numbers held at a time in a weighted AUROC: 16 MB
 class Scores:
     """What one cell predicted for the test images.
 
-    Either `target_NL` (0, 1, NaN unknown) with `score_NL`, or `dice_N`. `patient_N`, `stratum_N`: any labels, a stratum that is
-    not known is None; `ids_N`: which images.
+    Either `target_NL` (0, 1, NaN unknown) with `score_NL`, and where labels exclude each other `true_N` and `decided_N` (their numbers);
+    or `dice_N` and `iou_N`. `patient_N`, `stratum_N`: any labels, a stratum that is not known is None; `ids_N`: which images.
     """
 
     seed: int
@@ -44,6 +44,9 @@ class Scores:
     dice_N: Array | None = None
     stratum_N: NDArray[np.object_] | None = None
     source_seed: int = 0
+    iou_N: Array | None = None
+    true_N: NDArray[np.int64] | None = None
+    decided_N: NDArray[np.int64] | None = None
 
     @cached_property
     def clusters_N(self) -> NDArray[np.int64]:
@@ -139,17 +142,55 @@ def _strata(scores: Scores, metric: str) -> list[NDArray[np.int64]]:
     return scores.strata if "within" in metric else [np.arange(len(scores.ids_N))]
 
 
+def _auprc_B(weight_BN: Array, score_N: Array, positive_N: NDArray[np.bool_]) -> Array:
+    """Weighted average precision of every replicate; equal scores are one threshold."""
+    order = np.argsort(-score_N, kind="stable")
+    last = np.append(np.diff(score_N[order]) != 0, True)
+    weight_BN, positive_N = weight_BN[:, order], positive_N[order]
+    hits_BT, seen_BT = np.cumsum(weight_BN * positive_N, axis=1)[:, last], np.cumsum(weight_BN, axis=1)[:, last]
+    gained_BT = np.diff(hits_BT, prepend=0, axis=1)
+    return np.asarray((gained_BT * hits_BT / np.maximum(seen_BT, 1)).sum(axis=1) / hits_BT[:, -1])
+
+
+def _decided_B(scores: Scores, metric: str, weight_BN: Array) -> Array:
+    """Accuracy, balanced accuracy or quadratic kappa of every replicate, from its weighted confusion matrix; NaN where not defined."""
+    assert scores.true_N is not None
+    assert scores.decided_N is not None
+    count = 1 + int(max(scores.true_N.max(), scores.decided_N.max()))
+    one_hot = np.eye(count * count)[scores.true_N * count + scores.decided_N]
+    matrix_BLL = (weight_BN @ one_hot).reshape(-1, count, count)
+    true_BL, said_BL, total_B = matrix_BLL.sum(2), matrix_BLL.sum(1), matrix_BLL.sum((1, 2))
+    right_BL = np.diagonal(matrix_BLL, axis1=1, axis2=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if metric == "accuracy":
+            return np.asarray(right_BL.sum(1) / total_B)
+        if metric == "balanced_accuracy":
+            there_BL = true_BL > 0
+            recall_BL = np.divide(right_BL, true_BL, out=np.zeros_like(true_BL), where=there_BL)
+            return np.where(there_BL.sum(1) > 1, recall_BL.sum(1) / there_BL.sum(1), math.nan)
+        apart_LL = np.square(np.subtract.outer(np.arange(count), np.arange(count)))
+        chance_B = (apart_LL * true_BL[:, :, None] * said_BL[:, None, :]).sum((1, 2)) / total_B
+        return np.asarray(1 - (apart_LL * matrix_BLL).sum((1, 2)) / chance_B)
+
+
+DECIDED = ("accuracy", "balanced_accuracy", "kappa_quadratic")
+
+
 def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array) -> Array:
-    """The metric for every row of weights: `dice`, `auroc_mean` or `auroc_within_mean` (means over labels that have both classes).
+    """The metric for every row of weights: of masks `dice` or `iou`, of decisions one of DECIDED, of scores `auroc_mean`,
+    `auroc_within_mean` or `auprc_mean` (means over labels that have both classes).
 
     Within strata: a label's AUROC is the mean over strata weighted by positives x negatives.
     """
-    if metric == "dice":
-        assert scores.dice_N is not None
-        known = np.isfinite(scores.dice_N)
+    if metric in ("dice", "iou"):
+        of_image_N = scores.dice_N if metric == "dice" else scores.iou_N
+        assert of_image_N is not None
+        known = np.isfinite(of_image_N)
         weight = weight_BN[:, known].astype(float)
-        return weight @ scores.dice_N[known] / weight.sum(axis=1)
-    if metric not in ("auroc_mean", "auroc_within_mean"):
+        return weight @ of_image_N[known] / weight.sum(axis=1)
+    if metric in DECIDED:
+        return _decided_B(scores, metric, weight_BN.astype(float))
+    if metric not in ("auroc_mean", "auroc_within_mean", "auprc_mean"):
         raise ValueError(f"no bootstrap for the metric '{metric}'")
     assert scores.score_NL is not None
     labels = [(label, parts) for label, parts in enumerate(_labels(scores, _strata(scores, metric))) if parts]
@@ -159,6 +200,10 @@ def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array)
         chunk = slice(start, start + step)
         weight = weight_BN[chunk].astype(float)
         for label, parts in labels:
+            if metric == "auprc_mean":
+                ((at, positive),) = parts
+                total_B[chunk] += _auprc_B(weight[:, at], scores.score_NL[at, label], positive)
+                continue
             sums = [_auroc_B(weight[:, at], scores.score_NL[at, label], positive) for at, positive in parts]
             with np.errstate(invalid="ignore"):
                 total_B[chunk] += sum(wins for wins, _ in sums) / sum(pairs for _, pairs in sums)

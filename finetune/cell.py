@@ -77,7 +77,7 @@ class Selection(Strict):
 class Result(Strict):
     """result.json, written last: a cell is done when it stands.
 
-    preset: of the task. probe: what the probe chose before the rest was trained, where the strategy has one.
+    preset: of the task. metric: what it selects on. probe: what the probe chose before the rest was trained, where the strategy has one.
     params, macs: of the whole network, for one image. seconds: wall time.
     """
 
@@ -97,6 +97,7 @@ class Result(Strict):
     own_source: bool
     exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False
+    metric: str
     metrics: list[MetricRow]
     selection: Selection
     probe: Selection | None = None

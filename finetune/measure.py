@@ -45,7 +45,7 @@ def headline(task: Task, rows: list[Row], split: str | None = None) -> float:
 def rows_of(task: Task, table: pd.DataFrame) -> list[Row]:
     """Metric rows of each split in the table, in its order."""
     points = {}
-    if task.kind != "segmentation" and "val" in set(table["split"]):
+    if task.kind != "segmentation" and {"val", "test"} <= set(table["split"]):  # validation alone, after each epoch, decides nothing
         val = table[table["split"] == "val"]
         points = {label: metrics.operating_points(*_known(val, label)[:2]) for label in task.measured}
     rows: list[Row] = []
@@ -134,9 +134,7 @@ def _exclusive(task: Task, part: pd.DataFrame) -> list[Found]:
     scores = part[[f"score_{label}" for label in task.labels]].to_numpy(float)
     true = part[[f"target_{label}" for label in task.labels]].to_numpy(float).argmax(1)
     n, classes = len(part), len(task.labels)
-    # The median grade is how many of P(grade > k) are over a half.
-    pred = (scores.cumsum(1)[:, :-1] < 0.5).sum(1) if task.kind == "ordinal" else scores.argmax(1)
-    said = metrics.decided(true, pred, classes)
+    said = metrics.decided(true, [task.labels.index(label) for label in part["decided"]], classes)
     found: list[Found] = []
     for metric in ("sensitivity", "precision", "f1"):
         found += [(label, metric, float(said[metric][task.labels.index(label)]), n) for label in task.measured]

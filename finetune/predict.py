@@ -41,7 +41,7 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32], val: pd
     """One row an image, or a study.
 
     Columns split, sample_id (the sample's key, or the study's name, then with `images`, its samples' keys), patient, stratum.
-    Labels: target_ (nan: not known) and score_ per label.
+    Labels: target_ (nan: not known) and score_ per label; where they exclude each other decided, the most likely one or the median grade.
     Masks, against the original mask, to whose size the logits are brought: dice, iou, hd95 (px), hd95_mm where the spacing is known, all
     at probability 0.5; overlap_px, predicted_px, true_px, which pooled values are made of; threshold_tuned and dice_tuned, at the
     threshold of validation; dice_resized against the mask at the resolution, as most papers do.
@@ -65,7 +65,9 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32], val: pd
         return pd.DataFrame(frame | _resized(arrays, logits) | _original(arrays, logits, tuned))
     frame |= _labels(task, probabilities(task, logits), arrays.target, arrays.known)
     table = pd.DataFrame(frame)
-    return table if task.aggregate is None else _studies(task, task.aggregate, arrays, table)
+    if task.aggregate is not None:
+        table = _studies(task, task.aggregate, arrays, table)
+    return table if task.kind == "multilabel" else table.assign(decided=_decided(task, table))
 
 
 def measure(task: Task, arrays: Arrays, logits: NDArray[np.float32]) -> list[Row]:
@@ -100,6 +102,13 @@ def _labels(task: Task, scores: NDArray[np.float64], target: NDArray[Any], known
         columns[f"target_{label}"] = np.where(known[:, column] > 0, target[:, column], np.nan)
         columns[f"score_{label}"] = scores[:, column]
     return columns
+
+
+def _decided(task: Task, table: pd.DataFrame) -> list[str]:
+    scores = table[[f"score_{label}" for label in task.labels]].to_numpy()
+    # The median grade is how many of P(grade > k) are over a half.
+    at = (scores.cumsum(1)[:, :-1] < 0.5).sum(1) if task.kind == "ordinal" else scores.argmax(1)
+    return [task.labels[i] for i in at]
 
 
 def _studies(task: Task, aggregate: Aggregate, arrays: Arrays, images: pd.DataFrame) -> pd.DataFrame:

@@ -96,6 +96,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             own_source=config.own_source,
             exposed_to=config.exposed_to,
             shuffle_labels=config.shuffle_labels,
+            metric=task.metric,
             metrics=rows_of(task, table) + errors,
             selection=selection,
             probe=trainer.probe,

@@ -44,6 +44,29 @@ def test_weighted_auroc_equals_the_metric_on_repeated_images(seed: int, ties: bo
         assert value == pytest.approx(np.mean(each), abs=1e-12)
 
 
+@given(st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_every_weighted_metric_equals_the_metric_on_repeated_images(seed: int) -> None:
+    draw = rng("weighted", seed)
+    n = 30
+    true, decided = draw.integers(0, 3, n), draw.integers(0, 3, n)
+    score = draw.integers(0, 6, (n, 2)).astype(float)
+    target = (draw.random((n, 2)) < 0.4).astype(float)
+    target[:2], true[:3] = [[0, 0], [1, 1]], [0, 1, 2]
+    weight = draw.integers(0, 3, (4, n))
+    weight[:, :3] = 1
+    names = np.arange(n).astype(str)
+    iou = draw.random(n)
+    held = Scores(0, names, names.astype(object), target, score, iou_N=iou, true_N=true, decided_N=decided)
+    for row, at in ((row, np.repeat(np.arange(n), row)) for row in weight):
+        once = row[None].astype(float)
+        said = metrics.decided(true[at], decided[at], 3)
+        for name in ("accuracy", "balanced_accuracy", "kappa_quadratic"):
+            assert metric_B(held, name, once)[0] == pytest.approx(float(said[name]), abs=1e-12)
+        assert metric_B(held, "iou", once)[0] == pytest.approx(iou[at].mean())
+        assert metric_B(held, "auprc_mean", once)[0] == pytest.approx(np.mean([metrics.auprc(score[at, j], target[at, j]) for j in (0, 1)]))
+
+
 def test_unknown_targets_and_labels_of_one_class_are_left_out() -> None:
     target = np.array([[0, 1, 0], [1, math.nan, 0], [0, 0, 0], [1, 1, 0]], float)
     score = np.array([[0.1, 0.9, 0], [0.8, 0.0, 0], [0.9, 0.2, 0], [0.95, 0.1, 0]], float)

@@ -12,6 +12,9 @@ import tiny_cell
 import tiny_corpus
 import torch
 
+from analysis.evidence import scores
+from analysis.results import Cell
+from analysis.statistics import metric_B
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from encoders.weights import load_local, sha256_of
@@ -20,7 +23,7 @@ from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig
 from finetune.measure import rows_of
 from finetune.run import plant, run
-from finetune.task import load_task
+from finetune.task import LOSSES, Kind, load_task
 from finetune.train import Trainer
 from shards.manifest import read
 
@@ -89,6 +92,22 @@ def test_a_cell_leaves_its_files_and_is_not_computed_twice(cell: Make, tmp_path:
     stamp = (out / "result.json").stat().st_mtime_ns
     assert run(config, context(tmp_path)) == result
     assert (out / "result.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [("multilabel", "auroc_mean"), ("multilabel", "auprc_mean"), ("multiclass", "balanced_accuracy"), ("ordinal", "kappa_quadratic")],
+)
+def test_the_headline_and_its_comparison_are_of_the_tasks_metric(tmp_path: Path, kind: Kind, metric: str) -> None:
+    """The report's bootstrap finds the number that the cell wrote, also where fewer labels are measured than trained."""
+    shards = tiny_cell.corpora(tmp_path)
+    settings = {"kind": kind, "metric": metric, "loss": LOSSES[kind][0], "evaluate": ["texture", "count"] if kind == "multilabel" else []}
+    config = tiny_cell.config(shards, tmp_path, settings=settings | ({} if kind == "multilabel" else tiny_cell.CLASSES))
+    made = Cell(config.out, run(config, context(tmp_path)))
+    assert made.primary() == metric
+    held = scores(made)
+    assert held is not None
+    assert metric_B(held, metric, np.ones((1, len(held.ids_N))))[0] == pytest.approx(made.value(metric))
 
 
 def test_the_same_cell_gives_the_same_numbers_and_another_seed_others(cell: Make, tmp_path: Path) -> None:
