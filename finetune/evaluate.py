@@ -11,6 +11,7 @@ Legend: N images, B batch, C channels, L labels, H W pixels.
 """
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,13 @@ class Evaluator:
         network = [getattr(encoder, name, None) for name in ("architecture", "mean", "std", "image_size", "widths", "cut", "flat", "depth")]
         pixels = [config.manifest_digest, images.split, images.ids, config.resolution, task.evaluation, task.pad, task.volume]
         bits = [VIEWS_VERSION, config.dtype, config.threads, self.device_name, torch.__version__, self.chunk]
-        state = sha256_of(encoder.state_dict())
-        key = digest([features.FORMAT, type(encoder).__name__, network, self.module.pyramid, state, pixels, bits])[:32]
+        key = digest([features.FORMAT, type(encoder).__name__, network, self.module.pyramid, self._encoder_sha256, pixels, bits])[:32]
         return Path(config.cache_dir or cache.default_dir()) / "features" / key
+
+    @cached_property
+    def _encoder_sha256(self) -> str:
+        """Of the encoder as it came: only then are its features kept."""
+        return sha256_of(self.module.encoder.state_dict())
 
     @property
     def chunk(self) -> int:
@@ -154,7 +159,6 @@ class Evaluator:
 
     def standardise(self) -> None:
         """Give the head the mean and standard deviation, per channel, of the training images' features, where it asks for them."""
-        self.module.eval()
         norms: Any = getattr(self.module.head, "norms", [])
         totals: list[list[Any]] = [[0.0, 0.0, 0] for _ in norms]
         for index in chunks(len(self.arrays("train")), self.chunk) if totals else ():
@@ -180,7 +184,7 @@ class Evaluator:
         Raises:
             WorkError: one is not finite. A mask cut from such numbers would look like any other.
         """
-        self.module.eval()
+        self.train(False)
         if self.frozen:
             self.keep(split)
         arrays = self.arrays(split)
@@ -201,6 +205,10 @@ class Evaluator:
         return torch.stack(views).mean(0)
 
     # -- the network
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode, of the head alone where the encoder is frozen: that is in evaluation mode whatever is said."""
+        (self.module.head if self.frozen else self.module).train(mode)
 
     def forward(self, x: list[Tensor]) -> Tensor:
         """Logits of one batch of u8 images, or of the float maps that the head reads of them."""

@@ -151,7 +151,7 @@ class Trainer:
             share = 1.0 if epoch == recipe.epochs else (epoch - 1) / recipe.epochs  # the last epoch trains all, however few there are
             if _release(groups, share):
                 best.begins(epoch)
-            self.module.train()
+            self.evaluator.train(True)
             order = rng("order", self.config.seed, epoch).permutation(images)
             losses: list[Tensor] = []
             for step, batch in enumerate(make_batches(data.batches(order, recipe.batch), epoch)):
