@@ -130,18 +130,24 @@ def decided(true_N: ArrayLike, pred_N: ArrayLike, classes: int) -> dict[str, Flo
         empty = {name: np.full(classes, np.nan) for name in ("precision", "sensitivity", "f1")}
         return empty | {name: np.array(np.nan) for name in ("accuracy", "balanced_accuracy", "f1_macro", "kappa", "kappa_quadratic")}
     labels = list(range(classes))
-    precision, sensitivity, f1, support = precision_recall_fscore_support(true, pred, labels=labels, zero_division=np.nan)
+    right = float(np.mean(true == pred))
+    # Each pair of truth and decision once, weighted by how often it occurs: scikit-learn sorts and checks samples many times over.
+    counts = np.bincount(true * classes + pred, minlength=classes * classes)
+    pairs = np.flatnonzero(counts)
+    (true, pred), weight = np.divmod(pairs, classes), counts[pairs].astype(float)
+    of = {"labels": labels, "sample_weight": weight}
+    precision, sensitivity, f1, support = precision_recall_fscore_support(true, pred, **of, zero_division=np.nan)
     one = len(np.union1d(true, pred)) == 1
     several = int((support > 0).sum()) > 1
     return {
         "precision": precision,
         "sensitivity": sensitivity,
         "f1": f1,
-        "accuracy": np.mean(true == pred),
+        "accuracy": np.array(right),
         "balanced_accuracy": np.array(np.nanmean(sensitivity) if several else np.nan),
         "f1_macro": np.nanmean(f1),
-        "kappa": np.array(np.nan if one else cohen_kappa_score(true, pred, labels=labels)),
-        "kappa_quadratic": np.array(np.nan if one else cohen_kappa_score(true, pred, labels=labels, weights="quadratic")),
+        "kappa": np.array(np.nan if one else cohen_kappa_score(true, pred, **of)),
+        "kappa_quadratic": np.array(np.nan if one else cohen_kappa_score(true, pred, **of, weights="quadratic")),
     }
 
 

@@ -114,18 +114,18 @@ def _labels(task: Task, part: pd.DataFrame, points: Points) -> list[Found]:
 def _decided(score: NDArray[np.float64], target: NDArray[np.float64], at: dict[str, float], youden: bool) -> list[tuple[str, float]]:
     """Decisions at thresholds; nan where validation had none to give, or this split has one class only."""
     both = 0 < target.sum() < len(target)
-    found: list[tuple[str, float]] = [("threshold", at["youden"])] if youden else []
+    found: list[tuple[str, float]] = []
     for point, threshold in at.items():
-        if point == "youden" and not youden:
-            continue
-        said = metrics.decided(target, score >= threshold, 2) if both and not math.isnan(threshold) else None
-        values = {name: math.nan if said is None else float(said[name][1]) for name in ("sensitivity", "precision", "f1")}
-        values["specificity"] = math.nan if said is None else float(said["sensitivity"][0])
-        if point == "youden":
-            values |= {name: math.nan if said is None else float(said[name]) for name in ("accuracy", "balanced_accuracy", "kappa")}
-            found += values.items()
-        else:
-            found += [(f"{name}_at_{point}", values[name]) for name in ("sensitivity", "specificity")]
+        defined = both and not math.isnan(threshold)
+        said = score >= threshold
+        if point != "youden":
+            found.append((f"sensitivity_at_{point}", said[target == 1].mean() if defined else math.nan))
+            found.append((f"specificity_at_{point}", 1 - said[target == 0].mean() if defined else math.nan))
+        elif youden:
+            values = metrics.decided(target, said, 2) if defined else metrics.decided([], [], 2)
+            found += [("threshold", threshold), ("specificity", values["sensitivity"][0])]
+            found += [(name, values[name][1]) for name in ("sensitivity", "precision", "f1")]
+            found += [(name, float(values[name])) for name in ("accuracy", "balanced_accuracy", "kappa")]
     return found
 
 
