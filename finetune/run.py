@@ -24,28 +24,36 @@ from base.seeds import seed_of
 from encoders.build import build
 from encoders.export import read_export
 from encoders.weights import State, load_local, sha256_of
+from engine import ranks
 from engine.context import Context
 from finetune import data, predict
 from finetune.cell import CELL_VERSION, CellConfig, Result
+from finetune.efficiency import cost
 from finetune.explain import heat_maps
 from finetune.jackknife import error_row
 from finetune.measure import rows_of
 from finetune.strategies import resolve
-from finetune.train import Trainer, cost
+from finetune.train import Trainer
 from finetune.transplant import EncoderSpec, Transplant, verify
 
 RESULT = "result.json"
 
 
 def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
-    """The cell's result (Result as plain data), computed or found standing.
+    """The cell's result (Result as plain data), computed or found standing. Of a cell with several workers each calls it with its own rank
+    and gets the same; the first writes.
 
     Raises:
-        RequestError: the task does not fit the dataset, unknown strategy or option, no such encoder, another cell's result at `out`.
+        RequestError: another number of workers than the cell asks for, the task does not fit the dataset, unknown strategy or option, no such encoder, another cell's result at `out`.
         WorkError: shards or weights are not those planned, loss or output not finite, or the context asked to stop.
     """
     where = storage.join(config.out, RESULT)
-    if storage.exists(where):
+    if config.workers != ctx.world_size:
+        asked = f"the cell asks for {config.workers} workers, {ctx.world_size} run"
+        raise RequestError(asked, where=f"cell {config.key}: workers")
+    if config.workers > 1:
+        ranks.start()
+    if ranks.share(storage.exists(where)):
         standing = parse(storage.read_json(where), Result, where)
         if standing.key != config.key:
             raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
@@ -117,8 +125,9 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         table.to_parquet(local / "predictions.parquet", index=False)
         (local / "config.yaml").write_text(to_yaml(config))
         (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
-        storage.put_dir(local, config.out, last=(RESULT,))
-    return _plain(result)
+        if ctx.rank == 0:
+            storage.put_dir(local, config.out, last=(RESULT,))
+    return dict(ranks.share(_plain(result)))  # which no worker has before it is written
 
 
 def _plain(result: Result) -> dict[str, Any]:
