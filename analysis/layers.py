@@ -31,6 +31,7 @@ from encoders.cuts import Cut, last_of_each
 Names = tuple[str, str]
 REPLICATES = 2000
 FEWEST = 3  # runs of a group, under which no interval is given
+SAME = 1e-9  # from 1: similarity of equal weights
 POSITIONS = 64  # of a map that are folded: rows far outnumber channels, and the first layers have thousands
 
 
@@ -196,30 +197,35 @@ def _interval(estimate: float, replicates: NDArray[np.float64], enough: bool) ->
 
 @dataclass(frozen=True)
 class StartAgainstEnd:
-    """Similarity of each pair of runs at initialisation and after training, and the square of their correlation."""
+    """Similarity of each pair of runs at initialisation and after training, and the square of their correlation. same: pairs left out."""
 
     pairs: list[tuple[str, str, float, float]]
+    same: int
     r_squared: Interval
 
 
 def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str], replicates: int = REPLICATES) -> StartAgainstEnd:
     """How far similarity at initialisation foretells similarity after training: layers that hardly move keep it.
 
+    Pairs that start from the same weights (one source, fine-tuned twice) are left out: a crowd of them at 1 would make R squared by itself.
+
     Raises:
-        RequestError: fewer than three runs, that is three pairs.
+        RequestError: fewer than three pairs of different starting weights.
     """
-    if len(runs) < 3:
-        raise RequestError(f"{len(runs)} runs make too few pairs for R squared", hint="at least three runs of different starting weights")
-    pairs = [(a, b, value_of(at_start, a, b), value_of(at_end, a, b)) for a, b in itertools.combinations(runs, 2)]
-    draw = rng("start against end", len(runs))
+    every = [(a, b, value_of(at_start, a, b), value_of(at_end, a, b)) for a, b in itertools.combinations(runs, 2)]
+    pairs = [pair for pair in every if not pair[2] >= 1 - SAME]
+    if len(pairs) < 3:
+        counted = f"{len(pairs)} pairs of runs with different starting weights"
+        raise RequestError(f"{counted} are too few for R squared", hint="at least three runs of different starting weights")
+    draw, kept = rng("start against end", len(runs)), {pair[:2] for pair in pairs}
 
     def again(_: int) -> float:
-        drawn = [(a, b) for a, b in itertools.combinations(_again(runs, draw), 2) if a != b]
+        drawn = [(a, b) for a, b in itertools.combinations(_again(runs, draw), 2) if (a, b) in kept or (b, a) in kept]
         return r_squared([value_of(at_start, *pair) for pair in drawn], [value_of(at_end, *pair) for pair in drawn])
 
     whole = r_squared([pair[2] for pair in pairs], [pair[3] for pair in pairs])
     replicated = np.array([again(i) for i in range(replicates)])
-    return StartAgainstEnd(pairs, _interval(whole, replicated, len(runs) >= 5))
+    return StartAgainstEnd(pairs, len(every) - len(pairs), _interval(whole, replicated, len(runs) >= 5))
 
 
 def r_squared(x: Sequence[float], y: Sequence[float]) -> float:

@@ -108,8 +108,8 @@ class Side:
         self.head: Rows | None = None
         self.tail: Rows | None = None
 
-    def add(self, x_NP: Tensor) -> tuple[Rows, Rows, Rows]:
-        """The rows; and those of them that have a partner now, with the partners that this side offers."""
+    def add(self, x_NP: Tensor) -> Rows:
+        """The rows, shifted."""
         rows = Rows(x_NP - self.centre_P)
         self.n += len(rows)
         self.sum_P += rows.x_NP.sum(0)
@@ -117,13 +117,17 @@ class Side:
         self.length += float(rows.length_N.sum())
         self.square += float(rows.length_N.square().sum())
         self.length_P += rows.length_N @ rows.x_NP
+        return rows
+
+    def late(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Those of the rows that have a partner now, and the partners that this side offers: its own rows, half a chunk late."""
         if self.tail is None:
             self.head, ready = rows[: self.lag], rows[self.lag :]
             late = rows
         else:
             ready, late = rows, Rows(torch.cat([self.tail.x_NP, rows.x_NP]))
         self.tail = late[len(ready) :]
-        return rows, ready, late[: len(ready)]
+        return ready, late[: len(ready)]
 
     @property
     def mean_P(self) -> Tensor:
@@ -278,10 +282,12 @@ class Sums:
                 if rows.shape[1] != len(side.sum_P):
                     raise RequestError(f"{rows.shape[1]} channels after {len(side.sum_P)} in the chunks before")
             added = [side.add(rows) for side, rows in zip(self.sides[at], view, strict=True)]
-            for i, j in self.wanted:
-                self.crosses[at][i, j].add(added[i][0], added[j][0])
-                if self.permuted:
-                    self.others[at][i, j].add(added[i][1], added[j][2])
+            for (i, j), cross in self.crosses[at].items():
+                cross.add(added[i], added[j])
+            if self.permuted:
+                late = [side.late(rows) for side, rows in zip(self.sides[at], added, strict=True)]
+                for (i, j), cross in self.others[at].items():
+                    cross.add(late[i][0], late[j][1])
 
     def _views(self, maps: list[Tensor]) -> tuple[list[list[Tensor]], list[float]]:
         """Rows of every side, by view, and the views' weights."""

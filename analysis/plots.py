@@ -98,6 +98,7 @@ def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]],
             words = f"{one.area:.2f}" if math.isfinite(one.area) else "too few"
             axes.text(j, 1.04, words, ha="center", fontsize=7.5)
         axes.set_ylim(-0.03, 1.14)
+        axes.set_xlim(-0.5, len(cuts) - 0.5)
         axes.set_ylabel("correlation")
         axes.set_title(label, loc="left")
     rows[-1].set_xticks(x, cuts, rotation=45 if len(cuts) > 6 else 0, ha="right" if len(cuts) > 6 else "center")
@@ -116,7 +117,7 @@ def intervals(rows: Mapping[str, Interval], unit: str, title: str, figure: Any) 
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.axvline(0, color=GREY, linewidth=0.6)
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel(unit)
     axes.set_title(title, loc="left")
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast, get_args
 
 import pandas as pd
+import torch
 
 from analysis import filters as kernels
 from analysis import layers, plots
@@ -64,7 +65,7 @@ def opened(source: str, info: ExportInfo | None, like: ExportInfo, channels: int
         if not seed.isdigit():
             raise RequestError(f"'{seed}' is no seed", where=source, hint="random:0")
         drawn = seed_of("source", "random", int(seed))
-        return build(like.architecture, channels or like.in_chans, seed=drawn, image_size=like.image_size, widths=like.widths)
+        return placed(build(like.architecture, channels or like.in_chans, seed=drawn, image_size=like.image_size, widths=like.widths))
     folder = located(source)
     read_export(folder)  # hashes the tensors
     channels = channels or info.in_chans
@@ -72,7 +73,12 @@ def opened(source: str, info: ExportInfo | None, like: ExportInfo, channels: int
     if info.cut is not None:
         encoder = truncate(encoder, info.cut, info.flat)
     load_into(encoder.net, load_local(folder))
-    return encoder
+    return placed(encoder)
+
+
+def placed(encoder: Encoder) -> Encoder:
+    """On the GPU where there is one: what follows is computed where the activations are."""
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _named(sources: Sequence[str]) -> list[str]:

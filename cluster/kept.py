@@ -16,7 +16,7 @@ from analysis.layers import Across, Names
 from base import storage
 from base.config import parse
 from base.errors import RequestError
-from cluster.compare import located, opened, put_png, put_table, rows_of, write
+from cluster.compare import located, opened, placed, put_png, put_table, rows_of, write
 from cluster.published import safe_name
 from cluster.screen import table
 from encoders.build import Encoder
@@ -47,7 +47,7 @@ def kept(cells: Sequence[results.Cell], channels: int) -> list[Kept]:
             continue
         info = read_export(located(folder), verify=False)
         where = storage.join(cell.url, "config.yaml")
-        before = plant(parse(results.read_yaml(where), CellConfig, where), channels)[0].module.encoder
+        before = placed(plant(parse(results.read_yaml(where), CellConfig, where), channels)[0].module.encoder)
         found.append(Kept(cell, before, opened(folder, info, info, channels)))
     return found
 
@@ -120,9 +120,16 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
         before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
         at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}
         at_end = {pair: held[0].values[measure] for pair, held in after.pairs.items()}
-        line = layers.start_against_end(at_start, at_end, list(ends))
-        put_png(partial(plots.pairs, line, f"{measure} at {first}", title), 4.2, 3.6, storage.join(folder, "start-against-end.png"))
-        listed.append((f"R squared of {first} at the start and at the end", line.r_squared.words(2)))
+        try:
+            line = layers.start_against_end(at_start, at_end, list(ends))
+        except RequestError as error:
+            listed.append((f"R squared of {first}", str(error)))
+        else:
+            put_png(partial(plots.pairs, line, f"{measure} at {first}", title), 4.2, 3.6, storage.join(folder, "start-against-end.png"))
+            words = f"{line.r_squared.words(2)} over {len(line.pairs)} pairs" + (
+                f", {line.same} of one beginning left out" if line.same else ""
+            )
+            listed.append((f"R squared of {first} at the start and at the end", words))
     if listed:
         print()
         table(listed)

@@ -122,8 +122,14 @@ def test_similarity_at_the_start_against_the_end_is_1_on_copies_and_chance_on_no
     assert found.r_squared.estimate < 0.3
     assert found.r_squared.low < 0.1
     assert math.isnan(r_squared([1, 1, 1], [1, 2, 3]))
-    with pytest.raises(RequestError, match="2 runs make too few pairs"):
+    with pytest.raises(RequestError, match="1 pairs of runs with different starting weights"):
         start_against_end(start, start, runs[:2])
+    # Runs of one source share their beginning: those pairs are left out, and do not make a line of two clouds.
+    shared = {pair: 1.0 if set(pair) <= {"a", "b", "c"} else value for pair, value in start.items()}
+    ends = {pair: 0.9 if set(pair) <= {"a", "b", "c"} else value for pair, value in noise.items()}
+    left = start_against_end(shared, ends, runs)
+    assert left.same == 3
+    assert len(left.pairs) == 12
 
 
 def test_pretrained_against_random_finds_what_was_planted_and_no_more() -> None:

@@ -1,0 +1,88 @@
+"""How fast is SVCCA, and in how much memory, beside plain NumPy; and 16 layers of a ResNet-50 in one pass.
+
+    OPENBLAS_NUM_THREADS=1 nice .venv/bin/python benchmarks/similarity.py        # a minute or two; --layers IMAGES takes longer
+
+Rows: SVCCA of 50,000 x 512 against 50,000 x 512 (99 % of the energy), by analysis.similarity, and by NumPy as the published tutorial
+describes it: singular vectors of each side, then the covariance of both, eigenvectors and pseudo-inverses. Processor seconds of one thread,
+which other work on the machine does not stretch much; rounds are interleaved; medians.
+Memory is the process's peak over what the two arrays take.
+"""
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+from analysis.activations import Probe
+from analysis.layers import across
+from analysis.similarity import svcca
+from base.seeds import rng
+from encoders.build import build
+from shards.card import load_card
+from shards.pack import pack
+
+
+def numpy_svcca(x: np.ndarray, y: np.ndarray) -> float:
+    """SVCCA of neurons x images as the tutorial goes: truncate by SVD, then CCA by the joint covariance."""
+    sides = []
+    for side in (x, y):
+        _, s, vt = np.linalg.svd(side - side.mean(1, keepdims=True), full_matrices=False)
+        kept = int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.99)) + 1
+        sides.append(s[:kept, None] * vt[:kept])
+    p = len(sides[0])
+    joint = np.cov(sides[0], sides[1])
+
+    def root_of_inverse(block: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(np.linalg.pinv(block))
+        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+    return float(np.linalg.svd(root_of_inverse(joint[:p, :p]) @ joint[:p, p:] @ root_of_inverse(joint[p:, p:]), compute_uv=False).mean())
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, metavar="IMAGES", help="also all cuts of a ResNet-50 at 224 px on so many images")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = rng("similarity benchmark")
+    shape = (options.rows, options.channels)
+    scale = np.geomspace(1, 0.1, options.channels)
+    x = draw.normal(size=shape) * scale
+    y = 0.7 * x[:, ::-1] + 0.3 * draw.normal(size=shape)
+    before = peak()
+    svcca(x, y)
+    memory = peak() - before
+    seconds: dict[str, list[float]] = {"ours": [], "NumPy": []}
+    values = {}
+    for _ in range(options.rounds):
+        for name in seconds:
+            began = time.process_time()
+            values[name] = svcca(x, y) if name == "ours" else numpy_svcca(x.T, y.T)
+            seconds[name].append(time.process_time() - began)
+    ours, peer = (statistics.median(held) for held in seconds.values())
+    print(f"SVCCA of {shape[0]:,} x {shape[1]} twice, one thread: ours {ours:.2f} s, NumPy {peer:.2f} s")
+    print(f"values differ by {abs(values['ours'] - values['NumPy']):.1e}; peak over the arrays {memory:.2f} GB")
+    if options.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            pack(load_card("phantom-chest"), f"phantom:{options.layers * 2}", folder)
+            probe = Probe(folder, split="train", images=options.layers, size=224)
+            encoders = {str(seed): build("resnet50", 1, seed=seed) for seed in (0, 1)}
+            before, began = peak(), time.perf_counter()
+            found = across(encoders, [("0", "1")], probe, [cut.name for cut in encoders["0"].cuts[1:]])
+            print(f"{len(found.cuts)} layers, {found.images} images: {time.perf_counter() - began:.0f} s, {peak() - before:.2f} GB")
+    print(f"ratio {peer / ours:.1f} (goal 5)")
+
+
+if __name__ == "__main__":
+    main()
