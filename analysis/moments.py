@@ -4,7 +4,7 @@
     for maps in chunks: sums.add(maps)                  # one array a side: rows x channels, or maps N, C, h, w
     held = sums.pairs()[0, 1]                           # [(weight, Pair)]: one, or one a spatial frequency
 
-Rows are shifted by the first chunk's mean and summed in float64, so that chunks give what the whole gives. `exact` keeps the triangular
+Rows are shifted by the first chunk's median and summed in float64, so that chunks give what the whole gives. `exact` keeps the triangular
 factor of [1 X Y] instead of covariances, whose condition number is the square: slower, and right to 1e-8 where channels nearly depend on
 each other. The permuted side is the other images' activations, half a chunk late: same spectrum, nothing in common but what any two share.
 
@@ -99,7 +99,8 @@ class Side:
     """Sums of one side, and the rows that wait for their permuted partner."""
 
     def __init__(self, first_NP: Tensor, images: int) -> None:
-        self.centre_P = first_NP.mean(0)
+        # The median is one of the rows' own numbers: a channel that never changes becomes exactly 0, and no outlier moves the others.
+        self.centre_P = first_NP.median(0).values
         channels = first_NP.shape[1]
         self.n = 0
         self.sum_P, self.gram_PP, self.length_P = (first_NP.new_zeros(shape) for shape in ((channels,), (channels, channels), (channels,)))

@@ -217,6 +217,14 @@ def test_dead_and_doubled_channels_are_counted_and_change_no_correlation(exact: 
     assert found.values["cka_debiased"] == pytest.approx(cka_by_definition(live, y, True), abs=1e-8)
 
 
+def test_a_constant_channel_is_dead_however_large_beside_small_ones() -> None:
+    x, y = planted(50, 3, 3, 0.5, 1)
+    wide = np.concatenate([(x - x.mean(0)) * 1e-9, np.full((50, 1), 1e5 / 3)], 1)
+    found = sim.similarity(wide, y, chunk=7)
+    assert found.dead == (1, 0)
+    assert found.values["cca"] == pytest.approx(sim.cca(x, y), abs=1e-8)
+
+
 def test_no_live_channel_is_an_error() -> None:
     with pytest.raises(WorkError, match="no channel ever changes"):
         sim.cka(np.ones((20, 3)), planted(20, 2, 2, 0, 1)[0])
