@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 KINDS = {"pretrain", "timm", "zoo", "models", "run"}  # of sources that are not a path or URL
 
 
-def load_study(path: str, settings: Sequence[str] = ()) -> Study:
+def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) -> Study:
     """The study file with its settings applied, paths absolute against the caller's directory, every name in it checked.
+
+    Args:
+        path: the file, or the name of one in studies/.
+        settings: `key=value` words.
+        job: as if inside a Ray job, where relative paths are refused.
 
     Raises:
         RequestError: naming file and key, with the nearest right name.
@@ -39,14 +44,14 @@ def load_study(path: str, settings: Sequence[str] = ()) -> Study:
         for key, value in presets[tree["preset"]].items():
             assign(tree, key, value)
         apply(tree, settings)  # what the user typed wins over the preset
-    study = resolve_paths(parse(tree, Study, path), Path.cwd())
+    study = resolve_paths(parse(tree, Study, path), Path.cwd(), job=job)
     check_names(study, path)
     return study
 
 
-def resolve_paths(study: Study, base: Path) -> Study:
+def resolve_paths(study: Study, base: Path, *, job: bool = False) -> Study:
     """Relative `out`, `raw`, `shards` and sources made absolute; inside a Ray job, whose directory is thrown away, they are refused."""
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    inside_job = job or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
     def resolve(value: str, key: str) -> str:
         if value.startswith("phantom:"):

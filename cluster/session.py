@@ -33,12 +33,10 @@ WORKER_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_ARENA_MAX": "1",
 }
-# What the driver's environment says about storage holds on every worker. The secret is the driver's alone: names are hashed while planning.
+# What the driver's environment says about storage holds on every worker. Never a credential itself, which everyone at the dashboard would
+# read: nodes have their own, and a cluster started here inherits them. Nor the secret: names are hashed while planning.
 FORWARDED = (
     "AWS_ENDPOINT_URL",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
     "AWS_EC2_METADATA_DISABLED",

@@ -126,6 +126,25 @@ def running(folder: Path) -> Iterator[Services]:
         shutil.rmtree(ray_folder, ignore_errors=True)
 
 
+@contextmanager
+def ray_head(folder: Path, **environment: str) -> Iterator[Services]:
+    """The head of compose.yaml alone, with four slots for work; more variables of its environment by name."""
+    names = ["store", "head", "dashboard", "client", "head_agent"]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ray_folder = tempfile.mkdtemp(prefix="ray-")
+    services = Services(folder, {**_environment(ports), **environment, "RAY_LOGS": f"{ray_folder}/session_latest/logs"}, ports)
+    extra = ["--temp-dir", ray_folder, "--dashboard-port", str(ports["dashboard"]), "--ray-client-server-port", str(ports["client"])]
+    extra += ["--num-cpus", "4", "--node-ip-address", "127.0.0.1", *_ray_ports(ports["head_agent"])]
+    try:
+        _start(services, "head", {"6379": str(ports["head"])}, extra)
+        services.wait("head", lambda: "Ray runtime started" in services.log("head"))
+        services.wait("head", lambda: answers(f"{services.jobs}/api/gcs_healthz"))
+        yield services
+    finally:
+        end(*(process.pid for process in services.running.values()))
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
 def end(*pids: int) -> None:
     """End processes started here and all that they started. Nothing of theirs outlives the test, so there is nothing to end in order."""
     family: list[psutil.Process] = []
