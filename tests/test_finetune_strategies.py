@@ -39,7 +39,7 @@ from encoders.weights import sha256_of
 from engine.context import LocalContext
 from finetune.run import plant as run_plant
 from finetune.run import run
-from finetune.strategies import STRATEGIES, get, resolve
+from finetune.strategies import STRATEGIES, check, get, resolve
 from finetune.task import Task
 from finetune.transplant import places, verify
 
@@ -243,6 +243,48 @@ def test_what_has_no_volumes_says_so() -> None:
     for architecture, strategy in (("test_vit", "full"), ("test_resnet", {"name": "truncated", "cut": "layer2", "head": "flat"})):
         with pytest.raises(RequestError, match="volumes"):
             plant(architecture, strategy, VOLUMES)
+
+
+# -- what can be told before anything runs
+
+
+@over(EVERY)
+def test_what_can_be_made_passes_the_check(case: str, task: Task) -> None:
+    small, options = CASES[case]
+    check({"name": case.partition(" ")[0], **options}, SMALL[small], task)
+
+
+ENDING = ("transfusion", "slim", "lwft", "truncated", "fat")
+REFUSED: list[tuple[dict[str, Any], str, Task, str]] = [
+    *(({"name": name, "cut": "layr2"}, "resnet18", CHEST, "no cut 'layr2'") for name in ENDING),
+    ({"name": "mean-var", "after": "layer9"}, "resnet18", CHEST, "no cut 'layer9'"),
+    ({"name": "mean-var", "subset": ["stem", "block1"]}, "resnet18", CHEST, "no cut 'block1'"),
+    ({"name": "slim", "cut": "block1"}, "test_vit", CHEST, "no widths"),
+    ({"name": "slim", "cut": "layer4"}, "test_resnet", CHEST, "nothing comes after"),
+    ({"name": "truncated", "cut": "layer1", "head": "flat"}, "test_resnet", LUNGS, "no flat head"),
+    ({"name": "gabor"}, "efficientnet_b0", CHEST, "32 filters of 3 px"),
+    ({"name": "gradual", "stages": 6}, "test_resnet", CHEST, "6 stages of an encoder with 5 cuts"),
+    ({"name": "lora"}, "resnet18", CHEST, "resnet18 is none"),
+    ({"name": "knn"}, "resnet18", LUNGS, "images, not pixels"),
+    ({"name": "full"}, "test_vit", VOLUMES, "not inflated to volumes"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "architecture", "task", "message"), REFUSED, ids=[f"{case[0]['name']}-{case[3]}" for case in REFUSED])
+def test_what_cannot_be_made_is_refused_before_and_when_it_is_made(
+    strategy: dict[str, Any], architecture: str, task: Task, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as early:
+        check(strategy, architecture, task, "study.yaml: cells.strategies[3]")
+    assert early.value.where == "study.yaml: cells.strategies[3]"
+    assert early.value.hint
+    with pytest.raises(RequestError, match=message):
+        plant(architecture, strategy, task)
+
+
+def test_a_cut_that_is_searched_for_passes_the_check() -> None:
+    for name in ("truncated", "fat", "transfusion"):
+        check({"name": name, "cut": "auto"}, "resnet18", CHEST)
 
 
 # -- whole cells

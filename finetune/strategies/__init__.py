@@ -4,13 +4,16 @@ make, options = resolve({"name": "linear"})        # or just "linear"
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from base.config import Strict, parse
 from base.errors import RequestError, unknown
+from encoders.build import build
+from encoders.volumes import inflate
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant
 
@@ -39,6 +42,9 @@ class Strategy(Protocol):
 
     Config: type[Strict]
 
+    # Refuses, before anything is loaded, what can be seen from names alone; only where a strategy has something to refuse.
+    check: Callable[[str, Task, Strict], None]
+
     def transplant(self, spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Strict, seed: int) -> Transplant: ...
 
 
@@ -61,3 +67,22 @@ def resolve(strategy: str | Mapping[str, Any], where: str = "strategy") -> tuple
     name = str(entry.pop("name"))
     make = get(name)
     return make, parse(entry, make.Config, f"{where} {name}")
+
+
+def check(strategy: str | Mapping[str, Any], architecture: str, task: Task, where: str = "strategy") -> None:
+    """Whether the strategy can be had of this architecture on this task, told from their names before anything runs.
+
+    `cut: auto` is passed over: a search puts cuts of the architecture in its place.
+
+    Raises:
+        RequestError: as `resolve`, and no such cut, a family that the strategy is not for, or a kind of task.
+    """
+    make, options = resolve(strategy, where)
+    try:
+        if task.volume:
+            with torch.device("meta"):
+                inflate(build(architecture, 1))
+        if hasattr(make, "check") and getattr(options, "cut", None) != "auto":
+            make.check(architecture, task, options)
+    except RequestError as error:
+        raise RequestError(error.what, where=where, hint=error.hint) from error

@@ -14,7 +14,7 @@ from finetune.strategies import truncated
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, groups_of
 
-Config = truncated.Config
+Config, check = truncated.Config, truncated.check
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: truncated.Config, seed: int) -> Transplant:

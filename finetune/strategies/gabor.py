@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
+from encoders.build import Encoder, build
 from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, groups_of, receive, rest
@@ -28,26 +29,34 @@ class Config(Strict):
     """No options."""
 
 
+def check(architecture: str, task: Task, options: Strict) -> None:
+    """Raises RequestError: the first convolution is too small or has too few filters."""
+    with torch.device("meta"):
+        count, _, side, _ = _first(build(architecture, 1))[1].shape
+    if count < ORIENTATIONS * PHASES or side < SMALLEST:
+        what = f"{architecture} begins with {count} filters of {side} px, too small for Gabor filters"
+        raise RequestError(what, hint=f"{SMALLEST} px at least have resnet18 to resnet152, densenet*, cbr_*, convnext_*, swin_*, vit_*")
+
+
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Strict, seed: int) -> Transplant:
     """Of the source nothing is left but the scale of its first convolution.
 
     Raises:
         RequestError: the first convolution is too small or has too few filters.
     """
+    check(spec.architecture, task, options)
     donor, _, _ = receive(spec, weights, seed)
     encoder = rest(spec, seed)
-    name, first = next((name, p) for name, p in encoder.net.named_parameters() if p.ndim == 4)
-    count, side = first.shape[0], first.shape[-1]
-    if count < ORIENTATIONS * PHASES or side < SMALLEST:
-        raise RequestError(
-            f"{spec.architecture} begins with {count} filters of {side} px, too small for Gabor filters",
-            hint=f"{SMALLEST} px at least have resnet18 to resnet152, densenet*, cbr_*, convnext_*, swin_*, vit_*",
-        )
+    name, first = _first(encoder)
     scale = float(donor.net.state_dict()[name].double().std(correction=0))
     with torch.no_grad():
-        first.copy_((bank(count, side) * scale)[:, None].expand_as(first))
+        first.copy_((bank(first.shape[0], first.shape[-1]) * scale)[:, None].expand_as(first))
     module = assemble(encoder, task, seed_of("head", seed), linear=False)
     return Transplant(module, groups_of(module), None, sha256_of(encoder.net.state_dict()))
+
+
+def _first(encoder: Encoder) -> tuple[str, nn.Parameter]:
+    return next((name, parameter) for name, parameter in encoder.net.named_parameters() if parameter.ndim == 4)
 
 
 def bank(filters: int, side: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
+from encoders.cuts import cuts
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Group, Transplant, assemble, groups_of, receive
 
@@ -21,6 +22,11 @@ class Config(Strict):
     stages: int = Field(4, ge=1)
 
 
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: more stages than cuts."""
+    _fits(options.stages, len(cuts(architecture)))
+
+
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
     """All weights from the source. A group's `start` is the share of the epochs that it waits.
 
@@ -29,8 +35,7 @@ def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Ta
     """
     encoder, loaded, sha256 = receive(spec, weights, seed)
     count = len(encoder.cuts)
-    if options.stages > count:
-        raise RequestError(f"{options.stages} stages of an encoder with {count} cuts", hint=f"stages={count}")
+    _fits(options.stages, count)  # a truncated source has fewer
     module = assemble(encoder, task, seed_of("head", seed), linear=False)
 
     def of_cut(at: int) -> Group:
@@ -39,3 +44,8 @@ def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Ta
         return Group(f"encoder, stage {stage + 1}", [], start=(options.stages - stage) / (options.stages + 1))
 
     return Transplant(module, groups_of(module, of_cut), loaded, sha256)
+
+
+def _fits(stages: int, count: int) -> None:
+    if stages > count:
+        raise RequestError(f"{stages} stages of an encoder with {count} cuts", hint=f"stages={count}")

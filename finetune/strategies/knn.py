@@ -72,14 +72,19 @@ class KnnHead(nn.Module):
         return torch.einsum("bk,bkl->bl", (nearest_BK / self.temperature).softmax(1), target_NL[index_BK])
 
 
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: a segmentation task."""
+    if task.kind == "segmentation":
+        raise RequestError("knn finds images, not pixels: it is for labels", hint="strategy linear or full for masks")
+
+
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
     """A frozen encoder and a head to be fitted, no groups.
 
     Raises:
         RequestError: a segmentation task.
     """
-    if task.kind == "segmentation":
-        raise RequestError("knn finds images, not pixels: it is for labels", hint="strategy linear or full for masks")
+    check(spec.architecture, task, options)
     encoder, loaded, sha256 = receive(spec, weights, seed)
     module = Network(shaped(encoder, task).requires_grad_(False), KnnHead(task.kind, options.k, options.temperature), pyramid=False)
     return Transplant(module, [], loaded, sha256, views="evaluation")

@@ -50,15 +50,20 @@ class Adapted(nn.Linear):
         return plain
 
 
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: not a vision transformer."""
+    if not is_vit(architecture):
+        known = ", ".join(FAMILIES["vit"].architectures)
+        raise RequestError(f"lora adapts the attention of vision transformers, {architecture} is none", hint=f"these are: {known}")
+
+
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
     """All weights from the source; only the added matrices and the head train.
 
     Raises:
         RequestError: not a vision transformer.
     """
-    if not is_vit(spec.architecture):
-        known = ", ".join(FAMILIES["vit"].architectures)
-        raise RequestError(f"lora adapts the attention of vision transformers, {spec.architecture} is none", hint=f"these are: {known}")
+    check(spec.architecture, task, options)
     encoder, loaded, sha256 = receive(spec, weights, seed)
     encoder.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from base.config import Strict
 from base.seeds import seed_of
+from encoders.cuts import find
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Group, Transplant, assemble, freeze, groups_of, place, receive
 
@@ -20,6 +21,12 @@ class Config(Strict):
 
     cut: str | None = None
     base_lr_div: float = Field(10.0, ge=1)
+
+
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: no such cut."""
+    if options.cut is not None:
+        find(architecture, options.cut)
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:

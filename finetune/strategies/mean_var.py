@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from base.config import Strict
 from base.seeds import rng, seed_of
 from encoders.build import Encoder
+from encoders.cuts import find
 from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, copied, groups_of, place, places, receive, rest
@@ -34,6 +35,12 @@ class Config(Strict):
     subset: Literal["all"] | list[str] = "all"
     after: str | None = None
     batch_norm: Literal["default", "copy", "meanvar"] = "default"
+
+
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: no such cut."""
+    for name in ([] if options.subset == "all" else options.subset) + ([options.after] if options.after else []):
+        find(architecture, name)
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:

@@ -17,7 +17,7 @@ from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
 from encoders.build import Encoder
-from encoders.cuts import family, is_cbr
+from encoders.cuts import cuts, family, find, is_cbr
 from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, copied, groups_of, place, places, receive, rest
@@ -30,12 +30,21 @@ class Config(Strict):
     factor: int = Field(2, ge=2)
 
 
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: no such cut, nothing after it, or a family without widths to choose."""
+    if family(architecture) not in ("resnet", "cbr", "cbr-valid"):
+        raise RequestError(f"{architecture} has no widths to choose", hint="slim is for resnet* and cbr_*")
+    if find(architecture, options.cut) == len(cuts(architecture)) - 1:
+        raise RequestError(f"nothing comes after {cuts(architecture)[-1].name} that could be narrower", hint="an earlier cut")
+
+
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
     """What is narrow is drawn from the cell's seed alone.
 
     Raises:
         RequestError: no such cut, nothing after it, a family without widths to choose, or channels that do not divide.
     """
+    check(spec.architecture, task, options)
     donor, loaded, _ = receive(spec, weights, seed)
     last = place(donor, options.cut)
     encoder = slimmed(spec, donor, last, options.factor, seed)
@@ -47,8 +56,8 @@ def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Ta
 def slimmed(spec: EncoderSpec, donor: Encoder, last: int, factor: int, seed: int) -> Encoder:
     """The donor's architecture, narrow after the cut of that index, with its own initialisation throughout. Raises as `transplant`."""
     own = _widths(donor)
-    if spec.cut is not None or last == len(donor.cuts) - 1:
-        raise RequestError(f"nothing comes after {donor.cuts[last].name} that could be narrower", hint="an earlier cut of a whole source")
+    if spec.cut is not None:
+        raise RequestError("a truncated source has no slim form", hint="slim a whole one")
     ends = [max(i for i, cut in enumerate(donor.cuts) if cut.name.partition(".")[0] == stage) for stage in own]
     narrow = [width for width, end in zip(own.values(), ends, strict=True) if end > last]
     if any(width % factor for width in narrow):
@@ -65,8 +74,6 @@ def _widths(donor: Encoder) -> dict[str, int]:
     """Of the stages of a ResNet, or the layers of a CBR."""
     if is_cbr(donor.architecture):
         return {cut.name: int(donor.net.get_parameter(f"{cut.name}.conv.weight").shape[0]) for cut in donor.cuts}
-    if family(donor.architecture) != "resnet":
-        raise RequestError(f"{donor.architecture} has no widths to choose", hint="slim is for resnet* and cbr_*")
     stages: dict[str, Any] = {name: module for name, module in donor.net.named_children() if name.startswith("layer")}
     return {name: stages[name][-1].conv1.out_channels for name in stages}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from base.config import Strict
 from base.seeds import seed_of
+from encoders.cuts import find
 from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, copied, groups_of, place, places, receive, rest
@@ -18,6 +19,11 @@ class Config(Strict):
     """cut: a name of encoders.cuts; a stage's means its last block."""
 
     cut: str
+
+
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: no such cut."""
+    find(architecture, options.cut)
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:

@@ -12,6 +12,7 @@ from torch import Tensor
 from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
+from encoders.cuts import find
 from encoders.truncate import Truncated, truncate
 from encoders.weights import Loaded, sha256_of
 from finetune.task import Task
@@ -23,6 +24,13 @@ class Config(Strict):
 
     cut: str
     head: Literal["pooled", "flat"] = "pooled"
+
+
+def check(architecture: str, task: Task, options: Config) -> None:
+    """Raises RequestError: no such cut, or a flat head for masks."""
+    find(architecture, options.cut)
+    if options.head == "flat" and task.kind == "segmentation":
+        raise RequestError("head: a segmentation task has no flat head", hint="head=pooled: the decoder gets maps in any case")
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
@@ -43,8 +51,7 @@ def shortened(
     """The source's encoder up to the cut, and what is left in it of what was loaded. Raises RequestError as `transplant`."""
     if options.cut == "auto":
         raise RequestError("cut: auto is searched for by a study", hint="allograft run STUDY.yaml, or name a cut")
-    if options.head == "flat" and task.kind == "segmentation":
-        raise RequestError("head: a segmentation task has no flat head", hint="head=pooled: the decoder gets maps in any case")
+    check(spec.architecture, task, options)
     if options.head == "flat" and spec.resolution is None:
         raise RequestError("head: a flat head needs the images' size", hint="resolution=64")
     encoder, loaded, _ = receive(spec, weights, seed)
