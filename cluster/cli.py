@@ -144,6 +144,21 @@ def _closing(study: Any, summary: Any) -> None:
         print(summary.answer)
 
 
+@app.command(epilog=_example("allograft submit demo out=s3://bucket/demo tracking=http://mlflow:5000 --address http://127.0.0.1:8265"))
+def submit(
+    study: Annotated[str | None, typer.Argument(help="a study file, or the name of one in studies/")] = None,
+    settings: Settings = None,
+    address: Annotated[str | None, typer.Option(help="of its dashboard, http://HOST:8265; default RAY_API_SERVER_ADDRESS")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="come back when it is sent")] = False,
+    follow: Annotated[str | None, typer.Option(metavar="JOB", help="print the log of a job to its end; exit code: its driver's")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="end a job; the same study goes on later from what stands")] = None,
+) -> None:
+    """The study as a job of a Ray cluster. Its log is shown; the exit code is that of its driver. Ctrl-C leaves it running."""
+    from cluster.submit import command
+
+    raise typer.Exit(command(study, settings or [], address, detach=detach, followed=follow, stopped=stop))
+
+
 @app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke"))
 def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
     """What a study would do, what stands already and what is missing. Starts nothing."""
