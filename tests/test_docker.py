@@ -1,4 +1,4 @@
-"""Where no container engine runs: the Dockerfile's install steps in a fresh folder, and what compose.yaml and rayjob.yaml say.
+"""Where no container engine runs: the Dockerfile's install steps in a fresh folder, and what compose.yaml says.
 
 The services of compose.yaml are started, from packages, by test_cluster_jobs.
 """
@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from services import compose
 
 from base.paths import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-RAYJOB = ROOT / "cluster" / "deploy" / "rayjob.yaml"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -98,23 +96,3 @@ def _dev_locked(package: str) -> str:
     found = re.search(rf"^{re.escape(package)}==(\S+)", (ROOT / "requirements-dev.lock").read_text(), re.MULTILINE)
     assert found, package
     return found.group(1)
-
-
-def test_rayjob_is_the_locks_ray_and_marks_what_to_change() -> None:
-    spec = yaml.safe_load(RAYJOB.read_text())["spec"]
-    cluster = spec["rayClusterSpec"]
-    assert cluster["rayVersion"] == locked("ray")
-    assert cluster["authOptions"] == {"mode": "token"}
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
-    assert {container["image"] for container in containers} == {"CHANGE-registry/allograft:CHANGE-tag"}
-    for container in containers:
-        assert container["envFrom"] == [{"secretRef": {"name": "allograft-storage"}}]
-    words = shlex.split(spec["entrypoint"])
-    assert words[:2] == ["allograft", "run"]
-    assert (ROOT / words[2]).exists()
-    settings = dict(word.split("=", 1) for word in words[3:])
-    assert settings["out"].startswith("s3://CHANGE-")
-    assert settings["tracking"].startswith("http://")
-    assert "CHANGE" in settings["tracking"]
-    assert spec["backoffLimit"] >= 1
