@@ -41,9 +41,19 @@ class Engine:
         module: float32, its forward takes one batch; already converted by `engine.norm.convert`.
         rank_batch: samples per rank and step.
         warmup_steps, total_steps: of the schedule.
+        optimizer: in place of the configuration's, by whoever sets its rates and calls `update`.
     """
 
-    def __init__(self, module: nn.Module, config: EngineConfig, *, rank_batch: int, warmup_steps: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        *,
+        rank_batch: int,
+        warmup_steps: int,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         ranks.start()
         deepspeed = ranks.import_deepspeed()
         self.config, self.device = config, ranks.device()
@@ -51,7 +61,7 @@ class Engine:
         self.plateau = schedules.Plateau(config.optimizer.patience, config.optimizer.gamma)
         module.to(self.device)
         ranks.share_buffers(module)
-        optimizer = optimizers.make(module, config.optimizer)
+        optimizer = optimizer or optimizers.make(module, config.optimizer)
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": rank_batch // config.accumulate,
             "gradient_accumulation_steps": config.accumulate,
@@ -91,6 +101,10 @@ class Engine:
             group["lr"] = rate * group["lr_scale"]
             if group["weight_decay"]:
                 group["weight_decay"] = schedules.decayed(opt.weight_decay, opt.weight_decay_end, step, self._total)
+        return self.update(loss, measure=measure)
+
+    def update(self, loss: Tensor, *, measure: bool = False) -> float | None:
+        """`step` at the rates that stand in the optimiser."""
         self._engine.backward(loss)
         updates = self._engine.is_gradient_accumulation_boundary()
         if self._alone:

@@ -19,6 +19,8 @@ class CellConfig(Strict):
         encoder_dir, encoder_sha256: the exported encoder and the hash of its tensors, with source_kind `weights`.
         strategy: `name` and the strategy's options.
         fraction: share of the training images, by whole patients.
+        workers: processes that train the cell together, each on its part of every batch, with as many threads each; its numbers do not
+            depend on it beyond rounding.
         dtype: `bf16` computes networks under autocast; weights, losses and logits are fp32 in any case.
         own_source: the source has seen this dataset's labels.
         exposed_to: corpora in the source's past that may hold test images of this dataset, or other images of their patients.
@@ -45,6 +47,7 @@ class CellConfig(Strict):
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
     threads: int = Field(1, gt=0)
+    workers: int = Field(1, gt=0)
     own_source: bool = False
     exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False

@@ -11,6 +11,7 @@ Legend: N images, B batch, C channels, L labels, H W pixels.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Evaluator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.module: Network = transplant.module.to(self.device)
+        self.network: Callable[[Tensor], Tensor] = self.module  # what training calls: an engine around it, where there are several workers
         for tensor in self.module.parameters():
             tensor.data = _in_layout(tensor.data)
         self.frozen = self.module.frozen
@@ -214,8 +216,7 @@ class Evaluator:
         """Logits of one batch of u8 images, or of the float maps that the head reads of them."""
         x = [self.on_device(part) for part in x]
         with self.precision():
-            logits: Tensor = self.module(x[0]) if x[0].dtype == torch.uint8 else self.module.head(x, self.size)
-        return logits
+            return self.network(x[0]) if x[0].dtype == torch.uint8 else self.module.head(x, self.size)
 
     def precision(self) -> torch.autocast:
         """The context that networks compute in."""

@@ -44,7 +44,8 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     and gets the same; the first writes.
 
     Raises:
-        RequestError: another number of workers than the cell asks for, the task does not fit the dataset, unknown strategy or option, no such encoder, another cell's result at `out`.
+        RequestError: another number of workers than the cell asks for, the task does not fit the dataset, unknown strategy or option, no
+            such encoder, another cell's result at `out`.
         WorkError: shards or weights are not those planned, loss or output not finite, or the context asked to stop.
     """
     where = storage.join(config.out, RESULT)

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from base.errors import WorkError
+from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
+from engine import ranks
 from engine.context import Context
 from finetune import data, predict
 from finetune.auxiliary import WEIGHT, Auxiliary, attach
@@ -33,7 +35,6 @@ from finetune.cell import CellConfig, Selection
 from finetune.evaluate import Evaluator
 from finetune.features import chunks
 from finetune.losses import class_weights, loss_of
-from finetune.network import Network
 from finetune.optimize import Best, Rate, optimizer_of, set_rates
 from finetune.task import Training
 from finetune.transplant import Group, Transplant
@@ -94,7 +95,7 @@ class Trainer:
                 beside = list(self._auxiliary.to(self.evaluator.device).parameters())
                 parts = [("auxiliary", [p for p in beside if p.ndim > 1]), ("auxiliary, no decay", [p for p in beside if p.ndim == 1])]
                 groups = [*groups, *(Group(name, params, decay=name == "auxiliary") for name, params in parts)]
-            selection = self._descend(self.task.recipe, groups, batches, ctx, log)
+            selection = self._descend(self.task.recipe, groups, batches, ctx, log, part=(ctx.rank, ctx.world_size))
         return selection, len(self.arrays("train"))
 
     def _fit_probe(self, ctx: Context, log: Path) -> Selection:
@@ -120,7 +121,8 @@ class Trainer:
         target_NL, known_NL = (torch.from_numpy(x).to(z_ND.device) for x in (train.target, train.known))
         self.module.head.fit(z_ND, target_NL, known_NL)  # type: ignore[operator]
         row = {"epoch": 0} | self._validate() | {"seconds": round(time.perf_counter() - started, 3)}
-        _write(row, log)
+        if ctx.rank == 0:
+            _write(row, log)
         ctx.report(row)
         value = row[f"val_{self.task.metric}"]
         return self._selection(row["val_loss"] if value is None else value, by_loss=value is None, epoch=0, epochs=0)
@@ -138,11 +140,17 @@ class Trainer:
         ctx: Context,
         log: str | Path,
         probe: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> Selection:
-        """Epochs of a recipe; the best one's weights are in place afterwards."""
+        """Epochs of a recipe; the best one's weights are in place afterwards.
+
+        part: which of how many workers this one is, where each trains on its part of every batch. What trains on kept features, and
+            evaluation, takes too little time to be worth sharing: each does all of it, to the same result.
+        """
         images, penalty = len(self.arrays("train")), None if probe else self.transplant.penalty
         steps = sum(1 for _ in data.batches(np.arange(images), recipe.batch))
         optimizer, rate, best = optimizer_of(recipe, groups), Rate(recipe, steps), Best(recipe.patience)
+        update = self._together(optimizer, images, recipe.batch) if part[1] > 1 else None
         best_state, by_loss, epoch = dict[str, Tensor](), recipe.select == "loss", 0
         for epoch in range(1, recipe.epochs + 1):
             if reason := ctx.should_stop():
@@ -154,19 +162,30 @@ class Trainer:
             self.evaluator.train(True)
             order = rng("order", self.config.seed, epoch).permutation(images)
             losses: list[Tensor] = []
-            for step, batch in enumerate(make_batches(data.batches(order, recipe.batch), epoch)):
+            indices = list(data.batches(order, recipe.batch))
+            mine = [np.array_split(index, part[1])[part[0]] for index in indices]
+            for step, batch in enumerate(make_batches(mine, epoch)):
                 set_rates(optimizer, groups, rate.at((epoch - 1) * steps + step))
-                loss, added = self._losses(*batch)
-                losses.append(loss.detach())
+                # A mean over this worker's images, that the mean over workers be the one over the whole batch; of labels it is already.
+                weight = 1.0 if self.task.kind == "multilabel" else len(mine[step]) * part[1] / len(indices[step])
+                with nullcontext() if update else ranks.alone():
+                    loss, added = self._losses(*batch)
+                losses.append(weight * loss.detach())
                 optimizer.zero_grad(set_to_none=True)
-                (loss + added + (0.0 if penalty is None else penalty())).backward()
-                optimizer.step()
-            train_loss = torch.stack(losses).double().mean().item()
+                total = weight * (loss + added) + (0.0 if penalty is None else penalty())
+                if update:
+                    update(total)
+                else:
+                    total.backward()
+                    optimizer.step()
+            of_worker = torch.stack(losses).double().mean()
+            train_loss = float(ranks.all_sum(of_worker) / part[1] if update else of_worker)
             if not math.isfinite(train_loss):
                 raise self.evaluator.diverged(f"the training loss is not finite in epoch {epoch}")
-            row = {"epoch": epoch, "train_loss": train_loss} | self._validate()
+            row: dict[str, Any] = {"epoch": epoch, "train_loss": train_loss} | self._validate()
             row |= {"lr": rate.at(epoch * steps - 1), "seconds": round(time.perf_counter() - started, 3)}
-            _write(row, log)
+            if ctx.rank == 0:
+                _write(row, log)
             if not probe:
                 ctx.report(row)
             value = row[f"val_{self.task.metric}"]
@@ -180,6 +199,28 @@ class Trainer:
             raise self.evaluator.diverged("the validation loss was never finite")
         self.module.load_state_dict(best_state, strict=False)
         return self._selection(-best.score if by_loss else best.score, by_loss=by_loss, epoch=best.epoch, epochs=epoch)
+
+    def _together(self, optimizer: torch.optim.Optimizer, images: int, batch: int) -> Callable[[Tensor], object]:
+        """DeepSpeed's average of the gradients over the workers, whose batch norms have the statistics of the whole batch; its update.
+
+        Raises:
+            RequestError: a batch that has not an image for each worker.
+        """
+        from engine import norm
+        from engine.config import EngineConfig, OptimizerConfig
+        from engine.step import Engine
+
+        least = min(len(index) for index in data.batches(np.arange(images), batch))
+        if least < ranks.world():
+            where = f"cell {self.config.key}: workers"
+            raise RequestError(f"{ranks.world()} workers for a batch of {least} images", where=where, hint="workers=1")
+        norm.convert(self.module)
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.contiguous()  # DeepSpeed broadcasts bytes, which it finds in rows alone
+        config = EngineConfig(optimizer=OptimizerConfig(lr=1.0), precision=self.config.dtype)
+        engine = Engine(self.module, config, rank_batch=1, warmup_steps=0, total_steps=1, optimizer=optimizer)
+        self.evaluator.network = engine.forward
+        return engine.update
 
     def _selection(self, value: float, *, by_loss: bool, epoch: int, epochs: int) -> Selection:
         return Selection(metric="loss" if by_loss else self.task.metric, value=value, epoch=epoch, epochs=epochs)
@@ -214,7 +255,7 @@ class Trainer:
         """The loss, without what is added to it in training, and the task's metric on the validation split."""
         arrays, logits = self.arrays("val"), self.logits("val")
         value = predict.headline(self.task, predict.measure(self.task, arrays, logits))
-        with torch.inference_mode():
+        with torch.inference_mode(), ranks.alone():
             target, known = torch.from_numpy(arrays.target), torch.from_numpy(arrays.known)
             loss = loss_of(self.task, torch.from_numpy(logits), target, known, self._weights)
         return {"val_loss": float(loss), f"val_{self.task.metric}": None if math.isnan(value) else value}
@@ -247,14 +288,3 @@ def _release(groups: Sequence[Group], share: float) -> bool:
 def _write(row: dict[str, Any], log: str | Path) -> None:
     with open(log, "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def cost(module: Network, shape: Sequence[int]) -> tuple[int, int]:
-    """Parameters of the whole network, and its multiply-accumulates for one image of that shape (convolutions and matrix products)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(module.encoder.parameters()).device
-    module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
-    return sum(parameter.numel() for parameter in module.parameters()), counter.get_total_flops() // 2

@@ -305,3 +305,36 @@ def test_golden_numbers_of_a_cell(cell: Make, tmp_path: Path) -> None:
     assert found.keys() == golden.keys()
     for name, expected in golden.items():
         assert found[name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_two_workers_compute_what_one_does(tmp_path: Path) -> None:
+    """Each on its part of every batch, gradients averaged by DeepSpeed, statistics of batch norm those of the whole batch; the last batch
+    has an odd number of images. The frozen part of a gradual release stays as it is, and one process writes."""
+    shards = tiny_cell.corpora(tmp_path / "corpora")
+    quick = {"recipe.epochs": 2, "recipe.batch": 15, "recipe.lr": 1e-3, "recipe.optimizer": "sgd", "recipe.warmup": 0}
+    cases = {
+        "labels": ("phantom-chest", {"class_weights": "balanced"}, "full"),
+        "classes": ("phantom-chest", {"kind": "multiclass", **tiny_cell.CLASSES}, "gradual"),
+        "masks": ("phantom-vessels", {"recipe.batch": 9}, "lp-ft"),
+    }
+    alone, both = (
+        [
+            tiny_cell.config(shards, tmp_path / f"{name}-{workers}", task, quick | extra, workers=workers, strategy={"name": strategy})
+            for name, (task, extra, strategy) in cases.items()
+        ]
+        for workers in (1, 2)
+    )
+    said = tiny_cell.together(both, tmp_path, 2)
+    assert "Traceback" not in said
+    for one, two in zip(alone, both, strict=True):
+        expected = run(one, context(tmp_path))
+        found = json.loads((Path(two.out) / "result.json").read_text())
+        rows = [tiny_cell.rows(Path(config.out) / "metrics.jsonl") for config in (one, two)]
+        for a, b in zip(*rows, strict=True):
+            assert a.keys() == b.keys()
+            assert [b[key] for key in a] == pytest.approx([a[key] for key in a], abs=1e-5)
+        frames = [pd.read_parquet(Path(config.out) / "predictions.parquet") for config in (one, two)]
+        pd.testing.assert_frame_equal(*frames, atol=1e-4, rtol=1e-4)
+        assert found["selection"]["epoch"] == expected["selection"]["epoch"]
+    with pytest.raises(RequestError, match="the cell asks for 2 workers, 1 run"):
+        run(both[0].model_copy(update={"key": "1" * 16}), context(tmp_path))

@@ -1,6 +1,13 @@
-"""Cells of a tenth of a second: a dataset of noise with white squares in three splits, an encoder of two layers, a few epochs."""
+"""Cells of a tenth of a second: a dataset of noise with white squares in three splits, an encoder of two layers, a few epochs.
+
+python tests/tiny_cell.py CONFIG.json...        # as one of several workers, under torchrun's environment variables
+"""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +105,33 @@ def trained(
 def rows(log: Path) -> list[dict[str, Any]]:
     """A log, without what differs from run to run."""
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in log.read_text().splitlines()]
+
+
+def together(cells: list[CellConfig], folder: Path, workers: int) -> str:
+    """Run the cells one after the other in that many processes; what they printed."""
+    files = []
+    for number, cell in enumerate(cells):
+        files.append(folder / f"{number}.json")
+        files[-1].write_text(cell.model_dump_json(by_alias=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+    shared |= {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, __file__, *map(str, files)]
+    running = [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(workers)
+    ]
+    said = "".join(process.communicate(timeout=120)[0] for process in running)
+    assert all(process.returncode == 0 for process in running), said
+    return said
+
+
+if __name__ == "__main__":
+    from finetune.run import run
+
+    for file in sys.argv[1:]:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        run(CellConfig.model_validate_json(Path(file).read_text()), LocalContext(rank, world, file + f".{rank}"))
