@@ -24,6 +24,7 @@ from encoders.cuts import Cut, cuts, family, is_cbr, is_vit, pyramid_cuts, small
 # Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
 VIT_SIDE = 224
+PATCHES = {"vit": 16, "swin": 4}  # a side of what a family cuts images into
 HEADS = ("global_pool", "fc_norm", "head")  # the first module of timm's networks that comes after the last map
 
 
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
         net: the timm network (`num_classes=0`); its state dict is the encoder's weights.
         image_size: side that a vision transformer's positions are for (other sides are interpolated); None for convolutions.
         widths: of the stages, where they are not the architecture's own.
-        smallest: side in pixels under which images are refused.
+        smallest: side in pixels under which images are refused. patch: what their sides must be multiples of.
         num_features: D.
         cuts: all of them, from the stem to the last block.
         pyramid_channels, pyramid_reductions: of the maps that `pyramid` gives, finest first.
@@ -68,7 +69,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size, self.widths = image_size, widths
-        self.smallest = smallest(architecture)
+        self.smallest, self.patch = smallest(architecture), PATCHES.get(family(architecture), 1)
         self.architecture, self.in_chans = architecture, in_chans
         self.mean, self.std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
         self.normalise = Normalise(self.mean, self.std)
@@ -83,11 +84,14 @@ class Encoder(nn.Module):
         """x: u8 or float BCHW -> what the network takes.
 
         Raises:
-            RequestError: an image smaller than the network takes.
+            RequestError: an image smaller than the network takes, or not of whole patches.
         """
+        given = f"{x.shape[-2]} x {x.shape[-1]}"
         if min(x.shape[-2:]) < self.smallest:
-            given = f"{x.shape[-2]} x {x.shape[-1]}"
             raise RequestError(f"{self.architecture} takes images of at least {self.smallest} px, not of {given}")
+        if any(side % self.patch for side in x.shape[-2:]):
+            near = f"{x.shape[-1] // self.patch * self.patch} px"
+            raise RequestError(f"{self.architecture} takes sides that are multiples of {self.patch} px, not {given}", hint=f"take {near}")
         return self.normalise(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.errors import RequestError
 from encoders.build import Encoder, build
 from encoders.truncate import truncate
 from encoders.volumes import inflate
@@ -49,6 +50,14 @@ def test_masks_have_the_images_size(architecture: str, decoder: str) -> None:
     odd = FAMILIES[architecture]
     for size in ((64, 64), (odd, odd + 10)) if encoder.smallest <= 64 else ((odd, odd + 10),):
         assert shapes_of(encoder, masks(decoder), size) == (2, *size)
+
+
+def test_labels_of_images_that_are_no_whole_patches_are_refused() -> None:
+    """Masks pad their images; a classified image is not changed behind anybody's back."""
+    for architecture, patch in (("test_vit", 16), ("swin_tiny_patch4_window7_224", 4)):
+        encoder = build(architecture, 1, image_size=64).to("meta")
+        with pytest.raises(RequestError, match=rf"multiples of {patch} px, not 50 x 50"):
+            encoder(torch.zeros(1, 1, 50, 50, dtype=torch.uint8, device="meta"))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, roc_auc
 
 from analysis import metrics
 from base.errors import RequestError, WorkError
+from cluster import facts
 from finetune.data import NOT_JUDGED, Arrays, load, original_masks
 from finetune.measure import FEW, headline, rows_of
 from finetune.predict import measure, predictions, probabilities
@@ -409,3 +410,14 @@ def test_any_row_can_be_computed_again_from_the_file(tmp_path: Path, squares: tu
         assert {row["split"] for row in rows} == {"val", "test"}
         assert len({(row["split"], row["class"], row["metric"]) for row in rows}) == len(rows)
         assert math.isfinite(headline(task, rows, "test"))
+
+
+def test_metrics_of_strata_have_names_that_mlflow_takes() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    arrays, logits = random_split(TWO, 60, "test", 0, strata=tuple(["a+b, (c)", "d=e"][i % 2] for i in range(60)))
+    rows = measure(TWO, arrays, logits)
+    told = facts.headline({"metrics": rows})
+    assert told["test_auroc_mean/d_e"] == value(rows, "auroc_mean/d=e")
+    for name in told:
+        _validate_metric_name(name)
