@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,18 @@ def test_a_dashboard_with_a_certificate_of_ones_own(tmp_path: Path, monkeypatch:
         with pytest.raises(RequestError, match="not Ray's dashboard"):  # the certificate is taken, and no Ray is behind it
             connect(address)
         server.shutdown()
+
+
+def test_what_was_run_is_a_date_with_evidence_or_never() -> None:
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "tested.md").read_text().splitlines() if line.startswith("| ")]
+    head, *rows = lines
+    assert head[1:-1] == ["2-core CPU", "three namespaces", "one H100", "many GPUs with NCCL", "Kubernetes", "Slurm"]
+    assert len({row[0] for row in rows}) == len(rows) > 20
+    for row in rows:
+        assert len(row) == len(head), row
+        dates = [cell for cell in row[1:-1] if cell != "never run"]
+        for cell in dates:
+            assert date.fromisoformat(cell) >= date(2026, 11, 21)
+        named = re.findall(r"`((?:tests|benchmarks)/\S+\.py)`", row[-1])
+        assert all((ROOT / path).exists() for path in named), row
+        assert named or not dates, row
