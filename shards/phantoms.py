@@ -4,8 +4,9 @@
     series = parse_raw("phantom:3000@1/48")                      # Series(images=3000, seed=1, size=48)
 
 Chest and fundus have three labels, each 1 in half of the images and independent of one another: `texture` (local), `count`,
-`arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. The procedural corpus mixes both with
-fractals, to pretrain on: see `shards.phantom_procedural`.
+`arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. Figures have the same labels without
+anatomy, at depths that are known beforehand. The procedural corpus mixes chest and fundus with fractals, to pretrain on: see
+`shards.phantom_procedural`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,31 @@ from typing import NamedTuple
 
 from base.errors import RequestError
 from shards.phantom_chest import chest
+from shards.phantom_figures import figures
 from shards.phantom_fundus import fundus
 from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom
 from shards.phantom_procedural import procedural
 
-__all__ = ["GENERATORS", "LABELS", "PHANTOM_VERSION", "Phantom", "Series", "chest", "fundus", "parse_raw", "patient_of", "procedural"]
+__all__ = [
+    "GENERATORS",
+    "LABELS",
+    "PHANTOM_VERSION",
+    "Phantom",
+    "Series",
+    "chest",
+    "figures",
+    "fundus",
+    "parse_raw",
+    "patient_of",
+    "procedural",
+]
 
-GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {"chest": chest, "fundus": fundus, "procedural": procedural}
+GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {
+    "chest": chest,
+    "figures": figures,
+    "fundus": fundus,
+    "procedural": procedural,
+}
 _RAW = re.compile(r"phantom:(\d+)(?:@(\d+))?(?:/(\d+))?")
 
 
