@@ -151,8 +151,7 @@ def test_ec2_takes_the_nodes() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """A checkout with commands in the place of Slurm's and of the driver, on a path with a space. Ray itself is not started:
-    `ray symmetric-run` ends every Ray of the machine with `ray stop`."""
+    """A checkout with commands in the place of Slurm's and of the driver, on a path with a space."""
     home = tmp_path / "a checkout"
     commands = {
         "scontrol": "echo node1; echo node2",
@@ -167,8 +166,8 @@ def slurm(tmp_path: Path) -> Path:
     return home
 
 
-def batch(home: Path, *words: str, starts: str = "1", code: int = 0) -> subprocess.CompletedProcess[str]:
-    slurm = {"SLURM_SUBMIT_DIR": str(home), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+def batch(home: Path, *words: str, starts: str = "1", code: int = 0, nodes: int = 2) -> subprocess.CompletedProcess[str]:
+    slurm = {"SLURM_SUBMIT_DIR": str(home), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": str(nodes)}
     environment = {**os.environ, **slurm, "SLURM_CPUS_ON_NODE": "8", "STARTS": starts, "CODE": str(code)}
     return subprocess.run(["bash", str(SBATCH), *words], env=environment, capture_output=True, text=True)
 
@@ -184,6 +183,30 @@ def test_slurm_fails_when_ray_does_not_start_and_without_a_study(slurm: Path) ->
     silent = batch(slurm, "study.yaml", starts="")
     assert (silent.returncode, "Ray did not start" in silent.stderr) == (1, True)
     assert batch(slurm).returncode == 2
+
+
+ALONE = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "bash", "-c"]  # `ray stop` sees no other processes there
+ALLOWED = subprocess.run([*ALONE, "mount -t tmpfs none /mnt && ip link set lo up"], capture_output=True).returncode == 0
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not ALLOWED, reason="namespaces need privileges, and without one `ray stop` would end every Ray of this machine")
+def test_slurm_starts_ray_for_real_on_one_node(slurm: Path) -> None:
+    """In a namespace of its own; only Slurm's own commands are replaced, and the driver by one that counts the nodes that it joins."""
+    inside = 'mkdir -p /tmp/ray; mount -t tmpfs none /tmp/ray; ip link set lo up; "$@"'
+    commands = {
+        "scontrol": "#!/bin/bash\necho 127.0.0.1",
+        "srun": f'#!/bin/bash\nshift\n{shlex.join([*ALONE, inside, "srun"])} "$@"',
+        "ray": f'#!/bin/bash\nexec {tool("ray")} "$@"',
+        "allograft": f"#!{sys.executable}\nimport ray\nray.init(address='auto')\nprint('joined', len(ray.nodes()))\nraise SystemExit(2)",
+    }
+    for name, text in commands.items():
+        (slurm / ".venv/bin" / name).write_text(text + "\n")
+        (slurm / ".venv/bin" / name).chmod(0o755)
+    done = batch(slurm, "study.yaml", nodes=1)
+    assert "joined 1" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2
 
 
 def test_ray_has_the_command_that_slurm_calls(slurm: Path) -> None:
