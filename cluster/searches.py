@@ -99,6 +99,7 @@ class Searches:
         self.held: dict[str, Outcome] = {}  # trials by their keys
         self.waiting: dict[str, list[Chosen]] = {}  # who waits for a trial
         self.broken: dict[str, str] = {}  # trials that failed, and why
+        self.kept = 0  # cells that stood when they became known
         self.chosen = [self._begun(setting) for setting in settings]
         for one in self.chosen:
             self._advance(one)
@@ -149,7 +150,7 @@ class Searches:
     def ready(self) -> list[CellConfig]:
         """What can run now and has no result: trials, then cells."""
         trials = {key: self._trial(one, trial) for one in self.open for key, trial in one.trials.items()}
-        return [*trials.values(), *(config for config in self.cells if not done(config.out))]
+        return [*trials.values(), *self._missing_of(self.cells)]
 
     def told(self, config: CellConfig, problem: Exception | None) -> list[CellConfig]:
         """A cell or trial has ended; what became ready by it."""
@@ -168,8 +169,15 @@ class Searches:
             if one.steps:
                 found |= {key: self._trial(one, trial) for key, trial in one.trials.items() if key not in asked_for}
             else:
-                found |= {cell.key: cell for cell in one.cells() if not done(cell.out)}
+                found |= {cell.key: cell for cell in self._missing_of(one.cells())}
         return list(found.values())
+
+    def _missing_of(self, cells: Iterable[CellConfig]) -> list[CellConfig]:
+        """Those without a result; the others are counted."""
+        held = list(cells)
+        missing = [config for config in held if not done(config.out)]
+        self.kept += len(held) - len(missing)
+        return missing
 
     def excused(self, key: str) -> bool:
         """True for a trial that diverged: that is a result of its search, not a failure of the study."""

@@ -115,11 +115,10 @@ def cells(study: Study, searches: Searches, progress: Progress, events: Events) 
 
     todo = searches.ready()
     known = {config.key: config for config in todo}
-    kept = sum(done(config.out) for config in searches.cells)
     idle = set(storage.listing(storage.join(study.out, "cells"))) - {config.key for config in searches.cells}
     asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
     other = "trials or no longer asked for" if searches.searching else "no longer asked for"
-    progress.say(f"cells: {kept} kept, {sum(config.role == 'cell' for config in todo)} new, {len(idle)} {other}{asking}")
+    progress.say(f"cells: {searches.kept} kept, {sum(config.role == 'cell' for config in todo)} new, {len(idle)} {other}{asking}")
     new = 0
 
     def show(tally: Tally) -> None:
@@ -145,7 +144,7 @@ def cells(study: Study, searches: Searches, progress: Progress, events: Events) 
     if tally.deaths:
         progress.say(f"cells: {tally.deaths} worker(s) died and were replaced")
     events.add("cells", done=tally.done, failed=len(failed), deaths=tally.deaths)
-    return kept, new, failed, tally.deaths
+    return searches.kept, new, failed, tally.deaths
 
 
 def _words(config: CellConfig) -> str:

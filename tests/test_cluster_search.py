@@ -117,6 +117,7 @@ def test_a_driver_that_starts_again_asks_only_for_what_is_missing(after: int, tm
     before = drive(planned(study, phantom_chest), likes, limit=after)
     searches = planned(study, phantom_chest)
     rest = drive(searches, likes)
+    assert searches.kept == sum(config.role == "cell" for config in before)
     assert sorted(config.key for config in before + rest) == sorted(config.key for config in undisturbed)
     assert {config.key for config in searches.cells} == {config.key for config in planned(whole, phantom_chest).cells}
     assert not planned(study, phantom_chest).ready()
