@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_study
 import pytest
 import tiny_study
 import yaml
 
+from analysis.results import finished
 from base import storage
 from base.config import parse
 from base.errors import Diverged, RequestError, WorkError
@@ -289,3 +291,29 @@ def test_work_may_grow_while_it_runs(tmp_path: Path) -> None:
     assert len(told) == 8
     assert totals[0] == 2
     assert totals[-1] == 8
+
+
+def test_the_report_draws_what_a_search_saw_and_says_what_is_untuned(tmp_path: Path) -> None:
+    from analysis.report import report
+
+    out = made_study.make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=2, images=60)
+    page = storage.read_bytes(report(str(out))).decode()
+    assert "Untuned: each task has one fixed rate" in page
+    assert 'id="searches"' not in page
+    golden = (Path(__file__).parent / "golden" / "search.json").read_text()
+    storage.put(
+        str(out / "analyses" / "0123" / "search.json"), golden.replace('"phantom-chest"', '"phantom-chest", "dataset": "phantom-chest"')
+    )
+    rows = json.loads((out / "plan.json").read_text())
+    asked = {"cut": "auto", "search": "two-stage"}
+    (out / "plan.json").write_text(json.dumps([{**row, "asked": asked, "searches": ["0123"]} for row in rows]))
+    study = yaml.safe_load((out / "study.yaml").read_text())
+    study["cells"]["tune"] = {"lr": [1e-3, 1e-2], "trials": 2}
+    (out / "study.yaml").write_text(yaml.safe_dump(study))
+    page = storage.read_bytes(report(str(out))).decode()
+    assert "Untuned" not in page
+    assert "among the same 2 of the rates 0.001, 0.01, with 1 seed(s) each" in page
+    section = page[page.index('id="searches"') :].partition("</section>")[0]
+    assert "<b>layer3.3</b>" in section
+    assert "Chosen: layer3.3" in section  # the figure's description
+    assert {"auto"} == {json.loads(cell.options)["cut"] for cell in finished(str(out))}
