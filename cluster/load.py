@@ -96,7 +96,7 @@ def check_names(study: Study, where: str) -> None:
     from encoders.cuts import family
     from engine.step import rank_batch
     from finetune.search import asked
-    from finetune.strategies import resolve
+    from finetune.strategies import check, resolve
     from pretrain import methods
     from pretrain.recipe import load_recipe
     from shards.card import load_card
@@ -147,6 +147,9 @@ def check_names(study: Study, where: str) -> None:
         if found.dataset not in cards:
             hint = f"data.{found.dataset}.raw=PATH"
             raise RequestError(f"task '{task}' needs the dataset '{found.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
+        for j, strategy in enumerate(study.cells.strategies):
+            for architecture in _architectures(study):
+                check(asked(strategy)[1], architecture, found, f"{where}: cells.strategies[{j}]")
         for axis in ("fractions", "resolutions"):
             values = getattr(study.cells, axis)
             for name in values if isinstance(values, dict) else ():
@@ -191,6 +194,15 @@ def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"
     method = load_recipe(entry.recipe, entry.settings).method
     if methods.method_class(method).exact_epochs:
         raise RequestError(f"{method} needs every sample once an epoch, and replay mixes by shares", where=where, hint="leave replay out")
+
+
+def _architectures(study: Study) -> list[str]:
+    """Of the cells' sources, as far as the study itself says them; weights from outside bring theirs."""
+    assert study.cells is not None
+    sources = [source.source for source in study.cells.sources]
+    pretrained = [study.architecture_of(entry) for entry in study.pretrain if f"pretrain:{entry.name}" in sources]
+    named = [*(study.cells.architectures if "random" in sources else ()), *pretrained]
+    return list(dict.fromkeys(architecture for architecture in named if architecture is not None))
 
 
 def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) -> None:

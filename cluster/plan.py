@@ -150,7 +150,13 @@ def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, 
     Args:
         corpora: by dataset.
         weights: by source name; a source with several pretraining seeds has several. `random` sources have none.
+
+    Raises:
+        RequestError: a strategy that cannot be had of a source's architecture.
     """
+    from finetune.search import asked
+    from finetune.strategies import check
+
     matrix = study.cells
     if matrix is None:
         return
@@ -171,6 +177,8 @@ def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, 
             shuffles = [False, True] if source.name in matrix.shuffled_labels else [False]
             fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
             axes = itertools.product(group, matrix.strategies, fractions, resolutions, shuffles)
+            for architecture, strategy in itertools.product(dict(group), matrix.strategies):
+                check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
             for (architecture, found), strategy, fraction, resolution, shuffled in axes:
                 seen = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
                 yield Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, tuple(seen))

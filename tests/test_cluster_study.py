@@ -55,6 +55,11 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chets"]}}, "did you mean 'phantom-chest'"),
         ({"cells": {**TINY["cells"], "tasks": ["dxc14"]}}, "data.nih-cxr14.raw=PATH"),
         ({"cells": {**TINY["cells"], "strategies": ["ful"]}}, "did you mean 'full'"),
+        (
+            {"cells": {**TINY["cells"], "strategies": ["full", {"name": "lwft", "cut": "layer9"}]}},
+            "cells.strategies[1]: test_resnet has no cut 'layer9'",
+        ),
+        ({"cells": {**TINY["cells"], "strategies": ["lora"]}}, "cells.strategies[0]: lora adapts the attention of vision transformers"),
         ({"cells": {**TINY["cells"], "sources": ["randon"]}}, "did you mean 'random'"),
         ({"cells": {**TINY["cells"], "sources": ["pretrain:simcrl"]}}, "did you mean 'simclr'"),
         ({"cells": {**TINY["cells"], "sources": ["random", "random"]}}, "sources: random stands twice"),
