@@ -79,13 +79,15 @@ def outlook(study: Study) -> bool:
                 answered = sum(len(one.answers) for one in searches.chosen)
                 table.add_row("searches", f"{asked}, of which {answered} have answered; at most {trials} trials, {every} to try everything")
             table.add_row("cells", f"{len(rows)}, of which {len(standing)} stand{apart}")
-            table.add_row("", UNTUNED if study.cells.tune is None else _tuned(study.cells.tune, study.cells.trial_seeds))
             seconds = [storage.read_json(storage.join(config.out, "result.json"))["seconds"] for config in standing]
             if seconds and len(standing) < len(rows):
                 left = sum(seconds) / len(seconds) * (len(rows) - len(standing))
                 table.add_row("", f"{minutes(left)} of one worker to go, by the {len(seconds)} that stand")
         else:
             table.add_row("cells", str(_count(study)))
+            if any(strategy.get("cut") == "auto" for strategy in study.cells.strategies):
+                table.add_row("searches", "counted once data and weights stand")
+        table.add_row("", UNTUNED if study.cells.tune is None else _tuned(study.cells.tune, study.cells.trial_seeds))
     console.print(table)
     return not problems
 

@@ -217,6 +217,11 @@ def test_the_plan_says_how_many_trials_and_what_is_untuned(tmp_path: Path, phant
     assert not storage.exists(f"{study.out}/analyses")
     assert outlook(written(tmp_path, phantom_chest, tune=None, strategies=["linear"]))
     assert "untuned: one fixed rate" in " ".join(capsys.readouterr().out.split())
+    raw = {**TREE, "data": {"phantom-chest": {"raw": "phantom:60"}}, "cells": {**TREE["cells"], "tune": None}}
+    assert outlook(load_study(tiny_study.write(tmp_path, raw, out=str(tmp_path / "new"))))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "untuned: one fixed rate" in said
+    assert "counted once data and weights stand" in said
     assert most(plan.settings(study, {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}, {}))[0] == 6
 
 
