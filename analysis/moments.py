@@ -108,6 +108,7 @@ class Side:
         self.lag = images // 2 * (len(first_NP) // images)
         self.head: Rows | None = None
         self.tail: Rows | None = None
+        self.solved: tuple[int, Basis, float] | None = None
 
     def add(self, x_NP: Tensor) -> Rows:
         """The rows, shifted."""
@@ -133,6 +134,13 @@ class Side:
     @property
     def mean_P(self) -> Tensor:
         return self.sum_P / self.n
+
+    def basis(self) -> tuple[Basis, float]:
+        """The directions of the rows so far, and the Frobenius norm of X'X: solved once for all pairs that this side is in."""
+        if self.solved is None or self.solved[0] != self.n:
+            xx_PP = self.gram_PP - self.n * torch.outer(self.mean_P, self.mean_P)
+            self.solved = (self.n, _of_covariance(xx_PP), float(xx_PP.norm()))
+        return self.solved[1:]
 
     def norms(self) -> tuple[float, float, float]:
         """As `Cross.norms`, of this side with itself."""
@@ -179,12 +187,10 @@ class Cross:
             x, y = self.triangle[1:, 1 : 1 + p], self.triangle[1:, 1 + p :]
             return pair_of_rows(x, y, self.x.n, norms)
         n, mu_P, nu_Q = self.x.n, self.x.mean_P, self.y.mean_P
-        xx_PP = self.x.gram_PP - n * torch.outer(mu_P, mu_P)
-        yy_QQ = self.y.gram_PP - n * torch.outer(nu_Q, nu_Q)
         xy_PQ = self.xy_PQ - n * torch.outer(mu_P, nu_Q)
-        x_basis, y_basis = _of_covariance(xx_PP), _of_covariance(yy_QQ)
+        (x_basis, xx), (y_basis, yy) = self.x.basis(), self.y.basis()
         core_KL = _whitener(x_basis).T @ xy_PQ[x_basis.kept_P][:, y_basis.kept_P] @ _whitener(y_basis)
-        return Pair(n, x_basis, y_basis, core_KL, xy_PQ, (float(xx_PP.norm()), float(yy_QQ.norm())), norms)
+        return Pair(n, x_basis, y_basis, core_KL, xy_PQ, (xx, yy), norms)
 
 
 def _whitener(basis: Basis) -> Tensor:
