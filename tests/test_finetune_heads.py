@@ -1,5 +1,7 @@
 """Heads: every family of encoders with every decoder, any side of an image, ordered grades."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,12 @@ def masks(decoder: str) -> Task:
     return LUNGS.model_copy(update={"decoder": decoder})
 
 
+@cache
+def shapes_only(architecture: str) -> Encoder:
+    with torch.device("meta"):
+        return build(architecture, 1, image_size=64).to("meta")
+
+
 def shapes_of(encoder: Encoder, task: Task, size: tuple[int, int]) -> tuple[int, ...]:
     """The network's mask of a batch of two, on the device that computes shapes alone."""
     network = Network(encoder, head_for(task, encoder, linear=False), pyramid=True).to("meta").train()
@@ -46,8 +54,7 @@ def shapes_of(encoder: Encoder, task: Task, size: tuple[int, int]) -> tuple[int,
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_masks_have_the_images_size(architecture: str, decoder: str) -> None:
-    encoder = build(architecture, 1, image_size=64).to("meta")
-    odd = FAMILIES[architecture]
+    encoder, odd = shapes_only(architecture), FAMILIES[architecture]
     for size in ((64, 64), (odd, odd + 10)) if encoder.smallest <= 64 else ((odd, odd + 10),):
         assert shapes_of(encoder, masks(decoder), size) == (2, *size)
 
