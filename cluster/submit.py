@@ -7,6 +7,7 @@ Credentials never travel: the cluster's nodes have their own (docs/cluster.md). 
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from base.config import to_yaml
 from base.errors import RequestError, WorkError, unknown
 from base.paths import ROOT, revision, with_preset
 
@@ -37,6 +37,7 @@ STUDIES = "submitted"  # the folder of the package for study files from elsewher
 STOP_SETTINGS = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 CONNECT_S = 10.0
 LAST_CUTS = 5
+QUIET_S = 30.0
 SILENCE_S = 120.0  # a dashboard that says nothing for so long is gone
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSPHRASE|PRIVATE_KEY")
 
@@ -152,7 +153,8 @@ def submit(path: str, settings: Sequence[str], address: str) -> str:
     with tempfile.TemporaryDirectory(prefix="allograft-submit-") as folder:
         name = pack(Path(folder), path, list(_texts(study.model_dump())))
         entrypoint = shlex.join(["allograft", "run", name, *settings])
-        refuse_secrets({"settings": entrypoint, path: to_yaml(study)})
+        files = {str(file.relative_to(folder)): file.read_text() for file in Path(folder).rglob("*.y*ml")}
+        refuse_secrets({"settings": entrypoint, **files})
         variables = {"ALLOGRAFT_REVISION": revision(), **STOP_SETTINGS}
         client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env={"working_dir": folder, "env_vars": variables})
     return job
@@ -223,12 +225,16 @@ async def _print_log(client: "JobSubmissionClient", job: str, seen: int) -> tupl
 
     position = 0
     try:
-        async for text in client.tail_job_logs(job):  # always from the beginning
-            print(text[max(0, seen - position) :], end="", flush=True)
-            position += len(text)
-    except (aiohttp.ClientError, RuntimeError):
+        async with contextlib.aclosing(client.tail_job_logs(job)) as texts:
+            while True:
+                # A connection may die without a word, and a log may be quiet for long: after a while the log is asked for again.
+                text = await asyncio.wait_for(anext(texts), QUIET_S)
+                print(text[max(0, seen - position) :], end="", flush=True)  # it always comes from the beginning
+                position += len(text)
+    except StopAsyncIteration:
+        return max(seen, position), False
+    except (TimeoutError, aiohttp.ClientError, RuntimeError):
         return max(seen, position), True
-    return max(seen, position), False
 
 
 def _ending(job: str, info: Any) -> int:

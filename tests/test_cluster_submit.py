@@ -19,6 +19,7 @@ import pytest
 import tiny_study
 import yaml
 from services import Services, free_ports, ray_head
+from test_cluster_jobs import Door
 
 from base.errors import RequestError
 from base.paths import ROOT
@@ -84,7 +85,7 @@ class Submission:
 
 @dataclasses.dataclass
 class Ended:
-    """What became of four jobs, and where they wrote."""
+    """What became of four jobs, and where they wrote. `cut` followed the stopped one over a connection that was cut once."""
 
     good: tuple[int, str]
     failing: tuple[int, str]
@@ -93,6 +94,7 @@ class Ended:
     status: str
     stopped: tuple[int, str]
     followed: tuple[int, str]
+    cut: tuple[int, str]
     folder: Path
 
 
@@ -121,10 +123,16 @@ def ended(head: Services, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     left.process.send_signal(signal.SIGINT)
     was_left = left.ended()
     status = _job(head, left.job)["status"]
+    door = Door(head.ports["dashboard"])
+    cut = Submission(head.environment, "--follow", left.job, "--address", f"http://127.0.0.1:{door.port}")
+    cut.until("starting Ray")
+    door.shut()
+    time.sleep(2)
+    door.open = True
     stopped = Submission(head.environment, "--stop", left.job, *there).ended()
     followed = Submission(head.environment, "--follow", left.job, *there).ended()
     found = {name: submission.ended() for name, submission in running.items() if name != "left"}
-    return Ended(**found, left=was_left, status=status, stopped=stopped, followed=followed, folder=folder)
+    return Ended(**found, left=was_left, status=status, stopped=stopped, followed=followed, cut=cut.ended(), folder=folder)
 
 
 def _api(head: Services, path: str) -> str:
@@ -176,6 +184,34 @@ def test_a_stopped_job_gave_its_lock_back_and_counts_as_failed(ended: Ended) -> 
     assert code == 1
     assert "stopped; the same command goes on from here" in said
     assert "was stopped" in said
+
+
+def test_a_connection_that_breaks_is_made_again_and_no_line_comes_twice(ended: Ended) -> None:
+    code, said = ended.cut
+    assert code == 1
+    assert said == ended.followed[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code", "says"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 1, 1, ""),
+        ("FAILED", 2, 2, ""),
+        ("FAILED", 137, 1, "exit code 137"),
+        ("FAILED", -9, 1, "exit code -9"),
+    ]
+    + [("FAILED", None, 1, "no such image"), ("STOPPED", None, 1, "was stopped")],
+)
+def test_how_a_job_ended(status: str, driver: int | None, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.job_submission import JobDetails, JobType
+
+    message = None if driver == 0 else "no such image"
+    info = JobDetails(type=JobType.SUBMISSION, status=status, entrypoint="allograft run demo", message=message, driver_exit_code=driver)
+    assert submit._ending("job-1", info) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert bool(said) == bool(says)
 
 
 def test_no_credential_is_in_what_ray_tells_or_in_any_log_or_result(head: Services, ended: Ended) -> None:
