@@ -198,10 +198,9 @@ def searched(name: str, title: str, points: Sequence[tuple[str, float, float, bo
             x, mean, bars = np.array([(*held[at],) for at, _, _, whole in points if whole == full]).reshape(-1, 3).T
             line = {"linestyle": "-" if full else "none", "linewidth": 1.2, "elinewidth": 1, "capsize": 2, "markersize": 5}
             axes.errorbar(x, mean, yerr=np.nan_to_num(bars), marker=marker, color=SERIES[0], markerfacecolor="none", **line)
-        at, mean, error = held[choice]
-        axes.plot(at, mean, "o", color=SERIES[0], markersize=7)
-        top = (at, mean + np.nan_to_num(error))
-        axes.annotate(choice, top, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK)
+        at, height, error = held[choice]
+        axes.plot(at, height, "o", color=SERIES[0], markersize=7)
+        axes.annotate(choice, (at, height + np.nan_to_num(error)), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK)
         axes.set_xticks(
             range(len(points)),
             [at for at, *_ in points],

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from base.config import Strict
 from encoders.build import Encoder, build
@@ -45,6 +43,8 @@ class Efficiency(Strict):
 def cost(module: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
     """Parameters, and multiply-accumulates for one image of that shape (convolutions and matrix products)."""
     module.eval()
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(_images(module, 1, shape))
     return sum(parameter.numel() for parameter in module.parameters()), counter.get_total_flops() // 2
@@ -65,6 +65,8 @@ def whole(encoder: Encoder, task: Task) -> Network:
 
 @torch.inference_mode()
 def _latency(module: nn.Module, batch: int, shape: Sequence[int]) -> Latency:
+    from torch.utils.benchmark import Timer  # looks for compilers and says what it misses
+
     module.eval()
     scope = {"module": module, "x": _images(module, batch, shape)}
     timer = Timer("module(x)", globals=scope, num_threads=torch.get_num_threads())
