@@ -110,7 +110,7 @@ def test_the_job_succeeds_and_the_bad_one_fails_with_one_line(jobs: Jobs) -> Non
 
 
 def test_rows_are_those_of_the_run_on_disk(jobs: Jobs) -> None:
-    assert len(_rows(OUT)) == 32
+    assert len({row["key"] for row in _rows(OUT)}) == 2
     assert _rows(OUT) == _rows(jobs.local)
     assert not storage.exists(f"{OUT}/driver.lock")
 
