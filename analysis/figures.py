@@ -200,7 +200,8 @@ def searched(name: str, title: str, points: Sequence[tuple[str, float, float, bo
             axes.errorbar(x, mean, yerr=np.nan_to_num(bars), marker=marker, color=SERIES[0], markerfacecolor="none", **line)
         at, height, error = held[choice]
         axes.plot(at, height, "o", color=SERIES[0], markersize=7)
-        axes.annotate(choice, (at, height + np.nan_to_num(error)), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK)
+        above = (at, height + np.nan_to_num(error))
+        axes.annotate(choice, above, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK)
         axes.set_xticks(
             range(len(points)),
             [at for at, *_ in points],

@@ -64,3 +64,15 @@ def convergence(
     from cluster.convergence import convergence as run
 
     run(outs, threshold, by, base, accuracy, out)
+
+
+@app.command(epilog="Example: allograft analyze efficiency runs/demo")
+def efficiency(
+    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="the outs of one or more studies, paths or URLs")],
+    threads: Annotated[int, typer.Option(min=1, help="of a processor; a GPU is used where there is one")] = 1,
+    out: Annotated[str, typer.Option(help="folder for the table")] = "efficiency",
+) -> None:
+    """What every trained network costs beside the whole one: parameters, operations, latency for 1 and 32 images on this machine."""
+    from cluster.costs import efficiency as run
+
+    run(outs, threads, out)

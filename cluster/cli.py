@@ -276,11 +276,12 @@ def pull(
 def weights(
     name: Annotated[str, typer.Argument(help="published weights (allograft list weights), or timm:TAG")],
     file: Annotated[str | None, typer.Option(help="their published file, where there is no network")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="tensors that the file lacks stay random")] = False,
 ) -> None:
     """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME."""
     from cluster.published import show
 
-    show(name, file)
+    show(name, file, allow_partial)
 
 
 @app.command("list", epilog=_example("allograft list tasks"))

@@ -31,11 +31,12 @@ def safe_name(source: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in source).strip("-")
 
 
-def obtain(source: str, file: str | None = None) -> str:
+def obtain(source: str, file: str | None = None, allow_partial: bool = False) -> str:
     """The folder of the converted weights `zoo:NAME` or `timm:TAG`, made now where it is not there.
 
     Args:
         file: the published file, where it is here already; then it is converted whatever stands.
+        allow_partial: see encoders.published.export_zoo.
 
     Raises:
         RequestError: no such weights, or another file than theirs.
@@ -53,24 +54,25 @@ def obtain(source: str, file: str | None = None) -> str:
         if kind == "timm":
             export_published(name, folder, revision=revision(), file=file)
         else:
-            export_zoo(name, folder, revision=revision(), file=file)
+            export_zoo(name, folder, revision=revision(), file=file, allow_partial=allow_partial)
         storage.put_dir(folder, target, last=("allograft.json",))
     return target
 
 
-def show(name: str, file: str | None) -> None:
+def show(name: str, file: str | None, allow_partial: bool) -> None:
     """`allograft weights`: obtain them, and print what they are and how a study starts from them."""
     from cluster.screen import table
     from encoders.export import read_export
 
     source = name if name.startswith(("timm:", "zoo:")) else f"zoo:{name}"
-    folder = obtain(source, file)
+    folder = obtain(source, file, allow_partial)
     info = read_export(folder)
     rows = [
         ("weights", f"{info.name}: {info.architecture}, {info.method}"),
         ("have seen", ", ".join(str(entry["dataset"]) for entry in info.data)),
         ("licence", info.licence),
         ("sha256", info.sha256),
+        *[("random", ", ".join(step["missing"])) for step in info.lineage if step.get("missing")],
         ("at", folder),
         ("use", f"start_from: {source}, or cells.sources: [{source}]"),
     ]

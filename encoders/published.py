@@ -76,11 +76,12 @@ def fetch_zoo(name: str, file: str | Path) -> None:
         raise WorkError(f"could not be fetched ({error})", where=url, hint=hint) from error
 
 
-def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | None = None) -> str:
+def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | None = None, allow_partial: bool = False) -> str:
     """Published weights verified and converted into an export; returns `sha256_of` their tensors.
 
     Args:
         file: the published file, where it is here already.
+        allow_partial: tensors that it lacks stay random, and the lineage names them.
 
     Raises:
         RequestError: another file than the card's, or one that holds more than tensors and plain values.
@@ -93,10 +94,12 @@ def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | 
             fetch_zoo(name, file)
         state, file_sha256 = _read(card, Path(file))
     encoder = build(card.architecture, len(card.mean), card.mean, card.std, image_size=card.image_size)
-    report = load_into(encoder.net, state)
-    if report.missing:
-        raise WorkError(f"tensors of {card.architecture} are not in these weights ({report.table()})", where=str(file))
+    report = load_into(encoder.net, state, allow_partial=True)
+    if report.missing and not (allow_partial and report.loaded):
+        what = f"tensors of {card.architecture} are not in these weights ({report.table()})"
+        raise WorkError(what, where=str(file), hint="--allow-partial takes them all the same, and leaves the others random")
     step = {"name": f"zoo:{name}", "method": card.method, "datasets": card.exposed_to, "labelled": [], "file_sha256": file_sha256}
+    step |= {"missing": list(report.missing)} if report.missing else {}
     data = [{"dataset": corpus, "digest": "not ours", "licence": card.licence} for corpus in card.exposed_to]
     about = {"name": f"zoo-{name}", "method": card.method, "lineage": [step], "data": data, "image_size": card.image_size}
     return export(encoder, dir, revision=revision, **about)  # type: ignore[arg-type]

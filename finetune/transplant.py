@@ -33,7 +33,6 @@ class EncoderSpec(Strict):
 
     image_size, widths: see encoders.build.Encoder. cut, flat: see encoders.truncate.Truncated, of sources that are truncated themselves.
     resolution: side of the cell's images, which flat features are of.
-    allow_partial: weights that fill less than 95 % of the network are taken all the same.
     """
 
     architecture: str
@@ -45,7 +44,6 @@ class EncoderSpec(Strict):
     cut: str | None = None
     flat: int | None = None
     resolution: int | None = None
-    allow_partial: bool = False
 
 
 @dataclass
@@ -98,7 +96,7 @@ def receive(spec: EncoderSpec, weights: Mapping[str, torch.Tensor] | None, seed:
         WorkError: the weights do not fit.
     """
     encoder = fresh(spec, seed)
-    loaded = None if weights is None else load_into(encoder.net, weights, spec.allow_partial)
+    loaded = None if weights is None else load_into(encoder.net, weights)
     return encoder, loaded, sha256_of(encoder.net.state_dict())
 
 
