@@ -1,4 +1,4 @@
-"""Figures phantom: what each label needs is all that differs, so that the depth at which a network can read it is known beforehand.
+"""Figures phantom: the three labels without anatomy. Measured depths are in docs/benchmarks.md: texture is early, the others are not.
 
     phantom = figures(seed=0, index=7, size=64)      # image_HW u8, labels, no mask
 

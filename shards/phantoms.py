@@ -5,7 +5,7 @@
 
 Chest and fundus have three labels, each 1 in half of the images and independent of one another: `texture` (local), `count`,
 `arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. Figures have the same labels without
-anatomy, at depths that are known beforehand. The procedural corpus mixes chest and fundus with fractals, to pretrain on: see
+anatomy. The procedural corpus mixes chest and fundus with fractals, to pretrain on: see
 `shards.phantom_procedural`.
 """
 
