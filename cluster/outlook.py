@@ -1,5 +1,7 @@
 """`allograft plan`: what a study would do, what stands, what is missing. Starts nothing and writes nothing."""
 
+import sys
+
 from base import storage
 from base.errors import RequestError
 from cluster import leakage, plan
@@ -7,26 +9,23 @@ from cluster.fit import fit
 from cluster.plan import Corpus
 from cluster.progress import minutes
 from cluster.run import claim
+from cluster.screen import table
 from cluster.searches import Searches, most
 from cluster.standing import done, standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import tracking_uri
 from finetune.search import Tune
 
+WRONG = "cannot start, see below"
 UNTUNED = "untuned: one fixed rate a task, which may suit one source better than another (cells.tune: {lr: [...], trials: n})"
 
 
 def outlook(study: Study) -> bool:
-    """Print the plan.
+    """Print the plan, and on the error stream what keeps it from starting, a line each.
 
     Returns:
         False when the study could not start, or would stop: raw data is missing, or pretraining would see test images.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
     claim(study)
     corpora: dict[str, Corpus] = {}
     problems: dict[str, str] = {}
@@ -35,15 +34,13 @@ def outlook(study: Study) -> bool:
             corpora |= standing_corpora(study.model_copy(update={"data": {name: entry}}))
         except RequestError as error:
             problems[name] = str(error)
-    table = Table("node", "state", box=None, pad_edge=False)
+    rows: list[tuple[str, str]] = []
     for name, entry in study.data.items():
         if name in corpora:
             counts = ", ".join(f"{split} {count:,}" for split, count in corpora[name].manifest.counts.items())
-            table.add_row(f"pack {name}", f"stands: {counts}")
-        elif name in problems:
-            table.add_row(f"pack {name}", f"[red]{escape(problems[name])}[/red]")
+            rows.append((f"pack {name}", f"stands: {counts}"))
         else:
-            table.add_row(f"pack {name}", f"to do, from {entry.raw}")
+            rows.append((f"pack {name}", WRONG if name in problems else f"to do, from {entry.raw}"))
     complete = set(corpora) == set(study.data)
     uri = tracking_uri(study.out, study.tracking)
     try:
@@ -61,34 +58,37 @@ def outlook(study: Study) -> bool:
         stops = found and study.leakage == "stop"
         if stops:
             problems.setdefault("leakage", what)
-        table.add_row(f"leakage {what}", f"[red]{escape(state)}; the study would stop[/red]" if stops else escape(state))
+        rows.append((f"leakage {what}", f"{state}; the study would stop" if stops else state))
     for run in study.pretrain:
         todo = missing.count(run.name) if complete else len(run.seeds)
         state = f"{todo} of {len(run.seeds)} to do" if todo else "stands"
-        wrong = problems.get(f"pretrain {run.name}")
-        table.add_row(f"pretrain {run.name}", f"[red]{escape(wrong)}[/red]" if wrong else f"{state}  ({run.recipe} from {run.start_from})")
+        node = f"pretrain {run.name}"
+        rows.append((node, WRONG if node in problems else f"{state}  ({run.recipe} from {run.start_from})"))
     if study.cells:
         if complete and not missing:
             searches = Searches(plan.settings(study, checked, weights), keep=False)
-            rows, configs = list(searches.rows()), searches.cells
+            asked_for, configs = list(searches.rows()), searches.cells
             standing = [config for config in configs if done(config.out)]
-            exposed = sum(bool(row["exposed_to"]) for row in rows)
+            exposed = sum(bool(row["exposed_to"]) for row in asked_for)
             apart = f", {exposed} exposed to test images by their source's past ({study.exposed})" if exposed else ""
             if searches.searching:
                 asked, trials, every = most(one.setting for one in searches.chosen)
                 answered = sum(len(one.answers) for one in searches.chosen)
-                table.add_row("searches", f"{asked}, of which {answered} have answered; at most {trials} trials, {every} to try everything")
-            table.add_row("cells", f"{len(rows)}, of which {len(standing)} stand{apart}")
+                answers = f"{asked}, of which {answered} have answered; at most {trials} trials, {every} to try everything"
+                rows.append(("searches", answers))
+            rows.append(("cells", f"{len(asked_for)}, of which {len(standing)} stand{apart}"))
             seconds = [storage.read_json(storage.join(config.out, "result.json"))["seconds"] for config in standing]
-            if seconds and len(standing) < len(rows):
-                left = sum(seconds) / len(seconds) * (len(rows) - len(standing))
-                table.add_row("", f"{minutes(left)} of one worker to go, by the {len(seconds)} that stand")
+            if seconds and len(standing) < len(asked_for):
+                left = sum(seconds) / len(seconds) * (len(asked_for) - len(standing))
+                rows.append(("", f"{minutes(left)} of one worker to go, by the {len(seconds)} that stand"))
         else:
-            table.add_row("cells", str(_count(study)))
+            rows.append(("cells", str(_count(study))))
             if any(strategy.get("cut") == "auto" for strategy in study.cells.strategies):
-                table.add_row("searches", "counted once data and weights stand")
-        table.add_row("", UNTUNED if study.cells.tune is None else _tuned(study.cells.tune, study.cells.trial_seeds))
-    console.print(table)
+                rows.append(("searches", "counted once data and weights stand"))
+        rows.append(("", UNTUNED if study.cells.tune is None else _tuned(study.cells.tune, study.cells.trial_seeds)))
+    table(rows, ("node", "state"))
+    for node, what in problems.items():
+        print(f"cannot start: {what if node.startswith('pretrain') else f'{node}: {what}'}", file=sys.stderr)
     return not problems
 
 

@@ -55,9 +55,11 @@ def test_options_that_do_not_fit_the_number_of_images(entry: dict[str, Any], mes
 def test_a_plan_says_which_run_does_not_fit(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {"recipe": "swav/smoke", "settings": {"options.prototypes": 500}}
     assert not outlook(study_of(tmp_path, {"shards": shards}, {"recipe": "simclr/smoke"}, wrong))
-    told = " ".join(capsys.readouterr().out.split())
-    assert "pretrain run0 1 of 1 to do" in told
-    assert "cannot have 500 prototypes" in told
+    told = capsys.readouterr()
+    assert "pretrain run0" in told.out
+    assert "1 of 1 to do" in told.out
+    assert "cannot start, see below" in told.out
+    assert [line for line in told.err.splitlines() if "cannot have 500 prototypes" in line] == told.err.splitlines()
     assert outlook(study_of(tmp_path, {"shards": shards}, {"recipe": "simclr/smoke"}))
 
 
