@@ -34,7 +34,7 @@ SENT = ("base", "shards", "encoders", "engine", "analysis", "finetune", "pretrai
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*")
 STUDIES = "submitted"  # the folder of the package for study files from elsewhere
 # Ray ends a job with SIGTERM and kills it after 3 s; a driver that is interrupted instead gives its lock back.
-STOP_SETTINGS = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+STOP_SETTINGS = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 CONNECT_S = 10.0
 LAST_CUTS = 5
 QUIET_S = 30.0

@@ -5,6 +5,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once a process, when it is first imported
 os.environ["ALLOGRAFT_CACHE"] = tempfile.mkdtemp(prefix="allograft-cache-")  # never the user's own
 
 import shutil

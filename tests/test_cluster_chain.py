@@ -266,8 +266,8 @@ def test_weights_are_shown_converted_and_listed(
     torch.save({f"module.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}, "swav.pth.tar")
     with monkeypatch.context() as patched:
         patched.setattr(files, "load_zoo", lambda name: small)
-        published.show("swav", "swav.pth.tar")
-        published.show("zoo:swav", None)  # stands: nothing is fetched
+        published.show("swav", "swav.pth.tar", allow_partial=False)
+        published.show("zoo:swav", None, allow_partial=False)  # stands: nothing is fetched
     said = capsys.readouterr().out
     assert "start_from: zoo:swav" in said
     assert "CC-BY-NC-4.0" in said

@@ -119,7 +119,7 @@ def ended(head: Services, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     (elsewhere / "study.yaml").write_text("study: another")
     running = {name: Submission(head.environment, path, *there) for name, path in files.items()}
     left = running["left"]
-    left.until("starting Ray")
+    left.until("pack phantom-chest")
     left.process.send_signal(signal.SIGINT)
     was_left = left.ended()
     status = _job(head, left.job)["status"]

@@ -68,7 +68,7 @@ def test_every_cut_is_a_prefix_of_the_whole_network(name: str) -> None:
     with torch.no_grad():
         features = whole(x)
         maps = whole.pyramid(x)
-    points = whole.cuts if len(whole.cuts) < 20 else whole.cuts[:: len(whole.cuts) // 6]
+    points = whole.cuts if len(whole.cuts) < 10 else whole.cuts[:: len(whole.cuts) // 4]
     before = 0
     for point in (*points, whole.cuts[-1]):
         small = truncate(whole, point.name)
