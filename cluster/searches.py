@@ -227,7 +227,7 @@ class Searches:
                     one.results[trial] = self.held[config.key]
                 else:
                     missing[config.key] = trial
-            if missing:
+            if missing or one.failed:
                 return missing
         return {}
 

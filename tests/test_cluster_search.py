@@ -168,6 +168,18 @@ def test_a_diverged_trial_is_the_worst_of_its_search_and_another_failure_stops_i
     assert {config.source for config in searches.cells} == {"random-b"}
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_search_whose_last_trial_fails_stops(trials: int, tmp_path: Path, phantom_chest: str) -> None:
+    tune = {"lr": [1.0e-2, 1.0e-3], "trials": trials}
+    searches = planned(written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=tune), phantom_chest)
+    last = searches.ready()[-1].key
+    ran = drive(searches, lambda config: WorkError("disk full") if config.key == last else likes(config))
+    assert len(ran) == trials
+    assert [one.failed for one in searches.open] == ["a trial of its search failed: disk full"]
+    assert not searches.cells
+
+
 def test_a_search_shares_the_trials_of_another(tmp_path: Path, phantom_chest: str) -> None:
     both = [{"name": "fat", "cut": "auto", "search": "exhaustive"}, {"name": "fat", "cut": "auto", "search": "two-stage"}]
     study = written(tmp_path, phantom_chest, strategies=both, tune=None, sources=["random"], seeds=[0])
