@@ -310,16 +310,25 @@ def _stages(search: Search, results: Results) -> Iterator[list[Trial]]:
             epochs = budget if budget < search.epochs else None
             left = tuple(sorted(left[:size]))
             yield _trials(search, left, epochs)
-            left = tuple(_chosen(search, results, left, epochs))
+            left = tuple(_by_mean(search, results, left, epochs))
     else:
         yield _trials(search, range(len(search.candidates)))
 
 
-def _chosen(search: Search, results: Results, positions: Sequence[int], epochs: int | None = None) -> list[int]:
+def _chosen(search: Search, results: Results, positions: Sequence[int]) -> list[int]:
     """The positions, best first; those of trainings that diverged last."""
-    points = {at: _point(search, results, search.candidates[at], epochs) for at in positions}
+    points = {at: _point(search, results, search.candidates[at], None) for at in positions}
     held = _ranked([at for at in positions if points[at].mean is not None], points)
     return held + [at for at in positions if at not in held]
+
+
+def _by_mean(search: Search, results: Results, positions: Sequence[int], epochs: int | None) -> list[int]:
+    """The positions by their means, of equals the smaller network first; those of trainings that diverged last.
+
+    Not by the one-error rule, which is for the answer: after few epochs errors are wide, and the smallest would survive, not the better.
+    """
+    means = {at: _point(search, results, search.candidates[at], epochs).mean for at in positions}
+    return sorted(positions, key=lambda at: math.inf if (mean := means[at]) is None else -mean)
 
 
 def _ranked(order: Sequence[Any], points: Mapping[Any, Point]) -> list[Any]:

@@ -167,6 +167,19 @@ def test_halving_doubles_the_epochs_and_halves_the_cuts() -> None:
     assert {point.epochs for point in found.curve} == {10, 20, None}
 
 
+@given(st.sampled_from(ARCHITECTURES), st.integers(1, 3), st.integers(0, 1000))
+def test_the_better_half_by_mean_survives_a_halving_whatever_the_errors(architecture: str, seeds: int, seed: int) -> None:
+    search = cut_search("halving", architecture, range(seeds), 40)
+    results: dict[Trial, Outcome] = {}
+    before: list[Trial] = []
+    while trials := propose(search, results):
+        results |= {trial: outcome(trial, seed, error=0.2) for trial in trials}  # wide: all are within one error of the best
+        left = {trial.cut for trial in trials}
+        mean = {cut: np.mean([results[trial].value for trial in before if trial.cut == cut]) for cut in {trial.cut for trial in before}}
+        assert not mean or min(mean[cut] for cut in left) >= max(mean[cut] for cut in set(mean) - left)
+        before = trials
+
+
 def test_halving_begins_where_likeness_to_random_features_falls() -> None:
     names = [cut.name for cut in cuts("resnet50")]
     falling = {name: 0.9 if i < 7 else 0.2 for i, name in enumerate(names)}
