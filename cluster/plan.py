@@ -42,6 +42,7 @@ class Weights:
     seed: int = 0
     labelled: tuple[str, ...] = ()
     data: tuple[dict[str, Any], ...] = ()  # what they have seen, as in allograft.json
+    cut: str | None = None  # where the encoder is truncated itself
 
 
 def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Corpus], start: Weights | None) -> PretrainConfig:
@@ -192,14 +193,16 @@ def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, lis
 
 
 def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """What the key of a cell is made of."""
-    found = setting.weights
+    """What the key of a cell is made of. The strategy with all of its options, so that another default is another cell."""
+    from finetune.strategies import resolve
+
+    found, options = setting.weights, resolve(strategy)[1].model_dump(mode="json")
     return {
         "cell": {
             "architecture": setting.architecture,
             "source": setting.source,
             "source_seed": found.seed if found else seed,
-            "strategy": strategy,
+            "strategy": {"name": strategy["name"], **options},
             "task": task.task,
             "fraction": setting.fraction,
             "resolution": setting.resolution,
@@ -210,7 +213,7 @@ def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Tas
         "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
         "encoder_sha256": found.sha256 if found else None,
         "manifests": [setting.corpus.manifest.digest],
-        "dtype": "fp32",
+        "dtype": setting.study.resources.dtype,
         "threads": setting.study.resources.threads,
         "version": [CELL_VERSION, VIEWS_VERSION],
     }
@@ -252,6 +255,7 @@ def cell(
         resolution=setting.resolution,
         seed=seed,
         shuffle_labels=setting.shuffled,
+        dtype=setting.study.resources.dtype,
         threads=setting.study.resources.threads,
         own_source=bool(found and task.dataset in found.labelled),
         exposed_to=list(setting.exposed),

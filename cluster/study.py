@@ -101,7 +101,7 @@ class Cells(Strict):
         values = getattr(self, axis)
         if isinstance(values, list):
             return list(values)
-        return list(values.get(task, [1.0] if axis == "fractions" else [load_task(task).resolution]))
+        return list(values.get(task, [1.0] if axis == "fractions" else [load_task(task, self.task_settings.get(task, {})).resolution]))
 
 
 class Champion(Strict):
@@ -117,7 +117,7 @@ class Champion(Strict):
 
 
 class Resources(Strict):
-    """What a piece of work is given. Threads are part of a cell's key (they change the last bits), counts of workers are not."""
+    """What a piece of work is given. Threads and dtype are part of a cell's key (they change its numbers), counts of workers are not."""
 
     pretrain_workers: int = Field(2, ge=1)
     gpus_per_pretrain_worker: float = Field(0, ge=0)
@@ -125,6 +125,7 @@ class Resources(Strict):
     gpus_per_cell: float = Field(0, ge=0)
     loader_workers: int = Field(0, ge=0, description="processes that read and augment beside each pretraining worker; 0: it does so itself")
     threads: int = Field(1, ge=1, description="intra-operation threads of every worker")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="numbers in which cells compute; weights, losses and logits are fp32")
 
 
 class Study(Strict):
