@@ -78,13 +78,15 @@ def search_of(setting: Setting, step: str) -> Search:
     """The search of a step."""
     matrix, recipe = setting.study.cells, trained_by(setting.strategy["name"])
     assert matrix is not None
+    assert recipe is not None
+    epochs = getattr(setting.task, recipe).epochs
     if step == "rate":
         assert matrix.tune is not None
-        return rate_search(matrix.tune, matrix.trial_seeds)
+        return rate_search(matrix.tune, matrix.trial_seeds, epochs)
     way = asked(setting.strategy)[0]
     assert way is not None
-    assert recipe is not None
-    return cut_search(way.search, setting.architecture, matrix.trial_seeds, getattr(setting.task, recipe).epochs, way.similarity)
+    last = setting.weights.cut if setting.weights else None
+    return cut_search(way.search, setting.architecture, matrix.trial_seeds, epochs, way.similarity, last)
 
 
 class Searches:
@@ -270,7 +272,7 @@ def outcome(config: CellConfig) -> Outcome:
     held = storage.read_json(storage.join(config.out, "result.json"))
     values = {row["metric"]: row["value"] for row in held["metrics"] if not row["class"] and row["value"] is not None}
     metric = config.task.metric
-    return Outcome(values.get(metric, math.nan), values.get(f"{metric}_error", math.nan), held["params"])
+    return Outcome(values.get(metric, math.nan), values.get(f"{metric}_error", math.nan), held["params"], held["selection"]["epochs"])
 
 
 def most(settings: Iterable[Setting]) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ def read_weights(url: str, seed: int = 0) -> Weights:
         raise RequestError("no exported encoder here (no allograft.json)", where=url)
     info = parse(storage.read_json(file), ExportInfo, file)
     labelled, data = tuple(info.labelled_datasets), tuple(info.data)
-    return Weights(url=url, sha256=info.sha256, architecture=info.architecture, seed=seed, labelled=labelled, data=data)
+    return Weights(url, info.sha256, info.architecture, seed, labelled, data, info.cut)
 
 
 def local_encoder(url: str, sha256: str) -> str:

@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 from base.config import Strict, canonical_json, parse
 from base.errors import RequestError, WorkError
 from base.seeds import rng
-from encoders.cuts import cuts, last_of_each
+from encoders.cuts import Cut, cuts, find, last_of_each
 
 CutSearch = Literal["two-stage", "halving", "exhaustive"]
 SEARCHED = ("truncated", "fat")  # strategies whose cut can be `auto`: the network ends there
@@ -67,12 +67,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial reached on validation: its metric (NaN: training diverged), that number's standard error over patients (NaN: not
-    known), and the parameters of its network."""
+    """What a trial reached on validation: its metric (NaN: training diverged, or validation cannot define the metric), that number's
+    standard error over patients (NaN: not known), the parameters of its network, and the epochs it trained (None: it diverged)."""
 
     value: float
     error: float = math.nan
     params: int = 0
+    epochs: int | None = None
 
 
 Results = Mapping[Trial, Outcome]
@@ -82,8 +83,8 @@ Results = Mapping[Trial, Outcome]
 class Search:
     """What is searched. `candidates`: rates from the smallest, or names of cuts from the stem on.
 
-    ends: positions of the stages' last cuts. epochs: of the recipe, which halving divides. first: positions of the cuts that halving
-    begins with.
+    ends: positions of the stages' last cuts. epochs: of the recipe, a full training; halving divides them. first: positions of the
+    cuts that halving begins with.
     """
 
     kind: Literal["rates", "two-stage", "halving", "exhaustive"]
@@ -107,8 +108,9 @@ class Point(Strict):
 class Answer(Strict):
     """search.json: the choice and how it came about.
 
-    trials: trainings that were asked for, of `exhaustive` that trying every candidate would have taken; cost: their epochs, in full
-    trainings. about: what the search was for, in the words of a cell's configuration.
+    trials: trainings that were asked for, of `exhaustive` that trying every candidate would have taken. cost: the epochs that they
+    trained, in full trainings; one that diverged counts with those that it was asked for. about: what the search was for, in the words
+    of a cell's configuration.
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -127,33 +129,40 @@ class Answer(Strict):
 # -- what is searched
 
 
-def rate_search(tune: Tune, seeds: Sequence[int]) -> Search:
-    """The rates drawn from the grid without replacement, from the grid alone: the same for all."""
+def rate_search(tune: Tune, seeds: Sequence[int], epochs: int = 1) -> Search:
+    """The rates drawn from the grid without replacement, from the grid alone: the same for all. epochs: of the recipe."""
     grid = sorted(tune.lr)
     drawn = sorted(rng("rates", canonical_json(grid), tune.trials).permutation(len(grid))[: tune.trials])
-    return Search("rates", tuple(grid[i] for i in drawn), tuple(seeds))
+    return Search("rates", tuple(grid[i] for i in drawn), tuple(seeds), epochs=epochs)
 
 
 def cut_search(
-    kind: CutSearch, architecture: str, seeds: Sequence[int], epochs: int = 1, similarity: Mapping[str, float] | None = None
+    kind: CutSearch,
+    architecture: str,
+    seeds: Sequence[int],
+    epochs: int = 1,
+    similarity: Mapping[str, float] | None = None,
+    last: str | None = None,
 ) -> Search:
-    """A search over the cuts of an architecture.
+    """A search over the cuts of an architecture, or over those that a truncated source still has.
 
     Args:
         epochs: of the recipe; halving divides them.
         similarity: by cut, how like the source's features are to those of random weights on the target's images (linear CKA, 1: alike).
             Where it falls, features begin that only the source has; halving begins with the cuts around that place. Without it they
-            are spread evenly.
+            are spread evenly. Given for cuts that a truncated source has no more, it is passed over there.
+        last: the cut at which the source is truncated.
 
     Raises:
         RequestError: a cut without a number, or a number without a cut.
     """
-    names = [cut.name for cut in cuts(architecture)]
-    if similarity is not None and set(similarity) != set(names):
-        wrong = ", ".join(sorted(set(similarity) ^ set(names)))
+    points = cuts(architecture)[: None if last is None else find(architecture, last) + 1]
+    names = [cut.name for cut in points]
+    known = {cut.name for cut in cuts(architecture)}
+    if similarity is not None and (wrong := ", ".join(sorted((set(similarity) - known) | (set(names) - set(similarity))))):
         raise RequestError(f"similarity is given by cut, for every cut of {architecture} (not so: {wrong})", where="strategy.similarity")
     first = () if kind != "halving" else _first([similarity[name] for name in names]) if similarity else _spread(len(names))
-    return Search(kind, tuple(names), tuple(seeds), _ends(architecture), epochs, first)
+    return Search(kind, tuple(names), tuple(seeds), _ends(points), epochs, first)
 
 
 class Way(Strict):
@@ -194,12 +203,11 @@ def trained_by(strategy: str) -> Literal["recipe", "linear"] | None:
     return "linear" if strategy in ("linear", "fat") else "recipe"
 
 
-def _ends(architecture: str) -> tuple[int, ...]:
+def _ends(points: Sequence[Cut]) -> tuple[int, ...]:
     """The last cut of each resolution, the stem's apart; of a network with one resolution the ends of its four quarters."""
-    points = cuts(architecture)
     ends = [points.index(cut) for cut in last_of_each(points)]
     if len(ends) == 1:
-        ends = sorted({round((i + 1) * len(points) / 4) - 1 for i in range(4)})
+        ends = sorted({max(0, round((i + 1) * len(points) / 4) - 1) for i in range(4)})
     return tuple(ends[1:] if ends[0] == 0 and len(ends) > 1 else ends)
 
 
@@ -252,11 +260,14 @@ def answer(search: Search, results: Results, metric: str = "") -> Answer:
         last[_candidate(trial)] = trial.epochs
     points = {at: _point(search, results, at, epochs) for at, epochs in last.items()}
     compared = {at: point for at, point in points.items() if point.epochs is None and point.mean is not None}
+    if not compared and any(results[trial].epochs is not None for trial in asked_for):
+        what = f"{metric or 'the metric'} is not defined on validation, and trials are compared by nothing else"
+        raise WorkError(what, where="search", hint="choose another metric of the task, or without cut: auto and tune")
     if not compared:
         raise WorkError(f"no trial has a finite validation metric, {len(asked_for)} were run", where="search", hint="try smaller rates")
     order = [at for at in search.candidates if at in compared]
     choice = _ranked(order, compared)[0] if search.kind != "rates" else max(order, key=lambda at: _mean(compared[at]))
-    whole = {trial: 1.0 if trial.epochs is None else trial.epochs / search.epochs for trial in asked_for}
+    trained = [next(n for n in (results[trial].epochs, trial.epochs, search.epochs) if n is not None) for trial in asked_for]
     return Answer(
         kind=search.kind,
         choice=choice,
@@ -266,7 +277,7 @@ def answer(search: Search, results: Results, metric: str = "") -> Answer:
         curve=[points[at] for at in search.candidates if at in points],
         trials=len(asked_for),
         exhaustive=len(search.candidates) * len(search.seeds),
-        cost=round(sum(whole.values()), 6),
+        cost=round(sum(trained) / search.epochs, 6),
     )
 
 

@@ -23,10 +23,15 @@ from cluster.plan import Corpus
 from cluster.run import run
 from cluster.searches import Searches, most
 from cluster.single import finetune_study
+from cluster.sources import read_weights
 from cluster.study import Resources, Study
+from encoders.build import build
 from encoders.cuts import cuts
+from encoders.export import export
+from encoders.truncate import truncate
 from finetune.cell import CellConfig
 from finetune.search import Answer
+from finetune.strategies import resolve
 from shards import manifest
 
 TREE: dict[str, Any] = {
@@ -56,13 +61,14 @@ def planned(study: Study, shards: str, **changes: Any) -> Searches:
     return Searches(plan.settings(study, {"phantom-chest": Corpus(shards, manifest.read(shards))}, {}), **changes)
 
 
-def result_of(config: CellConfig, value: float) -> dict[str, Any]:
+def result_of(config: CellConfig, value: float | None) -> dict[str, Any]:
     metric = config.task.metric
     rows = [{"metric": metric, "class": "", "value": value}, {"metric": f"{metric}_error", "class": "", "value": 0.01}]
-    return {"metrics": [{**row, "split": "val"} for row in rows], "params": 1000, "key": config.key}
+    selection = {"metric": metric, "value": value, "epoch": 1, "epochs": 2}  # of the three that were asked for
+    return {"metrics": [{**row, "split": "val"} for row in rows], "params": 1000, "key": config.key, "selection": selection}
 
 
-def drive(searches: Searches, value: Callable[[CellConfig], float | Exception], limit: int = 1000) -> list[CellConfig]:
+def drive(searches: Searches, value: Callable[[CellConfig], float | Exception | None], limit: int = 1000) -> list[CellConfig]:
     """Run trials and cells one after the other as the pool would, with values in place of trainings; what ran, in order."""
     queue, ran = searches.ready(), []
     while queue and len(ran) < limit:
@@ -70,7 +76,7 @@ def drive(searches: Searches, value: Callable[[CellConfig], float | Exception], 
         found = value(config)
         problem = found if isinstance(found, Exception) else None
         if problem is None:
-            storage.put(storage.join(config.out, "result.json"), json.dumps(result_of(config, float(found))))  # type: ignore[arg-type]
+            storage.put(storage.join(config.out, "result.json"), json.dumps(result_of(config, found)))  # type: ignore[arg-type]
         ran.append(config)
         queue = [*searches.told(config, problem), *queue]
     return ran
@@ -178,6 +184,70 @@ def test_a_search_whose_last_trial_fails_stops(trials: int, tmp_path: Path, phan
     assert len(ran) == trials
     assert [one.failed for one in searches.open] == ["a trial of its search failed: disk full"]
     assert not searches.cells
+
+
+def test_the_cost_of_a_search_is_what_was_trained_not_what_was_asked_for(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest, sources=["random"])
+    drive(planned(study, phantom_chest), likes)
+    for key in storage.listing(f"{study.out}/analyses"):
+        found = parse(storage.read_json(f"{study.out}/analyses/{key}/search.json"), Answer, key)
+        assert found.cost == pytest.approx(found.trials * 2 / 3, abs=1e-5)
+
+
+def test_a_metric_that_validation_cannot_define_is_said_and_not_taken_for_divergence(tmp_path: Path, phantom_chest: str) -> None:
+    searches = planned(written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"]), phantom_chest)
+    drive(searches, lambda config: None)
+    (failed,) = [one.failed for one in searches.open]
+    assert failed is not None
+    assert "auroc_mean is not defined on validation" in failed
+    assert "rates" not in failed
+
+
+@pytest.mark.parametrize("way", ["two-stage", "halving", "exhaustive"])
+def test_a_truncated_source_is_searched_at_the_cuts_that_it_has(way: str, tmp_path: Path, phantom_chest: str) -> None:
+    strategy = {"name": "truncated", "cut": "auto", "search": way}
+    source = {"name": "short", "source": str(tmp_path / "short")}
+    study = written(tmp_path, phantom_chest, strategies=[strategy], sources=[source], tune=None)
+    encoder = truncate(build("test_resnet", 1, seed=0), "layer3.0")
+    facts = {"name": "short", "method": "made", "lineage": [], "data": [], "revision": "0"}
+    export(encoder, tmp_path / "short", image_size=32, **facts)  # type: ignore[arg-type]
+    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    searches = Searches(plan.settings(study, corpora, {"short": [read_weights(str(tmp_path / "short"))]}))
+    ran = drive(searches, likes)
+    assert {config.strategy["cut"] for config in ran} <= {"stem", "layer1.0", "layer2.0", "layer3.0"}
+    assert {config.strategy["cut"] for config in searches.cells} == {"layer3.0"}
+
+
+def test_a_resolution_among_the_settings_of_a_task_is_that_of_its_cells(tmp_path: Path, phantom_chest: str) -> None:
+    given = {"phantom-chest": {"resolution": 32}}
+    study = written(tmp_path, phantom_chest, strategies=["linear"], tune=None, resolutions={}, task_settings=given)
+    assert {config.resolution for config in planned(study, phantom_chest).cells} == {32}
+    words = [f"data.phantom-chest.shards={phantom_chest}", "architecture=test_resnet", "settings.resolution=48"]
+    assert {config.resolution for config in planned(finetune_study("phantom-chest", words), phantom_chest).cells} == {48}
+
+
+def test_a_strategy_is_the_same_cell_whether_its_defaults_are_typed_or_not(tmp_path: Path, phantom_chest: str) -> None:
+    short = {"name": "truncated", "cut": "layer2.0"}
+    typed = {"name": "truncated", **resolve(short)[1].model_dump(mode="json")}
+    assert typed != short
+    keys = []
+    for strategy in (short, typed):
+        study = written(tmp_path, phantom_chest, strategies=[strategy], tune=None)
+        keys.append([config.key for config in planned(study, phantom_chest).cells])
+        setting = next(iter(planned(study, phantom_chest).chosen)).setting
+        assert plan.identity(setting, 0, setting.strategy, setting.task)["cell"]["strategy"] == typed
+    assert keys[0] == keys[1]
+
+
+def test_cells_compute_in_the_numbers_that_the_study_asks_for(tmp_path: Path, phantom_chest: str) -> None:
+    keys = set()
+    for dtype in ("fp32", "bf16"):
+        study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
+        study = study.model_copy(update={"resources": parse({"dtype": dtype}, Resources, "resources")})
+        (config,) = planned(study, phantom_chest).cells
+        assert config.dtype == dtype
+        keys.add(config.key)
+    assert len(keys) == 2
 
 
 def test_a_search_shares_the_trials_of_another(tmp_path: Path, phantom_chest: str) -> None:
