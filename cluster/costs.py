@@ -7,11 +7,12 @@ import yaml
 
 from analysis.results import finished
 from base import storage
-from base.config import parse
+from base.config import canonical_json, parse
 from base.errors import RequestError
 from base.paths import absolute
 from cluster.compare import put_table
 from cluster.screen import table
+from cluster.sources import local_encoder
 
 HEADER = (
     "task",
@@ -25,16 +26,19 @@ HEADER = (
     "ms, batch 32",
     "of the whole network's",
 )
+SOURCE = ("cut", "flat", "widths")  # of an export: what a source may have left
 
 
 def efficiency(outs: Sequence[str], threads: int, out: str) -> None:
-    """Networks that differ in nothing but weights are measured once, with random ones.
+    """Networks that differ in nothing but weights are measured once, with those of the first; of a source that is truncated or slim
+    itself the network is what it has left.
 
     Raises:
-        RequestError: no finished cell.
+        RequestError: no finished cell, or a source's encoder is no longer there.
     """
     import torch
 
+    from encoders.export import read_export
     from finetune import data
     from finetune.cell import CellConfig
     from finetune.efficiency import Efficiency, measure, whole
@@ -48,20 +52,25 @@ def efficiency(outs: Sequence[str], threads: int, out: str) -> None:
         for cell in finished(url):
             held = storage.join(cell.url, "config.yaml")
             config = parse(yaml.safe_load(storage.read_bytes(held)), CellConfig, held)
-            place = (config.task.task, config.resolution, config.architecture)
-            if (*place, str(config.strategy)) in seen:
+            place = (config.task.task, config.task.preset, config.resolution, config.architecture)
+            left: dict[str, Any] = dict.fromkeys(SOURCE)
+            if config.encoder_dir and config.encoder_sha256:
+                config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
+                info = read_export(str(config.encoder_dir), verify=False)
+                left = {key: getattr(info, key) for key in SOURCE}
+            network = (*place, canonical_json(config.strategy), canonical_json(left))
+            if network in seen:
                 continue
-            seen.add((*place, str(config.strategy)))
+            seen.add(network)
             corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
-            plain = config.model_copy(update={"source_kind": "random", "encoder_dir": None, "encoder_sha256": None})
             channels = data.channels(corpus, config.task)
-            module = plant(plain, channels)[0].module
+            module = plant(config, channels)[0].module
             arrays = data.load(config.shards, config.manifest_digest, "val", config.resolution, config.task, config.cache_dir)
             shape = data.as_input(arrays.image[:1], arrays.slices).shape[1:]
             found = measure(module, shape)
             if place not in wholes:
                 wholes[place] = measure(whole(module.encoder, config.task), shape)
-            rows.append(_row(config, found, wholes[place]))
+            rows.append(_row(config, left, found, wholes[place]))
     if not rows:
         raise RequestError("no finished cell", where=", ".join(outs), hint="allograft run STUDY.yaml")
     put_table(rows, storage.join(absolute(out), "efficiency.csv"))
@@ -69,10 +78,11 @@ def efficiency(outs: Sequence[str], threads: int, out: str) -> None:
     print(f"{len(rows)} networks with {threads} thread(s); all numbers: {storage.join(absolute(out), 'efficiency.csv')}")
 
 
-def _row(config: Any, found: Any, before: Any) -> dict[str, Any]:
-    row = {"task": config.task.task, "resolution": config.resolution, "architecture": config.architecture}
+def _row(config: Any, source: dict[str, Any], found: Any, before: Any) -> dict[str, Any]:
+    row = {"task": config.task.task, "preset": config.task.preset, "resolution": config.resolution, "architecture": config.architecture}
     row |= {"strategy": config.strategy["name"]}
     row |= {"options": ", ".join(f"{key} {value}" for key, value in config.strategy.items() if key != "name")}
+    row |= {f"source_{key}": "" if value is None else str(value) for key, value in source.items()}
     for prefix, cost in (("", found), ("whole_", before)):
         row |= {f"{prefix}params": cost.params, f"{prefix}macs": cost.macs}
         for latency in cost.latency:
@@ -87,6 +97,8 @@ def _line(row: dict[str, Any]) -> list[str]:
         row["macs"] / row["whole_macs"],
         row["batch_32_median_ms"] / row["whole_batch_32_median_ms"],
     )
-    facts = [row["task"], str(row["resolution"]), row["architecture"], row["strategy"], row["options"]]
+    of_source = [f"source {key} {row[f'source_{key}']}" for key in SOURCE if row[f"source_{key}"]]
+    options = ", ".join(filter(None, [row["options"], *of_source]))
+    facts = [row["task"], str(row["resolution"]), row["architecture"], row["strategy"], options]
     numbers = [f"{row['params']:,}", f"{row['macs'] / 1e9:.3g} G", *(f"{row[f'batch_{batch}_median_ms']:.1f}" for batch in (1, 32))]
     return [*facts, *numbers, "{:.0%} params, {:.0%} MACs, {:.0%} time".format(*shares)]
