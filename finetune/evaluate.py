@@ -96,7 +96,10 @@ class Evaluator:
 
     def _of_cell(self, arrays: data.Arrays, rows: NDArray[np.int64]) -> data.Arrays:
         arrays = arrays.take(rows)
-        return data.shuffled(arrays, self.config.seed) if self.config.shuffle_labels and arrays.split != "test" else arrays
+        if not self.config.shuffle_labels or arrays.split == "test":
+            return arrays
+        studies = self.task.aggregate
+        return data.shuffled(arrays, self.config.seed, studies.by if studies else None)
 
     def training_views(self) -> data.TrainingViews:
         """Augmented batches of the training images, of which `arrays("train")` are those enlarged ones from now on."""
@@ -129,9 +132,10 @@ class Evaluator:
         """Where in the node's cache: named by all that decides the numbers, to the bit."""
         config, task, encoder = self.config, self.task, self.module.encoder
         network = [getattr(encoder, name, None) for name in ("architecture", "mean", "std", "image_size", "widths", "cut", "flat", "depth")]
+        maps = [self.module.pyramid, self.module.stride]
         pixels = [config.manifest_digest, images.split, images.ids, config.resolution, task.evaluation, task.pad, task.volume]
         bits = [VIEWS_VERSION, config.dtype, config.threads, self.device_name, torch.__version__, self.chunk]
-        key = digest([features.FORMAT, type(encoder).__name__, network, self.module.pyramid, self._encoder_sha256, pixels, bits])[:32]
+        key = digest([features.FORMAT, type(encoder).__name__, network, maps, self._encoder_sha256, pixels, bits])[:32]
         return Path(config.cache_dir or cache.default_dir()) / "features" / key
 
     @cached_property
@@ -141,8 +145,9 @@ class Evaluator:
 
     @property
     def chunk(self) -> int:
-        """How many images are evaluated at once."""
-        return max(1, min(EVAL_BATCH, EVAL_PIXELS // self.config.resolution**2))
+        """How many images, or volumes, are evaluated at once."""
+        pixels = self.config.resolution**2 * (self.arrays("val").slices or 1)
+        return max(1, min(EVAL_BATCH, EVAL_PIXELS // pixels))
 
     def inputs(self, split: str, index: NDArray[np.int64]) -> list[Tensor]:
         """What `forward` takes: the kept maps of these images, or the images."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from analysis import metrics
 from base.errors import RequestError, WorkError
-from finetune.data import Arrays, at_origin, original_masks
+from finetune.data import Arrays, at_origin, original_masks, studies_of
 from finetune.measure import Row, headline, rows_of
 from finetune.task import Aggregate, Task
 
@@ -118,18 +118,9 @@ def _studies(task: Task, aggregate: Aggregate, arrays: Arrays, images: pd.DataFr
     are divided by their sum after `max` and `noisy-or`. An image without a value of `by` is a study of its own. The stratum is the one
     that all images share, or None.
     """
-    if aggregate.by == "patient":
-        named = [patient or None for patient in arrays.patients]
-    else:
-        if not any(aggregate.by in meta for meta in arrays.meta):
-            raise RequestError(f"{task.dataset} keeps no metadata '{aggregate.by}'", where=f"task {task.task}: aggregate.by")
-        named = [meta.get(aggregate.by) for meta in arrays.meta]
-    groups: dict[str, list[int]] = {}
-    for position, value in enumerate(named):
-        groups.setdefault(arrays.ids[position] if value is None else str(value), []).append(position)
     made: list[dict[str, Any]] = []
     exclusive = task.kind != "multilabel"
-    for study, positions in groups.items():
+    for study, positions in studies_of(arrays, aggregate.by).items():
         part = images.iloc[positions]
         where = f"task {task.task}: aggregate.by, study {study}"
         if part["patient"].nunique() > 1:

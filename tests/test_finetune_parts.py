@@ -230,6 +230,38 @@ def test_shuffled_labels_have_no_correlation_left_with_the_true_ones(seed: int) 
         assert abs(np.corrcoef(whole.target[:, label], mixed[:, label])[0, 1]) < 0.02
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_labels_of_studies_are_those_of_other_studies(seed: int, exclusive: bool) -> None:
+    """Studies of one to nine images keep how many of them are positive, negative or not known."""
+    draw = np.random.default_rng(seed)
+    of = np.repeat(np.arange(300), draw.integers(1, 10, 300))
+    if exclusive:
+        target = known = np.eye(3)[draw.integers(0, 3, 300)][of]
+    else:
+        target, known = draw.random((len(of), 3)) < [0.5, 0.1, 0.02], draw.random((len(of), 3)) < 0.95
+    whole = dataclasses.replace(
+        arrays([f"p{i}" for i in of], target),
+        known=np.ones_like(target, np.float32) if exclusive else known.astype(np.float32),
+        meta=tuple({"scan": f"s{i}"} for i in of),
+    )
+
+    def studies(of_arrays: Arrays) -> np.ndarray:
+        values = np.where(of_arrays.known > 0, of_arrays.target, np.nan)
+        made = [values[of == i] for i in range(300)]
+        return np.stack([np.where((one == 1).any(0), 1, np.where(np.isnan(one).any(0), 2, 0)) for one in made])
+
+    for by in ("patient", "scan"):
+        mixed = shuffled(whole, seed, by)
+        before, after = studies(whole), studies(mixed)
+        np.testing.assert_array_equal(*(np.sort(found.view([("", found.dtype)] * 3), 0) for found in (before, after)))
+        assert (before != after).any()
+        for label in range(3):
+            assert abs(np.corrcoef(before[:, label] == 1, after[:, label] == 1)[0, 1]) < 0.03
+        if exclusive:
+            assert all(len(np.unique(mixed.target[of == i], axis=0)) == 1 for i in range(300))
+
+
 @given(st.integers(2, 60), st.integers(2, 9))
 def test_no_batch_has_one_image_and_each_image_comes_once(n: int, size: int) -> None:
     parts = list(batches(np.arange(n), size))
