@@ -8,7 +8,7 @@ from base.config import Strict
 from finetune.task import Task
 
 # Raised by whoever changes a cell's numbers; it is part of every cell's key, and a golden test of one cell forces it.
-CELL_VERSION = 2
+CELL_VERSION = 3
 
 
 class CellConfig(Strict):
@@ -24,8 +24,8 @@ class CellConfig(Strict):
         dtype: `bf16` computes networks under autocast; weights, losses and logits are fp32 in any case.
         own_source: the source has seen this dataset's labels.
         exposed_to: corpora in the source's past that may hold test images of this dataset, or other images of their patients.
-        shuffle_labels: the control: targets permuted over the training and over the validation images, and the correlation with the
-            true labels that is left by chance removed; the test split stays as it is.
+        shuffle_labels: the control: targets permuted over the training and over the validation images, or studies where the task measures
+            these, and the correlation with the true labels that is left by chance removed; the test split stays as it is.
         role: a `trial` of a search never opens the test split.
         out: where the result goes, a path or URL.
     """
