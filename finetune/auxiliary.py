@@ -1,6 +1,6 @@
 """Inception's auxiliary classifier: beside the network while it trains, absent everywhere else.
 
-    auxiliary = attach(network, task, size, seed)        # None for other architectures, frozen encoders and masks
+    auxiliary = attach(network, task, size, seed)        # None for other architectures, a frozen block and masks
     loss = loss_of(..., network(x)) + WEIGHT * loss_of(..., auxiliary())
 
 Szegedy et al. 2015 (arXiv 1512.00567) read the last 17 x 17 map at 299 px; its loss counts 0.4, as TF-Slim has it. timm has it for whole
@@ -46,18 +46,32 @@ class Auxiliary(nn.Module):
         if module.training or out.is_meta:
             self._seen[:] = [out]
 
-    def forward(self) -> Tensor:
-        """logits_BL."""
+    def forward(self) -> Tensor | None:
+        """logits_BL; None where the block does not train yet, which is in evaluation mode till then."""
+        if not self._seen:
+            return None
         x = nn.functional.avg_pool2d(self._seen.pop(), self.window, stride=3)
         logits: Tensor = self.layers.fc(self.layers.conv1(self.layers.conv0(x)).mean((2, 3)))
         return logits
 
 
+class Beside(nn.Module):
+    """Both as one module, whose output is the network's: what several workers average the gradients of."""
+
+    def __init__(self, network: Network, auxiliary: Auxiliary) -> None:
+        super().__init__()
+        self.network, self.auxiliary = network, auxiliary
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
+
+
 def attach(network: Network, task: Task, size: int, seed: int) -> Auxiliary | None:
-    """The auxiliary classifier of a network that trains, drawn from the seed alone; None where there is none."""
+    """The auxiliary classifier of a network whose block trains, drawn from the seed alone; None where there is none."""
     encoder = network.encoder
     whole = encoder.architecture == "inception_v3" and hasattr(encoder.net, BEFORE)
-    if not whole or network.frozen or task.kind == "segmentation":
+    if not whole or task.kind == "segmentation" or not any(p.requires_grad for p in encoder.net.get_submodule(READS).parameters()):
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

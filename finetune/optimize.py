@@ -38,8 +38,13 @@ class Rate:
 
     def __init__(self, recipe: Training, epoch_steps: int) -> None:
         self.recipe, self.steps, self.warmup = recipe, recipe.epochs * epoch_steps, round(recipe.warmup * epoch_steps)
-        self._base = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)  # what torch's scheduler changes
-        self._plateau = ReduceLROnPlateau(self._base, factor=recipe.plateau.factor, patience=recipe.plateau.patience)
+        self.begins()
+
+    def begins(self) -> None:
+        """More weights train from now on: the rate before any plateau, and losses so far do not count."""
+        plateau = self.recipe.plateau
+        self._base = torch.optim.SGD([torch.zeros(1)], lr=self.recipe.lr)  # what torch's scheduler changes
+        self._plateau = ReduceLROnPlateau(self._base, factor=plateau.factor, patience=plateau.patience)
 
     @property
     def base(self) -> float:

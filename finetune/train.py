@@ -23,14 +23,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
 from engine import ranks
 from engine.context import Context
 from finetune import data, predict
-from finetune.auxiliary import WEIGHT, Auxiliary, attach
+from finetune.auxiliary import WEIGHT, Auxiliary, Beside, attach
 from finetune.cell import CellConfig, Selection
 from finetune.evaluate import Evaluator
 from finetune.features import chunks
@@ -41,6 +41,7 @@ from finetune.transplant import Group, Transplant
 
 Batch = tuple[list[Tensor], Tensor, Tensor]  # one batch of u8 images, or the float maps that the head reads of them; target; known
 Index = NDArray[np.int64]
+SURE = 20.0  # a logit
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -124,8 +125,8 @@ class Trainer:
         if ctx.rank == 0:
             _write(row, log)
         ctx.report(row)
-        value = row[f"val_{self.task.metric}"]
-        return self._selection(row["val_loss"] if value is None else value, by_loss=value is None, epoch=0, epochs=0)
+        by_loss = not self._measurable
+        return self._selection(row["val_loss" if by_loss else f"val_{self.task.metric}"], by_loss=by_loss, epoch=0, epochs=0)
 
     def _kept_batches(self, parts: Iterable[Index], epoch: int) -> Iterator[Batch]:
         arrays = self.arrays("train")
@@ -151,7 +152,7 @@ class Trainer:
         steps = sum(1 for _ in data.batches(np.arange(images), recipe.batch))
         optimizer, rate, best = optimizer_of(recipe, groups), Rate(recipe, steps), Best(recipe.patience)
         update = self._together(optimizer, images, recipe.batch) if part[1] > 1 else None
-        best_state, by_loss, epoch = dict[str, Tensor](), recipe.select == "loss", 0
+        best_state, by_loss, epoch = dict[str, Tensor](), recipe.select == "loss" or not self._measurable, 0
         for epoch in range(1, recipe.epochs + 1):
             if reason := ctx.should_stop():
                 raise WorkError(f"stopped ({reason})", where=f"cell {self.config.key}", hint="the same command computes the cell again")
@@ -159,6 +160,7 @@ class Trainer:
             share = 1.0 if epoch == recipe.epochs else (epoch - 1) / recipe.epochs  # the last epoch trains all, however few there are
             if _release(groups, share):
                 best.begins(epoch)
+                rate.begins()
             self.evaluator.train(True)
             order = rng("order", self.config.seed, epoch).permutation(images)
             losses: list[Tensor] = []
@@ -188,12 +190,10 @@ class Trainer:
                 _write(row, log)
             if not probe:
                 ctx.report(row)
-            value = row[f"val_{self.task.metric}"]
-            by_loss |= value is None  # the same in every epoch: it depends on the targets alone
-            if best.observe(epoch, -row["val_loss"] if by_loss else value):
+            if best.observe(epoch, -row["val_loss"] if by_loss else row[f"val_{self.task.metric}"]):
                 best_state = self._moved(groups)
             rate.observe(row["val_loss"])
-            if rate.spent or (best.waited(epoch) and all(group.start <= share for group in groups)):
+            if (rate.spent or best.waited(epoch)) and all(group.start <= share for group in groups):
                 break
         if not best_state:
             raise self.evaluator.diverged("the validation loss was never finite")
@@ -214,11 +214,12 @@ class Trainer:
         if least < ranks.world():
             where = f"cell {self.config.key}: workers"
             raise RequestError(f"{ranks.world()} workers for a batch of {least} images", where=where, hint="workers=1")
-        norm.convert(self.module)
-        for parameter in self.module.parameters():
+        whole: nn.Module = self.module if self._auxiliary is None else Beside(self.module, self._auxiliary)
+        norm.convert(whole)
+        for parameter in whole.parameters():
             parameter.data = parameter.data.contiguous()  # DeepSpeed broadcasts bytes, which it finds in rows alone
         config = EngineConfig(optimizer=OptimizerConfig(lr=1.0), precision=self.config.dtype)
-        engine = Engine(self.module, config, rank_batch=1, warmup_steps=0, total_steps=1, optimizer=optimizer)
+        engine = Engine(whole, config, rank_batch=1, warmup_steps=0, total_steps=1, optimizer=optimizer)
         self.evaluator.network = engine.forward
         return engine.update
 
@@ -244,12 +245,24 @@ class Trainer:
             return loss, 0.0
         with self.evaluator.precision():
             second = self._auxiliary()
+        if second is None:
+            return loss, 0.0
         return loss, WEIGHT * loss_of(self.task, second, target, known, self._weights)
 
     @cached_property
     def _weights(self) -> Tensor | None:
         train = self.arrays("train")
         return class_weights(self.task, train.target, train.known)
+
+    @cached_property
+    def _measurable(self) -> bool:
+        """Whether the metric is defined on validation: of answers that are all right, since of others kappa is 0 where that is not."""
+        arrays = self.arrays("val")
+        target = arrays.target
+        if self.task.kind == "ordinal":
+            target = target.argmax(1)[:, None] > np.arange(target.shape[1] - 1)
+        right = np.where(target > 0.5, SURE, -SURE).astype(np.float32)
+        return not math.isnan(predict.headline(self.task, predict.measure(self.task, arrays, right)))
 
     def _validate(self) -> dict[str, Any]:
         """The loss, without what is added to it in training, and the task's metric on the validation split."""

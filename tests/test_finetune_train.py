@@ -423,6 +423,27 @@ def test_a_cell_follows_the_plateau_of_its_validation_losses_and_ends_with_it(ce
     assert rate.spent
 
 
+def test_does_not_repeat_a_plateau_that_is_over_before_the_encoder_trains(cell: Make, tmp_path: Path) -> None:
+    """The rate is the recipe's again where groups begin, and spent only once all have. It is so low here that no epoch before is better."""
+    plateau = {"recipe.plateau": {"patience": 0, "factor": 0.1, "stop_below": 5e-7}, "recipe.schedule": "plateau", "recipe.lr": 1e-6}
+    config = cell(settings={"recipe.epochs": 8, "recipe.patience": 40, "recipe.warmup": 0, **plateau}, fraction=0.3)
+    _, _, rows = tiny_cell.trained(config, tmp_path, change=starting(0.5))
+    assert [row["lr"] for row in rows][:5] == pytest.approx([1e-6, 1e-6, 1e-7, 1e-8, 1e-6])
+
+
+@pytest.mark.parametrize("label", range(3))
+@pytest.mark.parametrize("strategy", ["full", "knn"])
+def test_whether_the_loss_selects_depends_on_the_targets_alone(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, label: int
+) -> None:
+    """Kappa of a truth of one class is 0, or not defined where the decisions are all of that class, too."""
+    changed_load(monkeypatch, lambda arrays: arrays.take(np.flatnonzero(arrays.target[:, label])) if arrays.split == "val" else arrays)
+    config = cell(settings={"kind": "ordinal", "metric": "kappa_quadratic", **tiny_cell.CLASSES}, strategy={"name": strategy})
+    _, selection, rows = tiny_cell.trained(config, tmp_path)
+    assert selection.metric == "loss"
+    assert selection.value == min(row["val_loss"] for row in rows)
+
+
 def test_does_not_repeat_random_views_of_validation_images(cell: Make, tmp_path: Path) -> None:
     """Reference 3.7-7: early stopping on augmented validation images is stopping by chance."""
     wild = {"recipe.views": {"crop_scale": [0.2, 0.4], "flip": True, "brightness": 0.5, "contrast": 0.5}}
@@ -618,6 +639,35 @@ def test_the_auxiliary_loss_trains_both_and_is_absent_in_evaluation(cell: Make, 
     assert attach(module, config.task, 75, 0) is None
 
 
+def test_does_not_repeat_an_auxiliary_classifier_whose_gradients_each_worker_keeps(cell: Make) -> None:
+    """What DeepSpeed averages over workers are the parameters of its module."""
+    config = cell(architecture="inception_v3", resolution=75)
+    trainer = Trainer(config, plant(config, 1)[0])
+    beside = trainer._auxiliary = attach(trainer.module, config.task, 75, 0)
+    assert beside is not None
+    groups = [*trainer.transplant.groups, Group("auxiliary", list(beside.parameters()))]
+    trainer._together(optimizer_of(config.task.recipe, groups), 8, 4)
+    averaged: Any = trainer.evaluator.network.__self__.module  # type: ignore[attr-defined]
+    assert {id(p) for p in averaged.parameters()} == {id(p) for p in (*trainer.module.parameters(), *beside.parameters())}
+    image = torch.randint(0, 256, (2, 1, 75, 75), dtype=torch.uint8)
+    trainer.module.eval()
+    torch.testing.assert_close(trainer.evaluator.network(image), trainer.module(image))
+
+
+@pytest.mark.parametrize(("strategy", "beside"), [({"name": "lwft", "cut": "Mixed_6e"}, False), ({"name": "gradual", "stages": 2}, True)])
+def test_an_auxiliary_classifier_of_a_frozen_block_adds_no_loss(
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: dict[str, Any], beside: bool
+) -> None:
+    """What is frozen for good has none; of what waits it begins with the block."""
+    changed_load(monkeypatch, lambda arrays: arrays.take(np.arange(4)))
+    settings = {"recipe.epochs": 2, "recipe.batch": 4, "recipe.select": "loss"}
+    trainer, selection, _ = tiny_cell.trained(
+        cell(architecture="inception_v3", resolution=75, settings=settings, strategy=strategy), tmp_path
+    )
+    assert selection.epochs == 2
+    assert (trainer._auxiliary is not None) == beside
+
+
 # -- features of a frozen encoder
 
 
@@ -671,6 +721,23 @@ def test_what_decides_features_names_them(cell: Make, tmp_path: Path) -> None:
     trainer.evaluator.keep("train")  # of random weights, which no other cell has: in memory
     assert trainer.evaluator._features["train"] is not None
     assert kept_folders(tmp_path) - names[-1] == {added}
+
+
+def test_features_of_other_canvases_are_others(cell: Make, tmp_path: Path) -> None:
+    """A linear head pads a vision transformer's images to 16, a decoder to 32: at 48 px the maps are 3 x 3 and 4 x 4."""
+    shapes, source = set(), tiny_cell.weights(tmp_path, 3, "test_vit", 48)
+    for strategy in ("linear", "lp-ft"):
+        config = cell("phantom-vessels", strategy={"name": strategy}, resolution=48, **source)
+        trainer = Trainer(config, plant(config, 3)[0])
+        trainer.evaluator.keep("val")
+        shapes.add(trainer.evaluator.maps("val", np.arange(1))[0].shape[-1])
+    assert shapes == {3, 4}
+
+
+def test_volumes_are_evaluated_fewer_at_a_time(cell: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_load(monkeypatch, lambda arrays: dataclasses.replace(arrays, slices=24))
+    config = cell(resolution=224)
+    assert Trainer(config, plant(config, 1)[0]).evaluator.chunk == 64 // 24
 
 
 def test_a_frozen_cell_holds_one_copy_of_what_is_large(cell: Make, tmp_path: Path) -> None:

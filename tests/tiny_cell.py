@@ -62,19 +62,19 @@ def config(
     return CellConfig.model_validate(base | fields)
 
 
-def exported(folder: Path, in_chans: int = 1) -> tuple[Path, str]:
+def exported(folder: Path, in_chans: int = 1, architecture: str = "test_resnet", size: int = 32) -> tuple[Path, str]:
     """An exported encoder with batch-norm statistics of its own: its folder and the hash of its tensors."""
-    encoder = build("test_resnet", in_chans, seed=42).train()
+    encoder = build(architecture, in_chans, seed=42, image_size=size).train()
     with torch.no_grad():
-        encoder(torch.randint(0, 256, (8, in_chans, 32, 32), dtype=torch.uint8))
-    facts: dict[str, Any] = {"name": "simclr", "method": "simclr", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
+        encoder(torch.randint(0, 256, (8, in_chans, size, size), dtype=torch.uint8))
+    facts: dict[str, Any] = {"name": "simclr", "method": "simclr", "lineage": [], "data": [], "revision": "abc", "image_size": size}
     return folder, export(encoder, folder, **facts)
 
 
-def weights(folder: Path, in_chans: int = 1) -> dict[str, Any]:
+def weights(folder: Path, in_chans: int = 1, architecture: str = "test_resnet", size: int = 32) -> dict[str, Any]:
     """Fields of a cell whose source is an exported encoder."""
-    at, sha256 = exported(folder / f"export-{in_chans}", in_chans)
-    return {"source": "simclr", "source_kind": "weights", "encoder_dir": str(at), "encoder_sha256": sha256}
+    at, sha256 = exported(folder / f"export-{in_chans}", in_chans, architecture, size)
+    return {"architecture": architecture, "source": "simclr", "source_kind": "weights", "encoder_dir": str(at), "encoder_sha256": sha256}
 
 
 class Watching(LocalContext):
