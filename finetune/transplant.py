@@ -22,7 +22,7 @@ from encoders.build import Encoder, build
 from encoders.cuts import depths, find
 from encoders.truncate import truncate
 from encoders.volumes import inflate
-from encoders.weights import Loaded, State, load_into, sha256_of
+from encoders.weights import Loaded, load_into, sha256_of
 from finetune.heads import head_for
 from finetune.network import Network
 from finetune.task import Task
@@ -215,7 +215,6 @@ def groups_of(module: Network, of_cut: Callable[[int], Group] | None = None) -> 
 __all__ = [
     "EncoderSpec",
     "Group",
-    "State",
     "Transplant",
     "assemble",
     "copied",
