@@ -27,6 +27,7 @@ class CellConfig(Strict):
         shuffle_labels: the control: targets permuted over the training and over the validation images, or studies where the task measures
             these, and the correlation with the true labels that is left by chance removed; the test split stays as it is.
         role: a `trial` of a search never opens the test split.
+        keep: `encoder` leaves the trained encoder, exported, in `encoder/` of `out`. No part of the key: it changes no number.
         out: where the result goes, a path or URL.
     """
 
@@ -52,6 +53,7 @@ class CellConfig(Strict):
     exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False
     role: Literal["cell", "trial"] = "cell"
+    keep: Literal["nothing", "encoder"] = "nothing"
     out: str
     cache_dir: str | None = None
 

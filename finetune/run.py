@@ -26,7 +26,7 @@ from encoders.export import read_export
 from encoders.weights import State, load_local, sha256_of
 from engine import ranks
 from engine.context import Context
-from finetune import data, predict
+from finetune import data, keep, predict
 from finetune.cell import CELL_VERSION, CellConfig, Result
 from finetune.efficiency import cost
 from finetune.explain import heat_maps
@@ -54,11 +54,13 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         raise RequestError(asked, where=f"cell {config.key}: workers")
     if config.workers > 1:
         ranks.start()
+    kept = config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
     if ranks.share(storage.exists(where)):
         standing = parse(storage.read_json(where), Result, where)
         if standing.key != config.key:
             raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
-        return _plain(standing)
+        if ranks.share(kept):
+            return _plain(standing)
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
     task = config.task
@@ -68,6 +70,8 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     if config.role != "trial" and not corpus.manifest.counts.get("test"):
         raise RequestError(f"{task.dataset} has no test split to measure on", where=config.shards)
     transplant, encoder_sha256, options = plant(config, data.channels(corpus, task))
+    if config.keep == "encoder":
+        keep.check(transplant.module.encoder, config.key)
     trainer = Trainer(config, transplant)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
@@ -127,6 +131,8 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         (local / "config.yaml").write_text(to_yaml(config))
         (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
         if ctx.rank == 0:
+            if config.keep == "encoder":
+                keep.keep(config, transplant.module.encoder, corpus, local / "encoder")
             storage.put_dir(local, config.out, last=(RESULT,))
     return dict(ranks.share(_plain(result)))  # which no worker has before it is written
 

@@ -1,0 +1,70 @@
+"""The trained encoder of a cell, exported beside its result: `encoder/` in the cell's folder.
+
+    check(encoder, key)                          # before training: what cannot be exported is refused
+    keep(config, encoder, corpus, folder)        # after it, with the chosen epoch's weights in place
+
+Matrices that lora added are merged into the weights they stand beside, so that it loads as any other encoder does.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base import paths
+from base.errors import RequestError
+from encoders.build import Encoder, build
+from encoders.export import export, read_export
+from encoders.truncate import Truncated, truncate
+from finetune.cell import CellConfig
+from finetune.strategies.lora import merge
+from shards.loader import Corpus
+
+
+def check(encoder: Encoder, key: str) -> None:
+    """Raises RequestError: an encoder that cannot be built again from its facts, of volumes or narrowed inside a stage."""
+    with torch.device("meta"):
+        fresh = build(
+            encoder.architecture, encoder.in_chans, encoder.mean, encoder.std, image_size=encoder.image_size, widths=encoder.widths
+        )
+        if isinstance(encoder, Truncated):
+            fresh = truncate(fresh, encoder.cut, encoder.flat)
+    shapes = [{name: tensor.shape for name, tensor in net.state_dict().items()} for net in (merge(encoder.net), fresh.net)]
+    if shapes[0] != shapes[1]:
+        what = "this encoder cannot be exported: it is of volumes, or narrowed inside a stage"
+        raise RequestError(what, where=f"cell {key}: keep", hint="keep=nothing")
+
+
+def keep(config: CellConfig, encoder: Encoder, corpus: Corpus, folder: Path) -> str:
+    """Export the encoder as it stands and return `sha256_of` its tensors; the lineage goes on from the source's."""
+    plain = copy.deepcopy(encoder).cpu()
+    plain.net = merge(plain.net)
+    lineage, data = list[dict[str, Any]](), list[dict[str, Any]]()
+    if config.encoder_dir is not None:
+        info = read_export(config.encoder_dir, verify=False)
+        lineage, data = info.lineage, info.data
+    name = str(config.strategy["name"])
+    dataset = config.task.dataset
+    step = {
+        "name": f"cell {config.key}",
+        "key": config.key,
+        "method": name,
+        "source": config.source,
+        "strategy": config.strategy,
+        "task": config.task.task,
+        "datasets": [dataset],
+        "labelled": [dataset],
+        "seed": config.seed,
+    }
+    read = {"dataset": dataset, "split": "train", "digest": config.manifest_digest, "licence": str(corpus.manifest.card.licence)}
+    return export(
+        plain,
+        folder,
+        name=f"{config.source}-{name}-{config.task.task}",
+        method=name,
+        lineage=[*lineage, step],
+        data=[*data, read],
+        revision=paths.revision(),
+        image_size=config.resolution,
+    )
