@@ -75,7 +75,7 @@ def of_study(
         print(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
         _figures(runs, probe, measure, how, storage.join(folder, _safe(group)), title, base)
     if not seen:
-        hint = "two encoders are compared by: allograft analyze similarity A B --data SHARDS"
+        hint = "a study keeps them with cells.keep=encoder; two encoders are compared by: allograft analyze similarity A B --data SHARDS"
         raise RequestError("no cell of this study kept its trained encoder (cells/KEY/encoder)", where=out, hint=hint)
 
 

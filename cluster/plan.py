@@ -256,6 +256,7 @@ def cell(
         seed=seed,
         shuffle_labels=setting.shuffled,
         dtype=setting.study.resources.dtype,
+        keep=setting.study.cells.keep if setting.study.cells and role == "cell" else "nothing",
         threads=setting.study.resources.threads,
         own_source=bool(found and task.dataset in found.labelled),
         exposed_to=list(setting.exposed),

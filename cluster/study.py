@@ -65,6 +65,9 @@ class Cells(Strict):
     task_settings: dict[str, dict[str, Any]] = Field({}, description="by task: keys of its file that this study sets otherwise")
     tune: Tune | None = Field(None, description="rates to choose from, by validation; without it the study is untuned: one rate for all")
     trial_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="seeds of the trials of every search")
+    keep: Literal["nothing", "encoder"] = Field(
+        "nothing", description="encoder: leave every cell's trained encoder in its folder, exported"
+    )
     shuffled_labels: list[str] = Field([], description="control: sources whose cells are repeated with permuted training labels")
 
     @model_validator(mode="after")

@@ -248,6 +248,15 @@ def test_cells_compute_in_the_numbers_that_the_study_asks_for(tmp_path: Path, ph
     assert len(keys) == 2
 
 
+@pytest.mark.parametrize("keep", ["nothing", "encoder"])
+def test_cells_keep_their_encoders_where_the_study_asks_and_trials_never(keep: str, tmp_path: Path, phantom_chest: str) -> None:
+    cells = {"strategies": [{"name": "fat", "cut": "auto"}], "sources": ["random"], "seeds": [0], "tune": None}
+    searches = planned(written(tmp_path, phantom_chest, keep=keep, **cells), phantom_chest)
+    ran = drive(searches, likes)
+    assert {config.keep for config in ran if config.role == "trial"} == {"nothing"}
+    assert {config.keep for config in searches.cells} == {keep}
+
+
 def test_a_search_shares_the_trials_of_another(tmp_path: Path, phantom_chest: str) -> None:
     both = [{"name": "fat", "cut": "auto", "search": "exhaustive"}, {"name": "fat", "cut": "auto", "search": "two-stage"}]
     study = written(tmp_path, phantom_chest, strategies=both, tune=None, sources=["random"], seeds=[0])
