@@ -80,6 +80,12 @@ def pack(
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Ctrl-C ends work that can go on later cleanly, and says so."""
+    import os
+    import signal
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        # A job is stopped by this signal, and a cluster that was started in the background hands it down as ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -176,9 +176,10 @@ def test_ctrl_c_leaves_the_job_running_and_says_what_to_type(ended: Ended) -> No
     assert f"allograft submit --stop {job}" in said
 
 
-def test_a_stopped_job_counts_as_failed(ended: Ended) -> None:
+def test_a_stopped_job_gave_its_lock_back_and_counts_as_failed(ended: Ended) -> None:
     assert ended.stopped[0] == 0, ended.stopped[1]
     assert "STOPPED" in ended.stopped[1]
+    assert not (ended.folder / "left/out/driver.lock").exists()
     code, said = ended.followed
     assert code == 1
     assert "stopped; the same command goes on from here" in said
