@@ -12,6 +12,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)  # a test that waits for a processor is not a slow one
+settings.load_profile("busy machine")
 
 
 def pytest_unconfigure() -> None:
