@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from analysis.claims import Claim
 from base.config import Strict, canonical_json
 from base.paths import with_preset
 from finetune.search import Tune
@@ -14,6 +15,7 @@ from finetune.task import Metric, load_task
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
+Analysis = Literal["similarity", "filters", "convergence", "efficiency", "transferability"]
 
 
 class DataEntry(Strict):
@@ -69,6 +71,7 @@ class Cells(Strict):
         "nothing", description="encoder: leave every cell's trained encoder in its folder, exported"
     )
     shuffled_labels: list[str] = Field([], description="control: sources whose cells are repeated with permuted training labels")
+    asked_by: Literal["matrix", "claims"] = Field("matrix", description="claims: only those cells of the matrix that a claim compares")
 
     @model_validator(mode="after")
     def _once(self) -> Self:
@@ -142,6 +145,8 @@ class Study(Strict):
     pretrain: list[PretrainEntry] = Field([])
     cells: Cells | None = None
     champion: Champion | None = None
+    claims: list[Claim] = Field([], description="the family of comparisons, fixed before the run; as names: those of studies/claims")
+    analyses: list[Analysis] = Field([], description="what is computed of the trained encoders after the cells, for the report")
     leakage: Literal["stop", "exclude"] = Field(
         "stop", description="pretraining images that match test images: stop, or train without them"
     )
@@ -149,6 +154,15 @@ class Study(Strict):
     resources: Resources = Resources()
     presets: dict[str, dict[str, Any]] = Field({}, description="named sets of settings; `preset=NAME` applies one")
     preset: str | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        for key, names in (("claims", [claim.name for claim in self.claims]), ("analyses", list(self.analyses))):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{key}: {', '.join(twice)} stands twice")
+        if self.cells and self.cells.asked_by == "claims" and not self.claims:
+            raise ValueError("cells.asked_by: claims, and there are none")
+        return self
 
     def before(self, entry: PretrainEntry) -> list[PretrainEntry]:
         """The runs of this study that lead to this one, oldest first."""

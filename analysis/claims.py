@@ -1,0 +1,108 @@
+"""Claims: sentences that a study was made to test, written into its file before it runs.
+
+claim = Claim(name="small-data", sentence="...", about="encoders", comparison={"a": {"source": "imagenet"}, "b": {"source": "random"}},
+              expect="greater", margin=0.02, where={"strategy": "full", "fraction": 0.1})
+
+A claim is tested in every setting of the study in which both sides stand and `where` holds; each is a row of the ledger and a member of
+the family over which Holm's correction runs. Nothing here reads a result: see analysis.ledger.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from base.config import Strict, digest
+
+About = Literal["encoders", "methods"]
+PRETRAINING_SEEDS = 3  # under which nothing is said about methods
+
+
+class Where(Strict):
+    """Conditions on the axes of the matrix; an axis that is left out may be anything. A strategy is named with the options that matter."""
+
+    source: str | None = None
+    strategy: dict[str, Any] | None = None
+    architecture: str | None = None
+    task: str | None = None
+    kind: Literal["classification", "segmentation"] | None = Field(None, description="of the task")
+    fraction: float | None = Field(None, gt=0, le=1)
+    resolution: int | None = None
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _optioned(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes that are conditioned on."""
+        return frozenset(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    def holds(self, cell: dict[str, Any]) -> bool:
+        """Whether a cell fulfils them; `cell` has every axis, `strategy` with all of its options."""
+        for name in self.axes:
+            wanted, held = getattr(self, name), cell[name]
+            if name == "strategy":
+                if any(held.get(key) != value for key, value in wanted.items()):
+                    return False
+            elif wanted != held:
+                return False
+        return True
+
+
+class Sides(Strict):
+    """What is compared: a against b, and everything else alike."""
+
+    a: Where
+    b: Where
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if self.a.axes != self.b.axes or not self.a.axes:
+            raise ValueError("a and b name the same axes, at least one")
+        if self.a == self.b:
+            raise ValueError("a and b are the same")
+        if {"task", "kind"} & self.a.axes:
+            raise ValueError("results of two tasks are not compared: task and kind belong into where")
+        return self
+
+
+class Claim(Strict):
+    """One sentence that results can contradict.
+
+    margin: with greater and less the smallest difference that would be what the sentence says; with equivalent that under which two
+    results count as the same. In the metric's own unit.
+    outcome: metric, the task's headline on test images; convergence, the mean over training of the best validation metric so far (a run
+    that gets there sooner has more).
+    paper: where the sentence comes from.
+    """
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    sentence: str
+    paper: str | None = None
+    about: About
+    comparison: Sides
+    expect: Literal["greater", "less", "equivalent"]
+    margin: float = Field(gt=0)
+    where: Where = Where()
+    outcome: Literal["metric", "convergence"] = "metric"
+
+    @model_validator(mode="after")
+    def _says_what_it_tests(self) -> Self:
+        if shared := self.where.axes & self.comparison.a.axes:
+            raise ValueError(f"where names what is compared: {', '.join(sorted(shared))}")
+        if self.about == "encoders" and "method" in self.sentence.lower():
+            raise ValueError("a claim about encoders does not speak of methods: say about: methods, which takes 3 pretraining seeds")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """What the claim says, but for its name and its paper: a sentence that is changed is another claim."""
+        return digest(self.model_dump(mode="json", exclude={"name", "paper", "schema_"}))
+
+    def side(self, cell: dict[str, Any]) -> Literal["a", "b"] | None:
+        """On which side of the comparison a cell stands, if on any."""
+        if not self.where.holds(cell):
+            return None
+        return "a" if self.comparison.a.holds(cell) else "b" if self.comparison.b.holds(cell) else None
