@@ -121,7 +121,7 @@ class Trainer:
         z_ND = torch.cat([self.evaluator.maps("train", index)[0] for index in chunks(len(train), self.evaluator.chunk)])
         target_NL, known_NL = (torch.from_numpy(x).to(z_ND.device) for x in (train.target, train.known))
         self.module.head.fit(z_ND, target_NL, known_NL)  # type: ignore[operator]
-        row = {"epoch": 0} | self._validate() | {"seconds": round(time.perf_counter() - started, 3)}
+        row = {"epoch": 0, "step": 0} | self._validate() | {"seconds": round(time.perf_counter() - started, 3)}
         if ctx.rank == 0:
             _write(row, log)
         ctx.report(row)
@@ -184,7 +184,7 @@ class Trainer:
             train_loss = float(ranks.all_sum(of_worker) / part[1] if update else of_worker)
             if not math.isfinite(train_loss):
                 raise self.evaluator.diverged(f"the training loss is not finite in epoch {epoch}")
-            row: dict[str, Any] = {"epoch": epoch, "train_loss": train_loss} | self._validate()
+            row: dict[str, Any] = {"epoch": epoch, "step": epoch * steps, "train_loss": train_loss} | self._validate()
             row |= {"lr": rate.at(epoch * steps - 1), "seconds": round(time.perf_counter() - started, 3)}
             if ctx.rank == 0:
                 _write(row, log)
