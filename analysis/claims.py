@@ -7,13 +7,17 @@ A claim is tested in every setting of the study in which both sides stand and `w
 the family over which Holm's correction runs. Nothing here reads a result: see analysis.ledger.
 """
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from base.config import Strict, digest
+from base.config import Strict, canonical_json, digest, load
+from base.paths import named
 
+T = TypeVar("T")
 About = Literal["encoders", "methods"]
+SETTING = ("source", "strategy", "architecture", "task", "fraction", "resolution")  # what sides share where they are not compared by it
 PRETRAINING_SEEDS = 3  # under which nothing is said about methods
 
 
@@ -37,6 +41,21 @@ class Where(Strict):
     def axes(self) -> frozenset[str]:
         """The axes that are conditioned on."""
         return frozenset(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    def words(self) -> str:
+        """`natural, truncated cut=layer3`."""
+        parts = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                value = " ".join([str(value.get("name", "")), *(f"{key}={item}" for key, item in value.items() if key != "name")])
+            if name == "fraction" and value is not None:
+                value = f"{value * 100:g} % of the labels"
+            if name == "resolution" and value is not None:
+                value = f"{value} px"
+            if value is not None:
+                parts.append(str(value))
+        return ", ".join(parts)
 
     def holds(self, cell: dict[str, Any]) -> bool:
         """Whether a cell fulfils them; `cell` has every axis, `strategy` with all of its options."""
@@ -106,3 +125,29 @@ class Claim(Strict):
         if not self.where.holds(cell):
             return None
         return "a" if self.comparison.a.holds(cell) else "b" if self.comparison.b.holds(cell) else None
+
+
+def settings_of(claim: Claim, seen: Sequence[tuple[T, dict[str, Any]]]) -> list[tuple[dict[str, Any], list[T], list[T]]]:
+    """The settings in which both sides of a claim are found: what is alike, what stands on side a, what on side b.
+
+    Args:
+        seen: anything, with its axes.
+    """
+    shared = [name for name in SETTING if name not in claim.comparison.a.axes]
+    groups: dict[str, tuple[dict[str, Any], dict[str, list[T]]]] = {}
+    for one, axes in seen:
+        side = claim.side(axes)
+        if side is not None:
+            setting = {name: axes[name] for name in shared}
+            groups.setdefault(canonical_json(setting), (setting, {"a": [], "b": []}))[1][side].append(one)
+    return [(setting, sides["a"], sides["b"]) for setting, sides in groups.values() if sides["a"] and sides["b"]]
+
+
+def load_claim(name: str) -> Claim:
+    """A claim by its name in studies/claims, or by its path ending in .yaml.
+
+    Raises:
+        RequestError: no such claim, or a file that is none.
+    """
+    path = named("claim", name)
+    return load(path, Claim)

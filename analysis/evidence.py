@@ -2,11 +2,12 @@
 
 evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
 
-The family of comparisons is fixed by the study file before a number is seen: every source against the baseline (the first random
-source, else the first), each link of a continual chain against the one before it, and, as a control, a source against its twin
-under another name (A/A). Holm's correction runs over the first two kinds together and over the controls by themselves. A statement
-is declared when its adjusted p is under 0.05 and its interval holds seeds and patients; everything else reads "no difference" with
-its interval, which only means that 0 is inside.
+The family of comparisons is fixed by the study file before a number is seen. A study with claims has its claims, and Holm's correction
+runs over them alone (analysis.ledger); what else could be compared is printed and never declared. Any other study has every source
+against the baseline (the first random source, else the first), each link of a continual chain against the one before it, and, as a
+control, a source against its twin under another name (A/A): Holm's runs over the first two kinds together, and over the controls by
+themselves in either case. A statement is declared when its adjusted p is under 0.05 and its interval holds seeds and patients;
+everything else reads "no difference" with its interval, which only means that 0 is inside.
 """
 
 import math
@@ -17,10 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import results
+from analysis import ledger, results
+from analysis.claims import Claim
+from analysis.ledger import Entry
 from analysis.results import Cell, Pretraining
 from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm
 from base import storage
+from base.config import parse
 
 LEVEL = 0.05
 APART = {"own": "own source (its pretraining saw these labels)", "exposed": "exposed (its pretraining may have seen these test images)"}
@@ -28,8 +32,9 @@ APART = {"own": "own source (its pretraining saw these labels)", "exposed": "exp
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A), "own" (pretrained on these labels) or
-    "exposed" (pretrained on corpora that may hold these test images)."""
+    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A), "own" (pretrained on these labels),
+    "exposed" (pretrained on corpora that may hold these test images) or "claim": then `entry` is its row of the ledger, a and b are its
+    sides in words, and of the setting what is compared is empty or 0."""
 
     kind: str
     a: str
@@ -44,9 +49,12 @@ class Finding:
     metric: str
     comparison: Comparison
     adjusted: float = math.nan
+    entry: Entry | None = None
 
     @property
     def declared(self) -> bool:
+        if self.entry is not None:
+            return self.entry.verdict != "underpowered"
         return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
 
     @property
@@ -54,11 +62,15 @@ class Finding:
         """How the page marks it: good, worse, bad (a flagged control) or none."""
         if not self.declared:
             return "none"
+        if self.entry is not None:
+            return "good" if self.entry.verdict == "holds" else "worse"
         return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
 
     @property
     def about(self) -> str:
-        """What may be claimed: methods need at least 3 pretraining seeds."""
+        """What may be claimed: methods need at least 3 pretraining seeds, and a claim speaks of no more than it was written for."""
+        if self.entry is not None:
+            return "methods" if self.entry.claim.about == "methods" else "encoders (these weights)"
         return "methods" if self.comparison.pretraining_seeds >= 3 else "encoders (these weights)"
 
     def words(self, evidence: "Evidence") -> str:
@@ -76,6 +88,8 @@ class Finding:
 
     def sentence(self, evidence: "Evidence", brief: bool = False) -> str:
         """The finding in words; the same in the report and in the terminal."""
+        if self.entry is not None:
+            return self.entry.sentence()
         c, unit = self.comparison, evidence.unit(self.metric, self.dataset)
         where = "" if brief and self.kind == "control" and evidence.single else f" on {self.words(evidence)}"
         if c.basis == "not comparable":
@@ -92,6 +106,8 @@ class Finding:
             return f"{self.a} against {self.b}{where}: {numbers}, one seed: patients only, nothing declared"
         if c.excludes_zero:
             control = self.kind == "control"
+            if evidence.ledger and not control:
+                return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
             size = sum(f.kind == "control" for f in evidence.findings) if control else evidence.family
             after = f"after correction for {size} {'controls' if control else 'comparisons'}"
             return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
@@ -128,6 +144,8 @@ class Evidence:
     manifests: dict[str, Any] = field(default_factory=dict)  # dataset: manifest.json as plain data
     shards: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    ledger: list[Entry] = field(default_factory=list)  # of the study's claims
+    withdrawn: list[str] = field(default_factory=list)  # claims that stood in the study file once and no longer do
     earlier: int = 0  # finished cells that the present plan no longer asks for
 
     def __post_init__(self) -> None:
@@ -144,6 +162,9 @@ class Evidence:
 
     @property
     def family(self) -> int:
+        """How many comparisons Holm's correction runs over."""
+        if self.ledger:
+            return sum(not entry.late for entry in self.ledger)
         return sum(f.kind in ("gain", "chain") and math.isfinite(f.comparison.p) for f in self.findings)
 
     @property
@@ -169,7 +190,7 @@ class Evidence:
 
     def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
         """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
-        rank = {"gain": 1, "chain": 1, "own": 3, "exposed": 3, "control": 2}
+        rank = {"claim": 0, "gain": 1, "chain": 1, "own": 3, "exposed": 3, "control": 2}
         ordered = sorted(self.findings, key=lambda f: 0 if f.declared and f.kind != "control" else rank[f.kind])
         controls = sorted((f for f in ordered if f.kind == "control"), key=lambda f: not f.declared)
         others = [f for f in ordered if f.kind != "control"]
@@ -237,9 +258,57 @@ def is_random(cell: Cell) -> bool:
     return kind == "random" if kind else cell.source.split("-")[0] == "random"
 
 
+class Loaded:
+    """Predictions of cells, each read once."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Scores | None] = {}
+
+    def __call__(self, cell: Cell) -> Scores | None:
+        if cell.key not in self._held:
+            self._held[cell.key] = scores(cell)
+        return self._held[cell.key]
+
+
+def registrations(out: str) -> dict[str, tuple[str, bool]]:
+    """Claims that were ever in the study file, by sha256: their name, and whether they came before their results. See cluster.claims."""
+    found: dict[str, tuple[str, bool]] = {}
+    for row in results.read_rows(storage.join(out, "events.jsonl")):
+        if row.get("event") == "claim":
+            found.setdefault(str(row["sha256"]), (str(row["claim"]), not row["standing"]))
+    return found
+
+
+def judge(evidence: Evidence, load: Loaded, bootstrap: Bootstrap) -> list[Entry]:
+    """The ledger of the study's claims."""
+    where = storage.join(evidence.out, "study.yaml")
+    claims = [parse(claim, Claim, f"{where}: claims") for claim in evidence.study.get("claims") or []]
+    known = registrations(evidence.out)
+    evidence.withdrawn = [name for sha, (name, _) in known.items() if sha not in {claim.sha256 for claim in claims}]
+    drawn = {cell.source: is_random(cell) for cell in {cell.source: cell for cell in evidence.cells}.values()}
+
+    def apart(cell: Cell) -> str:
+        return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
+
+    early = {sha: before for sha, (_, before) in known.items()}
+    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap)
+
+
+def of_claim(entry: Entry) -> Finding:
+    """A row of the ledger among the other findings."""
+    held = entry.setting
+    strategy = held.get("strategy") or {}
+    options = results.canonical({name: value for name, value in strategy.items() if name != "name"})
+    named = (str(held.get("architecture", "")), str(strategy.get("name", "")), options, str(held.get("task", "")), entry.dataset)
+    numbers = (float(held.get("fraction", 0)), int(held.get("resolution", 0)))
+    sides = (entry.claim.comparison.a.words(), entry.claim.comparison.b.words())
+    return Finding("claim", *sides, *named, *numbers, entry.metric, entry.comparison, entry.adjusted, entry)
+
+
 def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding]:
-    """All comparisons of the study, Holm-adjusted."""
-    bootstrap = bootstrap or Bootstrap()
+    """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
+    bootstrap, load = bootstrap or Bootstrap(), Loaded()
+    evidence.ledger = judge(evidence, load, bootstrap)
     order = evidence.sources()
     random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
     weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
@@ -255,7 +324,7 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
         metric = next((m for m in results.PRIMARY if any(cell.primary() == m for cell in cells)), None)
         if len(sources) < 2 or metric is None:
             continue
-        arrays = {source: [s for cell in held[(source,)] if (s := scores(cell))] for source in sources}
+        arrays = {source: [s for cell in held[(source,)] if (s := load(cell))] for source in sources}
         for kind, a, b in _pairs(evidence.study, sources, same, random):
             two = [cell for source in (a, b) for cell in held[(source,)]]
             apart = "own" if any(cell.own_source for cell in two) else "exposed" if any(map(evidence.exposed, two)) else ""
@@ -263,12 +332,13 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
             architecture, strategy, options, task, fraction, resolution = group
             setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
             found.append(Finding(apart or kind, a, b, *setting, result))
-    return _adjust(found)
+    families = (("control",),) if evidence.ledger else (("gain", "chain"), ("control",))
+    return [*(of_claim(entry) for entry in evidence.ledger if entry.setting), *_adjust(found, families)]
 
 
-def _adjust(found: list[Finding]) -> list[Finding]:
+def _adjust(found: list[Finding], families: Iterable[tuple[str, ...]]) -> list[Finding]:
     adjusted = list(found)
-    for family in (("gain", "chain"), ("control",)):
+    for family in families:
         at = [i for i, f in enumerate(found) if f.kind in family]
         p = [found[i].comparison.p if found[i].comparison.basis == "seeds and patients" else math.nan for i in at]
         for i, value in zip(at, holm(p), strict=True):
@@ -305,5 +375,6 @@ def significance(evidence: Evidence) -> pd.DataFrame:
         rest = {name: getattr(c, name) for name in ("basis", "units", "patients", "images", "seed_variance", "patient_variance", "redrawn")}
         least = {"detectable": detectable(c), "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
         words = {"resolution": f.resolution, "metric": f.metric}
-        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least})
+        told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late} if f.entry else {}
+        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least, **told})
     return pd.DataFrame(rows)

@@ -1,23 +1,26 @@
 """Trivial predictors that every result must beat: if a trained encoder does not, the pipeline is broken or the labels are confounded.
 
-floors = classification(train, val, test)      {"pixels": {...}, "metadata": {...}}
+floors = classification(train, val, test)      {"pixels": {...}, "metadata": {...}, "record": {...}}
 floors = segmentation(train, test)             {"mean_mask": {...}}
 floors = of_shards(url, kind, labels)[1.0]     the same from packed shards, by share of the training labels
 
 Pixels: logistic regression on 32 x 32 standardized pixels. Metadata: the share of positives in training among images of the same
-stratum, no image looked at. Mean mask: the mean training mask, cut where training Dice is best. Everything is fitted on training
-images; only the strength of the penalty is chosen, on validation. Metrics are fractions: auroc_mean, auroc_within_mean with strata.
+stratum, no image looked at. Record: logistic regression on all that is written beside the image, such as age, sex and view. Mean mask:
+the mean training mask, cut where training Dice is best. Everything is fitted on training images; only the strength of the penalty is
+chosen, on validation. Metrics are fractions: auroc_mean, auroc_within_mean with strata.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis import statistics
+from analysis.metadata import regression
 from analysis.metrics import dice_per_image, stratified
 from base.seeds import rng
 
@@ -32,19 +35,19 @@ MINIMUM = 8  # training images below which a regression is not fitted
 @dataclass(frozen=True)
 class Arrays:
     """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W) of indices, NO_MASK where
-    nobody judged."""
+    nobody judged, N rows of metadata."""
 
     images: NDArray[np.uint8]
     target_NL: Array | None = None
     strata: Sequence[object] | None = None
     masks: NDArray[np.uint8] | None = None
+    meta: Sequence[Mapping[str, Any]] | None = None
 
     def take(self, at: NDArray[np.int64]) -> "Arrays":
         """The images at those positions."""
-        strata = None if self.strata is None else [self.strata[i] for i in at]
-        return Arrays(
-            self.images[at], None if self.target_NL is None else self.target_NL[at], strata, None if self.masks is None else self.masks[at]
-        )
+        strata, meta = (None if rows is None else [rows[i] for i in at] for rows in (self.strata, self.meta))
+        target_NL = None if self.target_NL is None else self.target_NL[at]
+        return Arrays(self.images[at], target_NL, strata, None if self.masks is None else self.masks[at], meta)
 
 
 def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
@@ -117,10 +120,15 @@ def metadata(train: Arrays, test: Arrays) -> dict[str, float]:
 
 
 def classification(train: Arrays, val: Arrays | None, test: Arrays) -> Floors:
-    """Floors of a classification task; `metadata` only where the test images have at least two known strata."""
+    """Floors of a classification task; `metadata` only where the test images have at least two known strata, `record` where something is
+    written beside the images that varies."""
     found = {"pixels": pixels(train, val, test)}
     if train.strata is not None and test.strata is not None and stratified(test.strata):
         found["metadata"] = metadata(train, test)
+    if train.meta is not None and test.meta is not None and train.target_NL is not None:
+        scores_NL = regression(train.meta, train.target_NL, test.meta)
+        if scores_NL is not None:
+            found["record"] = scores_metrics(scores_NL, test)
     return found
 
 
@@ -207,7 +215,7 @@ def of_shards(
         if seg is not None and mask_class is not None:
             index = corpus.card.mask_index(mask_class, url)
             seg = np.where(seg == NO_MASK, seg, seg == index).astype(np.uint8)
-        splits[split] = Arrays(np.asarray(held.images), target, strata, seg)
+        splits[split] = Arrays(np.asarray(held.images), target, strata, seg, held.meta)
         if split == "train":
             patients = [patient or f"image {i}" for i, patient in enumerate(held.patients)]
     if "train" not in splits or "test" not in splits:

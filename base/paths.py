@@ -11,12 +11,13 @@ from base.errors import RequestError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Kind = Literal["card", "task", "recipe", "study", "weights"]
+Kind = Literal["card", "task", "recipe", "study", "claim", "weights"]
 FOLDERS: dict[str, Path] = {
     "card": ROOT / "datasets",
     "task": ROOT / "finetune" / "tasks",
     "recipe": ROOT / "pretrain" / "recipes",
     "study": ROOT / "studies",
+    "claim": ROOT / "studies" / "claims",
     "weights": ROOT / "encoders" / "zoo",
 }
 PRESETS = ("smoke", "small", "paper")  # of a task, all in its one file
@@ -38,7 +39,9 @@ def absolute(path: str, base: str | Path | None = None) -> str:
 def names(kind: Kind) -> list[str]:
     """Names of the files of a kind, without suffix: `simclr/small`, `dxc14`."""
     folder = FOLDERS[kind]
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml") if path != OVERLAPS)
+    below = [other for other in FOLDERS.values() if folder in other.parents]  # claims stand in a folder among the studies
+    found = [path for path in folder.rglob("*.yaml") if path != OVERLAPS and not any(other in path.parents for other in below)]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in found)
 
 
 def with_preset(task: str) -> tuple[str, str]:

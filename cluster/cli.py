@@ -234,6 +234,25 @@ def report(out: Annotated[str, typer.Argument(help="the out of a study, path or 
     print(answer(url))
 
 
+@app.command(epilog=_example("allograft claims runs/claims"))
+def claims(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[OUT]...", help="outs of studies; with --run settings, key=value")] = None,
+    run: Annotated[bool, typer.Option("--run", help="run the study first: only what is missing")] = False,
+    study: Annotated[str, typer.Option(help="with --run: a study file with claims, or the name of one in studies/")] = "claims",
+) -> None:
+    """The ledger of claims: holds, fails or underpowered, with intervals. Without anything: the ready claims."""
+    from cluster.claims import show
+
+    if not run:
+        show(words or [])
+        return
+    from cluster.load import load_study
+
+    loaded = load_study(study, words or [])
+    _run(loaded)
+    show([loaded.out])
+
+
 def _study_at(out: str) -> str:
     from base import storage
     from base.errors import RequestError

@@ -6,8 +6,9 @@ study = load_study("studies/demo.yaml", ["cells.seeds=[0]"])
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, unknown
 from base.paths import absolute, is_url, named, names, with_preset
@@ -44,9 +45,17 @@ def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) ->
         for key, value in presets[tree["preset"]].items():
             assign(tree, key, value)
         apply(tree, settings)  # what the user typed wins over the preset
+    tree["claims"] = _claims(tree.get("claims"))
     study = resolve_paths(parse(tree, Study, path), Path.cwd(), job=job)
     check_names(study, path)
     return study
+
+
+def _claims(entries: Any) -> Any:
+    """Names of ready claims put out in full, so that OUT/study.yaml holds what each of them said."""
+    if not isinstance(entries, list):
+        return entries or []
+    return [load_claim(entry).model_dump(mode="json", by_alias=True) if isinstance(entry, str) else entry for entry in entries]
 
 
 def resolve_paths(study: Study, base: Path, *, job: bool = False) -> Study:
@@ -91,8 +100,29 @@ def resolve_paths(study: Study, base: Path, *, job: bool = False) -> Study:
     return study.model_copy(update={"out": out, "data": data, "pretrain": pretrain, "cells": cells})
 
 
+def check_claims(study: Study, where: str) -> None:
+    """Every claim is about cells of the matrix: both of its sides, in one setting at least.
+
+    Raises:
+        RequestError: naming the claim.
+    """
+    from cluster.claims import axes_of_matrix
+
+    if not study.claims:
+        return
+    if study.cells is None:
+        raise RequestError("claims are about cells, and there are none", where=f"{where}: claims")
+    seen = [(None, axes) for axes, _ in axes_of_matrix(study)]
+    for claim in study.claims:
+        if not settings_of(claim, seen):
+            sides = f"'{claim.comparison.a.words()}' and '{claim.comparison.b.words()}'"
+            condition = f" where {claim.where.words()}" if claim.where.axes else ""
+            raise RequestError(f"no setting of the matrix has both {sides}{condition}", where=f"{where}: claims.{claim.name}")
+
+
 def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
+    from cluster.claims import Asked
     from encoders.cuts import family
     from engine.step import rank_batch
     from finetune.search import asked
@@ -142,6 +172,7 @@ def check_names(study: Study, where: str) -> None:
         raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")
     for i, strategy in enumerate(study.cells.strategies):
         resolve(asked(strategy, f"{where}: cells.strategies[{i}]")[1], f"{where}: cells.strategies[{i}]")
+    wanted = Asked(study)
     for i, task in enumerate(study.cells.tasks):
         found = load_task(task, study.cells.task_settings.get(task, {}))
         if found.dataset not in cards:
@@ -149,7 +180,8 @@ def check_names(study: Study, where: str) -> None:
             raise RequestError(f"task '{task}' needs the dataset '{found.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
         for j, strategy in enumerate(study.cells.strategies):
             for architecture in _architectures(study):
-                check(asked(strategy)[1], architecture, found, f"{where}: cells.strategies[{j}]")
+                if wanted.strategy(found.task, architecture, strategy):
+                    check(asked(strategy)[1], architecture, found, f"{where}: cells.strategies[{j}]")
         for axis in ("fractions", "resolutions"):
             values = getattr(study.cells, axis)
             for name in values if isinstance(values, dict) else ():
@@ -168,6 +200,7 @@ def check_names(study: Study, where: str) -> None:
                 key, hint = f"{where}: pretrain[{i}].data.{dataset}", f"pretrain.{i}.data.{dataset}=train"
                 raise RequestError("pretraining on the test images of a task of this study", where=key, hint=hint)
     tasks = [with_preset(task)[0] for task in study.cells.tasks]
+    check_claims(study, where)
     if study.champion and study.champion.task not in tasks:
         raise unknown("task", study.champion.task, tasks, where=f"{where}: champion.task")
     if study.champion and study.champion.metric not in METRICS[load_task(study.champion.task).kind]:

@@ -157,7 +157,8 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _once(self) -> Self:
-        for key, names in (("claims", [claim.name for claim in self.claims]), ("analyses", list(self.analyses))):
+        listed: dict[str, list[str]] = {"claims": [claim.name for claim in self.claims], "analyses": [*self.analyses]}
+        for key, names in listed.items():
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{key}: {', '.join(twice)} stands twice")
         if self.cells and self.cells.asked_by == "claims" and not self.claims:

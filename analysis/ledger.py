@@ -1,0 +1,301 @@
+"""The ledger: every claim of a study beside what its results say of it: holds, fails or underpowered, with the interval.
+
+entries = ledger(evidence.cells, claims, registered, load, metric_of, bootstrap); entries[0].verdict, entries[0].sentence()
+
+A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims; it fails when the 95 %
+interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
+the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole. Everything
+else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every pretrained
+side. The family is what the study file held before it ran, whether or not its cells have come; a claim that was added when both of its
+sides stood already says so and is corrected for all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from analysis import convergence, results
+from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
+from analysis.results import Cell
+from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, not_comparable
+
+Verdict = Literal["holds", "fails", "underpowered"]
+LEVEL = 0.05
+MOST_SEEDS = 1000
+
+
+def axes_of(cell: Cell) -> dict[str, Any]:
+    """A finished cell as claims see it."""
+    kind = "segmentation" if cell.primary() in ("dice", "iou") else "classification"
+    held = {name: cell.result[name] for name in ("architecture", "task")}
+    numbers = {"fraction": float(cell.fraction), "resolution": int(cell.resolution)}
+    return {
+        **held,
+        **numbers,
+        "source": cell.source,
+        "kind": kind,
+        "strategy": {"name": cell.strategy, **(cell.result.get("options") or {})},
+    }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim in one setting. `comparison` is a - b; p is that of the hypothesis which the claim must rule out, adjusted by Holm's."""
+
+    claim: Claim
+    setting: dict[str, Any]
+    metric: str
+    dataset: str
+    comparison: Comparison
+    pretraining_seeds: int  # of the pretrained side that has fewest; 0 where none is pretrained
+    late: bool = False  # the claim was not in the study file when its results were not yet there
+    adjusted: float = math.nan
+    family: int = 1
+    short: str = ""  # why the study cannot judge the claim at all, or ""
+
+    @property
+    def p(self) -> float:
+        """One-sided for equivalence, the larger of its two; else two-sided, and 1 where the difference goes the other way."""
+        c, claim = self.comparison, self.claim
+        if self.short or not math.isfinite(c.estimate):
+            return 1.0
+        if claim.expect == "equivalent":
+            if not c.se > 0:
+                return 0.0 if abs(c.estimate) < claim.margin and math.isfinite(c.width) else 1.0
+            return float(stats.t.sf((claim.margin - abs(c.estimate)) / c.se, c.df))
+        return c.p if (c.estimate > 0) == (claim.expect == "greater") else 1.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %; for equivalence 90 %, which is what two one-sided tests at 5 % look at."""
+        c = self.comparison
+        if self.claim.expect != "equivalent" or not (c.se > 0 and c.df > 0):
+            return c.low, c.high
+        half = float(stats.t.ppf(1 - LEVEL, c.df)) * c.se
+        return c.estimate - half, c.estimate + half
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the 95 % interval rules out what the claim says."""
+        c, margin = self.comparison, self.claim.margin
+        if self.short:
+            return False
+        if self.claim.expect == "greater":
+            return c.high < margin
+        if self.claim.expect == "less":
+            return c.low > -margin
+        return c.low > margin or c.high < -margin
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.contradicted:
+            return "fails"
+        return "holds" if self.adjusted < LEVEL else "underpowered"
+
+    @property
+    def why(self) -> str:
+        """What stands behind the verdict, in words."""
+        c, claim = self.comparison, self.claim
+        if self.short:
+            return self.short
+        if self.verdict == "fails":
+            if claim.expect == "equivalent":
+                return f"the difference is larger than {claim.margin:g}"
+            return f"a difference of {self.wanted:+g} is ruled out"
+        if self.verdict == "holds":
+            return f"p = {self.adjusted:.2g} after correction for {self.family} claims"
+        if self.p < LEVEL:
+            return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
+        if claim.expect == "equivalent":
+            return f"the interval reaches over {'-' if c.estimate < 0 else '+'}{claim.margin:g}"
+        return f"the interval holds 0 and {self.wanted:+g}"
+
+    @property
+    def wanted(self) -> float:
+        """The difference that a directed claim needs."""
+        return -self.claim.margin if self.claim.expect == "less" else self.claim.margin
+
+    @property
+    def about(self) -> str:
+        """Of what the verdict speaks, never of more than was sampled."""
+        return f"methods, {self.pretraining_seeds} pretraining seeds" if self.claim.about == "methods" else "these encoders"
+
+    def needs(self) -> str:
+        """What would settle it: seeds, or patients where no number of seeds does. Empty for a claim that is settled."""
+        if self.verdict != "underpowered":
+            return ""
+        c = self.comparison
+        if self.claim.about == "methods" and self.pretraining_seeds < PRETRAINING_SEEDS:
+            return f"{PRETRAINING_SEEDS} pretraining seeds"
+        if not (c.se > 0 and math.isfinite(c.seed_variance) and c.units > 1):
+            return "more fine-tuning seeds" if c.basis == "patients only" else ""
+        patients = 0.0 if math.isnan(c.patient_variance) else c.patient_variance
+        seeds = next((n for n in range(2, MOST_SEEDS) if self._resolves(c.seed_variance * c.units / n, n - 1, patients)), None)
+        if seeds is not None:
+            return f"{max(seeds, c.units + 1)} seeds"
+        times = next((k for k in range(2, MOST_SEEDS) if self._resolves(0.0, 1, patients / k)), None)
+        return f"{times} times the test patients" if times else "more test patients and seeds"
+
+    def _resolves(self, seeds: float, free: int, patients: float) -> bool:
+        """Whether a study with these variances would settle the claim in 80 % of repetitions, at its share of the level."""
+        variance, count = seeds + patients, max(2, self.comparison.patients)
+        terms = [(value, df) for value, df in ((seeds, free), (patients, count - 1)) if value > 0]
+        if not terms:
+            return True
+        df = variance**2 / sum(value**2 / of for value, of in terms)
+        alpha = LEVEL / self.family
+        if self.claim.expect == "equivalent":  # of no true difference: each test has to leave half of what fails
+            return bool((stats.t.ppf(1 - alpha, df) + stats.t.ppf(0.9, df)) * math.sqrt(variance) <= self.claim.margin)
+        return detectable(replace(self.comparison, se=math.sqrt(variance), df=df), alpha) <= self.claim.margin
+
+    def effect(self) -> str:
+        """`+0.021 [0.004, 0.038]`, with its level where it is not 95 %."""
+        if not math.isfinite(self.comparison.estimate):
+            return "-"
+        low, high = self.interval
+        ends = f"{low:+.3f}, {high:+.3f}" if math.isfinite(low) else "unbounded"
+        return f"{self.comparison.estimate:+.3f} [{ends}]" + (" (90 %)" if self.claim.expect == "equivalent" else "")
+
+    def where(self) -> str:
+        """The setting in words."""
+        held = self.setting
+        strategy = held.get("strategy") or {}
+        options = " ".join(f"{name}={value}" for name, value in strategy.items() if name != "name" and value is not None)
+        parts = [held.get("task"), held.get("source"), f"{strategy.get('name', '')} {options}".strip(), held.get("architecture")]
+        parts.append(f"{held['fraction'] * 100:g} % of the labels" if held.get("fraction", 1) != 1 else None)
+        return ", ".join(str(part) for part in parts if part)
+
+    def sentence(self) -> str:
+        """The claim with its verdict, in one sentence that says of what it speaks."""
+        added = ", ADDED AFTER THE RESULTS" if self.late else ""
+        judged = {"holds": "holds", "fails": "fails", "underpowered": "is not settled"}[self.verdict]
+        return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
+
+
+Load = Callable[[Cell], Scores | None]
+
+
+def ledger(
+    cells: Sequence[Cell],
+    claims: Sequence[Claim],
+    registered: Mapping[str, bool],
+    load: Load,
+    apart: Callable[[Cell], str] = lambda _: "",
+    random: Callable[[Cell], bool] = lambda _: False,
+    bootstrap: Bootstrap | None = None,
+) -> list[Entry]:
+    """Every claim in every setting in which both sides stand, and once without a setting where there is none.
+
+    Args:
+        cells: finished cells, controls left out.
+        registered: by the claim's sha256, whether it was in the study file before both of its sides had results.
+        load: predictions of a cell. apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
+        random: whether a cell's weights are drawn anew with every seed.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    seen = [(cell, axes_of(cell)) for cell in cells]
+    entries = []
+    for claim in claims:
+        late = not registered.get(claim.sha256, False)
+        made = [_entry(claim, setting, a, b, late, load, apart, random, bootstrap) for setting, a, b in settings_of(claim, seen)]
+        lacking = "no finished cells of both sides in one setting"
+        none = Entry(claim, {}, "", "", not_comparable(lacking), 0, late, short=lacking)
+        entries += made or [none]
+    return _adjusted(entries)
+
+
+def _entry(
+    claim: Claim,
+    setting: dict[str, Any],
+    a: list[Cell],
+    b: list[Cell],
+    late: bool,
+    load: Load,
+    apart: Callable[[Cell], str],
+    random: Callable[[Cell], bool],
+    bootstrap: Bootstrap,
+) -> Entry:
+    metric = a[0].primary() or "auroc_mean"
+    if claim.outcome == "metric":
+        sides = [[scores for cell in side if (scores := load(cell))] for side in (a, b)]
+        comparison = compare(sides[0], sides[1], metric, bootstrap=bootstrap)
+    else:
+        comparison, metric = of_curves(a, b), f"mean of the best validation {(a[0].result.get('selection') or {}).get('metric')} so far"
+    pretrained = [len({cell.source_seed for cell in side}) for side in (a, b) if not random(side[0])]
+    entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, default=0), late)
+    return replace(entry, short=_lacking(entry, a, b, apart))
+
+
+def _lacking(entry: Entry, a: list[Cell], b: list[Cell], apart: Callable[[Cell], str]) -> str:
+    """Why the study cannot judge the claim, or nothing."""
+    c = entry.comparison
+    for side in (a, b):
+        if len({results.canonical([cell.strategy, cell.result.get("options"), cell.source, cell.architecture]) for cell in side}) > 1:
+            return "one of its sides fits several settings of this study"
+    if reason := next((reason for cell in (*a, *b) if (reason := apart(cell))), ""):
+        return reason
+    if c.basis == "not comparable":
+        return c.why
+    if c.basis == "patients only":
+        return "one seed: nothing is known of how seeds differ"
+    if entry.claim.about == "methods" and entry.pretraining_seeds < PRETRAINING_SEEDS:
+        there = f"{entry.pretraining_seeds} pretraining seed{'' if entry.pretraining_seeds == 1 else 's'}"
+        return f"{there}, and a claim about methods takes {PRETRAINING_SEEDS}"
+    return ""
+
+
+def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
+    """Difference of the areas under the learning curves, over their common length; paired where fine-tuning seeds are the units.
+
+    Only seeds are resampled: the curves are of the validation images as they are, and the interval says nothing of other patients.
+    """
+    curves = [[(cell, curve) for cell in side for curve in convergence.curves_of([cell])] for side in (a, b)]
+    if not all(curves):
+        return not_comparable("one of the two has no learning curve")
+    horizon = max(curve.end for side in curves for _, curve in side)
+    areas: list[dict[tuple[int, int], float]] = [{}, {}]
+    for held, side in zip(areas, curves, strict=True):
+        for cell, curve in side:
+            held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T, horizon)
+    single = [len({source for source, _ in held}) == 1 or all(source == seed for source, seed in held) for held in areas]
+    if all(single):
+        one, other = ({seed: value for (_, seed), value in held.items()} for held in areas)
+        return _student([np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])])
+    return _student([_units(areas[0]), -_units(areas[1])])
+
+
+def _units(areas: Mapping[tuple[int, int], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """By pretraining seed where there are several, else by fine-tuning seed."""
+    nested = len({source for source, _ in areas}) > 1
+    groups: dict[int, list[float]] = {}
+    for (source, seed), value in areas.items():
+        groups.setdefault(source if nested else seed, []).append(value)
+    return np.array([np.mean(values) for values in groups.values()])
+
+
+def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparison:
+    """Sum of the parts' means with Student's, or for two parts Welch's, interval."""
+    if min(len(part) for part in parts) < 2:
+        return not_comparable("one seed: nothing is known of how seeds differ")
+    terms = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in parts]
+    variance, estimate = sum(term for term, _ in terms), float(sum(part.mean() for part in parts))
+    if variance == 0:
+        bound = 0.0 if estimate == 0 else math.inf
+        return Comparison(estimate, estimate - bound, estimate + bound, 0.0, math.nan, 1.0, "seeds", units=min(map(len, parts)))
+    se, df = math.sqrt(variance), variance**2 / sum(term**2 / free for term, free in terms)
+    half, p = float(stats.t.ppf(0.975, df)) * se, float(2 * stats.t.sf(abs(estimate) / se, df))
+    return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=min(map(len, parts)), seed_variance=variance)
+
+
+def _adjusted(entries: list[Entry]) -> list[Entry]:
+    """Holm over the claims that were written first; each later one together with all of those and the other later ones."""
+    p = [entry.p for entry in entries]
+    first = [i for i, entry in enumerate(entries) if not entry.late]
+    every, own = holm(p), dict(zip(first, holm([p[i] for i in first]), strict=True))
+    return [
+        replace(entry, adjusted=own.get(i, every[i]), family=len(entries) if entry.late else len(first)) for i, entry in enumerate(entries)
+    ]

@@ -1,0 +1,170 @@
+"""Claims in the plan, in the diary and on the screen.
+
+register(study, events)                       a driver writes down every claim that is new, before anything runs
+Asked(study).setting(setting)                 whether the study has cells of a setting of its matrix
+show(outs)                                    `allograft claims OUT...`: the ledger of each study
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.claims import load_claim, settings_of
+from base import storage
+from base.config import canonical_json
+from base.errors import RequestError
+from base.paths import absolute, names
+from cluster.events import Events
+from cluster.screen import table
+from cluster.study import Study
+from finetune.task import Task, load_task
+
+if TYPE_CHECKING:
+    from analysis.ledger import Entry
+    from cluster.plan import Setting
+
+READY = "claims"  # the study of the ready claims
+
+
+# -- before the run
+
+
+def axes(source: str, architecture: str, strategy: dict[str, Any], task: Task, fraction: float, resolution: int) -> dict[str, Any]:
+    """A setting as claims see it: as analysis.ledger.axes_of sees its finished cells."""
+    from finetune.search import asked
+    from finetune.strategies import resolve
+
+    options = {name: value for name, value in asked(strategy)[1].items() if name != "name"}
+    whole = {"name": strategy["name"], **resolve(asked(strategy)[1])[1].model_dump(mode="json"), **options}
+    kind = "segmentation" if task.kind == "segmentation" else "classification"
+    held = {"source": source, "architecture": architecture, "strategy": whole, "task": task.task, "kind": kind}
+    return {**held, "fraction": float(fraction), "resolution": resolution}
+
+
+def axes_of_matrix(study: Study) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every setting of a matrix, told from the study file alone, and its strategy as the file has it. Weights that do not say here of which
+    architecture they are may be of any that the study names."""
+    matrix = study.cells
+    assert matrix is not None
+    own = list(dict.fromkeys(found for entry in study.pretrain if (found := study.architecture_of(entry))))
+    drawn = matrix.architectures or own
+    for name in matrix.tasks:
+        task = load_task(name, matrix.task_settings.get(name, {}))
+        for source, strategy, fraction, resolution in itertools.product(
+            matrix.sources, matrix.strategies, matrix.of_task("fractions", name), matrix.of_task("resolutions", name)
+        ):
+            known = architecture_of(study, source.source)
+            for architecture in [known] if known else drawn:
+                yield axes(source.name, architecture, strategy, task, fraction, resolution), strategy
+
+
+def architecture_of(study: Study, source: str) -> str | None:
+    """Of a source that says it by its name: a pretraining of the study, timm's or published weights; None of others, and of random ones."""
+    from encoders.published import load_zoo
+
+    kind, _, name = source.partition(":")
+    if kind == "pretrain":
+        entry = next(entry for entry in study.pretrain if entry.name == name)
+        first = [*study.before(entry), entry][0]
+        return study.architecture_of(entry) or architecture_of(study, first.start_from)
+    if kind == "timm":
+        return name.partition(".")[0]
+    return load_zoo(name).architecture if kind == "zoo" else None
+
+
+class Asked:
+    """Which settings of its matrix a study has cells of: with `asked_by: claims` those of a claim both of whose sides are in the matrix."""
+
+    def __init__(self, study: Study) -> None:
+        matrix = study.cells
+        assert matrix is not None
+        self.all = matrix.asked_by == "matrix"
+        if self.all:
+            return
+        found = list(axes_of_matrix(study))
+        seen = [(i, held) for i, (held, _) in enumerate(found)]
+        kept = {i for claim in study.claims for _, a, b in settings_of(claim, seen) for i in (*a, *b)}
+        self.settings = {canonical_json(found[i][0]) for i in kept}
+        self.strategies = {(found[i][0]["task"], found[i][0]["architecture"], canonical_json(found[i][1])) for i in kept}
+
+    def strategy(self, task: str, architecture: str, strategy: dict[str, Any]) -> bool:
+        """Whether there are cells of a task, an architecture and a strategy as the study has it."""
+        return self.all or (task, architecture, canonical_json(strategy)) in self.strategies
+
+    def setting(self, setting: "Setting") -> bool:
+        """Whether a setting has cells."""
+        if self.all:
+            return True
+        of = (setting.source, setting.architecture, setting.strategy, setting.task, setting.fraction, setting.resolution)
+        return canonical_json(axes(*of)) in self.settings
+
+
+def register(study: Study, events: Events) -> None:
+    """An event for every claim that is not in the diary, with the number of settings whose results stand on both sides already.
+
+    A claim that says something else than before is another claim, whatever its name.
+    """
+    from analysis import results
+    from analysis.evidence import registrations
+    from analysis.ledger import axes_of
+
+    known = registrations(study.out)
+    new = [claim for claim in study.claims if claim.sha256 not in known]
+    if not new:
+        return
+    seen = [(cell, axes_of(cell)) for cell in results.finished(study.out) if not cell.shuffled]
+    for claim in new:
+        events.add("claim", claim=claim.name, sha256=claim.sha256, standing=len(settings_of(claim, seen)))
+
+
+# -- on the screen
+
+
+def show(outs: Sequence[str]) -> None:
+    """Print the ledger of each study; without one, the ready claims and how they are run.
+
+    Raises:
+        RequestError: no study there, or one without claims.
+    """
+    if not outs:
+        ready()
+        return
+    for i, out in enumerate(outs):
+        url = absolute(out)
+        if not storage.exists(storage.join(url, "study.yaml")):
+            raise RequestError("no study here (no study.yaml)", where=url, hint="allograft claims --run")
+        if i:
+            print()
+        _study(url)
+
+
+def ready() -> None:
+    """The claims of studies/claims, and what they are tested by."""
+    held = [load_claim(name) for name in names("claim")]
+    table([(claim.name, claim.about, claim.sentence, claim.paper or "") for claim in held], ("claim", "about", "sentence", "from"))
+    print(
+        f"\n{len(held)} claims. On phantoms: allograft claims --run. On your data: allograft claims --run preset=radiographs data...=PATH"
+    )
+
+
+def _study(url: str) -> None:
+    from analysis.evidence import gather
+
+    evidence = gather(url)
+    if not evidence.ledger and not evidence.withdrawn:
+        raise RequestError("this study makes no claims", where=url, hint="claims: [...] in its file, before it runs")
+    print(
+        f"{evidence.study.get('study')}: {len(evidence.ledger)} claims in their settings, {len(evidence.cells)} of {evidence.asked} cells"
+    )
+    header = ("claim", "verdict", "a - b", "why", "it would take", "about", "in", "compared")
+    table([row(entry) for entry in evidence.ledger], header)
+    if evidence.withdrawn:
+        print(f"\nwithdrawn or changed since the study first ran: {', '.join(evidence.withdrawn)}")
+
+
+def row(entry: "Entry") -> tuple[str, ...]:
+    """A line of the ledger."""
+    sides = entry.claim.comparison
+    verdict = entry.verdict + (", added after the results" if entry.late else "")
+    compared = f"{sides.a.words()} against {sides.b.words()}: {entry.claim.expect}, margin {entry.claim.margin:g}"
+    return entry.claim.name, verdict, entry.effect(), entry.why, entry.needs() or "-", entry.about, entry.where(), compared

@@ -1,0 +1,346 @@
+"""Claims: what may be one, which cells it asks for, what the ledger says of it, and that a claim made after its results says so."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from analysis.claims import Claim, load_claim
+from analysis.evidence import Evidence, gather, significance
+from analysis.ledger import Entry
+from analysis.statistics import Bootstrap, Comparison, holm
+from base.config import load, parse
+from base.errors import RequestError
+from base.paths import ROOT, names
+from cluster.claims import Asked, axes_of_matrix, register, show
+from cluster.events import Events
+from cluster.load import load_study
+from cluster.study import Study
+from tests.made_study import make
+
+CLAIM: dict[str, Any] = {
+    "name": "pretraining-helps",
+    "sentence": "Pretraining on chests helps.",
+    "about": "encoders",
+    "comparison": {"a": {"source": "simclr"}, "b": {"source": "random"}},
+    "expect": "greater",
+    "margin": 0.02,
+}
+
+
+def claim(**changes: Any) -> Claim:
+    return parse({**CLAIM, **changes}, Claim, "claim")
+
+
+def with_claims(out: Path, *claims: Claim, registered: bool = True) -> Evidence:
+    """A made study whose file holds claims, written into its diary before its results or not at all."""
+    tree = yaml.safe_load((out / "study.yaml").read_text())
+    tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in claims]
+    (out / "study.yaml").write_text(yaml.safe_dump(tree))
+    if registered:
+        rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": 0} for one in claims]
+        (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return gather(str(out), Bootstrap(300))
+
+
+# -- what may be a claim
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"comparison": {"a": {"source": "simclr"}, "b": {"strategy": "full"}}}, "the same axes"),
+        ({"comparison": {"a": {"source": "random"}, "b": {"source": "random"}}}, "the same"),
+        ({"comparison": {"a": {"task": "dxc14"}, "b": {"task": "lxs"}}}, "two tasks are not compared"),
+        ({"where": {"source": "simclr"}}, "where names what is compared: source"),
+        ({"sentence": "SimCLR is the better method."}, "does not speak of methods"),
+        ({"margin": 0}, "margin"),
+        ({"expect": "more"}, "expect"),
+        ({"wher": {}}, "did you mean 'where'"),
+    ],
+)
+def test_what_is_no_claim_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        claim(**changes)
+
+
+def test_another_sentence_is_another_claim_and_another_name_is_not() -> None:
+    assert claim().sha256 == claim(name="renamed", paper="elsewhere").sha256
+    for changes in ({"margin": 0.01}, {"sentence": "It hurts."}, {"about": "methods"}, {"expect": "less"}, {"where": {"fraction": 0.1}}):
+        assert claim(**changes).sha256 != claim().sha256
+
+
+def test_a_strategy_matches_by_the_options_that_are_named() -> None:
+    one = claim(comparison={"a": {"strategy": {"name": "truncated", "cut": "layer3"}}, "b": {"strategy": "full"}})
+    assert one.side({"strategy": {"name": "truncated", "cut": "layer3", "head": "pooled"}}) == "a"
+    assert one.side({"strategy": {"name": "truncated", "cut": "layer4", "head": "pooled"}}) is None
+    assert one.side({"strategy": {"name": "full"}}) == "b"
+    assert one.comparison.a.words() == "truncated cut=layer3"
+
+
+# -- verdicts
+
+
+def entry(expect: str, estimate: float, se: float, df: float = 20, margin: float = 0.02, family: int = 1, of_seeds: float = 0.5) -> Entry:
+    half = stats.t.ppf(0.975, df) * se
+    p = 2 * stats.t.sf(abs(estimate) / se, df)
+    numbers = map(float, (estimate, estimate - half, estimate + half, se, df, p))
+    parts = {"seed_variance": of_seeds * se**2, "patient_variance": (1 - of_seeds) * se**2}
+    held = Comparison(*numbers, "seeds and patients", units=5, patients=200, **parts)
+    made = Entry(claim(expect=expect, margin=margin), {"task": "t"}, "auroc_mean", "d", held, 1)
+    return Entry(**{**vars(made), "adjusted": holm([made.p, *[1.0] * (family - 1)])[0], "family": family})
+
+
+@pytest.mark.parametrize(
+    ("expect", "estimate", "se", "verdict"),
+    [
+        ("greater", 0.05, 0.01, "holds"),
+        ("greater", -0.05, 0.01, "fails"),
+        ("greater", 0.00, 0.005, "fails"),  # 0.02 is ruled out
+        ("greater", 0.015, 0.001, "fails"),  # there, but less than the claim needs
+        ("greater", 0.01, 0.02, "underpowered"),  # 0 and 0.02 are both inside
+        ("less", -0.05, 0.01, "holds"),
+        ("less", 0.05, 0.01, "fails"),
+        ("less", -0.01, 0.02, "underpowered"),
+        ("equivalent", 0.001, 0.005, "holds"),
+        ("equivalent", 0.015, 0.001, "holds"),  # a difference, and a small one
+        ("equivalent", 0.05, 0.01, "fails"),
+        ("equivalent", -0.05, 0.01, "fails"),
+        ("equivalent", 0.0, 0.02, "underpowered"),
+        ("equivalent", 0.019, 0.005, "underpowered"),
+    ],
+)
+def test_verdicts(expect: str, estimate: float, se: float, verdict: str) -> None:
+    assert entry(expect, estimate, se).verdict == verdict
+
+
+@given(st.sampled_from(["greater", "less", "equivalent"]), st.floats(-0.2, 0.2), st.floats(1e-4, 0.2), st.integers(1, 40))
+def test_more_claims_never_turn_one_into_holding_and_never_change_a_failure(expect: str, estimate: float, se: float, family: int) -> None:
+    alone, among = entry(expect, estimate, se), entry(expect, estimate, se, family=family)
+    assert among.adjusted >= alone.adjusted
+    assert (alone.verdict == "fails") == (among.verdict == "fails")
+    assert not (among.verdict == "holds" and alone.verdict != "holds")
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    """Against the two t tests as textbooks give them, of d = 0.004 with standard error 0.006 and margins of 0.02."""
+    found = entry("equivalent", 0.004, 0.006)
+    upper, lower = stats.t.cdf((0.004 - 0.02) / 0.006, 20), stats.t.sf((0.004 + 0.02) / 0.006, 20)
+    assert found.p == pytest.approx(max(upper, lower))
+    low, high = found.interval
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.95, 20) * 0.006)
+    assert (found.p < 0.05) == (low > -0.02 and high < 0.02)
+    assert "(90 %)" in found.effect()
+
+
+@pytest.mark.parametrize(("expect", "true"), [("greater", 0.0), ("equivalent", 0.02)])
+def test_a_claim_that_is_not_so_holds_in_few_studies(expect: str, true: float) -> None:
+    """Simulated estimates at the border of what the claim says: at most 5 % of them hold."""
+    draw = np.random.default_rng(1)
+    held = 0
+    for _ in range(400):
+        x = draw.normal(true, 0.02, 8)
+        held += entry(expect, float(x.mean()), float(x.std(ddof=1) / math.sqrt(8)), df=7).verdict == "holds"
+    assert held <= stats.binom.ppf(0.999, 400, 0.05)
+
+
+def test_what_a_claim_would_take_is_enough() -> None:
+    """With as many seeds as are asked for, and the variance between seeds as it was, the claim is settled in most repetitions."""
+    short = entry("greater", 0.01, 0.012, of_seeds=0.9)
+    seeds = int(short.needs().split()[0])
+    assert seeds > 5
+    of_seed, of_patients = short.comparison.seed_variance * 5, short.comparison.patient_variance
+    se = math.sqrt(of_seed / seeds + of_patients)
+    power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, 0.02 / se)
+    assert power > 0.78
+    assert entry("greater", 0.05, 0.01).needs() == ""
+    assert entry("equivalent", 0.0, 0.2).needs().endswith("times the test patients")
+
+
+# -- the ledger of a study
+
+
+def test_the_ledger_holds_and_fails_what_was_planted(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=300)
+    worse = claim(name="hurts", sentence="Pretraining on chests hurts.", expect="less")
+    same = claim(name="same", sentence="It makes no difference.", expect="equivalent", margin=0.01)
+    evidence = with_claims(out, claim(), worse, same)
+    assert {e.claim.name: e.verdict for e in evidence.ledger} == {"pretraining-helps": "holds", "hurts": "fails", "same": "fails"}
+    assert all(not e.late for e in evidence.ledger)
+    assert [f.kind for f in evidence.findings] == ["claim", "claim", "claim", "gain"]
+    first = evidence.ledger[0].sentence()
+    assert first.startswith('"Pretraining on chests helps." holds for these encoders on phantom-chest')
+    frame = significance(evidence)
+    assert list(frame["verdict"].fillna("")) == ["holds", "fails", "fails", ""]
+    assert '"Pretraining on chests helps." holds' in evidence.answer()
+
+
+def test_holm_runs_over_the_claims_alone_and_other_pairs_are_not_declared(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=300)
+    assert gather(str(out), Bootstrap(300)).findings[0].declared  # without claims the automatic pair is the family
+    evidence = with_claims(out, claim(), claim(name="hurts", sentence="It hurts.", expect="less"))
+    assert evidence.family == 2
+    gain = next(f for f in evidence.findings if f.kind == "gain")
+    assert not gain.declared
+    assert math.isnan(gain.adjusted)
+    assert "no claim of this study, nothing declared" in gain.sentence(evidence)
+    p = [e.p for e in evidence.ledger]
+    assert [e.adjusted for e in evidence.ledger] == holm(p)
+
+
+def test_too_few_seeds_for_its_kind_is_underpowered_whatever_the_difference(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 3.0}, seeds=4, images=300)
+    evidence = with_claims(out, claim(about="methods", sentence="As a method, pretraining on chests helps."))
+    (found,) = evidence.ledger
+    assert found.verdict == "underpowered"
+    assert found.why == "1 pretraining seed, and a claim about methods takes 3"
+    assert found.needs() == "3 pretraining seeds"
+    one = make(tmp_path / "one", {"random": 0.0, "simclr": 3.0}, seeds=1, images=300)
+    (single,) = with_claims(one, claim()).ledger
+    assert (single.verdict, single.needs()) == ("underpowered", "more fine-tuning seeds")
+
+
+def test_a_claim_about_encoders_is_never_worded_as_one_about_methods(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=200)
+    evidence = with_claims(out, claim(), claim(name="less", sentence="It hurts.", expect="less", where={"strategy": "full"}))
+    for found, finding in zip(evidence.ledger, evidence.findings, strict=False):
+        assert "method" not in found.sentence()
+        assert "for these encoders" in found.sentence()
+        assert finding.about == "encoders (these weights)"
+
+
+def test_a_claim_is_tested_in_every_setting_that_has_both_sides(tmp_path: Path) -> None:
+    tasks = {"phantom-chest": "classification", "phantom-vessels": "segmentation"}
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=3, images=120, tasks=tasks, fractions=(1.0, 0.1))
+    named = claim(name="masks", where={"kind": "segmentation", "fraction": 0.1})
+    evidence = with_claims(out, claim(), named, claim(name="none", where={"fraction": 0.5}))
+    settings = [(e.claim.name, e.setting.get("task"), e.setting.get("fraction")) for e in evidence.ledger]
+    assert len([name for name, *_ in settings if name == "pretraining-helps"]) == 4
+    assert [row for row in settings if row[0] == "masks"] == [("masks", "phantom-vessels", 0.1)]
+    (missing,) = [e for e in evidence.ledger if e.claim.name == "none"]
+    assert missing.verdict == "underpowered"
+    assert "no finished cells of both sides" in missing.why
+    assert evidence.family == 6  # what could not be tested counts: the family was fixed before
+
+
+def test_own_sources_and_exposed_ones_are_evidence_for_nothing(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=200, own=[("simclr", "phantom-chest")])
+    (found,) = with_claims(out, claim()).ledger
+    assert found.verdict == "underpowered"
+    assert "own source" in found.why
+
+
+def test_convergence_compares_learning_curves(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=100)
+    for place in (out / "cells").iterdir():
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        soon = 0.0 if config["source_kind"] == "random" else 0.1
+        result = json.loads((place / "result.json").read_text())
+        rows = [{"epoch": e, "val_auroc_mean": 0.8 - 0.3 * math.exp(-e / 3) + soon + 0.001 * result["seed"] * e} for e in range(1, 9)]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = with_claims(out, claim(outcome="convergence")).ledger
+    assert found.comparison.basis in ("seeds", "seeds and patients")
+    assert found.comparison.estimate == pytest.approx(0.1, abs=1e-9)
+
+
+# -- before and after the results
+
+
+def test_a_claim_added_after_the_results_says_so_and_one_changed_is_withdrawn(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=200)
+    events = Events(str(out))
+    study = Study.model_construct(out=str(out), claims=[claim()])
+    register(study, events)  # a driver that comes when results stand on both sides
+    (found,) = with_claims(out, claim(), registered=False).ledger
+    assert found.late
+    assert "ADDED AFTER THE RESULTS" in found.sentence()
+    early = claim(name="written-first", sentence="It was said before.", where={"strategy": "full"})
+    evidence = with_claims(out, early, claim())
+    assert [e.late for e in evidence.ledger] == [False, False]
+    rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    rows[1]["standing"] = 1
+    (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixed = with_claims(out, early, claim(), registered=False)
+    assert [e.late for e in mixed.ledger] == [False, True]
+    assert [e.family for e in mixed.ledger] == [1, 2]
+    assert mixed.ledger[0].adjusted == pytest.approx(mixed.ledger[0].p)  # a later claim takes nothing from an earlier one
+    changed = with_claims(out, early, claim(margin=0.001), registered=False)
+    assert changed.withdrawn == ["pretraining-helps"]
+    assert changed.ledger[1].late
+
+
+def test_the_diary_holds_each_claim_once_and_how_much_stood(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=2, images=60)
+    other = claim(name="other", comparison={"a": {"source": "byol"}, "b": {"source": "random"}})
+    study, events = Study.model_construct(out=str(out), claims=[claim(), other]), Events(str(out))
+    register(study, events)
+    register(study, Events(str(out)))
+    rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [(row["claim"], row["standing"]) for row in rows] == [("pretraining-helps", 1), ("other", 0)]
+    assert all(row["time"] for row in rows)
+
+
+# -- ready claims
+
+
+def test_the_ready_claims_are_named_like_their_files_and_the_study_holds_them_all() -> None:
+    study = load_study("claims")
+    assert len(study.claims) >= 12
+    assert sorted(one.name for one in study.claims) == names("claim")
+    assert all(load_claim(name).name == name for name in names("claim"))
+    assert all(one.paper for one in study.claims)
+    assert "claims/transfer-on-few-data" not in names("study")
+
+
+@pytest.mark.parametrize("settings", [[], ["preset=radiographs", "data.nih-cxr14.raw=/x", "data.montgomery.raw=/y"]])
+def test_every_ready_claim_has_both_sides_on_phantoms_and_on_the_users_data(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study("claims", settings)  # refuses a claim without both sides
+    assert study.cells is not None
+    asked = Asked(study)
+    every = [axes for axes, _ in axes_of_matrix(study)]
+    assert 0 < len(asked.settings) < 0.4 * len(every)
+    for one in study.claims:
+        assert {one.side(axes) for axes in every} >= {"a", "b"}
+
+
+def test_a_claim_without_cells_is_refused(tmp_path: Path) -> None:
+    tree = yaml.safe_load((ROOT / "studies" / "demo.yaml").read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**tree, "claims": [{**CLAIM, "comparison": {"a": {"source": "byol"}, "b": {"source": "random"}}}]}))
+    with pytest.raises(RequestError, match=r"claims.pretraining-helps: no setting of the matrix has both 'byol' and 'random'"):
+        load_study(str(path))
+    path.write_text(yaml.safe_dump({**tree, "claims": ["transfer-on-fw-data"]}))
+    with pytest.raises(RequestError, match="did you mean 'transfer-on-few-data'"):
+        load_study(str(path))
+    path.write_text(yaml.safe_dump({**tree, "claims": [CLAIM, CLAIM]}))
+    with pytest.raises(RequestError, match="pretraining-helps stands twice"):
+        load_study(str(path))
+
+
+def test_the_command_prints_a_line_a_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=200)
+    with pytest.raises(RequestError, match="makes no claims"):
+        show([str(out)])
+    with_claims(out, claim())
+    show([str(out)])
+    printed = capsys.readouterr().out
+    assert "pretraining-helps" in printed
+    assert "holds" in printed
+    assert "simclr against random: greater, margin 0.02" in printed
+    show([])
+    assert "transfer-on-few-data" in capsys.readouterr().out
+
+
+def test_json_schema_is_committed_and_the_golden_claim_still_reads() -> None:
+    """To change the format: raise its `schema`, then write what this test prints."""
+    schema = json.dumps(Claim.model_json_schema(by_alias=True), indent=1) + "\n"
+    assert (ROOT / "docs" / "schemas" / "claim.json").read_text() == schema
+    golden = load(ROOT / "tests" / "golden" / "claim.yaml", Claim)
+    assert golden.comparison.a.strategy == {"name": "truncated", "cut": "layer3"}
