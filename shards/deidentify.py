@@ -24,6 +24,7 @@ from shards.card import BurnedIn, Card, Split
 from shards.planes import Unusable
 
 PUBLIC = b"public"
+LEAST_SECRET = 16  # bytes
 FINGERPRINT = "allograft fingerprint"  # what is hashed to tell secrets apart
 PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 365 / 7, "D": 365}  # units of a DICOM age string (PS3.5, value representation AS)
 
@@ -78,7 +79,11 @@ class Names:
 
 
 def find_secret(card: Card, secret: bytes | None = None) -> bytes:
-    """The secret to use: the given one, `public` for public cards, the environment's. Raises RequestError where none is."""
+    """The secret to use: the given one, `public` for public cards, the environment's.
+
+    Raises:
+        RequestError: there is none, or one that could be guessed from its fingerprint, which every manifest carries.
+    """
     if card.public:
         return PUBLIC
     if secret is None:
@@ -95,6 +100,12 @@ def find_secret(card: Card, secret: bytes | None = None) -> bytes:
             "not a public dataset, and there is no secret to hash its patients with",
             where=f"card {card.dataset}",
             hint="export ALLOGRAFT_SECRET_FILE=FILE, with the same secret for every dataset of the project",
+        )
+    if len(secret) < LEAST_SECRET:
+        raise RequestError(
+            f"the secret has {len(secret)} bytes; one under {LEAST_SECRET} can be guessed, and every patient with it",
+            where=f"card {card.dataset}",
+            hint="head -c 32 /dev/urandom | base64 > FILE; export ALLOGRAFT_SECRET_FILE=FILE",
         )
     return secret
 

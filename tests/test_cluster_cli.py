@@ -205,7 +205,7 @@ def test_whoever_packs_private_files_is_told_their_names(tmp_path: Path, allogra
     layout = {"name": "one", "requires": ["*.png"], "images": ["*.png"]}
     held = {"schema": 2, "dataset": "ward", "title": "t", "reader": "folders", "kind": "unlabelled", "layouts": [layout]}
     card = parse({**held, "licence": "l", "access": "a", "citation": "c", "split": {"val": 0, "test": 0}}, Card, "card")
-    jobs = plan(card, str(tmp_path / "raw"), b"secret")
+    jobs = plan(card, str(tmp_path / "raw"), b"secret" * 16)
     so_far = Packing(len(jobs), 9)
     entries = [write(job, str(tmp_path / "shards")) for job in jobs]
     for job, entry in zip(jobs, entries, strict=True):

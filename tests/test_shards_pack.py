@@ -142,9 +142,9 @@ def test_a_second_pack_writes_only_what_changed(tmp_path: Path) -> None:
 def test_another_secret_does_not_key_a_packed_folder_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, out = pairs(tmp_path / "raw"), tmp_path / "out"
     card = parse(PAIRS | {"public": False}, Card, "card")
-    pack(card, raw, str(out), secret=b"old")
+    pack(card, raw, str(out), secret=b"old" * 16)
     before = digests(out)
-    for other, secret in ((card, b"new"), (parse(PAIRS, Card, "card"), None)):
+    for other, secret in ((card, b"new" * 16), (parse(PAIRS, Card, "card"), None)):
         with pytest.raises(RequestError, match="another secret") as refused:
             pack(other, raw, str(out), secret=secret)
         assert str(out) in str(refused.value)
@@ -153,10 +153,10 @@ def test_another_secret_does_not_key_a_packed_folder_anew(tmp_path: Path, monkey
         assert digests(out) == before
     (out / MANIFEST).unlink()  # a packing that was stopped: its receipts know the secret
     with pytest.raises(RequestError, match="another secret"):
-        pack(card, raw, str(out), secret=b"new")
-    assert pack(card, raw, str(out), secret=b"old").counts
+        pack(card, raw, str(out), secret=b"new" * 16)
+    assert pack(card, raw, str(out), secret=b"old" * 16).counts
     assert digests(out) == before
-    monkeypatch.setenv("ALLOGRAFT_SECRET", "new")
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "new" * 16)
     monkeypatch.delenv("ALLOGRAFT_SECRET_FILE", raising=False)
     with pytest.raises(RequestError, match="another secret"):  # before Ray is started
         pack_on_ray(card, raw, str(out), lambda so_far: None)
@@ -209,7 +209,7 @@ def test_names_of_private_files_stay_out_of_the_output(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     pairs(raw)
     (raw / "CXR_png/MCUCXR_0003_1.png").write_bytes(b"")
-    pack(parse(PAIRS | {"public": False}, Card, "card"), str(raw), str(tmp_path / "out"), secret=b"s")
+    pack(parse(PAIRS | {"public": False}, Card, "card"), str(raw), str(tmp_path / "out"), secret=b"s" * 16)
     assert not any(b"MCUCXR_0" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 

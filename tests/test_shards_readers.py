@@ -179,14 +179,22 @@ def test_private_datasets_need_a_secret(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("ALLOGRAFT_SECRET_FILE", raising=False)
     with pytest.raises(RequestError, match="export ALLOGRAFT_SECRET_FILE"):
         Names.of(private)
-    monkeypatch.setenv("ALLOGRAFT_SECRET", "one")
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "one" * 16)
     first = Names.of(private)
-    (tmp_path / "secret").write_text("two\n")
+    (tmp_path / "secret").write_text("two" * 16 + "\n")
     monkeypatch.setenv("ALLOGRAFT_SECRET_FILE", str(tmp_path / "secret"))
     second = Names.of(private)
     assert first.fingerprint != second.fingerprint
     assert first.key("a") != second.key("a")
     assert Names.of(card()).secret == b"public"
+
+
+@pytest.mark.parametrize("secret", ["s", "a" * 15])
+def test_a_secret_that_can_be_guessed_is_refused(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALLOGRAFT_SECRET_FILE", raising=False)
+    monkeypatch.setenv("ALLOGRAFT_SECRET", secret)
+    with pytest.raises(RequestError, match=r"can be guessed.*urandom"):
+        Names.of(card(public=False))
 
 
 @given(st.text(min_size=1))

@@ -213,7 +213,7 @@ def settled(raw: Path, folder: Path) -> Card:
     unfinished = load_card(str(folder / "draft.yaml"))
     assert {"title", "licence", "access", "citation"} <= set(open_points(unfinished))
     with pytest.raises(RequestError, match="open points"):
-        plan(unfinished, str(raw), b"secret")
+        plan(unfinished, str(raw), b"secret" * 16)
     (folder / "card.yaml").write_text(text.replace("OPEN:", "settled:"))
     return load_card(str(folder / "card.yaml"))
 
@@ -237,7 +237,7 @@ def test_from_an_unknown_folder_to_shards(
     card = settled(raw, tmp_path)
     assert card.kind == kind
     assert card.labels == labels
-    manifest = pack(card, str(raw), str(tmp_path / "shards"), secret=b"secret")
+    manifest = pack(card, str(raw), str(tmp_path / "shards"), secret=b"secret" * 16)
     assert manifest.quarantined == 0
     assert sum(manifest.counts.values()) == images
     assert sum(manifest.patients.values()) == patients
@@ -258,11 +258,11 @@ def test_captures_and_ultrasound_open_a_point_for_their_rule(tmp_path: Path) -> 
     without = re.sub(r"^burned_in:.*\n", "", text.replace("OPEN:", "settled:"), flags=re.MULTILINE)
     (tmp_path / "without.yaml").write_text(without)
     with pytest.raises(WorkError, match=r"split 'val' is usable, of 2: 1 because a secondary capture .* card's burned_in .* ultra"):
-        pack(load_card(str(tmp_path / "without.yaml")), str(tmp_path / "raw"), str(tmp_path / "a"), secret=b"s")
+        pack(load_card(str(tmp_path / "without.yaml")), str(tmp_path / "raw"), str(tmp_path / "a"), secret=b"s" * 17)
     assert len((tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()) == 40
     (tmp_path / "card.yaml").write_text(re.sub(r"OPEN: ([1U])", r"\1", text).replace("OPEN:", "settled:"))
     card = load_card(str(tmp_path / "card.yaml"))
-    assert pack(card, str(tmp_path / "raw"), str(tmp_path / "b"), secret=b"s").quarantined == 0
+    assert pack(card, str(tmp_path / "raw"), str(tmp_path / "b"), secret=b"s" * 17).quarantined == 0
 
 
 def test_doubled_rows_and_slips_of_a_pen_are_pointed_out(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_doubled_rows_and_slips_of_a_pen_are_pointed_out(tmp_path: Path) -> None
     (tmp_path / "draft.yaml").write_text(text)
     assert "layouts.0.repeated" in open_points(load_card(str(tmp_path / "draft.yaml")))
     (tmp_path / "card.yaml").write_text(re.sub(r"repeated: '.*'", "repeated: majority", text).replace("OPEN:", "settled:"))
-    assert len(plan(load_card(str(tmp_path / "card.yaml")), str(raw), b"secret")) == 3
+    assert len(plan(load_card(str(tmp_path / "card.yaml")), str(raw), b"secret" * 16)) == 3
 
 
 def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
