@@ -18,6 +18,7 @@ from base.seeds import seed_of
 from engine import checkpoint, ema, gpus, norm, ranks
 from engine.checkpoint import Snapshot
 from engine.context import Context
+from engine.pace import Pace, words
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 from pretrain import corpora, explain, health, methods, probes, publish, source_probes
@@ -48,7 +49,7 @@ class Run:
             raise WorkError(f"{ctx.world_size} workers were started, {ranks.world()} have met", where=f"pretrain {config.name}")
         self.first = ranks.rank() == 0
         self.record = Record(self._at("metrics.jsonl"), ctx)
-        self.window = probes.Window()
+        self.window, self.pace = probes.Window(), Pace()
         self.epoch_loss = torch.zeros(2)  # of this rank: sum and number of losses
         self.seconds_before = 0.0
         self.step = 0
@@ -189,11 +190,12 @@ class Run:
             self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
             if self.step % self.epoch_steps == 0:
                 self.method.on_epoch_start(self._embed)
-            with meter.waiting():
-                batch = self._place(next(batches))
             done = self.step + 1
             logged = done == 1 or done % self.recipe.log_every_steps == 0 or done == self.total
-            output, measured = self._update(batch, logged)
+            with self.pace.measured(logged):
+                with meter.waiting():
+                    batch = self._place(next(batches))
+                output, measured = self._update(batch, logged)
             not_finite = 0 if output else not_finite + 1
             if not_finite == MOST_NOT_FINITE:
                 raise WorkError(
@@ -313,9 +315,11 @@ class Run:
         if "contrastive_top1" in row:
             row["contrastive_chance"] = 1 / (2 * self.recipe.global_batch - 1)
         # Speeds are this rank's clock; rank 0's stand for all, so that every rank reports the same row.
-        row |= ranks.share(meter.read() | {"seconds": round(self._seconds(), 2)})
+        row |= ranks.share(meter.read() | {"seconds": round(self._seconds(), 2)}) | self.pace.read()
         verdict = self._verdict([*self.record.measured, row])
         self.record.add(row | {"health": verdict.health})
+        for slow in self.pace.stragglers(row["rank_s"]) if "rank_s" in row else ():
+            self.record.add({"event": "straggler", "step": self.step, **slow})
         self._stop_collapsed(verdict)
 
     def _verdict(self, rows: list[dict[str, Any]]) -> health.Verdict:
@@ -396,6 +400,7 @@ class Run:
             "seconds": round(self._seconds(), 2),
             "health": verdict.health,
             "why": verdict.why,
+            "stragglers": [words(row) for row in self.record.of("straggler")],
             "source_probes": [{name: row[name] for name in SourceProbe.model_fields} for row in self.record.of("source probe")],
             "restarts": self.restarts,
             "workers": ranks.world(),

@@ -140,6 +140,7 @@ class Result(Strict):
     health: Health
     why: str
     source_probes: list[SourceProbe] = Field(default=[])
+    stragglers: list[str] = Field(default=[])  # ranks that made the others wait, with their hosts
     restarts: int
     workers: int
     device: str

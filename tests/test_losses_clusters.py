@@ -255,6 +255,6 @@ def test_sizes_that_do_not_fit_the_data_are_refused() -> None:
         with pytest.raises(RequestError, match="first two views must be of one size"):
             methods.check(name, {}, facts=facts._replace(sizes=(32, 16, 16)))
     for queue, near in ((30, 32), (3, 8)):
-        with pytest.raises(RequestError, match=f"queue of {queue} is not a multiple of the global batch, 8") as caught:
+        with pytest.raises(RequestError, match=f"queue of {queue} keys is not a multiple of the global batch of 8") as caught:
             methods.check("swav", {"queue": queue}, facts=facts)
-        assert caught.value.hint == f"queue={near}"
+        assert caught.value.hint == f"options.queue={near}"

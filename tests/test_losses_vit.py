@@ -271,9 +271,9 @@ def test_schedules_of_dino() -> None:
     options = dino.DINOOptions()
     at = [methods.Clock(step, 1001, 10) for step in (0, 150, 300, 1000)]
     assert [dino.teacher_temperature(options, clock) for clock in at] == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    assert dino.momentum(options, at[0]) == pytest.approx(0.996)
-    assert dino.momentum(options, methods.Clock(500, 1001, 10)) == pytest.approx(0.998)
-    assert dino.momentum(options, at[3]) == 1
+    assert at[0].momentum(options.momentum) == pytest.approx(0.996)
+    assert methods.Clock(500, 1001, 10).momentum(options.momentum) == pytest.approx(0.998)
+    assert at[3].momentum(options.momentum) == 1
     assert [dino.frozen(options, methods.Clock(step, 100, 10)) for step in (0, 9, 10)] == [True, True, False]
 
 

@@ -16,6 +16,7 @@ Every random draw is a function of (seed, step) or (seed, epoch, sample id), so 
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -102,6 +103,10 @@ class Clock(NamedTuple):
     def progress(self) -> float:
         """From 0 at the first step to 1 at the last."""
         return self.step / max(1, self.total_steps - 1)
+
+    def momentum(self, first: float) -> float:
+        """A teacher's: from `first` to 1 at the last step along half a cosine (BYOL, section 3.2; DINO, section 3.2)."""
+        return 1 - (1 - first) * 0.5 * (1 + math.cos(math.pi * self.progress))
 
 
 class Output(NamedTuple):

@@ -22,7 +22,6 @@ Deviations: the predictor of SimSiam follows the schedule of the rate (constant 
 its table 1), and weight decay leaves out biases and norms.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,8 +110,7 @@ class BYOL(_Predictive):
 
     def on_step_end(self) -> None:
         """Moves the target network."""
-        momentum = 1 - (1 - self.options.momentum) * (math.cos(math.pi * self.clock.progress) + 1) / 2
-        ema.follow(self.teachers["target"], self.followed("target"), momentum)
+        ema.follow(self.teachers["target"], self.followed("target"), self.clock.momentum(self.options.momentum))
 
 
 class SimSiam(_Predictive):

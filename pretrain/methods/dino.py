@@ -114,7 +114,7 @@ class DINO(Method):
 
     def on_step_end(self) -> None:
         """The teacher follows."""
-        ema.follow(self.teachers["teacher"], self.followed("teacher"), momentum(self.options, self.clock))
+        ema.follow(self.teachers["teacher"], self.followed("teacher"), self.clock.momentum(self.options.momentum))
 
     def chance_loss(self, global_batch: int) -> float | None:
         """Entropy of K equal prototypes."""
@@ -145,11 +145,6 @@ def teacher_temperature(options: DINOOptions, clock: Clock) -> float:
     warmup = options.teacher_warmup_epochs * clock.epoch_steps
     share = min(1.0, clock.step / warmup) if warmup else 1.0
     return options.teacher_temperature_start + (options.teacher_temperature - options.teacher_temperature_start) * share
-
-
-def momentum(options: DINOOptions, clock: Clock) -> float:
-    """Of the teacher: to 1 at the last step, along half a cosine."""
-    return 1 - (1 - options.momentum) * 0.5 * (1 + math.cos(math.pi * clock.progress))
 
 
 METHODS = {"dino": DINO}

@@ -33,7 +33,7 @@ from engine import ema, ranks
 from pretrain import masking
 from pretrain.clusters import sinkhorn
 from pretrain.methods import Facts, Method, Output
-from pretrain.methods.dino import DINOHead, DINOOptions, check_crops, frozen, momentum, teacher_temperature
+from pretrain.methods.dino import DINOHead, DINOOptions, check_crops, frozen, teacher_temperature
 
 if TYPE_CHECKING:
     from shards.loader import Batch
@@ -124,7 +124,7 @@ class DINOv2(Method):
 
     def on_step_end(self) -> None:
         """The teacher follows."""
-        ema.follow(self.teachers["teacher"], self.followed("teacher"), momentum(self.options, self.clock))
+        ema.follow(self.teachers["teacher"], self.followed("teacher"), self.clock.momentum(self.options.momentum))
 
 
 def pairs(target_TBK: Tensor, log_VBK: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from base.config import Strict
 from base.errors import RequestError
 from engine import ema, ranks
 from pretrain.clusters import check_count, scaled_count, sinkhorn
+from pretrain.memory import check_queue
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
@@ -135,13 +136,7 @@ class SwAV(Method):
         """Raises RequestError for too many prototypes, a queue that batches do not divide, and views that cannot be swapped."""
         check_views(facts)
         check_count(options.prototypes, facts.samples)
-        if options.queue and options.queue % facts.global_batch:
-            near = max(1, round(options.queue / facts.global_batch)) * facts.global_batch
-            raise RequestError(
-                f"a queue of {options.queue} is not a multiple of the global batch, {facts.global_batch}",
-                where="recipe: options.queue",
-                hint=f"queue={near}",
-            )
+        check_queue(options.queue, facts)
 
     @classmethod
     def scaled(cls, options: SwAVOptions, facts: Facts) -> dict[str, int]:
