@@ -1,6 +1,6 @@
 """What does the fan-out save? 24 cells on real radiographs, against each cell as its own process, and against one warm process.
 
-    nice .venv/bin/python benchmarks/cells.py NIH MONTGOMERY     # folders of raw files; half an hour on two idle cores; --quick: 2 epochs
+    nice .venv/bin/python benchmarks/cells.py NIH MONTGOMERY     # folders of raw files; half an hour on two idle cores; --quick: 1 epoch
 
 Cells: random and exported weights x full, linear, truncated x findings and lungs x two seeds, ResNet-18. Sides, two at a time on two cores
 with one thread each, the same epochs:
@@ -30,8 +30,8 @@ from base.paths import ROOT, revision
 SLOTS = 2
 METRIC = {"dxc14": "auroc_within_mean", "lxs": "dice"}
 RESOLUTION = {"dxc14": [96], "lxs": [128]}
-EPOCHS = {"dxc14": 3, "lxs": 12}
-FROZEN_EPOCHS = {"dxc14": 10, "lxs": 20}
+EPOCHS = {"dxc14": 2, "lxs": 2}
+FROZEN_EPOCHS = {"dxc14": 6, "lxs": 6}
 
 
 def study(folder: Path, nih: str, montgomery: str, quick: bool) -> Any:
@@ -52,7 +52,7 @@ def study(folder: Path, nih: str, montgomery: str, quick: bool) -> Any:
     encoder = build("resnet18", 1, seed=7)
     export(encoder, folder / "made", name="made", method="none", lineage=[], data=[], revision=revision(), image_size=96)
     settings = {
-        task: {"recipe.epochs": 2 if quick else EPOCHS[task], "linear.epochs": 2 if quick else FROZEN_EPOCHS[task]}
+        task: {"recipe.epochs": 1 if quick else EPOCHS[task], "linear.epochs": 1 if quick else FROZEN_EPOCHS[task]}
         | {"recipe.patience": 1000, "linear.patience": 1000}
         for task in METRIC
     }
