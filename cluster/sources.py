@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from base import storage
 from base.config import parse
@@ -11,6 +13,7 @@ from base.errors import RequestError
 from base.paths import is_url
 from cluster.plan import Weights
 from cluster.published import obtain, safe_name
+from shards import cache
 
 
 def read_weights(url: str, seed: int = 0) -> Weights:
@@ -30,15 +33,25 @@ def read_weights(url: str, seed: int = 0) -> Weights:
 
 
 def local_encoder(url: str, sha256: str) -> str:
-    """The encoder's folder on this node: itself when it is local, else fetched once a node and an encoder."""
+    """The encoder's folder on this node: itself when it is local, else fetched once a node, into the cache, whoever asks at the same time.
+
+    Raises:
+        WorkError: it cannot be fetched, or is not what its description says.
+    """
     if not is_url(url):
         return url
-    target = os.path.join(tempfile.gettempdir(), "allograft-encoders", sha256)
-    if not os.path.exists(os.path.join(target, "allograft.json")):
-        with tempfile.TemporaryDirectory() as temporary:
-            storage.get_dir(url, temporary)
-            storage.put_dir(temporary, target, last=("allograft.json",))
-    return target
+    folder = Path(cache.default_dir()) / "encoders" / sha256
+    if not folder.is_dir():
+        cache.make_once(folder, partial(_fetch_encoder, url), "encoders")
+    os.utime(folder)  # the time of last use, by which the cache makes room
+    return str(folder)
+
+
+def _fetch_encoder(url: str, folder: Path) -> None:
+    from encoders.export import read_export
+
+    storage.get_dir(url, folder)
+    read_export(folder)
 
 
 def external(source: str, out: str, uri: str) -> Weights:

@@ -128,10 +128,19 @@ class Resources(Strict):
     pretrain_workers: int = Field(2, ge=1)
     gpus_per_pretrain_worker: float = Field(0, ge=0)
     cell_workers: int | None = Field(None, ge=1, description="default: as many as the cluster's processors or GPUs hold")
-    gpus_per_cell: float = Field(0, ge=0)
+    cell_ranks: int = Field(1, ge=1, description="processes that train one cell together, on one node, each with `threads` and its GPU")
+    gpus_per_cell: Annotated[float, Field(ge=0)] | Literal["measured"] = Field(
+        0.0, description="share of a GPU of each process of a cell; measured: as many cells on a GPU as its memory holds"
+    )
     loader_workers: int = Field(0, ge=0, description="processes that read and augment beside each pretraining worker; 0: it does so itself")
     threads: int = Field(1, ge=1, description="intra-operation threads of every worker")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="numbers in which cells compute; weights, losses and logits are fp32")
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.cell_ranks > 1 and (self.gpus_per_cell == "measured" or 0 < self.gpus_per_cell < 1):
+            raise ValueError(f"cell_ranks={self.cell_ranks} with gpus_per_cell={self.gpus_per_cell}: each process wants a GPU of its own")
+        return self
 
 
 class Study(Strict):
