@@ -139,7 +139,8 @@ def check_names(study: Study, where: str) -> None:
             raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
         recipe = load_recipe(entry.recipe, entry.settings)
         methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
-        rank_batch(recipe.global_batch, study.resources.pretrain_workers)
+        for count in study.resources.pretrain_range:
+            rank_batch(recipe.global_batch, count)
         for dataset in entry.data:
             if dataset not in study.data:
                 raise unknown("dataset", dataset, study.data, where=f"{key}.data")

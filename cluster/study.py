@@ -15,6 +15,7 @@ from finetune.task import Metric, load_task
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
+Workers = Annotated[int, Field(ge=1)]
 Analysis = Literal["similarity", "filters", "convergence", "efficiency", "transferability"]
 
 
@@ -125,7 +126,9 @@ class Champion(Strict):
 class Resources(Strict):
     """What a piece of work is given. Threads and dtype are part of a cell's key (they change its numbers), counts of workers are not."""
 
-    pretrain_workers: int = Field(2, ge=1)
+    pretrain_workers: Workers | Annotated[list[Workers], Field(min_length=2, max_length=2)] = Field(
+        2, description="of each run: a number, or [fewest, most], between which a run follows the room that the cluster has"
+    )
     gpus_per_pretrain_worker: float = Field(0, ge=0)
     cell_workers: int | None = Field(None, ge=1, description="default: as many as the cluster's processors or GPUs hold")
     cell_ranks: int = Field(1, ge=1, description="processes that train one cell together, on one node, each with `threads` and its GPU")
@@ -135,6 +138,18 @@ class Resources(Strict):
     loader_workers: int = Field(0, ge=0, description="processes that read and augment beside each pretraining worker; 0: it does so itself")
     threads: int = Field(1, ge=1, description="intra-operation threads of every worker")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="numbers in which cells compute; weights, losses and logits are fp32")
+
+    @property
+    def pretrain_range(self) -> tuple[int, int]:
+        """Fewest and most workers of a pretraining."""
+        held = self.pretrain_workers
+        return (held[0], held[1]) if isinstance(held, list) else (held, held)
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> Self:
+        if self.pretrain_range[0] > self.pretrain_range[1]:
+            raise ValueError(f"pretrain_workers: {self.pretrain_range[0]} is more than {self.pretrain_range[1]}")
+        return self
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> Self:
