@@ -26,9 +26,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)), (0, (2, 2)))
 
 
-def _svg(name: str, title: str, text: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
-    """Draw on a new figure of width x height inches and return it as inline SVG with a title and a description."""
+def svg(name: str, title: str, text: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
+    """Draw on a new figure of width x height inches and return it as inline SVG with a title and a description. C0 to C6 are SERIES."""
     import matplotlib
+    from cycler import cycler
 
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -52,6 +53,7 @@ def _svg(name: str, title: str, text: str, width: float, height: float, draw: Ca
         "grid.linewidth": 0.5,
         "grid.alpha": 0.5,
         "legend.frameon": False,
+        "axes.prop_cycle": cycler(color=SERIES),
     }
     with matplotlib.rc_context(settings):
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -76,6 +78,16 @@ def _svg(name: str, title: str, text: str, width: float, height: float, draw: Ca
     raw = raw.replace("<svg", head, 1)
     described = f'<title id="{name}-t">{html.escape(title)}</title><desc id="{name}-d">{html.escape(text)}</desc>'
     return re.sub(r"(<svg[^>]*>)", lambda found: found.group(1) + described, raw, count=1)
+
+
+# The light colours of report.html, for a figure that is opened by itself.
+LIGHT = {"ink": "#1b1f24", "rule": "#c9cfd6"}
+LIGHT |= {f"s{i}": colour for i, colour in enumerate(("#0072b2", "#d55e00", "#009e73", "#b0568c", "#8a6d00", "#2e9bd6", "#6b6b6b"))}
+
+
+def alone(drawn: str) -> str:
+    """The figure as a file of its own: its colours have the values that they fall back to where no page sets them."""
+    return re.sub(r"var\(--(\w+)\)", lambda found: f"var(--{found[1]}, {LIGHT[found[1]]})", drawn)
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -113,7 +125,7 @@ def forest(name: str, rows: Sequence[tuple[str, Finding]], unit: str) -> str:
         axes.set_xlabel(f"difference in {unit}, with 95 % interval")
 
     text = "; ".join(f"{label}: {f.comparison.estimate:+.3f} from {f.comparison.low:.3f} to {f.comparison.high:.3f}" for label, f in rows)
-    return _svg(name, f"Differences in {unit}", text, 7.2, 0.75 + 0.3 * len(rows), draw)
+    return svg(name, f"Differences in {unit}", text, 7.2, 0.75 + 0.3 * len(rows), draw)
 
 
 def learning(name: str, title: str, series: Mapping[str, tuple[int, Sequence[Sequence[float]]]], label: str) -> str:
@@ -143,7 +155,7 @@ def learning(name: str, title: str, series: Mapping[str, tuple[int, Sequence[Seq
     finals = [
         f"{source}: {np.nanmax([max(c) for c in curves if len(c)]):.3f} at best" for source, (_, curves) in series.items() if any(curves)
     ]
-    return _svg(name, title, f"{label} by epoch. " + "; ".join(finals), 4.6, 2.9, draw)
+    return svg(name, title, f"{label} by epoch. " + "; ".join(finals), 4.6, 2.9, draw)
 
 
 def fractions(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float, float]]]], label: str) -> str:
@@ -163,7 +175,7 @@ def fractions(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tu
         axes.set_ylabel(label)
         axes.legend(loc="best", fontsize=8)
 
-    return _svg(name, title, f"{label} against the share of labels, bars are one standard deviation over seeds", 4.6, 2.9, draw)
+    return svg(name, title, f"{label} against the share of labels, bars are one standard deviation over seeds", 4.6, 2.9, draw)
 
 
 def traces(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], label: str) -> str:
@@ -181,7 +193,63 @@ def traces(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple
             axes.legend(loc="best", fontsize=8)
 
     ends = "; ".join(f"{run}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for run, (_, points) in series.items())
-    return _svg(name, title, f"{label} by step. {ends}", 3.6, 2.5, draw)
+    return svg(name, title, f"{label} by step. {ends}", 3.6, 2.5, draw)
+
+
+def critical(name: str, average: Mapping[str, float], settings: int, apart: float, cliques: Sequence[Sequence[str]]) -> str:
+    """Average ranks on a line, best at the left; bars join the sources of a clique, nearer than the critical difference `apart` (Demsar
+    2006)."""
+    names = list(average)
+    half = (len(names) + 1) // 2
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.grid(visible=False)
+        low, high = 1, max(2, len(names))
+        axes.plot([low, high], [0, 0], color=INK, linewidth=1)
+        for tick in range(low, high + 1):
+            axes.plot([tick, tick], [0, 0.25], color=INK, linewidth=1)
+            axes.text(tick, 0.35, str(tick), ha="center", fontsize=8)
+        for i, source in enumerate(names):
+            left, rank = i < half, average[source]
+            below = -0.9 - 0.55 * (i if left else len(names) - 1 - i) - 0.35 * len(cliques)
+            end: float = low - 0.04 * (high - low) if left else high + 0.04 * (high - low)
+            axes.plot([rank, rank, end], [0, below, below], color=SERIES[i % 7], linewidth=1.2)
+            axes.text(end, below, f" {source} {rank:.2f} ", ha="right" if left else "left", va="center", fontsize=8.5)
+        for i, clique in enumerate(cliques):
+            near, far = average[clique[0]], average[clique[-1]]
+            axes.plot([near - 0.02, far + 0.02], [-0.3 - 0.35 * i] * 2, color=INK, linewidth=4, solid_capstyle="butt")
+        if math.isfinite(apart):
+            axes.plot([low, min(high, low + apart)], [1.1, 1.1], color=INK, linewidth=2)
+            axes.text(low, 1.25, f"critical difference {apart:.2f}", fontsize=8)
+        axes.set_xlim(low - 0.45 * (high - low), high + 0.45 * (high - low))
+
+    together = "; ".join(f"not told apart: {', '.join(clique)}" for clique in cliques) or "all told apart"
+    text = ", ".join(f"{source} {rank:.2f}" for source, rank in average.items())
+    said = f"Average ranks over {settings} settings: {text}. Critical difference {apart:.2f}; {together}"
+    return svg(name, "Average ranks", said, 7.2, 1.3 + 0.24 * half + 0.15 * len(cliques), draw)
+
+
+def reliability(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float, int]]]]) -> str:
+    """Share right against confidence: source -> (colour number, [(mean confidence, share right, images)]). Marks grow with the images."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+        for source, (i, points) in series.items():
+            x, y, n = np.array(points, float).T
+            axes.plot(x, y, label=source, **_style(i))
+            axes.scatter(x, y, s=4 + 60 * n / n.sum(), color=SERIES[i % 7], marker=MARKERS[i % 7])
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("score")
+        axes.set_ylabel("share that is right")
+        axes.legend(loc="best", fontsize=8)
+
+    text = "; ".join(f"{source}: " + ", ".join(f"{x:.2f} {y:.2f}" for x, y, _ in points) for source, (_, points) in series.items())
+    return svg(name, title, f"Reliability diagram, score and share right by bin. {text}", 3.8, 3.4, draw)
 
 
 def searched(name: str, title: str, points: Sequence[tuple[str, float, float, bool]], choice: str, best: str, label: str) -> str:
@@ -213,7 +281,7 @@ def searched(name: str, title: str, points: Sequence[tuple[str, float, float, bo
         axes.set_ylabel(label)
 
     text = "; ".join(f"{at}: {mean:.3f} with a standard error of {error:.3f}" for at, mean, error, _ in points)
-    return _svg(name, title, f"{label}. Chosen: {choice}. {text}", 4.6, 2.9, draw)
+    return svg(name, title, f"{label}. Chosen: {choice}. {text}", 4.6, 2.9, draw)
 
 
 def thumbnail(image: NDArray[np.uint8]) -> str:

@@ -23,10 +23,12 @@ ROWS, COLUMNS = 4, 6  # images and cells of a figure
 Held = dict[str, NDArray[Any]]  # ids K, label K, image K H W [3] u8, heat K H W f16, cut
 
 
-def read(cells: Sequence[Cell]) -> dict[str, Held]:
-    """The heat maps that cells have kept, the first cell of each source, strategy and options."""
+def read(cells: Sequence[Cell], most: int | None = None) -> dict[str, Held]:
+    """The heat maps that cells have kept, the first cell of each source, strategy and options; at most so many."""
     held: dict[str, Held] = {}
     for cell in cells:
+        if most is not None and len(held) >= most:
+            break
         name, url = f"{cell.source}\n{cell.strategy} {cell.options}".strip(), storage.join(cell.url, FILE)
         if name not in held and storage.exists(url):
             with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
@@ -34,22 +36,23 @@ def read(cells: Sequence[Cell]) -> dict[str, Held]:
     return held
 
 
-def section(cells: Sequence[Cell]) -> str:
-    """The figure of these cells as HTML, empty where they kept no heat maps."""
-    held = dict(list(read(cells).items())[:COLUMNS])
+def section(cells: Sequence[Cell], loss: Mapping[str, float] | None = None) -> str:
+    """The figure of these cells as HTML, empty where they kept no heat maps. loss: of each image, by which the worst comes first."""
+    held = read(cells, COLUMNS)
     if not held:
         return ""
     buffer = io.BytesIO()
-    figure(held).savefig(buffer, format="png", dpi=100)
+    figure(held, loss=loss).savefig(buffer, format="png", dpi=100)
     address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     names = ", ".join(name.replace("\n", " ") for name in held)
     text = f"Grad-CAM of {names} (one seed each): where in the image the network finds what speaks for the label at the left"
+    text += "; the image that the best cell on validation errs most on comes first" if loss else ""
     return f'<figure><img style="max-width:100%" alt="{esc(text)}" src="{address}"><figcaption>{esc(text)}.</figcaption></figure>'
 
 
-def figure(held: Mapping[str, Held], rows: int = ROWS) -> Any:
-    """A matplotlib figure: images that all have, evenly spaced, then the heat of each cell over them, the more opaque the hotter, and
-    "none" where nothing in the image speaks for the label.
+def figure(held: Mapping[str, Held], rows: int = ROWS, loss: Mapping[str, float] | None = None) -> Any:
+    """A matplotlib figure: images that all have, evenly spaced, the one of the highest loss first where that is known, then the heat of
+    each cell over them, the more opaque the hotter, and "none" where nothing in the image speaks for the label.
 
     Raises:
         ValueError: no image that all have.
@@ -61,6 +64,8 @@ def figure(held: Mapping[str, Held], rows: int = ROWS) -> Any:
     common = [str(key) for key in first["ids"] if all(str(key) in at for at in place.values())]
     if not common:
         raise ValueError("these cells have no image in common")
+    if loss and all(key in loss for key in common):
+        common.sort(key=lambda key: -loss[key])
     ids = [common[at] for at in sorted({round(q * (len(common) - 1)) for q in np.linspace(0, 1, rows)})]
     made = Figure(figsize=(1.7 * (1 + len(held)), 1.8 * len(ids) + 0.5), layout="constrained")
     axes = made.subplots(len(ids), 1 + len(held), squeeze=False)

@@ -8,7 +8,7 @@ A drawing function takes the figure last, and names its colours C0 to C6, so tha
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,13 @@ def png(draw: Draw, width: float, height: float) -> bytes:
     return buffer.getvalue()
 
 
+def ink() -> str:
+    """The colour of text: a page may be dark."""
+    import matplotlib
+
+    return str(matplotlib.rcParams["text.color"])
+
+
 def layers(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], measure: str, title: str, figure: Any) -> None:
     """A measure at every cut, a line a pair with its permuted baseline dashed below; with two pairs their difference dotted in grey."""
     axes = figure.subplots()
@@ -90,7 +97,7 @@ def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]],
                 patch_artist=True,
                 showfliers=False,
                 manage_ticks=False,
-                medianprops={"color": "black"},
+                medianprops={"color": ink()},
             )
             for box in drawn["boxes"]:
                 box.set(facecolor=colour, alpha=0.75, edgecolor=colour)
@@ -135,8 +142,8 @@ def pairs(found: StartAgainstEnd, unit: str, title: str, figure: Any) -> None:
     axes.set_title(f"{title}: R² {found.r_squared.words(2)}", loc="left")
 
 
-def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: Sequence[str], title: str) -> bytes:
-    """Pictures of filters in a grid as PNG, those after below those before, a note under each."""
+def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: Sequence[str], title: str) -> tuple[Draw, float, float]:
+    """Pictures of filters in a grid, those after below those before, a note under each: what draws it, and its size in inches."""
     count, columns = len(before), min(16, len(before))
     h, w = before.shape[1:3]
     each, gap, note = 1 if after is None else 2, 0.06 * h, 0.42 * h
@@ -146,6 +153,7 @@ def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: S
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.set_axis_off()
+        axes.grid(visible=False)
         for i in range(count):
             x, y = (i % columns) * across, (i // columns) * band
             for j, held in enumerate((before,) if after is None else (before, after)):
@@ -157,7 +165,7 @@ def gallery(before: NDArray[np.uint8], after: NDArray[np.uint8] | None, notes: S
         axes.set_title(title, loc="left")
 
     inch = 0.5 / across  # a picture is 0.4 inches wide
-    return png(draw, max(5.0, 0.3 + columns * across * inch), 0.45 + lines * band * inch)
+    return draw, max(5.0, 0.3 + columns * across * inch), 0.45 + lines * band * inch
 
 
 def learning(curves: Sequence[Curve], threshold: float, unit: str, by: str, title: str, figure: Any) -> None:
@@ -174,7 +182,7 @@ def learning(curves: Sequence[Curve], threshold: float, unit: str, by: str, titl
             else:
                 axes.plot([curve.end], [curve.value_T[-1]], "x", color=f"C{i % 7}", markersize=6, clip_on=False)
     axes.axhline(threshold, color=GREY, linewidth=1, linestyle=":")
-    axes.annotate(f" {threshold:.3g}", (0, threshold), xycoords=("axes fraction", "data"), fontsize=8, color="0.3", va="bottom")
+    axes.annotate(f" {threshold:.3g}", (0, threshold), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     axes.xaxis.get_major_locator().set_params(integer=by != "seconds")
     axes.set_xlabel(f"{by}; x: a run that ended below the threshold")
     axes.set_ylabel(f"validation {unit}")
@@ -192,7 +200,7 @@ def steps(rows: Sequence[Reached], by: str, title: str, figure: Any) -> None:
             else:
                 axes.plot([value], [y], "o", color=f"C{y % 7}", markersize=4.5, alpha=0.7)
         if math.isfinite(row.median):
-            axes.plot([row.median, row.median], [y - 0.28, y + 0.28], "black", linewidth=1.6)
+            axes.plot([row.median, row.median], [y - 0.28, y + 0.28], color=ink(), linewidth=1.6)
         ratio = row.speedup.words()
         words = row.words() + (f"   x {ratio}" if ratio != "-" else "")
         axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
@@ -232,6 +240,40 @@ def movement(moved: NDArray[np.float64], gabor: NDArray[np.float64], noise: floa
         panels[1].set_xlabel("Gabor score before")
         panels[1].set_ylabel("movement")
         panels[1].legend(loc="best")
+
+
+class Point(NamedTuple):
+    """A source and strategy of one task: what its network costs, milliseconds an image, and mean and deviation of the metric."""
+
+    source: str
+    strategy: str
+    params: int
+    ms: float
+    value: float
+    sd: float
+
+
+def efficiency(points: Sequence[Point], unit: str, title: str, figure: Any) -> None:
+    """The metric against parameters and against latency: a colour a source, a marker a strategy; bars are deviations over seeds."""
+    panels = figure.subplots(1, 2, sharey=True)
+    sources = list(dict.fromkeys(point.source for point in points))
+    strategies = list(dict.fromkeys(point.strategy for point in points))
+    for axes, name, label in zip(panels, ("params", "ms"), ("parameters", "ms an image, batches of 32"), strict=True):
+        for point in points:
+            colour, marker = f"C{sources.index(point.source) % 7}", MARKERS[strategies.index(point.strategy) % 7]
+            error = point.sd if math.isfinite(point.sd) else 0.0
+            axes.errorbar([getattr(point, name)], [point.value], yerr=[error], color=colour, marker=marker, markersize=6, capsize=2)
+        if name == "params" and len({point.params for point in points}) > 1:
+            axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set_xlabel(label)
+    for i, source in enumerate(sources):
+        panels[0].plot([], [], f"C{i % 7}", linewidth=3, label=source)
+    for i, strategy in enumerate(strategies):
+        panels[0].plot([], [], MARKERS[i % 7], color=GREY, label=strategy)
+    panels[0].set_ylabel(unit)
+    panels[0].set_title(title, loc="left")
+    figure.legend(loc="outside lower center", ncols=3)
 
 
 def ranked(points: Sequence[tuple[float, float, str]], rho: str, unit: str, title: str, figure: Any) -> None:

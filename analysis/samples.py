@@ -1,4 +1,5 @@
-"""Sample images for the report: masks outlined on segmentation tasks, labels and scores on others. Only where the card shares images.
+"""Sample images for the report, the worst, the middling and the best: masks outlined on segmentation tasks, labels and scores on others,
+and where networks look. Only where the card shares images.
 
 gallery(evidence, task) -> HTML
 
@@ -7,9 +8,11 @@ K H W u8, dice K f32). Where no cell kept one, the true masks are shown and the 
 """
 
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from analysis import figures, heat, results
 from analysis.evidence import Evidence
@@ -18,7 +21,29 @@ from analysis.tables import esc
 from base import storage
 from base.errors import AllograftError, WorkError
 
-SHOWN = 4  # images; sources are columns
+Item = TypeVar("Item")
+
+WORDS = ("worst", "below the middle", "median", "above the middle", "best")
+
+
+def cases(ranked: Sequence[Item], count: int = 3) -> list[tuple[str, Item]]:
+    """Of items from the worst to the best the first, the last and those evenly between, each with its word; fewer where there are fewer."""
+    places = sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, count)}) if ranked else []
+    words = {1: (WORDS[2],), 2: (WORDS[0], WORDS[4]), 3: WORDS[::2], 5: WORDS}.get(len(places), [""] * len(places))
+    return [(word, ranked[at]) for word, at in zip(words, places, strict=True)]
+
+
+def losses(frame: pd.DataFrame) -> dict[str, float]:
+    """How wrong the scores of each row are: mean log loss over its known labels, or 1 - Dice."""
+    if "dice" in frame and frame["dice"].notna().any():
+        return dict(zip(frame["sample_id"].astype(str), 1 - frame["dice"].to_numpy(float), strict=True))
+    labels = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
+    score = np.clip(frame[[f"score_{label}" for label in labels]].to_numpy(float), 1e-6, 1 - 1e-6)
+    target = frame[[f"target_{label}" for label in labels]].to_numpy(float)
+    wrong = np.where(np.isfinite(target), -(target * np.log(score) + (1 - target) * np.log(1 - score)), np.nan)
+    known = np.isfinite(wrong)
+    mean = np.where(known, wrong, 0).sum(1) / np.maximum(1, known.sum(1))
+    return dict(zip(frame["sample_id"].astype(str), mean, strict=True))
 
 
 def gallery(evidence: Evidence, task: str) -> str:
@@ -27,9 +52,16 @@ def gallery(evidence: Evidence, task: str) -> str:
     dataset = cells[0].dataset
     if not evidence.card(dataset).get("share_images"):
         return f'<p class="faint">The card of {esc(dataset)} does not share images, so none are shown.</p>'
+    ranks = losses(frame) if (frame := results.predictions(_best(cells))) is not None else {}
     if cells[0].primary() in ("dice", "iou"):
-        return (_kept_masks(evidence, cells) or _true_masks(evidence, cells)) + heat.section(cells)
-    return _labels(evidence, cells) + heat.section(cells)
+        return (_kept_masks(evidence, cells) or _true_masks(evidence, cells)) + heat.section(cells, ranks)
+    return _labels(evidence, cells) + heat.section(cells, ranks)
+
+
+def _best(cells: list[Cell]) -> Cell:
+    """The best on validation."""
+    metric = cells[0].primary() or "auroc_mean"
+    return max(cells, key=lambda c: np.nan_to_num(c.value(metric, "val"), nan=-1.0))
 
 
 def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
@@ -47,15 +79,14 @@ def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
     place = {source: {str(i): at for at, i in enumerate(arrays["ids"])} for source, arrays in held.items()}
     mean = {i: float(np.mean([arrays["dice"][place[source][i]] for source, arrays in held.items()])) for i in common}
     ranked = sorted(common, key=mean.__getitem__)
-    chosen = [ranked[at] for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)})] if ranked else []
     parts = []
-    for i in chosen:
+    for word, i in cases(ranked):
         for source in (s for s in evidence.sources() if s in held):
             arrays, at = held[source], place[source][i]
-            text = f"{source}: test image {i}, Dice {arrays['dice'][at]:.3f}"
+            text = f"{word}, {source}: test image {i}, Dice {arrays['dice'][at]:.3f}"
             drawn = figures.overlay(arrays["image"][at], arrays["true"][at], arrays["pred"][at], text)
-            parts.append(f"<figure>{drawn}<figcaption><b>{esc(source)}</b> Dice {arrays['dice'][at]:.3f}</figcaption></figure>")
-    note = f"Test images from the worst to the best by Dice among those kept (strategy {strategy}, one seed a source)."
+            parts.append(f"<figure>{drawn}<figcaption>{word}: <b>{esc(source)}</b> Dice {arrays['dice'][at]:.3f}</figcaption></figure>")
+    note = f"The worst, the median and the best test image by mean Dice among those kept (strategy {strategy}, one seed a source)."
     style = f'style="--n:{len(held)}"'
     return f'{_legend()}<div class="gallery" {style}>{"".join(parts)}</div><p class="faint">{esc(note)}</p>'
 
@@ -78,7 +109,7 @@ def _sample(corpus: Any, place: dict[str, int], key: str) -> Any:
 
 def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
     parts = []
-    best = max(cells, key=lambda c: np.nan_to_num(c.value("dice", "val"), nan=-1.0))
+    best = _best(cells)
     frame, mask_class = results.predictions(best), best.mask_class()
     try:
         corpus = _corpus(evidence, best.dataset)
@@ -86,10 +117,10 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
             return ""
         place = {key: i for i, key in enumerate(corpus.keys())}
         ranked = frame.sort_values("dice", kind="stable")
-        for at in sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, SHOWN)}):
+        for word, at in cases(range(len(ranked))):
             row = ranked.iloc[at]
             sample = _sample(corpus, place, row["sample_id"])
-            text = f"{best.source}, {best.strategy}: Dice {row['dice']:.3f}"
+            text = f"{word}: {best.source}, {best.strategy}: Dice {row['dice']:.3f}"
             true = sample.seg if mask_class is None else sample.seg == corpus.card.mask_index(mask_class, best.task)
             drawn = figures.overlay(sample.image, true, None, f"test image {row['sample_id']}; {text}")
             parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
@@ -100,9 +131,8 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
 
 
 def _labels(evidence: Evidence, cells: list[Cell]) -> str:
-    """A few test images with their true labels and the scores of the best cell on validation."""
-    metric = cells[0].primary() or "auroc_mean"
-    best = max(cells, key=lambda c: np.nan_to_num(c.value(metric, "val"), nan=-1.0))
+    """Test images from where the best cell on validation errs most to where it is surest and right, with true labels and scores."""
+    best = _best(cells)
     frame = results.predictions(best)
     parts = []
     try:
@@ -111,7 +141,8 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
             return ""
         place = {key: i for i, key in enumerate(corpus.keys())}
         names = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
-        for at in sorted({round(q * (len(frame) - 1)) for q in np.linspace(0, 1, 6)}):
+        wrong = losses(frame)
+        for word, at in cases(sorted(range(len(frame)), key=lambda at: -wrong[str(frame["sample_id"].iloc[at])]), 5):
             row = frame.iloc[at]
             key = row["images"].split()[0] if "images" in frame else row["sample_id"]  # the first image of a study
             sample = _sample(corpus, place, key)
@@ -120,8 +151,8 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
             said = ", ".join(f"{name} {row[f'score_{name}']:.2f}" for name in top)
             text = f"true: {', '.join(true) or 'none'}"
             drawn = figures.overlay(sample.image, None, None, f"test image {key}; {text}")
-            parts.append(f"<figure>{drawn}<figcaption><b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
+            parts.append(f"<figure>{drawn}<figcaption>{word}; <b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
     except (AllograftError, OSError, IndexError) as error:
         return f'<p class="faint">Images could not be read: {esc(error)}</p>'
-    note = f"Test images with their true labels and the highest scores of {best.source}, {best.strategy} (the best cell on validation)."
+    note = f"By log loss of {best.source}, {best.strategy} (the best cell on validation), with true labels and its highest scores."
     return f'<div class="gallery" style="--n:{len(parts)}">{"".join(parts)}</div><p class="faint">{esc(note)}</p>'

@@ -76,3 +76,16 @@ def efficiency(
     from cluster.costs import efficiency as run
 
     run(outs, threads, out)
+
+
+@app.command(epilog="Example: allograft analyze study runs/demo --what convergence,filters")
+def study(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="the out of a study, path or URL")],
+    what: Annotated[
+        str, typer.Option(help="of similarity, filters, convergence, efficiency, transferability; with commas between")
+    ] = "similarity,filters,convergence,efficiency,transferability",
+) -> None:
+    """What a study's `analyses` would compute of its cells, into OUT/analyses, where `allograft report OUT` reads it."""
+    from cluster.analyses import of_study
+
+    of_study(out, what.split(","))

@@ -1,12 +1,14 @@
 """`allograft analyze similarity` and `filters`: encoders opened, compared, tables and figures written, the main of it printed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast, get_args
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from analysis import filters as kernels
 from analysis import layers, plots
@@ -18,7 +20,7 @@ from base import storage
 from base.errors import RequestError, unknown
 from base.paths import absolute, is_url
 from base.seeds import seed_of
-from cluster.screen import table
+from cluster.leaf import Leaf
 from encoders.build import Encoder, build
 from encoders.export import ExportInfo, read_export
 from encoders.truncate import truncate
@@ -119,7 +121,8 @@ def similarity(
     if len(sources) == 1:
         from cluster.kept import of_study
 
-        of_study(absolute(sources[0]), shards, split, images, size, measure, how, folder)
+        of_study(absolute(sources[0]), shards, split, images, size, measure, how, Leaf(folder))
+        print(folder)
         return
     if len(sources) != 2 or len(trained) not in (0, 2):
         raise RequestError("two encoders, and none or both of them after training", hint="similarity A B --trained A2 --trained B2")
@@ -132,28 +135,35 @@ def similarity(
     wanted: list[Names] = [(names[0], names[1])] if not trained else [(names[0], names[2]), (names[1], names[3])]
     probe = Probe(shards, split=split, images=images, size=size or like.image_size)
     found = layers.across(encoders, wanted, probe, cuts, **how)
-    write(found, probe, measure, folder)
+    write(found, probe, measure, Leaf(folder), "")
+    print(f"{found.images} images, probe {probe.sha256[:16]}: {folder}")
 
 
-def write(found: Across, probe: Probe, measure: str, folder: str) -> None:
-    """Table and figures of a comparison into the folder, and its main numbers to the screen."""
+def write(found: Across, probe: Probe, measure: str, leaf: Leaf, setting: str) -> None:
+    """Table and figures of a comparison, and its main numbers to the screen. setting: in words, for the figures' titles."""
     lines = {f"{a} to {b}": held for (a, b), held in found.pairs.items()}
-    put_table(rows_of(found, probe), storage.join(folder, "similarity.csv"))
     wide = max(5.0, 1.5 + 0.36 * len(found.cuts))
-    title = f"{found.images} images of {probe.corpus.manifest.dataset}"
-    put_png(partial(plots.layers, found.cuts, lines, measure, title), wide, 3.6, storage.join(folder, "layers.png"))
-    drawn = partial(plots.coefficients, found.cuts, lines, title)
-    put_png(drawn, wide, 0.8 + 1.9 * len(lines), storage.join(folder, "coefficients.png"))
-    for label, held in lines.items():
-        print(f"{label}")
-        body = [[cut, *_words(one, measure)] for cut, one in zip(found.cuts, held, strict=True)]
-        table(body, ("cut", measure, "permuted", "gaussian", "area", "directions kept"))
-        print()
+    shown = f"{found.images} images of {probe.corpus.manifest.dataset}"
+    title = f"{setting}: {shown}" if setting else shown
+    bodies = {label: [[cut, *_words(one, measure)] for cut, one in zip(found.cuts, held, strict=True)] for label, held in lines.items()}
+    heads = ("cut", measure, "permuted", "gaussian", "area", "directions kept")
+    rows = [[label, *row] for label, body in bodies.items() for row in body]
+    leaf.table("similarity.csv", title, rows_of(found, probe), rows, ("pair", *heads))
+    text = "; ".join(f"{label}: " + ", ".join(f"{row[0]} {row[1]} (permuted {row[2]})" for row in body) for label, body in bodies.items())
+    leaf.draw("layers", title, f"{measure} by layer. {text}", partial(plots.layers, found.cuts, lines, measure, title), wide, 3.6)
+    text = "; ".join(f"{label}: " + ", ".join(f"{row[0]} {row[4]}" for row in body) for label, body in bodies.items())
+    text = f"Canonical correlations by layer beside those of permuted images; area between the two. {text}"
+    leaf.draw("coefficients", title, text, partial(plots.coefficients, found.cuts, lines, title), wide, 0.8 + 1.9 * len(lines))
+    for label, body in bodies.items():
+        leaf.say(label)
+        leaf.show(body, heads)
+        leaf.say()
     few = [(cut, held[i].few) for held in lines.values() for i, cut in enumerate(found.cuts) if held[i].few]
     if few:
-        print(f"{len(few)} without CCA ({', '.join(dict.fromkeys(cut for cut, _ in few))}): {few[0][1]}")
-        print("more --images, or --measure cka_debiased, which needs fewer\n")
-    print(f"{found.images} images, probe {probe.sha256[:16]}: {folder}")
+        note = f"{len(few)} without CCA ({', '.join(dict.fromkeys(cut for cut, _ in few))}): {few[0][1]}"
+        leaf.notes.append(f"{setting}: {note}" if setting else note)
+        leaf.say(note)
+        leaf.say("more --images, or --measure cka_debiased, which needs fewer\n")
 
 
 def _words(one: Similarity, measure: str) -> list[str]:
@@ -181,14 +191,6 @@ def rows_of(found: Across, probe: Probe) -> list[dict[str, Any]]:
     return rows
 
 
-def put_table(rows: Sequence[Mapping[str, Any]], url: str) -> None:
-    storage.put(url, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-
-
-def put_png(draw: plots.Draw, width: float, height: float, url: str) -> None:
-    storage.put(url, plots.png(draw, width, height))
-
-
 # -- filters
 
 
@@ -199,19 +201,18 @@ def filters(source: str, after: str | None, out: str) -> None:
     like = next(info for info in infos if info is not None)
     last = infos[-1] or like  # a colour encoder is seen as the grey one that it became
     found = [kernels.first_filters(opened(name, info, like, last.in_chans).net) for name, info in zip(every, infos, strict=True)]
-    one, two = found[0], found[1] if after is not None else None
+    folder = absolute(out)
+    draw_filters(found, _named(every), Leaf(folder))
+    print(f"\n{folder}")
+
+
+def draw_filters(found: Sequence[NDArray[np.float64]], names: Sequence[str], leaf: Leaf) -> list[str]:
+    """Table and figures of one encoder's first filters, or of two encoders', before and after. Returns its main numbers as words."""
+    one, two = found[0], found[1] if len(found) > 1 else None
     rows = kernels.table(one, two)
     noise = kernels.gabor_noise(one.shape)
-    folder, names = absolute(out), _named(every)
-    put_table([row | {"gabor_noise": noise} for row in rows], storage.join(folder, "filters.csv"))
-    h, w = one.shape[2:]
-    notes = [f"{row['gabor']:.2f}" if math.isfinite(row["gabor"]) else "" for row in rows]
-    if two is not None:
-        notes = [f"{row['movement']:.2f}" for row in rows]
-    shown, later = kernels.pictures(one, two)
-    what = f"{names[0]}: Gabor score under each" if two is None else f"{names[0]} above {names[1]}: movement under each"
-    storage.put(storage.join(folder, "filters.png"), plots.gallery(shown, later, notes, what))
     frame = pd.DataFrame(rows)
+    h, w = one.shape[2:]
     listed = [("filters", f"{len(rows)} of {one.shape[1]} x {h} x {w}")]
     if frame["gabor"].notna().any():
         listed.append((f"Gabor score, {names[0]}", _spread(frame["gabor"]) + f"; Gaussian noise under {noise:.2f}"))
@@ -222,10 +223,20 @@ def filters(source: str, after: str | None, out: str) -> None:
             listed.append((f"Gabor score, {names[1]}", _spread(frame["gabor_after"])))
         listed.append(("movement, share of a filter's length", _spread(frame["movement"])))
         listed.append(("cosine between before and after", _spread(frame["cosine"])))
-        drawn = partial(plots.movement, frame["movement"].to_numpy(), frame["gabor"].to_numpy(), noise, f"{names[0]} to {names[1]}")
-        put_png(drawn, 6.4, 2.8, storage.join(folder, "movement.png"))
-    table(listed)
-    print(f"\n{folder}")
+    said = "; ".join(f"{what}: {numbers}" for what, numbers in listed)
+    notes = [f"{row['gabor']:.2f}" if math.isfinite(row["gabor"]) else "" for row in rows]
+    if two is not None:
+        notes = [f"{row['movement']:.2f}" for row in rows]
+    shown, later = kernels.pictures(one, two)
+    what = f"{names[0]}: Gabor score under each" if two is None else f"{names[0]} above {names[1]}: movement under each"
+    leaf.table("filters.csv", what, [row | {"gabor_noise": noise} for row in rows], listed, ("what", "value"))
+    leaf.draw("filters", what, f"First-layer filters. {said}", *plots.gallery(shown, later, notes, what))
+    if two is not None:
+        title = f"{names[0]} to {names[1]}"
+        drawn = partial(plots.movement, frame["movement"].to_numpy(), frame["gabor"].to_numpy(), noise, title)
+        leaf.draw("movement", title, f"How far each first-layer filter moved. {said}", drawn, 6.4, 2.8)
+    leaf.show(listed)
+    return [numbers for _, numbers in listed]
 
 
 def _spread(values: "pd.Series[float]") -> str:

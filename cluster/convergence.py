@@ -13,9 +13,8 @@ from analysis import layers, plots, results
 from base import storage
 from base.errors import RequestError, unknown
 from base.paths import absolute
-from cluster.compare import put_png, put_table
+from cluster.leaf import Leaf
 from cluster.published import safe_name
-from cluster.screen import table
 from encoders.cuts import find
 
 SHOWN = 12  # rows of a table on the screen
@@ -31,41 +30,71 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
         if not storage.exists(storage.join(url, "study.yaml")):
             raise RequestError("no study here (no study.yaml)", where=url, hint="allograft run studies/demo.yaml")
         cells += results.finished(url)
-    curves = speed.curves_of(cells, cast(speed.By, by))
-    if not curves:
-        raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
     folder = absolute(out)
+    leaf = Leaf(folder)
+    if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):
+        raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
+    if accuracy is not None:
+        ranks(cells, accuracy, leaf)
+    print(folder)
+
+
+def of_cells(cells: Sequence[results.Cell], threshold: float | None, by: speed.By, base: str, leaf: Leaf, most: int | None = None) -> int:
+    """Tables and figures of these cells' learning curves, figures of the first `most` settings; how many curves there are.
+
+    Raises:
+        RequestError: `by` names what their rows do not count.
+    """
+    curves = speed.curves_of(cells, by)
     runs: list[dict[str, Any]] = []
     summary: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
-    for group in dict.fromkeys((*curve.group, curve.metric) for curve in curves):
+    lines: list[list[str]] = []
+    heads = ("source", "strategy", by, "censored", f"times faster than {base}", "area", "best")
+    groups = list(dict.fromkeys((*curve.group, curve.metric) for curve in curves))
+    if most is not None and len(groups) > most:
+        leaf.notes.append(f"Figures of the first {most} of {len(groups)} settings; the tables have all.")
+    for number, group in enumerate(groups):
+        drawn_too = most is None or number < most
         held = [curve for curve in curves if (*curve.group, curve.metric) == group]
         level = speed.common_threshold(held) if threshold is None else threshold
         rows = speed.reached(held, level, base)
         runs += _runs(rows, group, level, by)
         summary += _summary(rows, group, level, by)
         title, name = _title(group), safe_name("-".join(group))
+        what = f"{title}: {group[-1]} of {level:.4g} on validation"
+        body = [_line(row) for row in rows]
+        lines += [[title, f"{level:.4g}", *line] for line in body]
+        text = "; ".join(
+            f"{line[0]}, {line[1]}: {line[2]} {by}, {line[3]} censored, {line[4]} times as fast as {base}" for line in body[:SHOWN]
+        )
         drawn = partial(plots.learning, held, level, group[-1], by, title)
-        put_png(drawn, 6.4, 3.4 + 0.12 * len(rows), storage.join(folder, f"{name}-curves.png"))
-        put_png(partial(plots.steps, rows, by, title), 7.4, 1.3 + 0.34 * len(rows), storage.join(folder, f"{name}-steps.png"))
-        print(f"{title}: {group[-1]} of {level:.4g} on validation")
-        table([_line(row) for row in rows[:SHOWN]], ("source", "strategy", by, "censored", f"times faster than {base}", "area", "best"))
+        if drawn_too:
+            leaf.draw(f"{name}-curves", what, f"Learning curves and the threshold. {text}", drawn, 6.4, 3.4 + 0.12 * len(rows))
+        drawn = partial(plots.steps, rows, by, title)
+        if drawn_too:
+            leaf.draw(f"{name}-steps", what, f"How long every run took. {text}", drawn, 7.4, 1.3 + 0.34 * len(rows))
+        leaf.say(what)
+        leaf.show(body[:SHOWN], heads)
         if len(rows) > SHOWN:
-            print(f"and {len(rows) - SHOWN} others")
+            leaf.say(f"and {len(rows) - SHOWN} others")
         for source in dict.fromkeys(row.source for row in rows):
             chain = transfused(rows, source, group[1], base)
             if chain:
                 steps += [{**_setting(group), "source": source, "by": by, **vars(depth)} for depth in chain]
                 drawn = partial(plots.depths, chain, by, f"{source}, {title}")
-                put_png(drawn, 7.4, 3.0, storage.join(folder, f"{name}-{safe_name(source)}-depths.png"))
-        print()
-    put_table(runs, storage.join(folder, "runs.csv"))
-    put_table(summary, storage.join(folder, "convergence.csv"))
+                text = "; ".join(f"{depth.depth}: {depth.steps:g} {by}, {depth.gain:g} saved" for depth in chain)
+                what = f"{title}: {source} by the depth that is transfused"
+                if drawn_too:
+                    leaf.draw(f"{name}-{safe_name(source)}-depths", what, text, drawn, 7.4, 3.0)
+        leaf.say()
+    if curves:
+        leaf.table("runs.csv", f"{by} to the threshold, every run", runs)
+        leaf.table("convergence.csv", f"{by} to the threshold", summary, lines, ("setting", "threshold", *heads))
     if steps:
-        put_table(steps, storage.join(folder, "depths.csv"))
-    if accuracy is not None:
-        ranks(cells, accuracy, folder)
-    print(folder)
+        shown = [[str(row["source"]), str(row["depth"]), f"{row['steps']:g}", f"{row['gain']:g}", f"{row['share']:.0%}"] for row in steps]
+        leaf.table("depths.csv", "what each transfused depth saves", steps, shown, ("source", "depth", by, "saved", "of all saved"))
+    return len(curves)
 
 
 def transfused(rows: Sequence[speed.Reached], source: str, architecture: str, base: str) -> list[speed.Depth]:
@@ -136,7 +165,7 @@ def _line(row: speed.Reached) -> list[str]:
     return [row.source, row.strategy, row.words(), censored, row.speedup.words(), f"{row.area:.4f}", f"{row.best:.4f}"]
 
 
-def ranks(cells: Sequence[results.Cell], accuracy: str, folder: str) -> None:
+def ranks(cells: Sequence[results.Cell], accuracy: str, leaf: Leaf) -> None:
     """Does a source's own accuracy foretell the task's metric? Spearman over sources, in each setting; table and figure.
 
     Raises:
@@ -160,8 +189,10 @@ def ranks(cells: Sequence[results.Cell], accuracy: str, folder: str) -> None:
         rows += [{"setting": title, "source": name, "accuracy": x, str(metric): y} for x, y, name in both]
         listed.append([title, str(metric), rank.rho.words(2), f"{rank.p:.3f}", str(rank.n)])
         drawn = partial(plots.ranked, both, rank.rho.words(2), str(metric), title)
-        put_png(drawn, 4.6, 3.2, storage.join(folder, f"accuracy-{len(listed)}.png"))
+        text = f"Spearman {rank.rho.words(2)}, p {rank.p:.3f}, over {rank.n} sources"
+        leaf.draw(f"accuracy-{len(listed)}", f"{title}: accuracy of the source against {metric}", text, drawn, 4.6, 3.2)
     if not listed:
         raise RequestError("fewer than three sources of a setting stand in the table", where=accuracy, hint=", ".join(sorted(known)))
-    put_table(rows, storage.join(folder, "accuracy.csv"))
-    table(listed, ("setting", "metric", "Spearman", "p", "sources"))
+    heads = ("setting", "metric", "Spearman", "p", "sources")
+    leaf.table("accuracy.csv", "accuracy of sources against the task's metric", rows, listed, heads)
+    leaf.show(listed, heads)

@@ -5,13 +5,12 @@ from typing import Any
 
 import yaml
 
-from analysis.results import finished
+from analysis.results import Cell, finished
 from base import storage
 from base.config import canonical_json, parse
 from base.errors import RequestError
 from base.paths import absolute
-from cluster.compare import put_table
-from cluster.screen import table
+from cluster.leaf import Leaf
 from cluster.sources import local_encoder
 
 HEADER = (
@@ -36,6 +35,17 @@ def efficiency(outs: Sequence[str], threads: int, out: str) -> None:
     Raises:
         RequestError: no finished cell, or a source's encoder is no longer there.
     """
+    rows = networks([cell for url in map(absolute, outs) for cell in finished(url)], threads)
+    if not rows:
+        raise RequestError("no finished cell", where=", ".join(outs), hint="allograft run STUDY.yaml")
+    leaf, lines = Leaf(absolute(out)), [line_of(row) for row in rows]
+    leaf.table("efficiency.csv", "what every trained network costs", rows, lines, HEADER)
+    leaf.show(lines, HEADER)
+    print(f"{len(rows)} networks with {threads} thread(s); all numbers: {storage.join(leaf.url, 'efficiency.csv')}")
+
+
+def networks(cells: Sequence[Cell], threads: int) -> list[dict[str, Any]]:
+    """A row for each network that the cells trained; its `keys` are those of its cells, with blanks between."""
     import torch
 
     from encoders.export import read_export
@@ -45,37 +55,31 @@ def efficiency(outs: Sequence[str], threads: int, out: str) -> None:
     from finetune.run import plant
 
     torch.set_num_threads(threads)
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     wholes: dict[tuple[Any, ...], Efficiency] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for url in map(absolute, outs):
-        for cell in finished(url):
-            held = storage.join(cell.url, "config.yaml")
-            config = parse(yaml.safe_load(storage.read_bytes(held)), CellConfig, held)
-            place = (config.task.task, config.task.preset, config.resolution, config.architecture)
-            left: dict[str, Any] = dict.fromkeys(SOURCE)
-            if config.encoder_dir and config.encoder_sha256:
-                config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
-                info = read_export(str(config.encoder_dir), verify=False)
-                left = {key: getattr(info, key) for key in SOURCE}
-            network = (*place, canonical_json(config.strategy), canonical_json(left))
-            if network in seen:
-                continue
-            seen.add(network)
-            corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
-            channels = data.channels(corpus, config.task)
-            module = plant(config, channels)[0].module
-            arrays = data.load(config.shards, config.manifest_digest, "val", config.resolution, config.task, config.cache_dir)
-            shape = data.as_input(arrays.image[:1], arrays.slices).shape[1:]
-            found = measure(module, shape)
-            if place not in wholes:
-                wholes[place] = measure(whole(module.encoder, config.task), shape)
-            rows.append(_row(config, left, found, wholes[place]))
-    if not rows:
-        raise RequestError("no finished cell", where=", ".join(outs), hint="allograft run STUDY.yaml")
-    put_table(rows, storage.join(absolute(out), "efficiency.csv"))
-    table([_line(row) for row in rows], HEADER)
-    print(f"{len(rows)} networks with {threads} thread(s); all numbers: {storage.join(absolute(out), 'efficiency.csv')}")
+    for cell in cells:
+        held = storage.join(cell.url, "config.yaml")
+        config = parse(yaml.safe_load(storage.read_bytes(held)), CellConfig, held)
+        place = (config.task.task, config.task.preset, config.resolution, config.architecture)
+        left: dict[str, Any] = dict.fromkeys(SOURCE)
+        if config.encoder_dir and config.encoder_sha256:
+            config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
+            info = read_export(str(config.encoder_dir), verify=False)
+            left = {key: getattr(info, key) for key in SOURCE}
+        network = (*place, canonical_json(config.strategy), canonical_json(left))
+        if network in rows:
+            rows[network]["keys"] += f" {cell.key}"
+            continue
+        corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
+        channels = data.channels(corpus, config.task)
+        module = plant(config, channels)[0].module
+        arrays = data.load(config.shards, config.manifest_digest, "val", config.resolution, config.task, config.cache_dir)
+        shape = data.as_input(arrays.image[:1], arrays.slices).shape[1:]
+        found = measure(module, shape)
+        if place not in wholes:
+            wholes[place] = measure(whole(module.encoder, config.task), shape)
+        rows[network] = _row(config, left, found, wholes[place]) | {"keys": cell.key}
+    return list(rows.values())
 
 
 def _row(config: Any, source: dict[str, Any], found: Any, before: Any) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _row(config: Any, source: dict[str, Any], found: Any, before: Any) -> dict[s
     return row
 
 
-def _line(row: dict[str, Any]) -> list[str]:
+def line_of(row: dict[str, Any]) -> list[str]:
     shares = (
         row["params"] / row["whole_params"],
         row["macs"] / row["whole_macs"],

@@ -16,9 +16,9 @@ from analysis.layers import Across, Names
 from base import storage
 from base.config import parse
 from base.errors import RequestError
-from cluster.compare import located, opened, placed, put_png, put_table, rows_of, write
+from cluster.compare import located, opened, placed, rows_of, write
+from cluster.leaf import Leaf
 from cluster.published import safe_name
-from cluster.screen import table
 from encoders.build import Encoder
 from encoders.export import read_export
 from finetune.cell import CellConfig
@@ -52,9 +52,7 @@ def kept(cells: Sequence[results.Cell], channels: int) -> list[Kept]:
     return found
 
 
-def of_study(
-    out: str, shards: str, split: str, images: int, size: int | None, measure: str, how: dict[str, Any], folder: str, base: str = "random"
-) -> None:
+def of_study(out: str, shards: str, split: str, images: int, size: int | None, measure: str, how: dict[str, Any], leaf: Leaf) -> None:
     """Fig. 2 to 4 of Transfusion, for each task, architecture, strategy, fraction and resolution that kept encoders.
 
     Raises:
@@ -62,21 +60,35 @@ def of_study(
     """
     if not storage.exists(storage.join(out, "study.yaml")):
         raise RequestError("one encoder, and no study here (no study.yaml)", where=out, hint="similarity A B, or the out of a study")
-    groups = results.by(results.finished(out), "task", "architecture", "strategy", "options", "fraction", "resolution")
+    if not of_cells(results.finished(out), shards, split, images, size, measure, how, leaf):
+        hint = "a study keeps them with cells.keep=encoder; two encoders are compared by: allograft analyze similarity A B --data SHARDS"
+        raise RequestError("no cell of this study kept its trained encoder (cells/KEY/encoder)", where=out, hint=hint)
+
+
+def of_cells(
+    cells: Sequence[results.Cell],
+    shards: str,
+    split: str,
+    images: int,
+    size: int | None,
+    measure: str,
+    how: dict[str, Any],
+    leaf: Leaf,
+    base: str = "random",
+) -> int:
+    """The same of these cells; how many settings had kept encoders."""
     probes: dict[int, Probe] = {}
     seen = 0
-    for group, cells in groups.items():
+    for group, held in results.by(cells, "task", "architecture", "strategy", "options", "fraction", "resolution").items():
         probe = probes.setdefault(side := size or int(group[-1]), Probe(shards, split=split, images=images, size=side))
-        runs = kept(cells, probe.channels)
+        runs = kept(held, probe.channels)
         if not runs:
             continue
         seen += 1
         title = ", ".join(str(part) for part in group[:4] if part)
-        print(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
-        _figures(runs, probe, measure, how, storage.join(folder, _safe(group)), title, base)
-    if not seen:
-        hint = "a study keeps them with cells.keep=encoder; two encoders are compared by: allograft analyze similarity A B --data SHARDS"
-        raise RequestError("no cell of this study kept its trained encoder (cells/KEY/encoder)", where=out, hint=hint)
+        leaf.say(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
+        _figures(runs, probe, measure, how, leaf.under(_safe(group)), title, base)
+    return seen
 
 
 def _safe(parts: Sequence[Any]) -> str:
@@ -84,7 +96,7 @@ def _safe(parts: Sequence[Any]) -> str:
     return "-".join(safe_name(str(part)) for part in parts if part)
 
 
-def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], folder: str, title: str, base: str) -> None:
+def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], leaf: Leaf, title: str, base: str) -> None:
     ends = {run.name: run.after for run in runs}
     starts = {f"{run.name} before": run.before for run in runs}
     moved = layers.across(ends | starts, [(f"{name} before", name) for name in ends], probe, **how)
@@ -94,14 +106,14 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
         (source, f"{source} trained"): [layers.averaged(one) for one in zip(*(moved.pairs[pair] for pair in pairs), strict=True)]
         for source, pairs in by_source.items()
     }
-    write(Across(moved.cuts, means, moved.images, moved.sha256), probe, measure, folder)
-    put_table(rows_of(moved, probe), storage.join(folder, "runs.csv"))
+    write(Across(moved.cuts, means, moved.images, moved.sha256), probe, measure, leaf, title)
+    leaf.table("runs.csv", f"{title}: every run, before and after training", rows_of(moved, probe))
     pairs = list(itertools.combinations(ends, 2))
     if not pairs:
         return
     highest, first = layers.top(list(ends.values())), moved.cuts[0]
     after = layers.across(ends, pairs, probe, list(dict.fromkeys([first, *highest])), **how)
-    put_table(rows_of(after, probe), storage.join(folder, "pairs.csv"))
+    leaf.table("pairs.csv", f"{title}: every two trained runs", rows_of(after, probe))
     values = {
         pair: sum(one.values[measure] for cut, one in zip(after.cuts, held, strict=True) if cut in highest) / len(highest)
         for pair, held in after.pairs.items()
@@ -113,9 +125,12 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
             continue
         found = layers.against_random(names[source], names[base], values)
         rows = {f"{source} and {base}": found.pretrained_random, f"{base} and {base}": found.random_random, "difference": found.difference}
-        listed += [(what, one.words()) for what, one in rows.items()]
-        drawn = partial(plots.intervals, rows, f"{measure} at {' and '.join(highest)}", title)
-        put_png(drawn, 6.0, 2.2, storage.join(folder, f"top-{_safe([source])}.png"))
+        said = [(what, one.words()) for what, one in rows.items()]
+        listed += said
+        unit = f"{measure} at {' and '.join(highest)}"
+        text = f"Mean {unit}, with 95 % intervals. " + "; ".join(f"{what}: {numbers}" for what, numbers in said)
+        drawn = partial(plots.intervals, rows, unit, title)
+        leaf.draw(f"top-{_safe([source])}", f"{title}: top layers, {source} against {base}", text, drawn, 6.0, 2.2)
     if len(runs) >= 3:
         before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
         at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}
@@ -124,12 +139,15 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
             line = layers.start_against_end(at_start, at_end, list(ends))
         except RequestError as error:
             listed.append((f"R squared of {first}", str(error)))
+            leaf.notes.append(f"{title}: no R squared of {first}: {error.args[0]}")
         else:
-            put_png(partial(plots.pairs, line, f"{measure} at {first}", title), 4.2, 3.6, storage.join(folder, "start-against-end.png"))
             words = f"{line.r_squared.words(2)} over {len(line.pairs)} pairs" + (
                 f", {line.same} of one beginning left out" if line.same else ""
             )
+            drawn = partial(plots.pairs, line, f"{measure} at {first}", title)
+            what = f"{title}: {first} at the start and at the end"
+            leaf.draw("start-against-end", what, f"R squared {words}", drawn, 4.2, 3.6)
             listed.append((f"R squared of {first} at the start and at the end", words))
     if listed:
-        print()
-        table(listed)
+        leaf.say()
+        leaf.show(listed)

@@ -1,0 +1,78 @@
+"""Can the scores be read as probabilities: reliability diagrams and expected calibration error of each task's leading setting.
+
+    html = section(evidence)
+    points, error, n = reliability(confidence_N, right_N)        # [(mean confidence, share right, images)] of the bins that hold any
+
+Of labels that do not exclude each other every image and label is a point: the score, and whether the label holds. Of labels that do, an
+image is one: the highest score, and whether that label is the true one. The error is metrics.ece (Naeini et al. 2015), 15 equal bins.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import figures
+from analysis.evidence import Evidence, scores
+from analysis.metrics import ECE_BINS, ece
+from analysis.statistics import Scores
+from analysis.subgroups import chosen
+from analysis.tables import cell, esc, num, table
+
+Array = NDArray[np.float64]
+Points = list[tuple[float, float, int]]
+
+
+def reliability(confidence_N: Array, right_N: Array) -> tuple[Points, float, int]:
+    """The bins of equal width over 0..1 that hold any image, the error, and how many images."""
+    bins = np.minimum((confidence_N * ECE_BINS).astype(int), ECE_BINS - 1)
+    found = []
+    for at in np.unique(bins):
+        inside = bins == at
+        found.append((float(confidence_N[inside].mean()), float(right_N[inside].mean()), int(inside.sum())))
+    return found, ece(confidence_N, right_N), len(right_N)
+
+
+def pooled(cells: list[Scores]) -> tuple[Array, Array]:
+    """Confidence and rightness of every image (and label) of these cells."""
+    confidence, right = [], []
+    for one in cells:
+        assert one.score_NL is not None
+        assert one.target_NL is not None
+        if one.true_N is not None:
+            confidence.append(np.minimum(one.score_NL.max(1), 1.0))
+            right.append((one.score_NL.argmax(1) == one.true_N).astype(float))
+            continue
+        known = np.isfinite(one.target_NL)
+        confidence.append(one.score_NL[known])
+        right.append(one.target_NL[known])
+    return np.concatenate(confidence), np.concatenate(right)
+
+
+def section(evidence: Evidence) -> str:
+    """A diagram and a table for each task that scores labels; empty where none does."""
+    panels, rows = [], []
+    order = {source: i for i, source in enumerate(evidence.sources())}
+    for number, ((task, _), sources) in enumerate(chosen(evidence).items()):
+        series: dict[str, tuple[int, Points]] = {}
+        for source, own in sources.items():
+            held = [s for c in own if (s := scores(c)) is not None and s.score_NL is not None]
+            held = [s for s in held if s.score_NL is not None and s.score_NL.min() >= 0 and s.score_NL.max() <= 1 + 1e-9]
+            if not held:
+                continue
+            points, error, n = reliability(*pooled(held))
+            each = [ece(*pooled([one])) for one in held]
+            sd = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
+            series[source] = (order[source], points)
+            setting = f"{own[0].strategy} {own[0].options}".strip()
+            mean = float(np.mean(each))
+            parts: list[Any] = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(setting))]
+            parts += [cell(num(value, 4), sort=value) for value in (mean, sd, error)]
+            rows.append("".join([*parts, cell(str(len(held)), sort=len(held)), cell(f"{n:,}", sort=n)]))
+        if series:
+            panels.append(figures.reliability(f"calib{number}", f"{task}, test images", series))
+    if not rows:
+        return ""
+    heads = ["task", "encoder", "strategy", "ECE, mean over seeds", "sd", "ECE, seeds together", "seeds", "scores"]
+    note = "Below the diagonal scores promise too much. Nothing was recalibrated. The setting of each task that leads on validation."
+    return f'<div class="panels">{"".join(panels)}</div>{table(heads, rows, cls="numbers")}<p class="faint">{note}</p>'

@@ -1,0 +1,242 @@
+"""Whom a source serves worse: the metric by sex, age band, view, site and whatever else the shards say about their test images.
+
+    for found in subgroups(evidence): found.attribute, found.groups, found.gap
+    html = section(evidence)
+
+Of each task one setting, that with the best mean on validation of a source and strategy: every source is shown with that strategy. A
+difference between groups is taken over the labels that every shown group has both ways; its interval draws patients, the same draw for
+all groups. The worst and the best group are chosen by their values, so gaps lean upward: an interval that holds 0 shows none.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import results
+from analysis.evidence import Evidence, scores
+from analysis.results import Cell
+from analysis.statistics import Bootstrap, Scores, metric_B
+from analysis.tables import cell, esc, num, table
+from base import storage
+from base.errors import AllograftError
+
+LEAST = 20  # images of a group that is shown
+CLASSES = 3  # images of a label's rarer class that it needs in every group
+VALUES = 12  # of an attribute; one with more is an identifier or a number that nobody cut into bands
+REPLICATES = 500
+SOURCES, SEEDS, TASKS = 8, 5, 12  # shown at most: every one means reading its predictions
+BANDS = (18, 40, 60, 80)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of a group, its metric (mean over seeds), and whether it was large enough for one."""
+
+    name: str
+    images: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """One source on one task by one attribute. low, high: of the gap between the best and the worst group, 95 %."""
+
+    task: str
+    source: str
+    strategy: str
+    attribute: str
+    metric: str
+    dataset: str
+    seeds: int
+    labels: int
+    groups: list[Group]
+    gap: float
+    low: float
+    high: float
+
+    @property
+    def worst(self) -> str:
+        held = [group for group in self.groups if math.isfinite(group.value)]
+        return min(held, key=lambda group: group.value).name if held else "–"
+
+
+def band(value: object) -> str:
+    """An age as a band: `40-59`."""
+    age = results.number(value)
+    if not math.isfinite(age):
+        return "not known"
+    at = int(np.searchsorted(BANDS, age, side="right"))
+    names = [f"under {BANDS[0]}", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(BANDS)), f"{BANDS[-1]} and over"]
+    return names[at]
+
+
+def known(evidence: Evidence, dataset: str) -> dict[str, dict[str, str]]:
+    """By attribute the group of each test image, read from the shards; none where they are not readable or say nothing.
+
+    Raises:
+        AllograftError: the shards are damaged.
+    """
+    from shards.corpus import Corpus
+
+    allowed = evidence.card(dataset).get("metadata") or []
+    if not allowed or dataset not in evidence.shards or not storage.exists(storage.join(evidence.shards[dataset], "manifest.json")):
+        return {}
+    corpus = Corpus(evidence.shards[dataset], ("test",))
+    metas = dict(zip(corpus.keys(), (record.meta for record in corpus.records()), strict=True))
+    found: dict[str, dict[str, str]] = {}
+    for name in allowed:
+        if name == "age":
+            found["age"] = {key: band(meta.get("age")) for key, meta in metas.items()}
+            continue
+        held = {key: "not known" if meta.get(name) is None else str(meta[name]) for key, meta in metas.items()}
+        if 1 < len(set(held.values())) <= VALUES:
+            found[name] = held
+    return {name: held for name, held in found.items() if len(set(held.values())) > 1}
+
+
+def chosen(evidence: Evidence) -> dict[tuple[str, str], dict[str, list[Cell]]]:
+    """By task and dataset, the cells of each source under the strategy and setting that lead on validation."""
+    found = {}
+    for (task, dataset), cells in list(results.by(evidence.cells, "task", "dataset").items())[:TASKS]:
+        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        if metric is None:
+            continue
+        held = results.by(cells, "architecture", "strategy", "options", "fraction", "resolution")
+        sides = {setting: _best(part, metric) for setting, part in held.items()}
+        ranked = [setting for setting in sides if math.isfinite(sides[setting])] or list(sides)
+        best = max(ranked, key=lambda setting: (sides[setting], str(setting)))
+        order = {source: i for i, source in enumerate(evidence.sources())}
+        by_source = sorted(results.by(held[best], "source").items(), key=lambda item: order[item[0][0]])
+        found[task, dataset] = {source: own[:SEEDS] for (source,), own in by_source[:SOURCES]}
+    return found
+
+
+def _best(cells: list[Cell], metric: str) -> float:
+    """The highest mean on validation of a source; NaN where none has one."""
+    means = [results.mean_sd(c.value(metric, "val") for c in own)[0] for own in results.by(cells, "source").values()]
+    return max((mean for mean in means if math.isfinite(mean)), default=math.nan)
+
+
+def subgroups(evidence: Evidence) -> list[Subgroup]:
+    """All of them, by task, attribute and source."""
+    found = []
+    for (task, dataset), sources in chosen(evidence).items():
+        attributes = known(evidence, dataset)
+        if not attributes:
+            continue
+        metric = next(m for m in results.PRIMARY if any(c.primary() == m for own in sources.values() for c in own))
+        bootstrap = Bootstrap(REPLICATES)
+        held = {source: [s for c in own if (s := scores(c)) is not None] for source, own in sources.items()}
+        for attribute, group_of in attributes.items():
+            within = metric == "auroc_within_mean" and attribute == evidence.card(dataset).get("stratify_by")
+            for source, cells in held.items():
+                if cells and any(str(image) in group_of for image in cells[0].ids_N):
+                    setting = f"{sources[source][0].strategy} {sources[source][0].options}".strip()
+                    facts = (task, source, setting, attribute, "auroc_mean" if within else metric, dataset)
+                    found.append(by_group(facts, cells, group_of, bootstrap))
+    return found
+
+
+def by_group(
+    facts: tuple[str, str, str, str, str, str], cells: list[Scores], group_of: Mapping[str, str], bootstrap: Bootstrap
+) -> Subgroup:
+    """The groups of one source's cells. facts: task, source, strategy, attribute, metric, dataset; group_of: a name by image."""
+    metric, first = facts[4], cells[0]
+    of_image = np.array([_group(group_of, image) for image in first.ids_N], object)
+    names = sorted({str(name) for name in of_image if name is not None}, key=_order)
+    masks = {name: of_image == name for name in names}
+    large = [name for name in names if masks[name].sum() >= LEAST]
+    labels = _labels(first, [masks[name] for name in large])
+    values = dict.fromkeys(names, math.nan)
+    drawn: dict[str, NDArray[np.float64]] = {}
+    same = [one for one in cells if np.array_equal(one.ids_N, first.ids_N)]
+    if labels is None or len(labels):
+        weight_BN = bootstrap.draw(first, metric).weight_BN
+        for name in large:
+            parts = [_part(one, masks[name], labels) for one in same]
+            ones = np.ones((1, int(masks[name].sum())))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values[name] = float(np.mean([metric_B(part, metric, ones)[0] for part in parts]))
+                drawn[name] = np.mean([metric_B(part, metric, weight_BN[:, masks[name]]) for part in parts], axis=0)
+    finite = [name for name in large if math.isfinite(values[name])]
+    gap = low = high = math.nan
+    if len(finite) > 1:
+        best, worst = max(finite, key=values.__getitem__), min(finite, key=values.__getitem__)
+        gap = values[best] - values[worst]
+        spread = (drawn[best] - drawn[worst])[np.isfinite(drawn[best] - drawn[worst])]
+        if len(spread) > REPLICATES // 2:
+            low, high = (float(bound) for bound in np.quantile(spread, (0.025, 0.975)))
+    groups = [Group(name, int(masks[name].sum()), values[name]) for name in names]
+    return Subgroup(*facts, len(same), 0 if labels is None else len(labels), groups, gap, low, high)
+
+
+def _group(group_of: Mapping[str, str], image: str) -> str | None:
+    return group_of.get(str(image))  # a study of several images has no group of its own
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (0 if name.startswith("under") else 2 if name == "not known" else 1, name)
+
+
+def _labels(one: Scores, masks: list[NDArray[np.bool_]]) -> NDArray[np.int64] | None:
+    """Columns of the labels that every group has both ways; None for masks and for decisions, which have no such columns."""
+    if one.target_NL is None or one.decided_N is not None:
+        return None
+    kept = []
+    for label in range(one.target_NL.shape[1]):
+        targets = [one.target_NL[mask, label] for mask in masks]
+        if all(min((t == 1).sum(), (t == 0).sum()) >= CLASSES for t in targets):
+            kept.append(label)
+    return np.array(kept, np.int64)
+
+
+def _part(one: Scores, mask: NDArray[np.bool_], labels: NDArray[np.int64] | None) -> Scores:
+    def cut(array: Any) -> Any:
+        return None if array is None else array[mask]
+
+    columns = slice(None) if labels is None else labels
+    score, target = (None if a is None else a[mask][:, columns] for a in (one.score_NL, one.target_NL))
+    rest = {name: cut(getattr(one, name)) for name in ("dice_N", "stratum_N", "iou_N", "true_N", "decided_N")}
+    return dataclasses.replace(one, ids_N=one.ids_N[mask], patient_N=one.patient_N[mask], target_NL=target, score_NL=score, **rest)
+
+
+def section(evidence: Evidence) -> str:
+    """A table for each task and attribute, worst groups marked; empty where no shards say anything about their images."""
+    try:
+        found = subgroups(evidence)
+    except (AllograftError, OSError) as error:
+        return f'<p class="bad">What the shards say about their images could not be read: {esc(error)}</p>'
+    parts = []
+    blocks: dict[tuple[str, str], list[Subgroup]] = {}
+    for one in found:
+        blocks.setdefault((one.task, one.attribute), []).append(one)
+    for (task, attribute), rows in blocks.items():
+        names = [group.name for group in rows[0].groups]
+        counts = {group.name: group.images for group in rows[0].groups}
+        body = ["".join(_row(one, names)) for one in rows]
+        heads = ["encoder", "strategy", *(f"{name} (n {counts[name]})" for name in names), "worst", "gap", "95 % of the gap"]
+        over = f", over {rows[0].labels} labels" if rows[0].labels else ""
+        caption = f"{esc(task)} by {esc(attribute)}: {esc(evidence.unit(rows[0].metric, rows[0].dataset))}{over}"
+        parts.append(table(heads, body, caption, cls="numbers"))
+    note = (
+        f"Test images, mean over seeds, the setting that leads on validation. Groups of fewer than {LEAST} images have no number. Worst and"
+        " best groups are chosen by their values, so gaps lean upward; intervals draw patients, and one that holds 0 shows no difference."
+    )
+    return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
+
+
+def _row(one: Subgroup, names: list[str]) -> list[str]:
+    values = {group.name: group.value for group in one.groups}
+    clear = one.low > 0
+    parts = [f'<th scope="row">{esc(one.source)}</th>', cell(esc(one.strategy))]
+    for name in names:
+        worst = clear and name == one.worst
+        parts.append(cell(num(values.get(name, math.nan)), sort=values.get(name, math.nan), cls="bad" if worst else ""))
+    interval = f"[{num(one.low)}, {num(one.high)}]" if math.isfinite(one.low) else "–"
+    return [*parts, cell(esc(one.worst)), cell(num(one.gap), sort=one.gap, cls="bad" if clear else ""), cell(interval, sort=one.low)]
