@@ -40,6 +40,7 @@ from base.seeds import rng
 Array = NDArray[np.float64]
 Given = NDArray[Any] | Tensor | tuple[Callable[[Tensor], Tensor], Iterable[Tensor]]
 THRESHOLD = 0.99
+TIED = 1e-6  # correlations that are closer have no directions of their own that rounding would not turn
 CHUNK = 4096  # images of a plain array that are summed at a time
 MEASURES = ("svcca", "cca", "pwcca_x", "pwcca_y", "cka", "cka_debiased", "procrustes")
 OF_CCA = MEASURES[:4]
@@ -76,14 +77,25 @@ def require_enough(pair: Pair, threshold: float = 1.0, energy: str = "s2") -> No
 
 
 def pwcca_of(pair: Pair, side: str) -> float:
-    """PWCCA with the weights of that side, "x" or "y"."""
+    """PWCCA with the weights of that side, "x" or "y".
+
+    Directions of equal correlation can be turned into one another, and |<h, x>| summed over them depends on the turn: there the definition
+    has no value. Correlations closer than TIED are one, and weigh what they weigh on the mean over all turns.
+    """
     u_KR, rho_R, vt_RL = pair.canonical
     if side not in ("x", "y"):
         raise RequestError(f"PWCCA weighs with the channels of side x or y, not of '{side}'")
     basis, canonical_KR = (pair.x, u_KR) if side == "x" else (pair.y, vt_RL.T)
     # <h_r, x_j> with h = U canonical and X = U s V': the rows themselves are not needed.
-    weight_R = ((canonical_KR.T * basis.s_K) @ basis.v_PK.T).abs().sum(1)
-    return float((weight_R * rho_R).sum() / weight_R.sum())
+    along_RP = (canonical_KR.T * basis.s_K) @ basis.v_PK.T
+    group_R = torch.nn.functional.pad((rho_R[:-1] - rho_R[1:] > TIED).cumsum(0), (1, 0))
+    size_G = torch.bincount(group_R).to(rho_R.dtype)
+    square_GP = along_RP.new_zeros(len(size_G), along_RP.shape[1]).index_add_(0, group_R, along_RP.square())
+    # The mean of |cos| between a vector and the axes of a space of g dimensions, times g: 1 for a direction on its own.
+    share_G = size_G * (torch.lgamma(size_G / 2) - torch.lgamma((size_G + 1) / 2)).exp() / math.sqrt(math.pi)
+    weight_G = share_G * square_GP.sqrt().sum(1)
+    rho_G = rho_R.new_zeros(len(size_G)).index_add_(0, group_R, rho_R) / size_G
+    return float((weight_G * rho_G).sum() / weight_G.sum())
 
 
 def cka_of(pair: Pair, debiased: bool) -> float:

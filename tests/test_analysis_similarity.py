@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -51,10 +51,21 @@ def rho_of(x: Array, y: Array, threshold: float = 1.0, energy: int = 2) -> Array
     return np.linalg.svd(bases(x, threshold, energy)[1].T @ bases(y, threshold, energy)[1], compute_uv=False)
 
 
-def pwcca_by_definition(x: Array, y: Array) -> float:
+def pwcca_by_definition(x: Array, y: Array, turns: int = 1, tied: float = 1e-6) -> float:
+    """Morcos et al. 2018. Where correlations are equal the definition gives another number for every choice of their directions: the mean
+    weight over many choices is meant, by its closed form, or by so many drawn ones."""
     centred, u = bases(x)
     left, rho, _ = np.linalg.svd(u.T @ bases(y)[1], full_matrices=False)
-    weight = np.abs((u @ left).T @ centred).sum(1)
+    along = (u @ left).T @ centred
+    weight = np.abs(along).sum(1)
+    draw = rng("turns")
+    for group in np.split(np.arange(len(rho)), 1 + np.flatnonzero(rho[:-1] - rho[1:] > tied)):
+        g = len(group)
+        if turns > 1:
+            drawn = [np.linalg.qr(draw.normal(size=(g, g)))[0] @ along[group] for _ in range(turns)]
+            weight[group] = np.abs(drawn).sum(2).mean(0)
+        elif g > 1:
+            weight[group] = np.linalg.norm(along[group], axis=0).sum() * math.gamma(g / 2) / math.gamma((g + 1) / 2) / math.sqrt(math.pi)
     return float((weight * rho).sum() / weight.sum())
 
 
@@ -83,6 +94,8 @@ def procrustes_by_definition(x: Array, y: Array) -> float:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 9), st.floats(0, 1), st.booleans())
+@example(3, 3, 3, 1.0, False)
+@example(0, 3, 3, 1.0, True)
 @settings(max_examples=40, deadline=None)
 def test_all_measures_are_their_definitions(seed: int, p: int, q: int, rho: float, exact: bool) -> None:
     x, y = planted(60, p, q, rho, min(p, q, 2), seed)
@@ -103,6 +116,17 @@ def test_chunks_give_what_the_whole_gives(seed: int, chunk: int, exact: bool) ->
     whole, parts = (sim.similarity(x + 100, y, exact=exact, chunk=size) for size in (90, chunk))
     for name in sim.MEASURES:
         assert parts.values[name] == pytest.approx(whole.values[name], abs=1e-8), name
+
+
+@pytest.mark.parametrize("shared", [2, 3, 4])
+def test_directions_of_equal_correlation_weigh_their_mean_over_all_turns(shared: int) -> None:
+    """Sides that share directions exactly: any turn of these is canonical, and PWCCA's sums of absolute values differ between turns."""
+    x, y = planted(60, 5, 6, 1.0, shared, seed=4)
+    found = sim.pwcca(x, y, side="x")
+    assert found == pytest.approx(pwcca_by_definition(x, y, turns=5_000), abs=4e-3)
+    order = rng("order of tied").permutation(60)
+    for exact in (False, True):
+        assert sim.pwcca(x[order], y[order] @ mixing(rng("mix of tied"), 6), side="x", exact=exact) == pytest.approx(found, abs=1e-8)
 
 
 def test_a_planted_correlation_is_found_and_the_rest_is_the_noise_floor() -> None:
