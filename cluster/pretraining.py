@@ -1,8 +1,9 @@
 """One pretraining as a Ray Train job: Ray places the workers, restarts them and hands back the result; checkpoints are ours.
 
-A restart reads the newest COMMIT in storage, whatever Ray remembers.
+A restart reads the newest COMMIT in storage, whatever Ray remembers, with as many workers as there are then.
 """
 
+import os
 import sys
 import threading
 from concurrent.futures import Future
@@ -16,41 +17,59 @@ from cluster.sources import local_encoder
 from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
-MAX_FAILURES = 3
+COLLECTIVE_S = 600  # longest wait for another rank: more than the slowest pass over a corpus may differ between ranks
 
 
 def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, Any]:
-    """Run to the end, over the deaths of workers.
+    """Run to the end, over the deaths of workers and nodes.
 
     Returns:
         The run's result, as in its result.json.
 
     Raises:
-        WorkError: the run failed more often than it may, or by an error of its own.
+        WorkError: the run died again and again without getting further, or failed by an error of its own.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
 
-    gpus = resources.gpus_per_pretrain_worker
+    from cluster.trainer import MAX_FAILURES, Prepare, Trainer, newest_step
+
+    # One more process for each group of workers, and of use only where there is another node to go to.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(len(ray.nodes()) > 1))
+    gpus, wanted = resources.gpus_per_pretrain_worker, resources.pretrain_workers
     per_worker = {"CPU": float(resources.threads), **({"GPU": gpus} if gpus else {})}
-    trainer = TorchTrainer(
+    checkpoints = storage.join(config.out, "checkpoints")
+    trainer = Trainer(
         _worker,
+        checkpoints=checkpoints,
+        global_batch=config.recipe.global_batch,
         train_loop_config={"config": canonical_json(config)},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=resources.pretrain_workers, use_gpu=bool(gpus), resources_per_worker=per_worker),
-        run_config=RunConfig(name=config.key, storage_path=_scratch(), failure_config=FailureConfig(max_failures=MAX_FAILURES)),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_S),
+        scaling_config=ScalingConfig(
+            num_workers=tuple(wanted) if isinstance(wanted, list) else wanted, use_gpu=bool(gpus), resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(name=config.key, storage_path=_scratch(), callbacks=[Prepare()]),
     )
     try:
         outcome = _fit(trainer).return_value
     except ray.train.TrainingFailedError as error:
         hint = "run the same command again to go on from the newest checkpoint"
-        raise WorkError(
-            f"failed {MAX_FAILURES + 1} times, at last with: {_last_line(error)}", where=f"pretrain {config.name}", hint=hint
-        ) from error
+        deaths = f"died {MAX_FAILURES + 1} times after the checkpoint of step {newest_step(checkpoints)} without another"
+        raise WorkError(f"{deaths}, at last with: {_last_line(error)}", where=f"pretrain {config.name}", hint=hint) from error
     if "error" in outcome:
         raise WorkError(outcome["error"], where=f"pretrain {config.name}")
     return dict(storage.read_json(storage.join(config.out, "result.json")))
+
+
+class TrainerContext(WorkerContext):
+    """The context of a trainer, which may be asked to go."""
+
+    def should_stop(self) -> str | None:
+        """Why, when this or another worker of the run is about to be taken away."""
+        from cluster.trainer import notice
+
+        return notice()
 
 
 def _fit(trainer: Any) -> Any:
@@ -87,15 +106,18 @@ def _worker(task: dict[str, str]) -> dict[str, Any]:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     import ray.train
 
+    from cluster.trainer import Noticed
     from pretrain import run
 
     config = parse(json.loads(task["config"]), PretrainConfig, "pretraining configuration")
     if config.start_from and config.start_from_sha256:
         config = config.model_copy(update={"start_from": local_encoder(config.start_from, config.start_from_sha256)})
     place = ray.train.get_context()
-    context = WorkerContext(rank=place.get_world_rank(), world_size=place.get_world_size(), dir=config.out)
+    context = TrainerContext(rank=place.get_world_rank(), world_size=place.get_world_size(), dir=config.out)
     try:
-        run.run(config, context)
+        done = run.run(config, context)
     except AllograftError as error:
         return {"error": str(error)}
+    if done is None:  # saved and stopped: an exception is what makes Ray place the run anew
+        raise Noticed(context.should_stop() or "another rank was told to stop")
     return {"key": config.key}

@@ -6,21 +6,24 @@ with session():
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from base.errors import RequestError, WorkError
 
-# Ray Train polls its workers every 2 s by default, which adds up at the start and the end of short runs; the preemption
-# watcher is one more process importing torch, and only managed spot nodes need it.
+# Ray Train polls its workers every 2 s by default, which adds up at the start and the end of short runs, and waits long for what is lost:
+# 60 s for room that a dead node has only in a stale view, 30 s for the survivors of a death to part, who wait for the dead.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
@@ -51,7 +54,7 @@ def session() -> Iterator[None]:
     """Ray, connected. A cluster given by RAY_ADDRESS (as inside a Ray job) is joined and left; otherwise one is started on this machine.
 
     Raises:
-        RequestError: no cluster at RAY_ADDRESS.
+        RequestError: no cluster at RAY_ADDRESS, or one of another version of Ray or Python.
         WorkError: none could be started here.
     """
     for name, value in TRAIN_SETTINGS.items():
@@ -72,6 +75,13 @@ def session() -> Iterator[None]:
             _start_here(quiet)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster at {address}", where="RAY_ADDRESS", hint="ray start --head, or unset RAY_ADDRESS") from error
+    except RuntimeError as error:
+        found = re.findall(r"(?:Ray|Python): (\S+)", str(error))
+        if "Version mismatch" not in str(error) or len(found) != 4:
+            raise
+        what = "the cluster has Ray {} and Python {}, this command Ray {} and Python {}".format(*found)
+        hint = f"the same on all nodes and here, from requirements.lock: ray=={ray.__version__}"
+        raise RequestError(what, where=f"RAY_ADDRESS={address}", hint=hint) from error
     try:
         yield
     finally:
