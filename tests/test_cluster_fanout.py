@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from base.config import parse
 from base.errors import RequestError, WorkError
-from cluster import fanout, pool
+from base.paths import ROOT
+from cluster import context, fanout, observe, pool
 from cluster.effort import effort, estimated
 from cluster.fanout import Tally, run_cells
 from cluster.line import ATTEMPTS, LOSSES, Line
@@ -218,7 +220,10 @@ def cluster() -> Iterator[None]:
     from cluster.session import WORKER_SETTINGS
 
     variables = {"env_vars": {**WORKER_SETTINGS, "ALLOGRAFT_CACHE": os.environ["ALLOGRAFT_CACHE"]}}
-    ray.init(address="local", num_cpus=4, num_gpus=1, log_to_driver=False, logging_level="ERROR", runtime_env=variables)
+    often = {"metrics_report_interval_ms": 500}
+    ray.init(
+        address="local", num_cpus=4, num_gpus=1, log_to_driver=False, logging_level="ERROR", runtime_env=variables, _system_config=often
+    )
     yield
     ray.shutdown()
 
@@ -240,7 +245,7 @@ def quick() -> type[pool.CellWorker]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_poisoned_cell_fails_alone(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker dies each time; one that was killed once is done; one that raises is not tried again; more come while it goes on."""
 
@@ -282,7 +287,7 @@ def test_a_poisoned_cell_fails_alone(cluster: None, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_two_ranks_compute_what_one_does(cluster: None, tmp_path: Path) -> None:
     """Within what tests/test_finetune_run.py allows rounding; both ranks are processes of one team."""
     shards = tiny_cell.corpora(tmp_path / "corpora")
@@ -300,7 +305,7 @@ def test_two_ranks_compute_what_one_does(cluster: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_gpu_holds_one_cell_until_its_memory_is_known(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then as many as fit: a GPU of 100 bytes, cells of 30 and of 80; one that ran out of memory beside others is tried alone."""
 
@@ -349,3 +354,68 @@ def test_a_worker_that_cannot_start_ends_the_fan_out(cluster: None, monkeypatch:
 def test_time_to_go_is_by_cost_and_not_by_count() -> None:
     tally = Tally(total=10, done=1, cost=100.0, cost_ended=50.0, started=time.monotonic() - 60)
     assert tally.eta_s == pytest.approx(60, abs=1)
+
+
+# -- what is seen from outside
+
+
+def drawn() -> set[str]:
+    """Names of metrics in the panels of the Grafana dashboard."""
+    board = json.loads((ROOT / "cluster" / "deploy" / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return {name for expression in expressions for name in re.findall(r"ray_\w+", expression)}
+
+
+def exported(name: str) -> str:
+    """As Prometheus has one of ours."""
+    return f"ray_allograft_{name}" + ("_total" if observe.METRICS[name].counts else "")
+
+
+def test_the_dashboard_draws_what_is_exported_and_all_of_it() -> None:
+    from ray.dashboard.modules.reporter import reporter_agent
+
+    ours = {exported(name) for name in observe.METRICS}
+    assert ours == {name for name in drawn() if "allograft" in name}
+    of_ray = {f"ray_{name}" for name in re.findall(r'"(node_\w+)"', Path(reporter_agent.__file__).read_text())}
+    assert drawn() - ours <= of_ray
+    assert set(observe.NODE) <= of_ray
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_rays_exporter_tells_what_driver_and_workers_told(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"step": 40, "steps": 100, "loss": 2.5, "img_per_s": 123.0, "data_wait": 0.25, "rankme": 3.0}
+
+    class Telling(quick()):  # type: ignore[misc]
+        def run(self, config_json: str) -> Any:
+            context.WorkerContext(0, 1, str(tmp_path / "pretrain" / "simclr-1a2b")).report(row)
+            context.WorkerContext(1, 2, str(tmp_path / "pretrain" / "other-1a2b")).report(row)  # ranks but the first say nothing
+            context.WorkerContext(0, 1, str(tmp_path / "cells" / "1a2b")).report(row)
+            return super().run(config_json)
+
+    monkeypatch.setattr(pool, "CellWorker", Telling)
+    observe.tell(cells_retried=0)
+    seen: dict[str, Any] = {}
+
+    def look_while_it_runs(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
+        """Workers are asked while they are there: what a process told goes with it."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not {exported(name) for name in observe.METRICS} <= set(seen):
+            for address in observe.exporters().values():
+                seen.update({name: (labels, value) for name, labels, value in observe.scrape(address)})
+            time.sleep(0.5)
+        return []
+
+    run_cells([golden(), golden(key="1" * 16)], Resources(cell_workers=1), lambda tally: None, look_while_it_runs)
+    assert {exported(name) for name in observe.METRICS} <= set(seen)
+    labels, value = seen["ray_allograft_pretrain_step"]
+    assert (labels["run"], value) == ("simclr-1a2b", 40)
+    assert seen["ray_allograft_pretrain_data_wait"][1] == 0.25
+    assert seen["ray_allograft_cell_images_total"][0]["task"] == BASE.task.task
+    observe.look(str(tmp_path / "out"))
+    host = next(iter(observe.exporters()))
+    told = json.loads((tmp_path / "out" / "nodes" / f"{host}.jsonl").read_text())
+    assert 0 <= told["cpu_utilization_percentage"] <= 100
+    assert told["system_memory_usage_megabytes"] > 100
+    address = json.loads((tmp_path / "out" / "nodes" / "ray.json").read_text())["dashboard"]
+    assert address.startswith("http://")
