@@ -1,0 +1,142 @@
+"""Variance of a difference of two sources, by what it comes from: seeds and test patients; head of analysis/statistics.py.
+
+found = parts((side_of(a, metric, bootstrap), side_of(b, metric, bootstrap)), patients); found.se, found.critical(0.025), found.p(2.1)
+
+Legend: C one column for the test set itself and one for each bootstrap draw of patients, R pretraining seeds, S fine-tuning seeds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, special
+
+from analysis.replicates import Array, Bootstrap, Scores
+
+LEAST_LOG_P = -200.0  # under e to this p is 0: quantiles farther out are not found reliably
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Variance of an estimate by what it comes from, and the degrees of freedom with which each was estimated (0: it was not)."""
+
+    seeds: float
+    seeds_df: float
+    patients: float
+    patients_df: float
+    pretraining: float = math.nan  # of `seeds`, the part between pretraining seeds, where it can be told apart
+
+    @property
+    def se(self) -> float:
+        return math.sqrt(self.seeds + self.patients)
+
+    def critical(self, tail: float) -> float:
+        """Standard errors from 0 that have this chance in each tail: the mean of Student's quantiles weighted by the variances (Cochran and
+        Cox); infinite where there is no variance."""
+        held = [(part, df) for part, df in ((self.seeds, self.seeds_df), (self.patients, self.patients_df)) if part > 0 and df > 0]
+        total = sum(part for part, _ in held)
+        return sum(part * -float(special.stdtrit(df, tail)) for part, df in held) / total if held else math.inf
+
+    def p(self, away: float) -> float:
+        """Two-sided p of an estimate that is so many standard errors from 0."""
+
+        def beyond(log_p: float) -> float:
+            return self.critical(math.exp(log_p) / 2) - away
+
+        if beyond(LEAST_LOG_P) <= 0:
+            return 0.0
+        return math.exp(optimize.brentq(beyond, LEAST_LOG_P, 0.0, xtol=1e-12)) if away > 0 else 1.0
+
+    def df(self, tail: float) -> float:
+        """Degrees of freedom of the one t distribution with this critical value; NaN where there is no variance."""
+        held = [df for part, df in ((self.seeds, self.seeds_df), (self.patients, self.patients_df)) if part > 0 and df > 0]
+        if not held:
+            return math.nan
+        if min(held) == max(held):
+            return held[0]
+        wanted = self.critical(tail)
+        return float(optimize.brentq(lambda df: -float(special.stdtrit(df, tail)) - wanted, min(held), max(held)))
+
+
+@dataclass(frozen=True)
+class Side:
+    """Cells of one source by pretraining seed and fine-tuning seed, each its metric on the test set and in every replicate.
+
+    Where every cell has a fine-tuning seed of its own they are the units, whichever weights each began with (random weights are drawn with
+    the fine-tuning seed): one group.
+    """
+
+    groups: list[dict[int, Array]]
+
+    @property
+    def nested(self) -> bool:
+        return len(self.groups) > 1
+
+    @property
+    def units(self) -> int:
+        return len(self.groups) if self.nested else len(self.groups[0])
+
+    @property
+    def common(self) -> set[int]:
+        """Fine-tuning seeds that all groups hold."""
+        return set.intersection(*(set(group) for group in self.groups))
+
+    def mean_C(self) -> Array:
+        return np.asarray(np.mean([np.mean(list(group.values()), axis=0) for group in self.groups], axis=0))
+
+    def only(self, seeds: Sequence[int]) -> "Side":
+        return Side([{seed: group[seed] for seed in seeds} for group in self.groups])
+
+    def pretraining_C(self) -> Array:
+        """Variance of the mean from pretraining seeds, with what they share with fine-tuning seeds."""
+        means_RC = np.array([np.mean(list(group.values()), axis=0) for group in self.groups])
+        return np.asarray(means_RC.var(axis=0, ddof=1) / len(means_RC))
+
+    def table_RSC(self, seeds: Sequence[int]) -> Array:
+        return np.array([[group[seed] for seed in seeds] for group in self.groups])
+
+    def interaction_C(self, seeds: Sequence[int]) -> Array:
+        """Mean square of the interaction of pretraining with fine-tuning seeds, over the number of the former."""
+        x_RSC = self.table_RSC(seeds)
+        rest_RSC = x_RSC - x_RSC.mean(1, keepdims=True) - x_RSC.mean(0, keepdims=True) + x_RSC.mean((0, 1), keepdims=True)
+        return np.asarray((rest_RSC**2).sum((0, 1)) / ((len(self.groups) - 1) * (len(seeds) - 1)) / len(self.groups))
+
+
+def side_of(cells: Sequence[Scores], metric: str, bootstrap: Bootstrap) -> Side:
+    apart = len({cell.seed for cell in cells}) == len(cells)
+    groups: dict[int, dict[int, Array]] = {}
+    for cell in cells:
+        point, replicates_B = bootstrap(cell, metric)
+        groups.setdefault(0 if apart else cell.source_seed, {})[cell.seed] = np.append(point, replicates_B)
+    return Side(list(groups.values()))
+
+
+def _fine_tuning_C(sides: Sequence[Side], seeds: Sequence[int]) -> Array:
+    """Variance of the (difference of) means from fine-tuning seeds that all hold, less what they do with one pretraining seed only."""
+    signs = (1, -1)
+    d_SC = np.sum([sign * side.table_RSC(seeds).mean(0) for sign, side in zip(signs, sides, strict=False)], axis=0)
+    shared_C = np.sum([side.interaction_C(seeds) for side in sides if side.nested], axis=0)
+    return np.asarray((d_SC.var(axis=0, ddof=1) - shared_C) / len(seeds))
+
+
+def parts(sides: Sequence[Side], patients: int) -> Parts:
+    """Variance of the difference of two sides' means; that of patients alone where a side has one unit.
+
+    What a draw of patients adds to the variance over seeds is their interaction. It stands in the variance over seeds already, so it is
+    taken off what the draws vary by.
+    """
+    d_C = sides[0].mean_C() - sides[1].mean_C()
+    of_patients = float(np.var(d_C[1:], ddof=1)) * patients / max(1, patients - 1)
+    if any(side.units < 2 for side in sides):
+        return Parts(0.0, 0, of_patients, patients - 1)
+    pretraining = [(side.pretraining_C(), len(side.groups) - 1) for side in sides if side.nested]
+    both = sorted(sides[0].common & sides[1].common)
+    together = [(sides, both)] if len(both) > 1 else [([side], sorted(side.common)) for side in sides]
+    tuning = [(_fine_tuning_C(*each), len(each[1]) - 1) for each in together if len(each[1]) > 1]
+    held = [(max(0.0, float(part_C[0])), df) for part_C, df in pretraining + tuning]
+    interaction = sum(max(0.0, float(part_C[1:].mean() - part_C[0])) for part_C, _ in pretraining + tuning)
+    seeds = sum(part for part, _ in held)
+    seeds_df = seeds**2 / sum(part**2 / df for part, df in held) if seeds > 0 else 0.0
+    between = sum(part for part, _ in held[: len(pretraining)]) if pretraining else math.nan
+    return Parts(seeds, seeds_df, max(0.0, of_patients - interaction), patients - 1, between)

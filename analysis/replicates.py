@@ -1,0 +1,233 @@
+"""What cells predicted for the test images, and their metrics over bootstrap draws of patients.
+
+bootstrap = Bootstrap(); point, replicates_B = bootstrap(scores, "auroc_mean"); bootstrap.draw(scores, "auroc_mean").redrawn
+
+Patients are drawn, not images, and the same draw serves every cell of a task, so that differences between cells are paired. A replicate
+in which a label has lost a class is drawn again, and counted.
+Legend: B replicates, N images, L labels, P positives, T thresholds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base.seeds import rng
+
+Array = NDArray[np.float64]
+REPLICATES = 2000
+CHUNK = 2_000_000  # numbers held at a time in a weighted AUROC: 16 MB
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one cell predicted for the test images.
+
+    Either `target_NL` (0, 1, NaN unknown) with `score_NL`, and where labels exclude each other `true_N` and `decided_N` (their numbers);
+    or `dice_N` and `iou_N`. `patient_N`, `stratum_N`: any labels, a stratum that is not known is None; `ids_N`: which images.
+    """
+
+    seed: int
+    ids_N: NDArray[np.str_]
+    patient_N: NDArray[np.object_]
+    target_NL: Array | None = None
+    score_NL: Array | None = None
+    dice_N: Array | None = None
+    stratum_N: NDArray[np.object_] | None = None
+    source_seed: int = 0
+    iou_N: Array | None = None
+    true_N: NDArray[np.int64] | None = None
+    decided_N: NDArray[np.int64] | None = None
+
+    @cached_property
+    def clusters_N(self) -> NDArray[np.int64]:
+        """Patients as numbers 0..P-1, in the order of their first image: other names for them change nothing."""
+        _, first, at = np.unique(self.patient_N.astype(str), return_index=True, return_inverse=True)
+        return np.asarray(np.argsort(np.argsort(first))[at], np.int64)
+
+    @cached_property
+    def strata(self) -> list[NDArray[np.int64]]:
+        """Positions of the images of each known stratum; one stratum of all where there are none."""
+        if self.stratum_N is None:
+            return [np.arange(len(self.ids_N))]
+        known, names = np.array([value is not None for value in self.stratum_N]), self.stratum_N.astype(str)
+        return [np.flatnonzero(known & (names == name)) for name in np.unique(names[known])]
+
+
+@dataclass(frozen=True)
+class Resample:
+    """Bootstrap weights: how often an image counts in a replicate; how many were redrawn because a label lost a class."""
+
+    weight_BN: NDArray[np.uint16]
+    redrawn: int
+    patients: int
+
+
+def _auroc_B(weight_BN: Array, score_N: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Weighted (wins over positive-negative pairs with ties half, pairs) of every replicate, with one sort of the scores."""
+    order = np.argsort(score_N, kind="stable")
+    _, first, group = np.unique(score_N[order], return_index=True, return_inverse=True)
+    weight_BN, positive_N = weight_BN[:, order], positive_N[order]
+    negative_BN = np.where(positive_N, 0.0, weight_BN)
+    below_BN = np.concatenate([np.zeros((len(weight_BN), 1)), np.cumsum(negative_BN, axis=1)], axis=1)
+    last = np.append(first[1:], len(score_N))
+    at = group[positive_N]  # every positive sees the negatives below its tie group, and half of those inside
+    wins_BP = 0.5 * (below_BN[:, first[at]] + below_BN[:, last[at]])
+    positives_BP = weight_BN[:, positive_N]
+    return (positives_BP * wins_BP).sum(axis=1), positives_BP.sum(axis=1) * below_BN[:, -1]
+
+
+def _labels(scores: Scores, strata: list[NDArray[np.int64]]) -> list[list[tuple[NDArray[np.int64], NDArray[np.bool_]]]]:
+    """For each label that has both classes in some stratum: (positions, positive?) by stratum that has both."""
+    assert scores.target_NL is not None
+    kept = []
+    for label in range(scores.target_NL.shape[1]):
+        parts = []
+        for at in strata:
+            known = at[np.isfinite(scores.target_NL[at, label])]
+            positive = scores.target_NL[known, label] > 0.5
+            if positive.any() and not positive.all():
+                parts.append((known, positive))
+        kept.append(parts)
+    return kept
+
+
+def _strata(scores: Scores, metric: str) -> list[NDArray[np.int64]]:
+    return scores.strata if "within" in metric else [np.arange(len(scores.ids_N))]
+
+
+def _auprc_B(weight_BN: Array, score_N: Array, positive_N: NDArray[np.bool_]) -> Array:
+    """Weighted average precision of every replicate; equal scores are one threshold."""
+    order = np.argsort(-score_N, kind="stable")
+    last = np.append(np.diff(score_N[order]) != 0, True)
+    weight_BN, positive_N = weight_BN[:, order], positive_N[order]
+    hits_BT, seen_BT = np.cumsum(weight_BN * positive_N, axis=1)[:, last], np.cumsum(weight_BN, axis=1)[:, last]
+    gained_BT = np.diff(hits_BT, prepend=0, axis=1)
+    return np.asarray((gained_BT * hits_BT / np.maximum(seen_BT, 1)).sum(axis=1) / hits_BT[:, -1])
+
+
+def _decided_B(scores: Scores, metric: str, weight_BN: Array) -> Array:
+    """Accuracy, balanced accuracy or quadratic kappa of every replicate, from its weighted confusion matrix; NaN where not defined."""
+    assert scores.true_N is not None
+    assert scores.decided_N is not None
+    count = 1 + int(max(scores.true_N.max(), scores.decided_N.max()))
+    one_hot = np.eye(count * count)[scores.true_N * count + scores.decided_N]
+    matrix_BLL = (weight_BN @ one_hot).reshape(-1, count, count)
+    true_BL, said_BL, total_B = matrix_BLL.sum(2), matrix_BLL.sum(1), matrix_BLL.sum((1, 2))
+    right_BL = np.diagonal(matrix_BLL, axis1=1, axis2=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if metric == "accuracy":
+            return np.asarray(right_BL.sum(1) / total_B)
+        if metric == "balanced_accuracy":
+            there_BL = true_BL > 0
+            recall_BL = np.divide(right_BL, true_BL, out=np.zeros_like(true_BL), where=there_BL)
+            return np.where(there_BL.sum(1) > 1, recall_BL.sum(1) / there_BL.sum(1), math.nan)
+        apart_LL = np.square(np.subtract.outer(np.arange(count), np.arange(count)))
+        chance_B = (apart_LL * true_BL[:, :, None] * said_BL[:, None, :]).sum((1, 2)) / total_B
+        return np.asarray(1 - (apart_LL * matrix_BLL).sum((1, 2)) / chance_B)
+
+
+DECIDED = ("accuracy", "balanced_accuracy", "kappa_quadratic")
+
+
+def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array) -> Array:
+    """The metric for every row of weights: of masks `dice` or `iou`, of decisions one of DECIDED, of scores `auroc_mean`,
+    `auroc_within_mean` or `auprc_mean` (means over labels that have both classes).
+
+    Within strata: a label's AUROC is the mean over strata weighted by positives x negatives.
+    """
+    if metric in ("dice", "iou"):
+        of_image_N = scores.dice_N if metric == "dice" else scores.iou_N
+        assert of_image_N is not None
+        known = np.isfinite(of_image_N)
+        weight = weight_BN[:, known].astype(float)
+        return weight @ of_image_N[known] / weight.sum(axis=1)
+    if metric in DECIDED:
+        return _decided_B(scores, metric, weight_BN.astype(float))
+    if metric not in ("auroc_mean", "auroc_within_mean", "auprc_mean"):
+        raise ValueError(f"no bootstrap for the metric '{metric}'")
+    assert scores.score_NL is not None
+    labels = [(label, parts) for label, parts in enumerate(_labels(scores, _strata(scores, metric))) if parts]
+    total_B = np.full(len(weight_BN), 0.0 if labels else math.nan)
+    step = max(1, CHUNK // max(1, len(scores.ids_N)))
+    for start in range(0, len(weight_BN), step):
+        chunk = slice(start, start + step)
+        weight = weight_BN[chunk].astype(float)
+        for label, parts in labels:
+            if metric == "auprc_mean":
+                ((at, positive),) = parts
+                total_B[chunk] += _auprc_B(weight[:, at], scores.score_NL[at, label], positive)
+                continue
+            sums = [_auroc_B(weight[:, at], scores.score_NL[at, label], positive) for at, positive in parts]
+            with np.errstate(invalid="ignore"):
+                total_B[chunk] += sum(wins for wins, _ in sums) / sum(pairs for _, pairs in sums)
+    return total_B / max(1, len(labels))
+
+
+def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: int = 0) -> Resample:
+    """Draw patients with replacement; a replicate in which a label has lost a class is drawn again, and counted.
+
+    Depends on patients, targets and strata only, so that all cells of a task and dataset share it and differences are paired.
+    """
+    generator = rng("bootstrap", seed)
+    clusters = scores.clusters_N
+    patients = int(clusters.max()) + 1
+    labels = [parts for parts in _labels(scores, _strata(scores, metric)) if parts] if scores.target_NL is not None else []
+    kept: list[NDArray[np.uint16]] = []
+    have = redrawn = 0
+    while have < replicates:
+        wanted = replicates - have
+        counts = generator.multinomial(patients, np.full(patients, 1 / patients), size=wanted).astype(np.uint16)
+        weight = counts[:, clusters]
+        good = np.ones(wanted, bool)
+        for parts in labels:
+            whole = np.zeros(wanted, bool)
+            for at, positive in parts:
+                whole |= weight[:, at[positive]].any(axis=1) & weight[:, at[~positive]].any(axis=1)
+            good &= whole
+        redrawn += int((~good).sum())
+        kept.append(weight[good])
+        have += int(good.sum())
+        if redrawn > 500 * replicates:
+            break  # practically every draw loses a class; what there is must do, and `redrawn` says so
+    return Resample(np.concatenate(kept), redrawn, patients)
+
+
+def same_images(scores: Sequence[Scores]) -> bool:
+    """Whether all cells tested the same images of the same patients with the same targets."""
+    first = scores[0]
+    for other in scores[1:]:
+        if not np.array_equal(first.ids_N, other.ids_N) or not np.array_equal(first.patient_N, other.patient_N):
+            return False
+        if first.target_NL is not None and (
+            other.target_NL is None or not np.array_equal(first.target_NL, other.target_NL, equal_nan=True)
+        ):
+            return False
+    return True
+
+
+class Bootstrap:
+    """Replicates of every cell of one task, each computed once and shared by all comparisons."""
+
+    def __init__(self, replicates: int = REPLICATES, seed: int = 0) -> None:
+        self.replicates, self.seed = replicates, seed
+        self._draws: dict[tuple[str, bytes], Resample] = {}
+        self._values: dict[tuple[int, str], tuple[Scores, float, Array]] = {}
+
+    def draw(self, scores: Scores, metric: str) -> Resample:
+        parts = [scores.ids_N.tobytes(), scores.clusters_N.tobytes(), b"" if scores.target_NL is None else scores.target_NL.tobytes()]
+        key = (metric, b"".join(parts))
+        if key not in self._draws:
+            self._draws[key] = resample(scores, metric, self.replicates, self.seed)
+        return self._draws[key]
+
+    def __call__(self, scores: Scores, metric: str) -> tuple[float, Array]:
+        """(the metric itself, its replicates)."""
+        key = (id(scores), metric)  # the object is kept beside its values, so that its id is not used again
+        if key not in self._values:
+            point = metric_B(scores, metric, np.ones((1, len(scores.ids_N))))[0]
+            self._values[key] = (scores, float(point), metric_B(scores, metric, self.draw(scores, metric).weight_BN))
+        return self._values[key][1:]
