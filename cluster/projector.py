@@ -1,4 +1,4 @@
-"""The live view: one thread of the driver that projects OUT into MLflow every few seconds while the study runs.
+"""The live view: one thread of the driver that projects OUT into MLflow every few seconds while the study runs, the nodes' load with it.
 
 projector = Projector(out, study, uri)
 projection = projector.finish(ok=True)          # a last, complete projection in the caller's thread
@@ -8,11 +8,14 @@ An MLflow that goes away in the middle costs nothing: the next round, or the las
 
 import threading
 import time
+from contextlib import suppress
 
 from base.errors import AllograftError, WorkError
+from cluster import observe
 from cluster.tracking import Projection
 
 PERIOD_S = 15.0
+LOOK_S = 60.0  # how often the load of the nodes is noted
 LAST_PAUSES_S = (1.0, 3.0)
 
 
@@ -27,9 +30,18 @@ class Projector:
         self._thread.start()
 
     def _work(self) -> None:
-        self._round()
-        while not self._stop.wait(PERIOD_S):
+        looked_at = -LOOK_S
+        while not self._stop.is_set():
+            if time.monotonic() - looked_at >= LOOK_S:
+                looked_at = time.monotonic()
+                self._look()
             self._round()
+            self._stop.wait(PERIOD_S)
+
+    def _look(self) -> None:
+        # What could not be seen or written is not there, and the next look comes in a minute.
+        with suppress(OSError, AllograftError):
+            observe.look(self._arguments[0])
 
     def _round(self) -> Exception | None:
         """One projection; what MLflow or storage could not do is returned, a bug of ours is raised."""

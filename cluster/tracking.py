@@ -6,6 +6,9 @@ Live view, replay after an outage and `allograft sync OUT` are one function, `pr
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -18,6 +21,8 @@ from cluster import facts, pages
 
 KEY_TAG = "allograft.key"
 SHA_TAG = "allograft.encoder_sha256"
+LARGEST = 1000  # entries that MLflow takes in a request
+WRITERS = 8  # requests at a time, where a server takes them
 # MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
 SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -97,7 +102,8 @@ class Projection:
         self.runs: dict[str, str] = {}
         self.began: dict[str, int] = {}
         self.finished: set[str] = set()
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, int] = {}  # that stand, by key or by file
+        self.dashboard = b""
         self.encoders: dict[str, str] = {}
         self.results: dict[str, dict[str, Any]] = {}
         for run in self._existing():
@@ -111,10 +117,16 @@ class Projection:
 
     def update(self) -> None:
         """Bring MLflow up to what storage holds now."""
-        for kind in ("pretrain", "cells"):
-            root = storage.join(self.out, kind)
-            for name in storage.listing(root):
-                self._project(kind, storage.join(root, name), name)
+        self._nodes()
+        root = storage.join(self.out, "pretrain")
+        for name in storage.listing(root):
+            self._pretraining(storage.join(root, name), name.rsplit("-", 1)[-1])
+        root = storage.join(self.out, "cells")
+        missing = [key for key in storage.listing(root) if key not in self.finished]
+        # A server and a store answer several at a time; SQLite has one writer.
+        with ThreadPoolExecutor(1 if self.uri.startswith("sqlite:") else WRITERS) as pool:
+            for _ in pool.map(lambda key: self._cell(storage.join(root, key), key), missing):
+                pass
 
     def close(self, ok: bool, words: str = "") -> None:
         """End the study's parent run, with the report and the tables as its artifacts and the answer as its description."""
@@ -180,70 +192,91 @@ class Projection:
             self.runs[key] = run.info.run_id
         return self.runs[key]
 
-    def _project(self, kind: str, url: str, folder: str) -> None:
-        key = folder.rsplit("-", 1)[-1]
-        if key in self.finished or not storage.exists(storage.join(url, "config.yaml")):
+    def _pretraining(self, url: str, key: str) -> None:
+        """A pretraining as far as it got."""
+        if key in self.finished or (raw := _read(storage.join(url, "config.yaml"))) is None:
             return
-        config = yaml.safe_load(storage.read_bytes(storage.join(url, "config.yaml")))
-        done = storage.exists(storage.join(url, "result.json"))
-        result = storage.read_json(storage.join(url, "result.json")) if done else {}
-        tags = {"allograft.kind": facts.kind(kind, config)}
-        run = self._run(key, facts.name(kind, config), self.parent, tags, seconds=float(result.get("seconds", 0)))
-        self._metrics(run, key, url)
-        if done:
-            self._finish(kind, run, key, url, config, result)
-
-    def _metrics(self, run: str, key: str, url: str) -> None:
-        from mlflow.entities import Metric
-
-        path = storage.join(url, "metrics.jsonl")
-        if not storage.exists(path):
-            return
-        rows = [row for line in storage.read_bytes(path).splitlines() if (row := _row(line)) is not None]
-        metrics = [
-            # The row's own clock and step make a replay identical, and MLflow keeps identical points once.
-            Metric(name, value, int(row.get("seconds", 0) * 1000), int(row.get("step", row.get("epoch", 0))))
-            for row in rows[self.rows.get(key, 0) :]
-            for name, value in facts.curves(row).items()
-        ]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run, metrics=metrics[start : start + 1000])
+        config, held = _yaml(raw), _read(storage.join(url, "result.json"))
+        result = json.loads(held) if held is not None else {}
+        run = self._run(key, facts.name("pretrain", config), self.parent, {"allograft.kind": "pretrain"}, float(result.get("seconds", 0)))
+        rows = _rows(_read(storage.join(url, "metrics.jsonl")) or b"")
+        self._log(run, _curves(rows[self.rows.get(key, 0) :]))
         self.rows[key] = len(rows)
+        if held is None:
+            return
+        told = facts.pretraining(config, result)
+        self.encoders[result["encoder_sha256"]] = run
+        self._log(run, _values(told.metrics), told.params, told.tags)
+        for file in storage.listing(storage.join(url, "export")):
+            self._artifact(run, storage.join(url, "export", file), f"encoder/{file}")
+        used = [(ref["dataset"], ref["digest"], ref["shards"], f"pretrain on {ref['split']}") for ref in config["data"]]
+        self._end(run, key, url, used, result)
 
-    def _finish(self, kind: str, run: str, key: str, url: str, config: dict[str, Any], result: dict[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _cell(self, url: str, key: str) -> None:
+        """A cell, once it is done: before that nothing stands in storage."""
+        if (held := _read(storage.join(url, "result.json"))) is None:
+            return
+        result, config = json.loads(held), _yaml(storage.read_bytes(storage.join(url, "config.yaml")))
+        told = facts.cell(config, result)
+        self.results[key] = result
+        tags = told.tags | {"allograft.kind": facts.kind("cells", config)}
+        if result.get("encoder_sha256") in self.encoders:
+            tags["allograft.encoder_run"] = self.encoders[result["encoder_sha256"]]
+        known = key in self.runs
+        run = self._run(key, facts.name("cells", config), self.parent, tags, float(result.get("seconds", 0)))
+        rows = _rows(_read(storage.join(url, "metrics.jsonl")) or b"")
+        self._log(run, _curves(rows) + _values(told.metrics), told.params, tags if known else {})
+        self._end(run, key, url, [(config["task"]["dataset"], config["manifest_digest"], config["shards"], "fine-tuning")], result)
 
-        told = facts.pretraining(config, result) if kind == "pretrain" else facts.cell(config, result)
-        tags = dict(told.tags)
-        if kind == "pretrain":
-            self.encoders[result["encoder_sha256"]] = run
-        else:
-            self.results[key] = result
-            if result.get("encoder_sha256") in self.encoders:
-                tags["allograft.encoder_run"] = self.encoders[result["encoder_sha256"]]
-        self.client.log_batch(
-            run,
-            metrics=[Metric(name, value, 0, 0) for name, value in told.metrics.items()],
-            params=[Param(name, value) for name, value in told.params.items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
-        )
-        self._datasets(run, kind, config)
-        if kind == "pretrain":
-            for file in storage.listing(storage.join(url, "export")):
-                self._artifact(run, storage.join(url, "export", file), f"encoder/{file}")
+    def _log(
+        self, run: str, metrics: list[Any], params: Mapping[str, str] = MappingProxyType({}), tags: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """In as few requests as MLflow allows: 1,000 entries in each, 100 of them parameters."""
+        from mlflow.entities import Param, RunTag
+
+        first = LARGEST - len(params) - len(tags)
+        if metrics or params or tags:
+            given = {"params": [Param(*item) for item in params.items()], "tags": [RunTag(*item) for item in tags.items()]}
+            self.client.log_batch(run, metrics=metrics[:first], **given)
+        for start in range(first, len(metrics), LARGEST):
+            self.client.log_batch(run, metrics=metrics[start : start + LARGEST])
+
+    def _end(self, run: str, key: str, url: str, used: list[tuple[str, str, str, str]], result: dict[str, Any]) -> None:
+        self._datasets(run, used)
         for file in ("config.yaml", "result.json"):
             self._artifact(run, storage.join(url, file), file)
         # The duration is that of the work, not of this view of it.
         self.client.set_terminated(run, "FINISHED", end_time=self.began[key] + int(float(result.get("seconds", 0)) * 1000))
         self.finished.add(key)
 
-    def _datasets(self, run: str, kind: str, config: dict[str, Any]) -> None:
+    def _nodes(self) -> None:
+        """The load of every node, as MLflow names system metrics, on the study's run; and where Ray's dashboard is while it runs."""
+        from mlflow.entities import Metric
+
+        root = storage.join(self.out, "nodes")
+        if (raw := _read(storage.join(root, "ray.json"))) is not None and raw != self.dashboard:
+            self.dashboard, address = raw, json.loads(raw)["dashboard"]
+            self.client.set_tag(self.parent, "allograft.ray_dashboard", address)
+            self.client.set_tag(self.parent, "mlflow.note.content", f"Running on Ray: [{address}]({address})")
+        for file in storage.listing(root):
+            host, _, kind = file.rpartition(".")
+            rows = _rows(_read(storage.join(root, file)) or b"") if kind == "jsonl" else []
+            new = list(enumerate(rows))[self.rows.get(file, 0) :]
+            self._log(
+                self.parent,
+                [
+                    Metric(f"system/{host}/{name}", value, int(row["time"] * 1000), step)
+                    for step, row in new
+                    for name, value in row.items()
+                    if name != "time"
+                ],
+            )
+            self.rows[file] = len(rows)
+
+    def _datasets(self, run: str, used: list[tuple[str, str, str, str]]) -> None:
+        """name, digest, URL and context of each."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        if kind == "pretrain":
-            used = [(ref["dataset"], ref["digest"], ref["shards"], f"pretrain on {ref['split']}") for ref in config["data"]]
-        else:
-            used = [(config["task"]["dataset"], config["manifest_digest"], config["shards"], "fine-tuning")]
         self.client.log_inputs(
             run,
             datasets=[
@@ -267,6 +300,41 @@ class Projection:
             local = os.path.join(temporary, name)
             storage.get_file(url, local)
             self.client.log_artifact(run, local, folder or None)
+
+
+def _read(url: str) -> bytes | None:
+    """A file, if it stands: one request where asking first would be two."""
+    try:
+        return storage.read_bytes(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _yaml(raw: bytes) -> dict[str, Any]:
+    # libyaml is several times as fast, and a study has thousands of these.
+    return dict(yaml.load(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+def _rows(raw: bytes) -> list[dict[str, Any]]:
+    return [row for line in raw.splitlines() if (row := _row(line)) is not None]
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """The points of a log. Its own clock and step make a replay identical, and MLflow keeps identical points once."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, value, int(row.get("seconds", 0) * 1000), int(row.get("step", row.get("epoch", 0))))
+        for row in rows
+        for name, value in facts.curves(row).items()
+    ]
+
+
+def _values(metrics: Mapping[str, float]) -> list[Any]:
+    """What a run is judged by, one value each."""
+    from mlflow.entities import Metric
+
+    return [Metric(name, value, 0, 0) for name, value in metrics.items()]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

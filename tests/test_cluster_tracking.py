@@ -4,16 +4,18 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from base.config import parse
 from base.errors import RequestError
 from cluster import facts, pages
 from cluster.registry import champion_score
 from cluster.study import Study
-from cluster.tracking import require_server
+from cluster.tracking import Projection, require_server
 
 
 def result(source: str, task: str = "t", seed: int = 0, value: float = 0.5, **changes: Any) -> dict[str, Any]:
@@ -131,3 +133,73 @@ def test_controls_own_sources_and_other_strategies_do_not_move_the_champion() ->
     ]
     assert champion_score(study, "e", cells + others) == pytest.approx(0.7)
     assert champion_score(study, "e", others[1:]) is None
+
+
+# -- the projection of a folder into a store
+
+
+GOLDEN = Path(__file__).parent / "golden"
+NODE = [{"time": 1e9 + i, "cpu_utilization_percentage": 10.0 * i} for i in range(3)]
+
+
+def finished_out(folder: Path, cells: int) -> Path:
+    """A study's folder with one finished pretraining, one that runs, finished cells of the former and one that was cut off."""
+    out = folder / "out"
+    cell, held = yaml.safe_load((GOLDEN / "cell.yaml").read_text()), json.loads((GOLDEN / "cell_result.json").read_text())
+    made, result = yaml.safe_load((GOLDEN / "pretrain.yaml").read_text()), json.loads((GOLDEN / "pretrain_result.json").read_text())
+    rows = "".join(json.dumps({"epoch": i, "train_loss": 0.5, "val_loss": 1 / (1 + i), "seconds": 1.0}) + "\n" for i in range(3))
+    for name, done in (("simclr-00000000000000aa", True), ("simclr-00000000000000bb", False)):
+        put(
+            out / "pretrain" / name,
+            {"config.yaml": yaml.safe_dump(made), "metrics.jsonl": '{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step"'},
+        )
+        put(out / "pretrain" / name, {"result.json": json.dumps(result), "export/config.json": "{}"} if done else {})
+    for i in range(cells):
+        files = {"config.yaml": yaml.safe_dump({**cell, "key": f"{i:016x}", "seed": i}), "metrics.jsonl": rows}
+        files["result.json"] = json.dumps({**held, "key": f"{i:016x}", "seed": i, "encoder_sha256": result["encoder_sha256"]})
+        put(out / "cells" / f"{i:016x}", files)
+    put(out / "cells" / "cut", {"config.yaml": yaml.safe_dump(cell), "metrics.jsonl": rows})
+    put(
+        out / "nodes",
+        {"host-1.jsonl": "".join(json.dumps(row) + "\n" for row in NODE), "ray.json": '{"dashboard": "http://127.0.0.1:8265"}'},
+    )
+    return out
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_a_projection_holds_what_stands_once_and_may_be_repeated(tmp_path: Path) -> None:
+    """Runs, their curves and values, datasets, files, durations; the nodes' load and Ray's address on the study's run."""
+    out = finished_out(tmp_path, 3)
+    uri = f"sqlite:///{out}/mlflow.db"
+    first = Projection(str(out), "tiny", uri)
+    first.update()
+    first.update()
+    (out / "nodes" / "host-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*NODE, {**NODE[0], "time": 1e9 + 9}]))
+    again = Projection(str(out), "tiny", uri)
+    again.update()
+    assert again.runs == first.runs
+    assert again.finished == {"00000000000000aa", *(f"{i:016x}" for i in range(3))}
+    runs = {run.data.tags["allograft.key"]: run for run in again.client.search_runs([again.experiment])}
+    assert set(runs) == {"study:tiny", "00000000000000aa", "00000000000000bb", *(f"{i:016x}" for i in range(3))}
+    cell, made = runs[f"{1:016x}"], runs["00000000000000aa"]
+    assert (cell.info.status, made.info.status, runs["00000000000000bb"].info.status) == ("FINISHED", "FINISHED", "RUNNING")
+    held = json.loads((out / "cells" / f"{1:016x}" / "result.json").read_text())
+    assert cell.info.end_time - cell.info.start_time == int(held["seconds"] * 1000)
+    assert cell.data.params["seed"] == "1"
+    assert cell.data.tags["allograft.encoder_run"] == made.info.run_id
+    assert cell.data.tags["allograft.kind"] == "cell"
+    assert cell.inputs.dataset_inputs[0].dataset.name == held["dataset"]
+    assert cell.data.metrics["seconds"] == held["seconds"]
+    curve = again.client.get_metric_history(cell.info.run_id, "training/val_loss")
+    assert [(point.step, point.value) for point in curve] == [(i, pytest.approx(1 / (1 + i))) for i in range(3)]
+    assert {file.path for file in again.client.list_artifacts(cell.info.run_id)} == {"config.yaml", "result.json"}
+    assert [file.path for file in again.client.list_artifacts(made.info.run_id, "encoder")] == ["encoder/config.json"]
+    parent = runs["study:tiny"]
+    assert "http://127.0.0.1:8265" in parent.data.tags["allograft.ray_dashboard"]
+    load = again.client.get_metric_history(parent.info.run_id, "system/host-1/cpu_utilization_percentage")
+    assert [(point.step, point.value) for point in load] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 0.0)]
