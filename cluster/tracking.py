@@ -33,6 +33,9 @@ SETTINGS = {
 }
 
 
+CREDENTIALS = "~/.mlflow/credentials"
+
+
 def tracking_uri(out: str, tracking: str) -> str:
     """The MLflow address of a study: its embedded SQLite store, or the server it names."""
     return f"sqlite:///{out}/mlflow.db" if tracking == "sqlite" else tracking
@@ -42,7 +45,7 @@ def require_server(uri: str, patience_s: float = 10.0) -> None:
     """Ask a tracking server for its experiments, without loading MLflow, so that a wrong address costs seconds and not a study.
 
     Raises:
-        RequestError: nothing answers there, it does not know the host name it is asked by, or it is no MLflow server.
+        RequestError: nothing answers there, it does not know the host name or the login it is asked by, or it is no MLflow server.
     """
     import urllib.error
     import urllib.request
@@ -51,11 +54,14 @@ def require_server(uri: str, patience_s: float = 10.0) -> None:
         return
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        with urllib.request.urlopen(address, timeout=patience_s) as reply:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=_login()), timeout=patience_s) as reply:
             json.load(reply)
     except urllib.error.HTTPError as error:
-        if error.code == 401:  # a server with accounts; the client brings the user's
-            return
+        if error.code == 401:
+            if os.path.exists(os.path.expanduser(CREDENTIALS)) and not _login():  # which the client reads
+                return
+            hint = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the driver runs"
+            raise RequestError(f"the MLflow server at {uri} does not know this login (401)", where="tracking", hint=hint) from error
         if error.code == 403:
             hint = 'mlflow server --allowed-hosts "HOST:*", HOST as the address names it'
             raise RequestError(f"the MLflow server at {uri} refuses this address (403)", where="tracking", hint=hint) from error
@@ -65,6 +71,17 @@ def require_server(uri: str, patience_s: float = 10.0) -> None:
     except OSError as error:
         hint = "mlflow server, or tracking=sqlite with a local out"
         raise RequestError(f"no MLflow server answers at {uri} ({error})", where="tracking", hint=hint) from error
+
+
+def _login() -> dict[str, str]:
+    """The header by which MLflow's client would log in, from its variables."""
+    import base64
+
+    name, password = (os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+    if name and password:
+        return {"Authorization": f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"}
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def connect(uri: str) -> Any:
