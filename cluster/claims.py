@@ -1,6 +1,6 @@
 """Claims in the plan, in the diary and on the screen.
 
-register(study, events)                       a driver writes down every claim that is new, before anything runs
+register_claims(study, events)                a driver writes down every claim that is new, before anything runs
 Asked(study).setting(setting)                 whether the study has cells of a setting of its matrix
 show(outs)                                    `allograft claims OUT...`: the ledger of each study
 """
@@ -99,7 +99,7 @@ class Asked:
         return canonical_json(axes(*of)) in self.settings
 
 
-def register(study: Study, events: Events) -> None:
+def register_claims(study: Study, events: Events) -> None:
     """An event for every claim that is not in the diary, with the number of settings whose results stand on both sides already.
 
     A claim that says something else than before is another claim, whatever its name.

@@ -12,6 +12,7 @@ from analysis.exposure import Seen, exposed_to
 from base.config import digest
 from base.errors import RequestError
 from base.storage import join
+from cluster.claims import Asked
 from cluster.study import PretrainEntry, Study
 from finetune.cell import CELL_VERSION, CellConfig
 from finetune.task import Task, load_task
@@ -161,7 +162,7 @@ def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, 
     matrix = study.cells
     if matrix is None:
         return
-    compared = compared_corpora(study, corpora)
+    compared, wanted = compared_corpora(study, corpora), Asked(study)
     own = list(dict.fromkeys([found.architecture for group in weights.values() for found in group]))
     architectures = matrix.architectures or own
     if not architectures:
@@ -179,10 +180,13 @@ def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, 
             fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
             axes = itertools.product(group, matrix.strategies, fractions, resolutions, shuffles)
             for architecture, strategy in itertools.product(dict(group), matrix.strategies):
-                check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
+                if wanted.strategy(task.task, architecture, strategy):
+                    check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
             for (architecture, found), strategy, fraction, resolution, shuffled in axes:
                 seen = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
-                yield Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, tuple(seen))
+                one = Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, tuple(seen))
+                if wanted.setting(one):
+                    yield one
 
 
 def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:

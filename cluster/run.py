@@ -13,6 +13,7 @@ from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import is_url, revision
 from cluster import leakage, plan, stages
+from cluster.claims import register_claims
 from cluster.events import Events
 from cluster.lock import DriverLock
 from cluster.plan import Corpus
@@ -56,6 +57,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
         storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
         events = Events(study.out)
         events.add("start", revision=revision())
+        register_claims(study, events)
         projector = Projector(study.out, study.study, uri)
         try:
             summary = _stages(study, corpora, progress, events, projector, uri)

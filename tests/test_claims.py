@@ -19,7 +19,7 @@ from analysis.statistics import Bootstrap, Comparison, holm
 from base.config import load, parse
 from base.errors import RequestError
 from base.paths import ROOT, names
-from cluster.claims import Asked, axes_of_matrix, register, show
+from cluster.claims import Asked, axes_of_matrix, register_claims, show
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.study import Study
@@ -257,7 +257,7 @@ def test_a_claim_added_after_the_results_says_so_and_one_changed_is_withdrawn(tm
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=200)
     events = Events(str(out))
     study = Study.model_construct(out=str(out), claims=[claim()])
-    register(study, events)  # a driver that comes when results stand on both sides
+    register_claims(study, events)  # a driver that comes when results stand on both sides
     (found,) = with_claims(out, claim(), registered=False).ledger
     assert found.late
     assert "ADDED AFTER THE RESULTS" in found.sentence()
@@ -280,8 +280,8 @@ def test_the_diary_holds_each_claim_once_and_how_much_stood(tmp_path: Path) -> N
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=2, images=60)
     other = claim(name="other", comparison={"a": {"source": "byol"}, "b": {"source": "random"}})
     study, events = Study.model_construct(out=str(out), claims=[claim(), other]), Events(str(out))
-    register(study, events)
-    register(study, Events(str(out)))
+    register_claims(study, events)
+    register_claims(study, Events(str(out)))
     rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [(row["claim"], row["standing"]) for row in rows] == [("pretraining-helps", 1), ("other", 0)]
     assert all(row["time"] for row in rows)
