@@ -175,6 +175,18 @@ def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of
         raise typer.Exit(2)
 
 
+@app.command(epilog=_example("allograft doctor studies/demo.yaml out=s3://bucket/demo tracking=http://mlflow:5000"))
+def doctor(
+    study: Annotated[str | None, typer.Argument(help="a study file, or the name of one in studies/; what it needs is looked at")] = None,
+    settings: Settings = None,
+    address: Annotated[str | None, typer.Option(help="a dashboard: whether allograft submit would reach it")] = None,
+) -> None:
+    """What is wrong with the cluster, or this machine, and how to mend it. Exit code 1: a study would run, but worse; 2: it would not."""
+    from cluster.doctor import command
+
+    raise typer.Exit(command(study, settings or [], address))
+
+
 @app.command(epilog=_example("allograft pretrain simclr/small data.nih-cxr14.raw=/data/nih architecture=resnet18 out=runs/simclr"))
 def pretrain(
     recipe: Annotated[str | None, typer.Argument(help="a recipe (allograft list recipes)")] = None,
