@@ -126,6 +126,19 @@ def listing(url: str) -> list[str]:
     return sorted(name for name in found if not name.startswith(".tmp-"))
 
 
+def holding(url: str, name: str) -> list[str]:
+    """Names of the folders directly below a folder in which a file of that name stands, sorted. Of a store all is listed at once, since
+    asking for each would take its time."""
+    if not is_url(url):
+        return [folder for folder in listing(url) if os.path.exists(join(url, folder, name))]
+    fs, path = _fs(url)
+    found = _ask(lambda: fs.find(path), url)
+    parts = [file.rstrip("/").rsplit("/", 2) for file in found]
+    return sorted(
+        folder for above, folder, file in (part for part in parts if len(part) == 3) if file == name and above == path.rstrip("/")
+    )
+
+
 def read_bytes(url: str) -> bytes:
     """All bytes of a file; FileNotFoundError when there is none."""
     if not is_url(url):

@@ -8,7 +8,7 @@ every encoder shares, so the report lists it and nothing stops.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from cluster.events import Events
 from cluster.plan import Corpus
 from cluster.progress import Progress, minutes
 from cluster.study import Study
+from cluster.tasks import run_tasks
 from finetune.task import load_task
 from shards import corpus as packed
 
@@ -74,46 +75,82 @@ def _url(study: Study, corpora: Mapping[str, Corpus], dataset: str, split: str, 
 
 
 def compare(study: Study, corpora: Mapping[str, Corpus], progress: Progress, events: Events) -> dict[str, Corpus]:
-    """Make the comparisons that are missing, on Ray, a task for each shard of a corpus; returns the corpora as they will be trained on.
+    """Make the comparisons that are missing, one corpus after the other; returns the corpora as they will be trained on.
 
     Raises:
         RequestError: there is a finding and the study does not exclude what matches, or a dataset has a patient in two splits.
     """
+    refuse_shared_patients(corpora)
+    for corpus in by_corpus(study):
+        compare_one(study, corpora, corpus, progress, events)
+    summarise(study, corpora)
+    return trained_on(study, corpora)
+
+
+def by_corpus(study: Study) -> dict[tuple[str, str], list[str]]:
+    """The test sets that each dataset and split is held against."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for dataset, split, test in dict.fromkeys([*pairs(study), *own_pairs(study)]):
+        found.setdefault((dataset, split), []).append(test)
+    return found
+
+
+def compare_one(
+    study: Study,
+    corpora: Mapping[str, Corpus],
+    corpus: tuple[str, str],
+    progress: Progress,
+    events: Events,
+    room: Callable[[], float] | None = None,
+) -> None:
+    """Make the comparisons of a dataset and split that are missing, on Ray, a task for each shard.
+
+    Args:
+        room: how many tasks may run at a time, see cluster.tasks.
+
+    Raises:
+        RequestError: there is a finding, and the study does not exclude what matches.
+    """
     import ray
 
-    refuse_shared_patients(corpora)
-    began, every = time.monotonic(), list(dict.fromkeys([*pairs(study), *own_pairs(study)]))
-    wanted = [pair for pair, check in zip(every, _standing(study, corpora, every), strict=True) if check is None]
-    prepare_there, look_there = ray.remote(num_cpus=1)(prepare), ray.remote(num_cpus=1)(_by_pixels)
-    tests = {test: prepare_there.remote(corpora[test].url) for test in dict.fromkeys(test for _, _, test in wanted)}
-    for dataset, split in dict.fromkeys((dataset, split) for dataset, split, _ in wanted):
-        corpus = packed.Corpus(corpora[dataset].url, (split,))
-        against = [test for one, part, test in wanted if (one, part) == (dataset, split)]
-        waiting = [look_there.remote(corpus.url, split, at, *(tests[test] for test in against)) for at in range(len(corpus.shards))]
+    (dataset, split), began = corpus, time.monotonic()
+    asked = [(dataset, split, test) for test in by_corpus(study)[corpus]]
+    against = [test for (_, _, test), check in zip(asked, _standing(study, corpora, asked), strict=True) if check is None]
+    if against:
+        prepare_there, look_there = ray.remote(num_cpus=1)(prepare), ray.remote(num_cpus=1)(_by_pixels)
+        tests = [prepare_there.remote(corpora[test].url) for test in against]
+        images = packed.Corpus(corpora[dataset].url, (split,))
         parts: dict[int, Any] = {}
-        order = {reference: at for at, reference in enumerate(waiting)}
-        while waiting:
-            progress.line(f"leakage {dataset} {split}: {len(parts)}/{len(order)} shards compared with {', '.join(against)}")
-            for reference in ray.wait(waiting, num_returns=1)[0]:
-                waiting.remove(reference)
-                try:
-                    parts[order[reference]] = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
+        for ended in run_tasks(lambda at: look_there.remote(images.url, split, at, *tests), len(images.shards), room):
+            parts |= ended
+            shards = f"{len(parts)}/{len(images.shards)} shards"
+            progress.line(f"leakage {dataset} {split}: {shards} compared with {', '.join(against)}", of=f"leakage {dataset} {split}")
         for number, test in enumerate(against):
             other = packed.Corpus(corpora[test].url, ("test",))
-            check = conclude(corpus, other, by_index(corpus, other), [parts[at][number] for at in range(len(order))])
+            check = conclude(images, other, by_index(images, other), [parts[at][number] for at in range(len(parts))])
             storage.put(_url(study, corpora, dataset, split, test), canonical_json(check))
             events.add("compared", corpus=dataset, split=split, test=test, leaked=len(check.leaked))
-    made, own = ([check for check in _standing(study, corpora, asked) if check] for asked in (pairs(study), own_pairs(study)))
-    summarise(study, corpora)
-    if made:
-        leaked = sum(len(check.leaked) for check in made)
-        progress.say(f"leakage: {len(made)} corpora and test sets compared, {leaked} images match, {minutes(time.monotonic() - began)}")
-    for check in own:
-        if check.leaked:
-            progress.say(f"leakage: {len(check.leaked)} training images of {check.test.dataset} match its own test images (see the report)")
-    return _concluded(study, corpora, made)
+    took = minutes(time.monotonic() - began)
+    checks = [check for check in _standing(study, corpora, [pair for pair in asked if pair in pairs(study)]) if check]
+    if against and checks:
+        leaked = sum(len(check.leaked) for check in checks)
+        progress.say(f"leakage {dataset} {split}: compared with {len(checks)} test sets, {leaked} images match, {took}")
+    for own in _standing(study, corpora, [pair for pair in asked if pair in own_pairs(study)]):
+        if own and own.leaked:
+            progress.say(f"leakage: {len(own.leaked)} training images of {own.test.dataset} match its own test images (see the report)")
+    _concluded(study, corpora, checks)
+
+
+def trained_on(study: Study, corpora: Mapping[str, Corpus], names: Collection[str] | None = None) -> dict[str, Corpus]:
+    """The corpora, or those of these names, without the images that the comparisons which stand found.
+
+    Raises:
+        RequestError: there is a finding, and the study does not exclude what matches.
+    """
+    found = {name: corpora[name] for name in (corpora if names is None else names)}
+    asked = [pair for pair in pairs(study) if pair[0] in found and pair[2] in corpora]
+    checks = [check for check in _standing(study, corpora, asked) if check]
+    return {name: corpus for name, corpus in _concluded(study, corpora, checks).items() if name in found}
 
 
 def _by_pixels(url: str, split: str, shard: int, *tests: Any) -> Any:
@@ -148,7 +185,8 @@ def _concluded(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Che
 
 def summarise(study: Study, corpora: Mapping[str, Corpus]) -> None:
     """OUT/leakage.json: what was compared and found, and what the study does with it. Nothing is written where nothing is compared."""
-    checks, own = (_rows(study, corpora, asked) for asked in (pairs(study), own_pairs(study)))
+    there = [[pair for pair in asked if pair[0] in corpora and pair[2] in corpora] for asked in (pairs(study), own_pairs(study))]
+    checks, own = (_rows(study, corpora, asked) for asked in there)
     if checks or own:
         storage.put(storage.join(study.out, SUMMARY), json.dumps({"setting": study.leakage, "checks": checks, "own": own}, indent=1))
 

@@ -13,12 +13,12 @@ from base.config import parse
 from base.errors import RequestError
 from base.paths import absolute, is_url
 from cluster.progress import Progress, minutes
+from cluster.tasks import TICK_S, run_tasks
 from shards.card import Card, load_card
 from shards.manifest import MANIFEST, Manifest, ShardEntry
 from shards.pack import QUARANTINE, ShardJob, commit, kept, plan, refuse_another_secret, write
 
 OURS = {MANIFEST, QUARANTINE}
-TICK_S = 1.0
 
 
 @dataclass
@@ -98,6 +98,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     progress.say("starting Ray")
     with session():
         manifest, packing = pack_on_ray(card, raw, url, lambda so_far: progress.line(so_far.line()), split_files)
+    progress.gone("")
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
     progress.say(f"{manifest.dataset}: {counts}; digest {manifest.digest[:16]}")
     progress.say(f"split by {manifest.split_rule}")
@@ -126,7 +127,12 @@ def check_place(card: Card, out: str) -> None:
 
 
 def pack_on_ray(
-    card: Card, raw: str, out: str, progress: Callable[[Packing], None], split_files: str | None = None
+    card: Card,
+    raw: str,
+    out: str,
+    progress: Callable[[Packing], None],
+    split_files: str | None = None,
+    room: Callable[[], float] | None = None,
 ) -> tuple[Manifest, Packing]:
     """Plan here, write everywhere, commit here. Shards that stand already are kept.
 
@@ -134,6 +140,7 @@ def pack_on_ray(
         out: folder of the dataset's shards (path or URL).
         progress: called every second and after each shard.
         split_files: folder or CSV that replaces the card's rule of splitting.
+        room: how many shards may be written at a time; by default all.
 
     Raises:
         RequestError: bad raw data, found while planning, or shards of another secret lie there.
@@ -145,21 +152,14 @@ def pack_on_ray(
     jobs = plan(card, raw, split_files=split_files)
     write_there = ray.remote(num_cpus=1, max_retries=2)(_keep_or_write)
     counter = ray.remote(num_cpus=0)(_Counter).remote()
-    waiting = [write_there.remote(job, out, counter) for job in jobs]
     asked = counter.counts.remote()
-    order = {reference: i for i, reference in enumerate(waiting)}
     entries: dict[int, ShardEntry] = {}
     counts: dict[str, int] = {}
     so_far = Packing(len(jobs), sum(len(job.records) for job in jobs))
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=TICK_S)
-        for reference in done:
-            i = order[reference]
-            try:
-                entries[i], stood = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            so_far.add(jobs[i], entries[i], stood)
+    for ended in run_tasks(lambda i: write_there.remote(jobs[i], out, counter), len(jobs), room):
+        for i, (entry, stood) in ended.items():
+            entries[i] = entry
+            so_far.add(jobs[i], entry, stood)
         if ray.wait([asked], timeout=0)[0]:
             with suppress(ray.exceptions.RayActorError):  # without it only whole shards are counted
                 counts, asked = ray.get(asked), counter.counts.remote()

@@ -4,8 +4,9 @@ A key needs what lies before it (manifest digests, the encoder's hash), so the p
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from analysis.exposure import Seen, exposed_to
@@ -32,6 +33,11 @@ class Corpus:
     manifest: Manifest
     without: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of its manifest, which every cell's key holds."""
+        return self.manifest.digest
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -44,6 +50,11 @@ class Weights:
     labelled: tuple[str, ...] = ()
     data: tuple[dict[str, Any], ...] = ()  # what they have seen, as in allograft.json
     cut: str | None = None  # where the encoder is truncated itself
+
+    @property
+    def stand(self) -> bool:
+        """False for those that a pretraining has yet to make, or a download to bring: then architecture may be empty, too."""
+        return bool(self.sha256)
 
 
 def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Corpus], start: Weights | None) -> PretrainConfig:
@@ -101,7 +112,7 @@ def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], shar
             dataset=name,
             shards=corpus.url,
             split=split,
-            digest=corpus.manifest.digest,
+            digest=corpus.digest,
             weight=1.0 if share is None else share * size / sum(sizes),
             without=list(corpus.without.get(split, ())),
         )
@@ -115,13 +126,16 @@ def _can_be_probed(corpus: Corpus, in_chans: int) -> bool:
 
 def compared_corpora(study: Study, corpora: Mapping[str, Corpus]) -> set[Seen]:
     """What the pretraining runs of this study read: held against every task's test images before they started."""
-    read = {(name, split) for entry in study.pretrain for name, split in entry.data.items()}
-    return {(name, split, corpora[name].manifest.digest, without_name(corpora[name].without.get(split, ()))) for name, split in read}
+    read = {(name, split) for entry in study.pretrain for name, split in entry.data.items() if name in corpora}
+    return {(name, split, corpora[name].digest, without_name(corpora[name].without.get(split, ()))) for name, split in read}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What cells share that differ in their seed alone; searches choose for all of them at once. `strategy` is as the study has it."""
+    """What cells share that differ in their seed alone; searches choose for all of them at once. `strategy` is as the study has it.
+
+    corpus: None while the dataset is not packed.
+    """
 
     study: Study
     source: str
@@ -129,11 +143,22 @@ class Setting:
     weights: Weights | None
     strategy: dict[str, Any]
     task: Task
-    corpus: Corpus
+    corpus: Corpus | None
     fraction: float
     resolution: int
     shuffled: bool
     exposed: tuple[str, ...]
+
+    @property
+    def stands(self) -> bool:
+        """Whether its cells can be computed: data and weights are there."""
+        return self.corpus is not None and bool(self.architecture) and (self.weights is None or self.weights.stand)
+
+    @property
+    def packed(self) -> Corpus:
+        """The dataset, of a setting that stands."""
+        assert self.corpus is not None
+        return self.corpus
 
     @property
     def seeds(self) -> list[int]:
@@ -146,12 +171,28 @@ class Setting:
         return f"{self.task.task} {self.source} {self.strategy['name']}" + (" shuffled labels" if self.shuffled else "")
 
 
-def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[Setting]:
+def architectures(study: Study, weights: Mapping[str, Sequence[Weights]]) -> list[str]:
+    """Of random weights: those that the study names, else those of its other sources; an empty one while these are not known.
+
+    Raises:
+        RequestError: there are none.
+    """
+    assert study.cells is not None
+    found = study.cells.architectures or list(dict.fromkeys(one.architecture for group in weights.values() for one in group))
+    if not found:
+        raise RequestError("no architecture for random weights", where="cells.architectures", hint="cells.architectures=[resnet18]")
+    return [name for name in found if name] or found
+
+
+def settings(
+    study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]], only: tuple[str, str] | None = None
+) -> Iterator[Setting]:
     """Every setting of the matrix, in a fixed order.
 
     Args:
-        corpora: by dataset.
+        corpora: by dataset; one that is left out is not packed yet.
         weights: by source name; a source with several pretraining seeds has several. `random` sources have none.
+        only: of this task and this source, as the study spells them.
 
     Raises:
         RequestError: a strategy that cannot be had of a source's architecture.
@@ -162,34 +203,38 @@ def settings(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, 
     matrix = study.cells
     if matrix is None:
         return
-    compared, wanted = compared_corpora(study, corpora), Asked(study)
-    own = list(dict.fromkeys([found.architecture for group in weights.values() for found in group]))
-    architectures = matrix.architectures or own
-    if not architectures:
-        raise RequestError("no architecture for random weights", where="cells.architectures", hint="cells.architectures=[resnet18]")
+    compared, drawn, wanted = compared_corpora(study, corpora), architectures(study, weights), Asked(study)
     for task_name in matrix.tasks:
+        if only and only[0] != task_name:
+            continue
         task = load_task(task_name, matrix.task_settings.get(task_name, {}))
-        corpus = corpora[task.dataset]
+        corpus = corpora.get(task.dataset)
+        fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
         for source in matrix.sources:
+            if only and only[1] != source.name:
+                continue
             group: list[tuple[str, Weights | None]]
             if source.source == "random":
-                group = [(architecture, None) for architecture in architectures]
+                group = [(architecture, None) for architecture in drawn]
             else:
                 group = [(found.architecture, found) for found in weights[source.name]]
             shuffles = [False, True] if source.name in matrix.shuffled_labels else [False]
-            fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
             axes = itertools.product(group, matrix.strategies, fractions, resolutions, shuffles)
-            for architecture, strategy in itertools.product(dict(group), matrix.strategies):
+            for architecture, strategy in itertools.product(filter(None, dict(group)), matrix.strategies):
                 if wanted.strategy(task.task, architecture, strategy):
                     check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
+            exposed = {
+                id(found): tuple(exposed_to(found.data, task.dataset, corpus.digest, compared)) if found and corpus else ()
+                for _, found in group
+            }
             for (architecture, found), strategy, fraction, resolution, shuffled in axes:
-                seen = exposed_to(found.data, task.dataset, corpus.manifest.digest, compared) if found else []
-                one = Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, tuple(seen))
+                seen = exposed[id(found)]
+                one = Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, seen)
                 if wanted.setting(one):
                     yield one
 
 
-def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, list[Weights]]) -> Iterator[CellConfig]:
+def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
     """Every cell of a study in which nothing is searched, in a fixed order; see cluster.searches for those in which something is."""
     for setting in settings(study, corpora, weights):
         for seed in setting.seeds:
@@ -216,7 +261,7 @@ def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Tas
         # Named only where one is asked for, so that other cells keep their keys.
         "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
         "encoder_sha256": found.sha256 if found else None,
-        "manifests": [setting.corpus.manifest.digest],
+        "manifests": [setting.packed.digest],
         "dtype": setting.study.resources.dtype,
         "threads": setting.study.resources.threads,
         "version": [CELL_VERSION, VIEWS_VERSION],
@@ -253,8 +298,8 @@ def cell(
         encoder_sha256=found.sha256 if found else None,
         strategy=strategy,
         task=task,
-        shards=setting.corpus.url,
-        manifest_digest=setting.corpus.manifest.digest,
+        shards=setting.packed.url,
+        manifest_digest=setting.packed.digest,
         fraction=setting.fraction,
         resolution=setting.resolution,
         seed=seed,

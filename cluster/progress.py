@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: stage headings, one live line, and plain lines where there is no terminal."""
+"""What a person sees while a study runs: lines that stay, one live line of all that goes on, and plain lines where there is no terminal."""
 
 import sys
 import threading
@@ -11,37 +11,60 @@ from base.errors import WorkError
 
 QUIET_S = 15.0
 POLL_S = 2.0
+BESIDE = " || "  # between the lines of two pieces of work
 NEWEST_LINES = 16  # read at each look: a long run has thousands
 
 
 class Progress:
-    """Prints a line that changes: in place on a terminal, every `QUIET_S` seconds elsewhere."""
+    """Prints lines that change: on a terminal in place, beside each other where several pieces of work go on at once; elsewhere each of
+    them every `QUIET_S` seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
         self.console = Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal
-        self._last = 0.0
+        self._lock = threading.RLock()
+        self._lines: dict[str, str] = {}  # the newest of each piece of work that goes on
+        self._shown: dict[str, float] = {}  # when one was last printed, or first there
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line that stays, with the minutes and seconds since the start."""
-        self._clear()
-        self._print(text)
-        self._last = time.monotonic()
-
-    def line(self, text: str, *, last: bool = False) -> None:
-        """A line that the next one replaces."""
-        if self._live:
+        with self._lock:
             self._clear()
-            sys.stdout.write(f"{self._clock()} {text}"[: self.console.width - 1])
-            sys.stdout.flush()
-        elif last or time.monotonic() - self._last >= QUIET_S:
             self._print(text)
-            self._last = time.monotonic()
-        if last and self._live:
-            sys.stdout.write("\n")
+            self._draw()
+
+    def line(self, text: str, *, of: str = "") -> None:
+        """A line that the next one of the same piece of work replaces."""
+        with self._lock:
+            self._lines[of] = text
+            now = time.monotonic()
+            if self._live:
+                self._draw()
+            elif now - self._shown.setdefault(of, now) >= QUIET_S:
+                self._print(text)
+                self._shown[of] = now
+
+    def gone(self, of: str) -> None:
+        """This piece of work has ended: its line goes."""
+        with self._lock:
+            self._lines.pop(of, None)
+            self._shown.pop(of, None)
+            self._clear()
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self._live or not self._lines:
+            return
+        width = self.console.width - 1 - len(self._clock()) - 1
+        share = max(10, width // len(self._lines) - len(BESIDE))
+        whole = BESIDE.join(self._lines.values())
+        text = whole if len(whole) <= width else BESIDE.join(line[:share] for line in self._lines.values())
+        self._clear()
+        sys.stdout.write(f"{self._clock()} {text}"[: self.console.width - 1])
+        sys.stdout.flush()
 
     def _print(self, text: str) -> None:
         from rich.markup import escape
@@ -66,7 +89,7 @@ class Progress:
             while not stop.wait(POLL_S):
                 row = _newest(url)
                 if row is not None and row != shown:
-                    self.line(f"{label} {_describe(row)}")
+                    self.line(f"{label} {_describe(row)}", of=label)
                     shown = row
 
         thread = threading.Thread(target=watch, name="progress", daemon=True)

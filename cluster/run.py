@@ -1,18 +1,19 @@
 """The main job: raw images to shards, shards to encoders, encoders to cells, cells to a registered champion and a report.
 
-Every stage looks first at what stands in OUT, so running a study again computes only what is missing.
+What waits for what is in cluster.nodes. Every piece of work looks first at what stands in OUT, so running a study again computes only what
+is missing.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from base import storage
 from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import is_url, revision
 from cluster import leakage, plan, stages
+from cluster.changes import changes, held
 from cluster.claims import register_claims
 from cluster.events import Events
 from cluster.lock import DriverLock
@@ -20,7 +21,7 @@ from cluster.plan import Corpus
 from cluster.progress import Progress
 from cluster.projector import Projector
 from cluster.searches import Searches
-from cluster.standing import done, standing_corpora, standing_weights
+from cluster.standing import foreseen, standing_corpora, standing_weights
 from cluster.study import Study
 from cluster.tracking import Projection, require_server, tracking_uri
 
@@ -46,7 +47,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
 
     Raises:
         RequestError: `out` belongs to another study or another driver, bad raw data, no cluster, no MLflow server.
-        WorkError: a pretraining failed, or storage did.
+        WorkError: storage failed. A pretraining or a cell that failed is in the summary.
     """
     progress = progress or Progress()
     uri = tracking_uri(study.out, study.tracking)
@@ -54,13 +55,14 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     claim(study)
     corpora = standing_corpora(study)  # looks at the raw files too: what is wrong with them is found before anything is written
     with DriverLock(study.out):
+        before = held(study.out)
         storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
         events = Events(study.out)
         events.add("start", revision=revision())
         register_claims(study, events)
         projector = Projector(study.out, study.study, uri)
         try:
-            summary = _stages(study, corpora, progress, events, projector, uri)
+            summary = _stages(study, before, corpora, progress, events, projector, uri)
         except BaseException as error:
             events.add("stop", error=f"{type(error).__name__}: {error}")
             raise
@@ -68,55 +70,68 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     return summary
 
 
-def _stages(study: Study, corpora: dict[str, Corpus], progress: Progress, events: Events, projector: Projector, uri: str) -> Summary:
+def _stages(
+    study: Study,
+    before: Study | None,
+    corpora: dict[str, Corpus],
+    progress: Progress,
+    events: Events,
+    projector: Projector,
+    uri: str,
+) -> Summary:
     from cluster.fit import fits
+    from cluster.nodes import Making
     from cluster.session import session
 
-    restarts = deaths = kept = new = 0
-    failed: dict[str, str] = {}
     # A finished study needs no cluster: looking at storage is enough.
     complete = set(corpora) == set(study.data)
     checked = leakage.standing(study, corpora) if complete else None
-    weights, missing = standing_weights(study, checked, uri) if checked is not None else ({}, ["everything"])
-    searches = Searches(plan.settings(study, checked, weights)) if checked is not None and not missing else Searches([])
-    if missing or searches.open or any(not done(config.out) for config in searches.cells):
-        if complete:  # what is packed in this run is checked when it is
-            fits(study, corpora)
-        progress.say("starting Ray")
-        with session():
-            corpora = leakage.compare(study, stages.pack(study, progress, events), progress, events)
-            weights, restarts = stages.pretrain(study, corpora, uri, progress, events)
-            searches = Searches(plan.settings(study, corpora, weights))
-            stages.write_plan(study.out, searches)
-            kept, new, failed, deaths = stages.cells(study, searches, progress, events)
-            stages.write_plan(study.out, searches)
-    else:
+    weights, missing = standing_weights(study, checked) if checked is not None else (foreseen(study, {}, {}), ["everything"])
+    searches = Searches(plan.settings(study, checked or {}, weights))
+    for line in changes(study, before, checked, searches):
+        progress.say(line)
+    if not (missing or searches.foreseen or searches.open or searches.ready()):
         leakage.summarise(study, corpora)
         stages.write_plan(study.out, searches)
-        kept = len(searches.cells)
-        progress.say(f"all {kept} cells stand already")
-    return _finish(study, projector, progress, kept=kept, new=new, failed=failed, restarts=restarts, deaths=deaths)
+        progress.say(f"all {searches.kept} cells stand already")
+        if study.analyses:
+            from cluster.analyses import run_analyses
+
+            run_analyses(study, progress, events)
+        return _finish(study, projector, progress, kept=searches.kept)
+    if complete:  # what is packed in this run is checked when it is
+        fits(study, corpora)
+    stages.refuse_other_secrets(study)
+    progress.say("starting Ray")
+    with session():
+        making = Making(study, uri, progress, events)
+        try:
+            making.run()
+        finally:
+            stages.write_plan(study.out, making.searches)
+    made, failed = making.fanned, making.failed()
+    counts = {"kept": making.searches.kept, "new": made.new, "restarts": making.restarts, "deaths": made.deaths}
+    return _finish(study, projector, progress, failed=failed, **counts)
 
 
-def _finish(study: Study, projector: Projector, progress: Progress, **counts: Any) -> Summary:
+def _finish(study: Study, projector: Projector, progress: Progress, failed: dict[str, str] | None = None, **counts: int) -> Summary:
     from analysis.evidence import gather
     from analysis.report import floors, report, under_floor
 
-    ok = not counts["failed"]
     projection, versions, champion, trouble = _registered(study, projector)
     evidence = gather(study.out)
     path, words = report(study.out, evidence), evidence.answer()
     progress.say("report written")
     if projection is not None:
-        trouble = _tried(lambda: projection.close(ok, words), study.out, projection.uri) or trouble
+        trouble = _tried(lambda: projection.close(not failed, words), study.out, projection.uri) or trouble
     if trouble is not None:
         raise trouble
     return Summary(
         cells_kept=counts["kept"],
-        cells_new=counts["new"],
-        failed=counts["failed"],
-        restarts=counts["restarts"],
-        deaths=counts["deaths"],
+        cells_new=counts.get("new", 0),
+        failed=failed or {},
+        restarts=counts.get("restarts", 0),
+        deaths=counts.get("deaths", 0),
         versions=versions,
         champion=champion,
         report=path,
@@ -194,7 +209,7 @@ def sync(out: str, tracking: str | None = None) -> int:
 
 
 def require_done(summary: Summary) -> None:
-    """Raise when cells are missing, each listed."""
+    """Raise when something is missing, each piece of work listed."""
     if summary.failed:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in summary.failed.items())
-        raise WorkError(f"{len(summary.failed)} cell(s) failed:\n{lines}", hint="the same command again tries them again")
+        raise WorkError(f"{len(summary.failed)} piece(s) of work failed:\n{lines}", hint="the same command again tries them again")

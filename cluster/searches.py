@@ -11,7 +11,7 @@ the cells behind it are listed as failed.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from base.config import canonical_json, digest, parse
 from base.errors import Diverged, WorkError
 from cluster import plan
 from cluster.plan import KEY_DIGITS, Setting
-from cluster.standing import done
+from cluster.standing import done, finished
 from finetune.cell import CellConfig
 from finetune.search import (
     Answer,
@@ -38,6 +38,7 @@ from finetune.search import (
 from finetune.task import Task
 
 FILE = "search.json"
+MANY = 200  # cells that are looked for by one listing instead of one by one
 
 
 @dataclass(eq=False)
@@ -102,16 +103,20 @@ class Searches:
         self.waiting: dict[str, list[Chosen]] = {}  # who waits for a trial
         self.broken: dict[str, str] = {}  # trials that failed, and why
         self.kept = 0  # cells that stood when they became known
-        self.chosen = [self._begun(setting) for setting in settings]
-        for one in self.chosen:
-            self._advance(one)
+        self.blocks: dict[tuple[str, str], list[Chosen]] = {}  # by task and source, in the order of the study
+        self._put(settings)
 
     # -- what is known
 
     @property
+    def chosen(self) -> list[Chosen]:
+        """Every setting."""
+        return [one for block in self.blocks.values() for one in block]
+
+    @property
     def cells(self) -> list[CellConfig]:
         """Cells whose searches have answered, or who have none, each once."""
-        return list({config.key: config for one in self.chosen if not one.steps for config in one.cells()}.values())
+        return _cells_of(self.chosen)
 
     @property
     def searching(self) -> bool:
@@ -120,14 +125,20 @@ class Searches:
 
     @property
     def open(self) -> list[Chosen]:
-        """Settings whose searches have not answered."""
-        return [one for one in self.chosen if one.steps]
+        """Settings whose data and weights stand and whose searches have not answered."""
+        return [one for one in self.chosen if one.steps and one.setting.stands]
+
+    @property
+    def foreseen(self) -> list[Chosen]:
+        """Settings whose data or weights do not stand: their cells have no keys yet."""
+        return [one for one in self.chosen if not one.setting.stands]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of plan.json: every cell; one whose search has not answered has no key yet."""
+        """Rows of plan.json: every cell; one whose search has not answered, or whose encoder is not made, has no key yet."""
         for one in self.chosen:
             recipe = trained_by(one.strategy["name"])
-            for seed, config in zip(one.setting.seeds, [None] * len(one.setting.seeds) if one.steps else one.cells(), strict=True):
+            known = not one.steps and one.setting.stands
+            for seed, config in zip(one.setting.seeds, one.cells() if known else [None] * len(one.setting.seeds), strict=True):
                 yield {
                     "key": config.key if config else "",
                     "architecture": one.setting.architecture,
@@ -140,6 +151,7 @@ class Searches:
                     "own_source": config.own_source if config else False,
                     "exposed_to": list(one.setting.exposed),
                     "strategy": one.strategy["name"],
+                    "options": {name: value for name, value in one.strategy.items() if name != "name"},
                     "task": one.task.task,
                     "asked": {name: value for name, value in (one.searched or {}).items() if name != "name"},
                     "lr": getattr(one.task, recipe).lr if recipe else None,
@@ -151,8 +163,28 @@ class Searches:
 
     def ready(self) -> list[CellConfig]:
         """What can run now and has no result: trials, then cells."""
-        trials = {key: self._trial(one, trial) for one in self.open for key, trial in one.trials.items()}
-        return [*trials.values(), *self._missing_of(self.cells)]
+        return self._ready(self.chosen)
+
+    def fill(self, settings: Iterable[Setting]) -> list[CellConfig]:
+        """Settings whose data and weights have come to stand, in the place of those that were foreseen; what became ready by it."""
+        asked_for = set(self.waiting)
+        return [config for config in self._ready(self._put(settings)) if config.key not in asked_for]
+
+    def _put(self, settings: Iterable[Setting]) -> list[Chosen]:
+        found: dict[tuple[str, str], list[Chosen]] = {}
+        for setting in settings:
+            found.setdefault((setting.task.task, setting.source), []).append(self._begun(setting))
+        self.blocks |= found
+        put = [one for block in found.values() for one in block]
+        for one in put:
+            if one.setting.stands:
+                self._advance(one)
+        return put
+
+    def _ready(self, chosen: Sequence[Chosen]) -> list[CellConfig]:
+        asking = [one for one in chosen if one.steps and one.setting.stands]
+        trials = {key: self._trial(one, trial) for one in asking for key, trial in one.trials.items()}
+        return [*trials.values(), *self._missing_of(_cells_of(chosen))]
 
     def told(self, config: CellConfig, problem: Exception | None) -> list[CellConfig]:
         """A cell or trial has ended; what became ready by it."""
@@ -177,7 +209,8 @@ class Searches:
     def _missing_of(self, cells: Iterable[CellConfig]) -> list[CellConfig]:
         """Those without a result; the others are counted."""
         held = list(cells)
-        missing = [config for config in held if not done(config.out)]
+        stand = finished(held[0].out.rpartition("/")[0]) if len(held) > MANY else None
+        missing = [config for config in held if (config.key not in stand if stand is not None else not done(config.out))]
         self.kept += len(held) - len(missing)
         return missing
 
@@ -265,6 +298,11 @@ class Searches:
             "shuffle_labels": one.setting.shuffled,
         }
         return answer(search, one.results, one.task.metric).model_copy(update={"about": about})
+
+
+def _cells_of(chosen: Iterable[Chosen]) -> list[CellConfig]:
+    known = [one for one in chosen if not one.steps and one.setting.stands]
+    return list({config.key: config for one in known for config in one.cells()}.values())
 
 
 def outcome(config: CellConfig) -> Outcome:

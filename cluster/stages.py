@@ -1,141 +1,193 @@
-"""The stages of a study on Ray: pack, pretrain, cells. Each skips what stands, says what it does, and leaves an event."""
+"""The pieces of work of a study: pack a dataset, pretrain a run, compute cells. Each skips what stands, says what it does, leaves an event.
+
+They are put together in cluster.nodes. All run on Ray, and several at a time, each in a thread of the driver.
+"""
 
 import json
+import queue
 import time
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from base import storage
-from cluster import plan, quarantine
+from cluster import quarantine
 from cluster.events import Events
-from cluster.plan import Corpus, Weights
+from cluster.plan import Corpus, Setting, Weights
 from cluster.progress import Progress, minutes
 from cluster.searches import Searches
-from cluster.standing import by_source, done, shards_url, start_of
-from cluster.study import Study
+from cluster.standing import done, shards_url
+from cluster.study import PretrainEntry, Resources, Study
 from finetune.cell import CellConfig
+from pretrain.run import PretrainConfig
 
 if TYPE_CHECKING:
+    from cluster.fanout import Tally
     from cluster.pack import Packing
 
+Room = Callable[[], float]  # processors that a stage may use at a time
+Check = Callable[[], None]  # raises where the study has ended meanwhile
 
-def pack(study: Study, progress: Progress, events: Events) -> dict[str, Corpus]:
-    """Every dataset of the study packed, or kept where its shards are those of the raw files.
 
-    Raises:
-        RequestError: the raw files are not as the card says, or shards of another secret stand; then none has been packed.
-        WorkError: no usable image in a split, or storage failed.
-    """
-    from cluster.pack import pack_on_ray
-    from shards import manifest
+def refuse_other_secrets(study: Study) -> None:
+    """Raises RequestError where shards of another secret stand for any dataset: before one of them is packed."""
     from shards.card import load_card
     from shards.pack import refuse_another_secret
 
     for name, entry in study.data.items():
         if entry.raw is not None:
             refuse_another_secret(load_card(name), shards_url(study, name))
-    corpora: dict[str, Corpus] = {}
-    for name, entry in study.data.items():
-        if entry.raw is None:
-            assert entry.shards is not None
-            corpora[name] = Corpus(entry.shards, manifest.read(entry.shards))
-            continue
-        url = shards_url(study, name)
-        made, packing = pack_on_ray(load_card(name), entry.raw, url, partial(_show_packing, progress, name), entry.split_files)
-        corpora[name] = Corpus(url, made)
+
+
+def pack(study: Study, name: str, progress: Progress, events: Events, room: Room, check: Check) -> Corpus:
+    """A dataset packed, or kept where its shards are those of the raw files.
+
+    Raises:
+        RequestError: the raw files are not as the card says, shards of another secret stand, or a patient has images in two splits.
+        WorkError: no usable image in a split, or storage failed.
+    """
+    from cluster.leakage import refuse_shared_patients
+    from cluster.pack import pack_on_ray
+    from shards import manifest
+    from shards.card import load_card
+
+    entry, url = study.data[name], shards_url(study, name)
+    if entry.raw is None:
+        corpus = Corpus(url, manifest.read(url))
+    else:
+
+        def show(so_far: "Packing") -> None:
+            check()
+            progress.line(f"pack {name}: {so_far.line()}", of=f"pack {name}")
+
+        made, packing = pack_on_ray(load_card(name), entry.raw, url, show, entry.split_files, room)
+        corpus = Corpus(url, made)
         counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
         quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""
         progress.say(f"pack {name}: {counts}{quarantined}; {packing.summary()}")
         events.add("packed", dataset=name, digest=made.digest, quarantined=made.quarantined)
-    return corpora
+    refuse_shared_patients({name: corpus})
+    return corpus
 
 
-def write_plan(out: str, searches: Searches) -> None:
-    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
-    storage.put(storage.join(out, "plan.json"), json.dumps(list(searches.rows()), indent=1))
+def pretrain_label(entry: PretrainEntry, seed: int) -> str:
+    """What a run is called on the screen, and as a node."""
+    return f"pretrain {entry.name}" + (f" seed {seed}" if len(entry.seeds) > 1 else "")
 
 
-def _show_packing(progress: Progress, name: str, so_far: "Packing") -> None:
-    progress.line(f"pack {name}: {so_far.line()}")
+def pretrain_resources(resources: Resources) -> dict[str, float]:
+    """What one pretraining holds of the cluster: an elastic one begins with its fewest workers."""
+    held = {"CPU": resources.threads, "GPU": resources.gpus_per_pretrain_worker}
+    return {what: float(size * resources.pretrain_range[0]) for what, size in held.items() if size}
 
 
-def pretrain(
-    study: Study, corpora: dict[str, Corpus], uri: str, progress: Progress, events: Events
-) -> tuple[dict[str, list[Weights]], int]:
-    """Every pretraining in its order, a chain after what it starts from.
-
-    Returns:
-        Weights by source of the cells, and how often workers were restarted.
+def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progress, events: Events) -> tuple[Weights, int]:
+    """A run to its end, or as far as it stands; returns its encoder, and how often its workers were restarted.
 
     Raises:
-        RequestError: a run does not fit its data; none has started.
-        WorkError: a run failed for good; those before it stand.
+        WorkError: it failed for good.
     """
-    from cluster.fit import fits
     from cluster.pretraining import pretrain_on_ray
     from cluster.sources import read_weights
 
-    fits(study, corpora)
-    made: dict[str, list[Weights]] = {}
     restarts = 0
-    for entry in study.pretrain:
-        for seed in entry.seeds:
-            start = start_of(entry.start_from, seed, made, study, uri)
-            config = plan.pretrain_config(study, entry, seed, corpora, start)
-            label = f"pretrain {entry.name}" + (f" seed {seed}" if len(entry.seeds) > 1 else "")
-            if done(config.out):
-                progress.say(f"{label}: stands already")
-            else:
-                began = time.monotonic()
-                if before := storage.listing(storage.join(config.out, "checkpoints")):
-                    progress.say(f"{label}: goes on from step {int(before[-1].removeprefix('step-'))}")
-                try:
-                    with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
-                        result = pretrain_on_ray(config, study.resources)
-                finally:  # a run that fails for too many damaged samples says most here
-                    unread = [row for row in quarantine.merge(study.out) if config.out.endswith(f"/{row['pretraining']}")]
-                    if unread:
-                        progress.say(f"{label}: {len(unread)} samples could not be read (see {study.out}/{quarantine.FILE})")
-                restarts += result["restarts"]
-                died = f", finished after {result['restarts']} restart(s) of its workers" if result["restarts"] else ""
-                took = minutes(time.monotonic() - began)
-                progress.say(f"{label}: {result['steps']} steps, {result['img_per_s']:.0f} img/s, {result['health']}, {took}{died}")
-                events.add("pretrained", name=entry.name, seed=seed, key=config.key, restarts=result["restarts"])
-            made.setdefault(entry.name, []).append(read_weights(storage.join(config.out, "export"), seed))
-    return by_source(study, made, uri, []), restarts
+    if done(config.out):
+        progress.say(f"{label}: stands already")
+    else:
+        began = time.monotonic()
+        if before := storage.listing(storage.join(config.out, "checkpoints")):
+            progress.say(f"{label}: goes on from step {int(before[-1].removeprefix('step-'))}")
+        try:
+            with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
+                result = pretrain_on_ray(config, study.resources)
+        finally:  # a run that fails for too many damaged samples says most here
+            unread = [row for row in quarantine.merge(study.out) if config.out.endswith(f"/{row['pretraining']}")]
+            if unread:
+                progress.say(f"{label}: {len(unread)} samples could not be read (see {study.out}/{quarantine.FILE})")
+        restarts = result["restarts"]
+        died = f", finished after {restarts} restart(s) of its workers" if restarts else ""
+        took = minutes(time.monotonic() - began)
+        progress.say(f"{label}: {result['steps']} steps, {result['img_per_s']:.0f} img/s, {result['health']}, {took}{died}")
+        events.add("pretrained", name=config.name, seed=config.seed, key=config.key, restarts=restarts)
+    return read_weights(storage.join(config.out, "export"), config.seed), restarts
 
 
-def cells(study: Study, searches: Searches, progress: Progress, events: Events) -> tuple[int, int, dict[str, str], int]:
-    """The trials and cells that are missing, on one pool: cells whose searches have answered do not wait for those that still ask.
+@dataclass
+class Feed:
+    """Settings whose data and weights have come to stand, on their way to the pool of cells."""
 
-    Returns:
-        How many cells were kept, how many are new, reasons of those that failed by their description, deaths of workers.
+    waiting: queue.SimpleQueue[list[Setting] | None] = field(default_factory=queue.SimpleQueue)  # None: no more will come
+    closed: bool = False
+
+    def take(self) -> list[Setting] | None:
+        """What has come since; None once all has been taken."""
+        found: list[Setting] = []
+        while not self.closed and not self.waiting.empty():
+            settings = self.waiting.get()
+            self.closed = settings is None
+            found += settings or []
+        return None if self.closed and not found else found
+
+
+@dataclass
+class Fanned:
+    """What became of the cells. failed: reasons by description."""
+
+    new: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    deaths: int = 0
+
+
+def cells(
+    study: Study,
+    searches: Searches,
+    feed: Feed,
+    progress: Progress,
+    events: Events,
+    reserved: Callable[[], Mapping[str, float]],
+    check: Check,
+) -> Fanned:
+    """The trials and cells that are missing, on one pool: those that can be computed do not wait for encoders that are still trained, nor
+    for searches that still ask.
+
+    Args:
+        reserved: what the pool has to leave of the cluster.
     """
-    from cluster.fanout import Tally, run_cells
+    from cluster.fanout import run_cells
 
-    todo = searches.ready()
-    known = {config.key: config for config in todo}
-    idle = set(storage.listing(storage.join(study.out, "cells"))) - {config.key for config in searches.cells}
-    asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
-    other = "trials or no longer asked for" if searches.searching else "no longer asked for"
-    progress.say(f"cells: {searches.kept} kept, {sum(config.role == 'cell' for config in todo)} new, {len(idle)} {other}{asking}")
-    new = 0
+    known: dict[str, CellConfig] = {}
+    made = Fanned()
 
-    def show(tally: Tally) -> None:
+    def more() -> list[CellConfig] | None:
+        check()
+        settings = feed.take()
+        if settings is None:
+            return None
+        kept = searches.kept
+        found = searches.fill(settings)
+        known.update({config.key: config for config in found})
+        if settings:
+            begun = sum(config.role == "cell" for config in found)
+            asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
+            of = ", ".join(dict.fromkeys(f"{one.task.task} {one.source}" for one in settings))
+            progress.say(f"cells: {searches.kept - kept} kept, {begun} new{asking} ({of})")
+        return found
+
+    def show(tally: "Tally") -> None:
+        check()
         counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
-        progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", last=tally.done + len(tally.failed) == tally.total)
+        progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", of="cells")
 
     def told(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
-        nonlocal new
-        new += problem is None and config.role == "cell"
-        more = searches.told(config, problem)
-        known.update({found.key: found for found in more})
-        return more
+        made.new += problem is None and config.role == "cell"
+        found = searches.told(config, problem)
+        known.update({config.key: config for config in found})
+        return found
 
-    tally = run_cells(todo, study.resources, show, told)
+    tally = run_cells((), study.resources, show, told, more, reserved)
     reasons = {key: reason for key, reason in tally.failed.items() if not searches.excused(key)}
-    failed = {f"{_words(known[key])} ({key})": reason for key, reason in reasons.items()}
-    failed |= {f"{one.setting.words()} (cells without a {one.steps[0]})": str(one.failed) for one in searches.open}
+    made.failed = {f"{_words(known[key])} ({key})": reason for key, reason in reasons.items()}
+    made.failed |= {f"{one.setting.words()} (cells without a {one.steps[0]})": str(one.failed) for one in searches.open}
     for key, reason in reasons.items():
         events.add("cell failed", key=key, reason=reason)
     for one in searches.chosen:
@@ -143,10 +195,17 @@ def cells(study: Study, searches: Searches, progress: Progress, events: Events) 
             events.add("searched", key=key, setting=one.setting.words())
     if tally.deaths:
         progress.say(f"cells: {tally.deaths} worker(s) died and were replaced")
-    events.add("cells", done=tally.done, failed=len(failed), deaths=tally.deaths)
-    return searches.kept, new, failed, tally.deaths
+    made.deaths = tally.deaths
+    progress.say(f"cells: {tally.done} done, {len(reasons)} failed")
+    events.add("cells", done=tally.done, failed=len(made.failed), deaths=tally.deaths)
+    return made
 
 
 def _words(config: CellConfig) -> str:
     trial = "trial of " if config.role == "trial" else ""
     return f"{trial}{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}"
+
+
+def write_plan(out: str, searches: Searches) -> None:
+    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
+    storage.put(storage.join(out, "plan.json"), json.dumps(list(searches.rows()), indent=1))

@@ -3,16 +3,28 @@
 Everything that runs a study, plans one or goes on with one asks here first.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 from base import storage
 from base.errors import RequestError
 from cluster import plan
 from cluster.plan import Corpus, Weights
-from cluster.study import Study
+from cluster.study import PretrainEntry, Study
+from pretrain.run import PretrainConfig
+
+if TYPE_CHECKING:
+    from shards.pack import ShardJob
 
 
 def done(url: str) -> bool:
     """True when the work whose folder this is has its result."""
     return storage.exists(storage.join(url, "result.json"))
+
+
+def finished(url: str) -> set[str]:
+    """The names of the folders below `url` whose work has its result; of a store one listing, whatever their number."""
+    return set(storage.holding(url, "result.json"))
 
 
 def encoders(out: str) -> list[tuple[str, str]]:
@@ -27,21 +39,34 @@ def standing_corpora(study: Study) -> dict[str, Corpus]:
     Raises:
         RequestError: shards or raw files that the study names are not there, or the raw files are not as their card says.
     """
-    from shards import manifest, pack
+    found = {name: standing_corpus(study, name, jobs_of(study, name)) for name in study.data}
+    return {name: corpus for name, corpus in found.items() if corpus}
+
+
+def jobs_of(study: Study, name: str) -> "list[ShardJob]":
+    """The shards that the raw files of a dataset make; none where it comes packed. Raises RequestError for what is wrong with them."""
+    from shards import pack
     from shards.card import load_card
 
-    found = {}
-    for name, entry in study.data.items():
-        url = shards_url(study, name)
-        if entry.shards and not storage.exists(storage.join(url, manifest.MANIFEST)):
-            hint = f"allograft pack {name} RAW --out {url}"
-            raise RequestError("no packed dataset here", where=f"data.{name}.shards = {url}", hint=hint)
-        jobs = pack.plan(load_card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
-        if storage.exists(storage.join(url, manifest.MANIFEST)):
-            read = manifest.read(url)
-            if entry.shards or read.raw_digest == jobs[0].origin.raw_digest:
-                found[name] = Corpus(url, read)
-    return found
+    entry = study.data[name]
+    return pack.plan(load_card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
+
+
+def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Corpus | None:
+    """A dataset that is packed from these raw files, or comes packed; None where it is still to be.
+
+    Raises:
+        RequestError: shards that the study names are not there.
+    """
+    from shards import manifest
+
+    entry, url = study.data[name], shards_url(study, name)
+    stands = storage.exists(storage.join(url, manifest.MANIFEST))
+    if entry.shards and not stands:
+        hint = f"allograft pack {name} RAW --out {url}"
+        raise RequestError("no packed dataset here", where=f"data.{name}.shards = {url}", hint=hint)
+    read = manifest.read(url) if stands else None
+    return Corpus(url, read) if read and (entry.shards or read.raw_digest == jobs[0].origin.raw_digest) else None
 
 
 def shards_url(study: Study, dataset: str) -> str:
@@ -49,24 +74,65 @@ def shards_url(study: Study, dataset: str) -> str:
     return study.data[dataset].shards or storage.join(study.out, "shards", dataset)
 
 
-def standing_weights(study: Study, corpora: dict[str, Corpus], uri: str) -> tuple[dict[str, list[Weights]], list[str]]:
-    """The encoders that stand already, and the names of the runs that are missing."""
+def pretrainings(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]]:
+    """Every run and seed in the order of the study: its configuration, None while what it starts from is not there, and its encoder,
+    None while it is not finished."""
     from cluster.sources import read_weights
 
     made: dict[str, list[Weights]] = {}
-    missing: list[str] = []
+    found: list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]] = []
     for entry in study.pretrain:
         for seed in entry.seeds:
-            start = start_of(entry.start_from, seed, made, study, uri)
-            if start is None and entry.start_from != "random":
-                missing.append(entry.name)
-                continue
-            config = plan.pretrain_config(study, entry, seed, corpora, start)
-            if not done(config.out):
-                missing.append(entry.name)
-                continue
-            made.setdefault(entry.name, []).append(read_weights(storage.join(config.out, "export"), seed))
-    return by_source(study, made, uri, missing), missing
+            outside = entry.start_from != "random" and not entry.start_from.startswith("pretrain:")
+            start = standing_source(entry.start_from, study.out) if outside else start_of(entry.start_from, seed, made, study, "")
+            known = start is not None or entry.start_from == "random"
+            config = plan.pretrain_config(study, entry, seed, corpora, start) if known else None
+            weights = read_weights(storage.join(config.out, "export"), seed) if config and done(config.out) else None
+            if weights:
+                made.setdefault(entry.name, []).append(weights)
+            found.append((entry, seed, config, weights))
+    return found
+
+
+def standing_weights(study: Study, corpora: Mapping[str, Corpus]) -> tuple[dict[str, list[Weights]], list[str]]:
+    """Weights by the names that cells give their sources, see `foreseen`, and the names of the runs that are missing, each as often as
+    seeds of it are. Fetches nothing."""
+    made: dict[str, list[Weights]] = {}
+    missing: list[str] = []
+    for entry, _, _, weights in pretrainings(study, corpora):
+        if weights:
+            made.setdefault(entry.name, []).append(weights)
+        else:
+            missing.append(entry.name)
+    return foreseen(study, made, standing_sources(study)), missing
+
+
+def outside_sources(study: Study) -> list[str]:
+    """Where pretrainings and cells take weights from outside of the study, each once."""
+    used = [entry.start_from for entry in study.pretrain] + [source.source for source in (study.cells.sources if study.cells else [])]
+    return [source for source in dict.fromkeys(used) if source != "random" and not source.startswith("pretrain:")]
+
+
+def standing_sources(study: Study) -> dict[str, Weights]:
+    """Those of them that are here already."""
+    found = {source: standing_source(source, study.out) for source in outside_sources(study)}
+    return {source: weights for source, weights in found.items() if weights}
+
+
+def standing_source(source: str, out: str) -> Weights | None:
+    """Weights from outside that are here: kept by the study, converted on this machine, or an export at a path or URL.
+
+    Raises:
+        RequestError: no export at that path or URL.
+    """
+    from cluster.published import place_of, safe_name
+    from cluster.sources import external, read_weights
+
+    kind = source.partition(":")[0]
+    places = [storage.join(out, "sources", safe_name(source))] + ([place_of(source)] if kind in {"timm", "zoo"} else [])
+    if kind not in {"timm", "zoo", "models", "run"}:
+        return external(source, out, "")
+    return next((read_weights(place) for place in places if storage.exists(storage.join(place, "allograft.json"))), None)
 
 
 def start_of(source: str, seed: int, made: dict[str, list[Weights]], study: Study, uri: str) -> Weights | None:
@@ -78,19 +144,34 @@ def start_of(source: str, seed: int, made: dict[str, list[Weights]], study: Stud
     if not source.startswith("pretrain:"):
         return external(source, study.out, uri)
     group = made.get(source.removeprefix("pretrain:"), [])
-    # A chain follows its seed; a single earlier run serves all seeds.
-    same = [found for found in group if found.seed == seed] or group[:1]
-    return same[0] if same else None
+    before = next(entry for entry in study.pretrain if source == f"pretrain:{entry.name}")
+    return next((found for found in group if found.seed == start_seed(before, seed)), None)
 
 
-def by_source(study: Study, made: dict[str, list[Weights]], uri: str, missing: list[str]) -> dict[str, list[Weights]]:
-    """Weights by the names that the cells give their sources; those from outside are fetched once nothing is missing."""
-    from cluster.sources import external
+def start_seed(before: PretrainEntry, seed: int) -> int:
+    """The seed of the earlier run that a run of this seed starts from: a chain follows its seed, a single earlier run serves all seeds."""
+    return seed if seed in before.seeds else before.seeds[0]
 
+
+def foreseen(study: Study, made: Mapping[str, Sequence[Weights]], outside: Mapping[str, Weights]) -> dict[str, list[Weights]]:
+    """Weights by the names that the cells give their sources; those that are not there yet with what is known of them.
+
+    Args:
+        made: by the name of the pretraining.
+        outside: by source, those from outside of the study.
+    """
     found: dict[str, list[Weights]] = {}
     for source in study.cells.sources if study.cells else []:
-        if source.source.startswith("pretrain:"):
-            found[source.name] = made.get(source.source.removeprefix("pretrain:"), [])
-        elif source.source != "random" and not missing:
-            found[source.name] = [external(source.source, study.out, uri)]
+        entry = next((entry for entry in study.pretrain if source.source == f"pretrain:{entry.name}"), None)
+        if entry is not None:
+            held = {one.seed: one for one in made.get(entry.name, ())}
+            found[source.name] = [held.get(seed) or Weights("", "", _architecture(study, entry, outside), seed) for seed in entry.seeds]
+        elif source.source != "random":
+            found[source.name] = [outside.get(source.source) or Weights("", "", "")]
     return found
+
+
+def _architecture(study: Study, entry: PretrainEntry, outside: Mapping[str, Weights]) -> str:
+    first = [*study.before(entry), entry][0]
+    start = outside.get(first.start_from)
+    return study.architecture_of(entry) or (start.architecture if start else "")

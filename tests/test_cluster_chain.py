@@ -219,7 +219,7 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
 
     source = give(kind, weights_here, monkeypatch)
     study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": source}, B | {"architecture": None})
-    assert standing_weights(study, corpora, "")[1] == ["a", "b"]
+    assert standing_weights(study, corpora)[1] == ["a", "b"]
     start = start_of(study.pretrain[0].start_from, 0, {}, study, "")
     assert start is not None
     assert start.architecture == "test_resnet"
@@ -236,7 +236,7 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
     assert result["lineage"][0]["sha256"] == result["start_from_sha256"] == start.sha256
     seen = [entry["dataset"] for entry in read_export(f"{config.out}/export").data]
     assert seen == ["imagenet-1k", "phantom-chest"]
-    assert standing_weights(study, corpora, "")[1] == ["b"]
+    assert standing_weights(study, corpora)[1] == ["b"]
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Corpus], weights_here: Path) -> None:

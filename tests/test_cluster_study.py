@@ -11,11 +11,9 @@ from base import storage
 from base.errors import RequestError
 from base.paths import ROOT, named
 from cluster import stages
-from cluster.events import Events
 from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.pack import check_place
-from cluster.progress import Progress
 from cluster.single import finetune_study, pretrain_study
 from cluster.study import Resources, Study
 from shards.card import load_card
@@ -148,7 +146,7 @@ def test_no_dataset_of_a_study_is_packed_where_one_stands_with_another_secret(tm
     study = load_study(written(tmp_path, data=data, out=str(tmp_path / "out")))
     storage.put(str(tmp_path / "out" / "shards" / "phantom-chest" / "manifest.json"), '{"secret_fingerprint": "0123456789ab"}')
     with pytest.raises(RequestError, match=r"shards/phantom-chest/manifest.json: .* another secret: 0123456789ab, .* public cards"):
-        stages.pack(study, Progress(), Events(study.out))
+        stages.refuse_other_secrets(study)
     assert [path.name for path in (tmp_path / "out" / "shards").iterdir()] == ["phantom-chest"]
 
 

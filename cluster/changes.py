@@ -1,0 +1,115 @@
+"""A study file that changed after work was done: what of that is kept, what is computed again, what is no longer asked for.
+
+    before = held(out)                                        # the file as the last driver had it
+    for line in changes(study, before, corpora, searches): ...
+
+Nothing that stands is ever removed: what a later study does not ask for is left out of its report and found again when it is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from base import storage
+from base.config import canonical_json, parse
+from base.errors import RequestError
+from cluster.plan import Corpus
+from cluster.searches import Searches
+from cluster.standing import finished, pretrainings
+from cluster.study import Study
+from pretrain.run import differing
+
+SHOWN = 8  # keys of a study file
+SAME = ("task", "source", "source_seed", "architecture", "strategy", "options", "fraction", "resolution", "seed", "shuffle_labels")
+
+
+def held(out: str) -> Study | None:
+    """The study that stands in OUT; None where there is none that can be read today."""
+    import yaml
+
+    path = storage.join(out, "study.yaml")
+    try:
+        return parse(yaml.safe_load(storage.read_bytes(path)), Study, path) if storage.exists(path) else None
+    except RequestError:
+        return None
+
+
+def changes(study: Study, before: Study | None, corpora: Mapping[str, Corpus] | None, searches: Searches) -> list[str]:
+    """Lines for a person; none where nothing has been computed yet.
+
+    Args:
+        corpora: as they are trained on; None while they are not packed and compared.
+        searches: of the study as it is now.
+    """
+    lines = []
+    if before is not None:
+        plain = [one.model_dump(mode="json", by_alias=True, exclude={"out", "presets", "preset"}) for one in (before, study)]
+        if keys := differing(plain[0], plain[1]):
+            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+            lines.append(f"the study file has changed: {', '.join(keys[:SHOWN])}{more}")
+    runs = _runs(study, corpora)
+    if runs:
+        lines.append(f"pretrainings: {_words(runs)}")
+    cells = _cells(study, searches)
+    if cells:
+        lines.append(f"cells: {_words(cells)}")
+    return lines
+
+
+def _runs(study: Study, corpora: Mapping[str, Corpus] | None) -> Counter[str]:
+    """Pretrainings by what becomes of them; empty where none has finished."""
+    stand = finished(storage.join(study.out, "pretrain"))
+    if not stand or corpora is None:
+        return Counter()
+    names = {folder.rpartition("-")[0] for folder in stand}
+    found: Counter[str] = Counter()
+    asked = set()
+    for entry, _, config, weights in pretrainings(study, corpora):
+        if weights is None:
+            again = entry.name in names and config is not None
+            found["computed again, since what they are made of has changed" if again else "new"] += 1
+        elif config is not None:
+            found["kept"] += 1
+        if config is not None:
+            asked.add(f"{config.name}-{config.key}")
+    found["no longer asked for"] = sum(
+        folder not in asked and folder.rpartition("-")[0] not in {e.name for e in study.pretrain} for folder in stand
+    )
+    return found
+
+
+def _cells(study: Study, searches: Searches) -> Counter[str]:
+    """Cells by what becomes of them; empty where none has finished."""
+    stand = finished(storage.join(study.out, "cells"))
+    path = storage.join(study.out, "plan.json")
+    earlier = [row for row in (storage.read_json(path) if storage.exists(path) else []) if row["key"] in stand]
+    if not earlier:
+        return Counter()
+    old = {_identity(row): row["key"] for row in earlier}
+    found: Counter[str] = Counter()
+    keys, again = set(), set()
+    for row in searches.rows():
+        key, same = row["key"], _identity(row)
+        keys.add(key)
+        if key in stand:
+            found["kept"] += 1
+        elif not key:
+            found["known once data, encoders and searches stand"] += 1
+        elif same in old:
+            found["computed again, since what they are made of has changed"] += 1
+            again.add(old[same])
+        else:
+            found["new"] += 1
+    found["no longer asked for"] = sum(row["key"] not in keys and row["key"] not in again for row in earlier)
+    return found
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    """What a cell is called, whatever its encoder, its data and its recipe are."""
+    return canonical_json([row.get(name) or 0 for name in SAME] + [row.get("asked") or 0])
+
+
+def _words(counts: Counter[str]) -> str:
+    order = ("kept", "computed again, since what they are made of has changed", "new")
+    known = [*order, *(what for what in counts if what not in order)]
+    return "; ".join(f"{counts[what]:,} {what}" for what in known if counts[what])

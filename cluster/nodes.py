@@ -1,0 +1,196 @@
+"""A study as a graph: what each piece of its work waits for, and what it holds of the cluster.
+
+    making = Making(study, uri, progress, events)
+    making.run()                                      # inside a session of Ray
+    making.searches, making.fanned, making.failed()
+
+Datasets are packed side by side. A pretraining starts when its data are packed and held against the test images of every task, and when
+the run that it starts from stands; cells of a source when it stands and their task's data are packed and compared. Pretrainings hold their
+workers' share of the cluster; packing, comparing and cells work on what these leave.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from cluster import leakage, plan, stages
+from cluster.events import Events
+from cluster.fit import fit
+from cluster.graph import Graph, Node
+from cluster.plan import Corpus, Weights
+from cluster.progress import Progress
+from cluster.searches import Searches
+from cluster.sources import external
+from cluster.stages import Fanned, Feed
+from cluster.standing import foreseen, outside_sources, start_seed
+from cluster.study import PretrainEntry, SourceEntry, Study
+from finetune.task import load_task
+
+CELLS = "cells"
+
+
+class Making:
+    """The graph of a study, and what its nodes hand on to each other."""
+
+    def __init__(self, study: Study, uri: str, progress: Progress, events: Events) -> None:
+        import ray
+
+        self.study, self.uri, self.progress, self.events = study, uri, progress, events
+        self.graph = Graph(lambda: {what: size for what, size in ray.cluster_resources().items() if what in ("CPU", "GPU")})
+        self.feed = Feed()
+        self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, {})))
+        self.restarts = 0
+        self._add()
+
+    @property
+    def fanned(self) -> Fanned:
+        """What became of the cells."""
+        found: Fanned = self.graph.results.get(CELLS, Fanned())
+        return found
+
+    def run(self) -> None:
+        """Until everything is done or has failed.
+
+        Raises:
+            RequestError: what a node found wrong with the request.
+        """
+        try:
+            self.graph.run()
+        finally:  # also where a finding ends the study
+            leakage.summarise(self.study, self._packed())
+
+    def failed(self) -> dict[str, str]:
+        """Reasons by piece of work."""
+        reasons = {name: str(error) for name, error in self.graph.failed.items()}
+        for name, lost in self.graph.skipped.items():
+            reasons[name] = f"not tried: {lost} failed"
+        return reasons | self.fanned.failed
+
+    # -- the nodes
+
+    def _add(self) -> None:
+        study, add, matrix = self.study, self.graph.add, self.study.cells
+        for name in study.data:
+            add(Node(f"pack {name}", partial(self._act, f"pack {name}", partial(self._pack, name)), shares=True))
+        compared = leakage.by_corpus(study)
+        for (name, split), tests in compared.items():
+            label = _leakage(name, split)
+            packs = tuple(dict.fromkeys(f"pack {one}" for one in (name, *tests)))
+            add(Node(label, partial(self._act, label, partial(self._compare, (name, split))), needs=packs, shares=True))
+        for source in outside_sources(study):
+            add(Node(f"source {source}", partial(external, source, study.out, self.uri)))
+        for entry in study.pretrain:
+            read = [*entry.data.items(), *study.earlier(entry)]
+            needs = [f"pack {name}" for name, _ in read] + [_leakage(*pair) for pair in read if pair in compared]
+            add(Node(f"fit {entry.name}", partial(self._fit, entry), needs=tuple(dict.fromkeys(needs))))
+            for seed in entry.seeds:
+                label = stages.pretrain_label(entry, seed)
+                act = partial(self._act, label, partial(self._pretrain, entry, seed))
+                before = (f"fit {entry.name}", *self._start(entry, seed))
+                add(Node(label, act, needs=before, holds=stages.pretrain_resources(study.resources)))
+        if matrix is not None:
+            feeders = tuple(self._add_feeder(task, source) for task in matrix.tasks for source in matrix.sources)
+            add(Node("last cells", partial(self.feed.waiting.put, None), after=feeders))
+            add(Node(CELLS, partial(self._act, CELLS, self._cells), shares=True))
+            if study.analyses:
+                add(Node("analyses", self._analyse, after=(CELLS,)))
+
+    def _add_feeder(self, task: str, source: SourceEntry) -> str:
+        """The node that hands the settings of a task and a source to the pool of cells."""
+        matrix = self.study.cells
+        assert matrix is not None
+        dataset = load_task(task, matrix.task_settings.get(task, {})).dataset
+        needs = [_leakage(dataset, "train"), *self._runs(source.source)]
+        if source.source == "random" and not matrix.architectures:
+            needs += self._outside()  # weights from outside bring the architectures that random ones take
+        if source.source != "random" and self._outside():
+            # What weights from outside have seen may be a corpus of this study, under another name.
+            needs += [_leakage(*pair) for pair in leakage.by_corpus(self.study)]
+        label = f"cells of {task} {source.name}"
+        self.graph.add(Node(label, partial(self._feed, task, source), needs=tuple(dict.fromkeys(needs))))
+        return label
+
+    def _start(self, entry: PretrainEntry, seed: int) -> tuple[str, ...]:
+        """The nodes of what a run starts from."""
+        if entry.start_from == "random":
+            return ()
+        if not entry.start_from.startswith("pretrain:"):
+            return (f"source {entry.start_from}",)
+        before = self.study.before(entry)[-1]
+        return (stages.pretrain_label(before, start_seed(before, seed)),)
+
+    def _runs(self, source: str) -> list[str]:
+        """The nodes that make a source of cells."""
+        if source == "random":
+            return []
+        entry = next((entry for entry in self.study.pretrain if source == f"pretrain:{entry.name}"), None)
+        return [stages.pretrain_label(entry, seed) for seed in entry.seeds] if entry else [f"source {source}"]
+
+    def _outside(self) -> list[str]:
+        """The nodes of weights from outside of the study."""
+        return [name for name in self.graph.names if name.startswith("source ")]
+
+    # -- what they do
+
+    def _act(self, label: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        finally:
+            self.progress.gone(label)
+
+    def _room(self) -> float:
+        return self.graph.left().get("CPU", 1.0)
+
+    def _pack(self, name: str) -> Corpus:
+        return stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
+
+    def _compare(self, corpus: tuple[str, str]) -> None:
+        leakage.compare_one(self.study, self._packed(), corpus, self.progress, self.events, self._room)
+
+    def _packed(self) -> dict[str, Corpus]:
+        """Datasets that are packed, as they were packed."""
+        results = dict(self.graph.results)
+        return {name: results[f"pack {name}"] for name in self.study.data if f"pack {name}" in results}
+
+    def _corpora(self, read: Sequence[tuple[str, str]]) -> dict[str, Corpus]:
+        """Datasets as they are trained on; all of those in `read` are compared."""
+        return leakage.trained_on(self.study, self._packed(), {name for name, _ in read})
+
+    def _fit(self, entry: PretrainEntry) -> None:
+        fit(self.study, entry, self._corpora([*entry.data.items(), *self.study.earlier(entry)]))
+
+    def _pretrain(self, entry: PretrainEntry, seed: int) -> Weights:
+        corpora = self._corpora([*entry.data.items(), *self.study.earlier(entry)])
+        before = [self.graph.results[name] for name in self._start(entry, seed)]
+        config = plan.pretrain_config(self.study, entry, seed, corpora, before[0] if before else None)
+        weights, restarts = stages.pretrain(self.study, config, stages.pretrain_label(entry, seed), self.progress, self.events)
+        self.restarts += restarts
+        return weights
+
+    def _feed(self, task: str, source: SourceEntry) -> None:
+        """The settings of a task and a source, now that their data and weights stand."""
+        results = dict(self.graph.results)
+        made = {
+            entry.name: [results[label] for seed in entry.seeds if (label := stages.pretrain_label(entry, seed)) in results]
+            for entry in self.study.pretrain
+        }
+        outside = {name.removeprefix("source "): found for name, found in results.items() if name.startswith("source ")}
+        weights = foreseen(self.study, made, outside)
+        corpora = leakage.trained_on(self.study, self._packed())
+        found = plan.settings(self.study, corpora, weights, only=(task, source.name))
+        self.feed.waiting.put(list(found))
+
+    def _cells(self) -> Fanned:
+        graph = self.graph
+        fanned = stages.cells(self.study, self.searches, self.feed, self.progress, self.events, graph.reserved, graph.check)
+        stages.write_plan(self.study.out, self.searches)
+        return fanned
+
+    def _analyse(self) -> None:
+        from cluster.analyses import run_analyses
+
+        run_analyses(self.study, self.progress, self.events)
+
+
+def _leakage(dataset: str, split: str) -> str:
+    return f"leakage {dataset} {split}"

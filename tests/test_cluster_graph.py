@@ -1,0 +1,221 @@
+"""Studies as graphs: what waits for what, what runs at once, what a failure takes with it, and that no more is held than there is."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_study
+from hypothesis import given
+from hypothesis import strategies as st
+
+from base import storage
+from base.errors import RequestError, WorkError
+from cluster.graph import Graph, Node, Stopped
+from cluster.load import load_study
+
+FOUR = {"CPU": 4.0, "GPU": 0.0}
+
+
+def graph(*nodes: Node, total: dict[str, float] | None = None) -> Graph:
+    made = Graph(lambda: total or FOUR)
+    for node in nodes:
+        made.add(node)
+    return made
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+# -- the scheduler
+
+
+def test_a_node_takes_what_those_before_it_made() -> None:
+    made = graph(Node("a", lambda: 1), Node("b", lambda: 2))
+    made.add(Node("sum", lambda: made.results["a"] + made.results["b"], needs=("a", "b")))
+    made.run()
+    assert made.results == {"a": 1, "b": 2, "sum": 3}
+
+
+def test_what_is_ready_runs_at_once() -> None:
+    both = threading.Barrier(2, timeout=5)
+    made = graph(*(Node(name, both.wait, holds={"CPU": 2}) for name in "ab"))
+    made.run()
+    assert not made.failed
+    assert set(made.results) == {"a", "b"}
+
+
+def test_what_does_not_fit_waits_and_what_is_smaller_goes_on() -> None:
+    order: list[str] = []
+    small = threading.Event()
+    made = graph(
+        Node("first", lambda: small.wait(5), holds={"CPU": 3}),
+        Node("large", lambda: order.append("large"), holds={"CPU": 2}),
+        Node("small", lambda: (order.append("small"), small.set()), holds={"CPU": 1}),
+    )
+    made.run()
+    assert order == ["small", "large"]
+
+
+def test_a_failure_takes_with_it_what_waits_for_it_and_nothing_else() -> None:
+    made = graph(
+        Node("a", fail(WorkError("the disk is full"))),
+        Node("b", lambda: 1),
+        Node("of a", lambda: 2, needs=("a",)),
+        Node("of that", lambda: 3, needs=("of a", "b")),
+        Node("of b", lambda: 4, needs=("b",)),
+        Node("last", lambda: 5, after=("of that", "of b")),
+    )
+    made.run()
+    assert made.results == {"b": 1, "of b": 4, "last": 5}
+    assert {name: str(error) for name, error in made.failed.items()} == {"a": "the disk is full"}
+    assert made.skipped == {"of a": "a", "of that": "a"}
+
+
+@pytest.mark.parametrize("error", [RequestError("wrong"), KeyError("a bug")])
+def test_a_wrong_request_ends_everything(error: Exception) -> None:
+    ended: list[str] = []
+
+    def work() -> None:
+        while True:
+            time.sleep(0.01)
+            try:
+                made.check()
+            except Stopped:
+                ended.append("work")
+                raise
+
+    made = graph(Node("work", work), Node("a", fail(error)), Node("b", lambda: ended.append("b"), needs=("a",)))
+    with pytest.raises(type(error)):
+        made.run()
+    assert ended == ["work"]
+
+
+def test_nodes_that_share_leave_room_for_those_that_wait() -> None:
+    left: list[dict[str, float]] = []
+    go = threading.Event()
+
+    def share() -> None:
+        for _ in range(2):
+            left.append(made.left())
+            go.set()
+            until = time.monotonic() + 5
+            while "first" not in made.results and time.monotonic() < until:
+                time.sleep(0.01)
+        left.append(made.left())
+        last.set()
+
+    last = threading.Event()
+    made = graph(
+        Node("share", share, shares=True),
+        Node("first", lambda: go.wait(5), holds={"CPU": 3}),
+        Node("second", lambda: last.wait(5), holds={"CPU": 2}),
+    )
+    made.run()
+    # While the first holds 3 of 4 the second waits for 2: nothing is left over. Then the second alone holds.
+    assert left == [{"CPU": 0.0, "GPU": 0.0}, {"CPU": 2.0, "GPU": 0.0}, {"CPU": 2.0, "GPU": 0.0}]
+    assert made.reserved() == {"CPU": 0.0, "GPU": 0.0}
+
+
+def test_alone_a_node_may_ask_for_more_than_there_is() -> None:
+    made = graph(Node("large", lambda: 1, holds={"GPU": 8}), Node("next", lambda: 2, holds={"CPU": 1}))
+    made.run()
+    assert made.results == {"large": 1, "next": 2}
+
+
+def test_nodes_are_added_after_what_they_wait_for() -> None:
+    with pytest.raises(ValueError, match="no such node: b"):
+        graph(Node("a", lambda: 1, needs=("b",)))
+    with pytest.raises(ValueError, match="added twice"):
+        graph(Node("a", lambda: 1), Node("a", lambda: 1))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> list[tuple[list[int], list[int], float, bool]]:
+    """Of each node: what it needs and what it comes after, among those before it; what it holds of 4; whether it fails."""
+    found = []
+    for i in range(draw(st.integers(1, 10))):
+        earlier = st.lists(st.integers(0, i - 1), max_size=3, unique=True) if i else st.just([])
+        found.append((draw(earlier), draw(earlier), draw(st.sampled_from([0, 0.25, 1, 2, 3, 4])), draw(st.integers(0, 5)) == 0))
+    return found
+
+
+@given(plans())
+def test_any_graph_runs_each_node_once_in_order_and_within_what_there_is(plan: list[tuple[list[int], list[int], float, bool]]) -> None:
+    lock = threading.Lock()
+    held, most = 0.0, 0.0
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def act(i: int) -> None:
+        nonlocal held, most
+        with lock:
+            assert set(plan[i][0]) | set(plan[i][1]) - lost <= set(ended)
+            begun.append(i)
+            held += plan[i][2]
+            most = max(most, held)
+        time.sleep(0.001)
+        with lock:
+            held -= plan[i][2]
+            ended.append(i)
+        if plan[i][3]:
+            raise WorkError("failed")
+
+    lost: set[int] = set()  # by a failure before them
+    for i, (needs, _, _, _) in enumerate(plan):
+        if any(before in lost or plan[before][3] for before in needs):
+            lost.add(i)
+    made = Graph(lambda: FOUR)
+    for i, (needs, after, cpus, _) in enumerate(plan):
+        holds = {"CPU": cpus} if cpus else {}
+        made.add(Node(str(i), lambda i=i: act(i), tuple(map(str, needs)), tuple(map(str, after)), holds))
+    made.run()
+    assert sorted(begun) == [i for i in range(len(plan)) if i not in lost]
+    assert set(made.failed) == {str(i) for i, one in enumerate(plan) if one[3] and i not in lost}
+    assert set(made.skipped) == {str(i) for i in lost}
+    assert set(made.results) | set(made.failed) | set(made.skipped) == set(map(str, range(len(plan))))
+    assert most <= 4 + 1e-6
+
+
+# -- a study
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_pretraining_that_fails_loses_nobody_elses_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cluster.run import require_done, run
+
+    broken = {**tiny_study.SIMCLR, "name": "broken", "settings": {"optimizer.lr": 1e30}}
+    chain = {**tiny_study.CHAIN, "name": "chain", "start_from": "pretrain:broken"}
+    sources = ["random", "pretrain:simclr", "pretrain:broken", "pretrain:chain"]
+    cells = {**tiny_study.SMALLER["cells"], "sources": sources}
+    study = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, pretrain=[broken, chain, tiny_study.SIMCLR], cells=cells))
+    summary = run(study)
+    assert summary.cells_new == 2
+    assert "not finite" in summary.failed["pretrain broken"]
+    assert summary.failed["pretrain chain"] == "not tried: pretrain broken failed"
+    assert {name for name in summary.failed if name.startswith("cells")} == {
+        f"cells of phantom-chest {name}" for name in ("broken", "chain")
+    }
+    with pytest.raises(WorkError, match="4 piece\\(s\\) of work failed"):
+        require_done(summary)
+    rows = storage.read_json(f"{study.out}/plan.json")
+    assert [(row["source"], bool(row["key"])) for row in rows] == [("random", True), ("simclr", True), ("broken", False), ("chain", False)]
+    events = [json.loads(line) for line in storage.read_bytes(f"{study.out}/events.jsonl").splitlines()]
+    assert [event["name"] for event in events if event["event"] == "pretrained"] == ["simclr"]
+
+    # The file is put right: what stood is kept, and said first.
+    capsys.readouterr()
+    mended = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, cells={**cells, "sources": sources[:2]}))
+    again = run(mended)
+    assert (again.cells_kept, again.cells_new, again.failed) == (2, 0, {})
+    said = capsys.readouterr().out
+    assert "the study file has changed: " in said
+    assert "pretrainings: 1 kept" in said
+    assert "cells: 2 kept" in said
