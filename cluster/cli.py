@@ -165,13 +165,19 @@ def submit(
     raise typer.Exit(command(study, settings or [], address, detach=detach, followed=follow, stopped=stop))
 
 
-@app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke"))
-def plan(study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")], settings: Settings = None) -> None:
-    """What a study would do, what stands already and what is missing. Starts nothing."""
+@app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke --rate 2.5"))
+def plan(
+    study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/")],
+    settings: Settings = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="price of an hour of a GPU, or of a processor without GPUs")] = None,
+    gpu: Annotated[str, typer.Option(help="which, where hours are told by operations (allograft explain)")] = "h100-sxm",
+    wanted: Annotated[float | None, typer.Option(min=0, help="a difference of two sources: how many seeds declare it?")] = None,
+) -> None:
+    """What a study would do and take, what stands already, what is missing, what it could find. Starts nothing."""
     from cluster.load import load_study
     from cluster.outlook import outlook
 
-    if not outlook(load_study(study, settings or [])):
+    if not outlook(load_study(study, settings or []), rate=rate, gpu=gpu, wanted=wanted):
         raise typer.Exit(2)
 
 
