@@ -7,6 +7,7 @@ with session():
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ FORWARDED = (
     "ALLOGRAFT_CACHE_GB",
     "ALLOGRAFT_REVISION",
 )
+CONNECT_S = 10.0
 
 
 @contextmanager
@@ -70,6 +72,7 @@ def session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address and address != "local":
+            _reach(address)
             ray.init(address="auto", **quiet)
         else:
             _start_here(quiet)
@@ -86,6 +89,16 @@ def session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError where nothing listens at HOST:PORT: Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _start_here(settings: dict[str, Any]) -> None:
