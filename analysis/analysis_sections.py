@@ -40,8 +40,8 @@ METHOD = {
     ),
     "transferability": (
         "Guesses from the frozen features of each source on the task's labelled training images, nothing trained, and whether they order"
-        " the sources as the results on test images do. An order takes at least 3 sources; p is of Spearman's rho, uncorrected: it"
-        " declares nothing."
+        " the sources as the results on test images do. An order takes at least 3 sources; p is of Spearman's rho over all orders, it"
+        " is uncorrected and declares nothing."
     ),
 }
 

@@ -239,7 +239,8 @@ def reliability(name: str, title: str, series: Mapping[str, tuple[int, Sequence[
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         for source, (i, points) in series.items():
             x, y, n = np.array(points, float).T
-            axes.plot(x, y, label=source, **_style(i))
+            enough = n >= 10  # a bin of one image is 0 or 1, and no curve should go there
+            axes.plot(x[enough], y[enough], label=source, **_style(i))
             axes.scatter(x, y, s=4 + 60 * n / n.sum(), color=SERIES[i % 7], marker=MARKERS[i % 7])
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)

@@ -255,6 +255,8 @@ class Point(NamedTuple):
 
 def efficiency(points: Sequence[Point], unit: str, title: str, figure: Any) -> None:
     """The metric against parameters and against latency: a colour a source, a marker a strategy; bars are deviations over seeds."""
+    from matplotlib.ticker import EngFormatter
+
     panels = figure.subplots(1, 2, sharey=True)
     sources = list(dict.fromkeys(point.source for point in points))
     strategies = list(dict.fromkeys(point.strategy for point in points))
@@ -265,6 +267,11 @@ def efficiency(points: Sequence[Point], unit: str, title: str, figure: Any) -> N
             axes.errorbar([getattr(point, name)], [point.value], yerr=[error], color=colour, marker=marker, markersize=6, capsize=2)
         if name == "params" and len({point.params for point in points}) > 1:
             axes.set_xscale("log")
+            # Powers of ten would be set as mathematics, which these figures do not have.
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        elif name == "params":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.15)
         axes.set_xlabel(label)
     for i, source in enumerate(sources):

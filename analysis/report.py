@@ -1,17 +1,31 @@
 """The report of a study: one HTML file that opens without a server or a network, with the answer first.
 
-url = report(out)         OUT/report/index.html, results.csv, significance.csv
+url = report(out)         OUT/report/index.html, results.csv, significance.csv, tables/*.md and *.tex, figures/*.svg
 line = answer(out)        the first line of the report, for the terminal
 
 Works on storage alone (`out` may be a URL), for a study that is empty, running, or partly failed.
 """
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from analysis import (
+    analysis_sections,
+    calibration,
+    figures,
+    leakage_section,
+    papers,
+    results,
+    samples,
+    search_section,
+    sections,
+    statistics_sections,
+    subgroups,
+    tables,
+)
 from analysis import floors as floors_of_tasks
-from analysis import leakage_section, results, samples, search_section, sections, tables
 from analysis.evidence import Evidence, gather, significance
 from analysis.floors import Floors
 from analysis.tables import esc, num, short
@@ -19,7 +33,7 @@ from base import storage
 from base.config import digest
 from base.errors import AllograftError
 
-FLOORS_VERSION = 4
+FLOORS_VERSION = 5
 
 
 def answer(out: str) -> str:
@@ -28,7 +42,9 @@ def answer(out: str) -> str:
 
 
 def report(out: str, evidence: Evidence | None = None) -> str:
-    """Write OUT/report/index.html, results.csv and significance.csv; returns the address of the page.
+    """Write OUT/report/index.html, results.csv, significance.csv, tables in the papers' layouts, and the page's figures one by one.
+
+    Returns the address of the page.
 
     Args:
         out: the study's folder or URL. evidence: as `gather(out)` gave it, to save reading twice.
@@ -39,9 +55,18 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     evidence = evidence or gather(out)
     results.write_results(out)
     storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
-    url = storage.join(out, "report", "index.html")
-    storage.put(url, page(evidence))
+    papers.write(evidence)
+    url, text = storage.join(out, "report", "index.html"), page(evidence)
+    storage.put(url, text)
+    for name, drawn in drawings(text).items():
+        storage.put(storage.join(out, "report", "figures", f"{name}.svg"), drawn)
     return url
+
+
+def drawings(text: str) -> dict[str, str]:
+    """The figures of a page by their names, each a file of its own."""
+    found = re.finditer(r'<svg role="img" aria-labelledby="(\S+)-t .*?</svg>', text, flags=re.S)
+    return {one[1]: figures.alone(one[0]) for one in found}
 
 
 def floors(evidence: Evidence) -> tuple[dict[tuple[str, float], Floors], list[str]]:
@@ -154,12 +179,12 @@ def _scope(evidence: Evidence) -> str:
 
 
 METHOD = (
-    "Differences are means over fine-tuning seeds of the difference on the same test images. The interval adds the variance between seeds"
-    " to a bootstrap over test patients (Welch-Satterthwaite degrees of freedom); it counts the interaction of the two twice, so it is"
-    " conservative. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed are"
-    " uncorrected. No difference means that the interval includes 0, not that the encoders are equal: its width says how much was ruled"
-    " out. Detectable is the smallest true difference found in 80 % of repetitions of this study at the 5 % level, before correction."
-    " Redrawn counts bootstrap replicates in which a label lost a class."
+    "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. The interval draws"
+    " pretraining seeds, fine-tuning seeds and patients jointly (Multi-Bootstrap, Sellam et al. 2022), with its variance made unbiased and"
+    " Student's quantiles. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed"
+    " are uncorrected. No difference means that the interval includes 0, not that the encoders are equal: its width says how much was"
+    " ruled out. Detectable is the smallest true difference found in 80 % of repetitions of this study at the 5 % level, before"
+    " correction. Redrawn counts bootstrap replicates in which a label lost a class."
 )
 
 
@@ -170,9 +195,11 @@ def page(evidence: Evidence) -> str:
     tasks = list(dict.fromkeys(c.task for c in evidence.cells))
     pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
     gaps = sections.missing(evidence)
-    found = evidence.findings
+    found = [f for f in evidence.findings if f.kind != "claim"]
     body = [
         ("missing", "Missing and failed", gaps),
+        ("winners", "Which wins where, and at what cost", tables.winners(evidence)),
+        ("claims", "Claims", statistics_sections.claims(evidence)),
         (
             "matrix",
             "Encoder × task",
@@ -185,13 +212,19 @@ def page(evidence: Evidence) -> str:
             if found
             else "",
         ),
-        ("searches", "Searches", search_section.searches(evidence)),
+        ("ranks", "Average ranks", statistics_sections.ranked(evidence)),
+        ("secondary", "Secondary tests", statistics_sections.secondary_tests(evidence)),
+        ("searches", "Searches: cuts and rates", search_section.searches(evidence)),
         ("controls", "Controls", sections.controls(evidence, held, notes) if tasks else ""),
         ("curves", "Learning curves", sections.curves(evidence)),
+        *analysis_sections.sections(evidence),
+        ("subgroups", "Subgroups", subgroups.section(evidence)),
+        ("calibration", "Calibration", calibration.section(evidence)),
         ("images", "Sample images", pictures),
         ("pretraining", "Health of the pretrainings", sections.health(evidence)),
         ("leakage", "Leakage", leakage_section.leakage(evidence)),
         ("data", "Data", sections.data(evidence)),
+        ("papers", "Tables as in the papers", papers.section(evidence)),
         ("cells", "All cells", tables.cells(evidence) if tasks else ""),
         ("environment", "Environment and reproduction", sections.environment(evidence)),
     ]

@@ -217,6 +217,10 @@ def section(evidence: Evidence) -> str:
     for one in found:
         blocks.setdefault((one.task, one.attribute), []).append(one)
     for (task, attribute), rows in blocks.items():
+        if not any(math.isfinite(group.value) for one in rows for group in one.groups):
+            sizes = ", ".join(f"{esc(group.name)} {group.images}" for group in rows[0].groups)
+            parts.append(f"<p>{esc(task)} by {esc(attribute)}: too few test images for a number ({sizes}).</p>")
+            continue
         names = [group.name for group in rows[0].groups]
         counts = {group.name: group.images for group in rows[0].groups}
         body = ["".join(_row(one, names)) for one in rows]

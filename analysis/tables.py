@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis import results
-from analysis.evidence import Evidence, digits
+from analysis.evidence import Evidence, Finding, digits, effect
 from analysis.floors import Floors
 from analysis.results import Cell
 from analysis.statistics import detectable
@@ -17,6 +17,7 @@ from analysis.statistics import detectable
 FLOOR_WORDS = {
     "pixels": "pixel logistic regression, 32 px",
     "metadata": "metadata only, no image",
+    "record": "age, sex, view and what else is written beside the image, no image",
     "mean_mask": "mean training mask",
     "shuffled": "shuffled labels",
 }
@@ -100,11 +101,13 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
     order = {source: i for i, source in enumerate(evidence.sources())}
     keys = sorted(groups, key=lambda key: (str(key[2]), str(key[3]), float(key[4]), int(key[5]), str(key[1]), order[key[0]]))
-    stats = {
-        (key, column): results.mean_sd(c.value(column[2]) for c in groups[key] if (c.task, c.dataset) == column[:2])
-        for key in keys
-        for column in shown
-    }
+    stats = {}
+    for key in keys:
+        tasks = results.by(groups[key], "task", "dataset")
+        for column in shown:
+            stats[key, column] = results.mean_sd(c.value(column[2]) for c in tasks.get(column[:2], []))
+    means = {column: [mean for key in keys if math.isfinite(mean := stats[key, column][0])] for column in shown}
+    declared = {(f.a, *_setting(f)): f for f in evidence.findings if f.kind in ("gain", "chain") and f.declared}
     rows = []
     varied = [(name, at) for name, at in (("architecture", 1), ("fraction", 4), ("resolution", 5)) if len(evidence.varied[name]) > 1]
     for key in keys:
@@ -115,9 +118,8 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             if not n:
                 parts.append(cell('<span class="faint">–</span>', sort="-1"))
                 continue
-            others = [stats[other, column][0] for other in keys if math.isfinite(stats[other, column][0])]
-            span = max(others) - min(others)
-            shade = (mean - min(others)) / span if span > 0 else 0.5
+            least, most = min(means[column]), max(means[column])
+            shade = (mean - least) / (most - least) if most > least else 0.5
             here = [c for c in groups[key] if (c.task, c.dataset) == column[:2]]
             own, corpora = any(c.own_source for c in here), sorted({name for c in here for name in c.exposed_to})
             under, which = bar(floors.get((column[0], float(key[4])), {}), column[2])
@@ -126,6 +128,10 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             marks = '<span class="tag own">own source</span>' if own else ""
             marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
             marks += f'<span class="tag bad">under floor {num(under)}</span>' if below else ""
+            found = declared.get((key[0], key[1], key[2], key[3], column[0], float(key[4]), int(key[5]), column[2]))
+            if found is not None:
+                better = found.comparison.estimate > 0
+                marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
             why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({FLOOR_WORDS.get(which, which)})" if which else "")
             marks = f"<br>{marks}" if marks else ""
             text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>{marks}'
@@ -149,7 +155,58 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
         )
         heads.append(f"{task}: {evidence.unit(metric, dataset)}{mark}")
     return table(
-        heads, rows, "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column.", foot, "matrix"
+        heads,
+        rows,
+        "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column. ▲ ▼: declared after correction.",
+        foot,
+        "matrix",
+    )
+
+
+def _setting(f: Finding) -> tuple[object, ...]:
+    return f.architecture, f.strategy, f.options, f.task, f.fraction, f.resolution, f.metric
+
+
+def winners(evidence: Evidence) -> str:
+    """For each task the source and strategy that lead on validation: what they reach on test images, what is declared, and the cost."""
+    rows = []
+    for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
+        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        if metric is None:
+            continue
+        competing = [c for c in cells if not c.own_source and not evidence.exposed(c)]
+        ranked = []
+        sides = results.by(competing, "source", "architecture", "strategy", "options", "fraction", "resolution")
+        for side, own in sides.items():
+            mean, _, n = results.mean_sd(c.value(metric, "val") for c in own)
+            if n:
+                ranked.append((mean, side, own))
+        if not ranked:
+            continue
+        ranked.sort(key=lambda entry: (-entry[0], str(entry[1])))
+        _, (source, architecture, strategy, options, fraction, resolution), own = ranked[0]
+        mean, sd, n = results.mean_sd(c.value(metric) for c in own)
+        said = [
+            f
+            for f in evidence.findings
+            if f.a == source and _setting(f) == (architecture, strategy, options, task, float(fraction), int(resolution), metric)
+        ]
+        against = next((f for f in said if f.kind in ("gain", "chain", "control")), None)
+        sure = "no comparison" if against is None else f"{effect(against.comparison, '')} against {against.b}".replace("  ", " ")
+        mark = "good" if against is not None and against.mark == "good" else ""
+        verdict = "declared" if against is not None and against.declared and against.kind != "control" else "not declared"
+        setting = f"{strategy} {options}".strip() + (f", {float(fraction) * 100:g} % of the labels" if float(fraction) < 1 else "")
+        seconds = results.mean_sd(results.number(c.result.get("seconds")) for c in own)[0]
+        parts = [f'<th scope="row">{esc(task)}</th>', cell(f"<b>{esc(source)}</b>"), cell(esc(setting)), cell(esc(architecture))]
+        parts.append(cell(f"{num(mean)} {esc(evidence.unit(metric, dataset))}", sort=mean, title=f"sd {num(sd, 4)}, n {n}"))
+        parts += [cell(esc(sure)), cell(f'<span class="tag {mark}">{verdict}</span>')]
+        parts += [cell(short(results.number(own[0].result.get(name))), sort=own[0].result.get(name)) for name in ("params", "macs")]
+        rows.append("".join([*parts, cell(short(seconds), sort=seconds), cell(str(len(ranked)), sort=len(ranked))]))
+    heads = ["task", "encoder", "strategy", "architecture", "test", "difference, 95 %", "certainty", "parameters", "MACs"]
+    return (
+        table([*heads, "seconds a cell", "tried"], rows, "Leading on validation; test images decided nothing.", cls="numbers")
+        if rows
+        else ""
     )
 
 
@@ -157,7 +214,8 @@ def findings(evidence: Evidence) -> str:
     """All comparisons with raw intervals and Holm-adjusted p."""
     words = {"gain": "gain", "chain": "chain", "control": "A/A control", "own": "own source", "exposed": "exposed"}
     rows = []
-    for f in evidence.findings:
+    compared = [f for f in evidence.findings if f.kind != "claim"]
+    for f in compared[:ROWS]:
         c = f.comparison
         places = max(3, digits(c))
         interval = (
@@ -199,7 +257,8 @@ def findings(evidence: Evidence) -> str:
         parts += [cell(words[f.kind]), cell(esc(f.about)), cell(str(c.redrawn), sort=c.redrawn)]
         rows.append("".join(parts))
     heads = ["comparison", "on", "metric", "difference", "95 % interval", "p", "p after Holm", "verdict", "detectable", "seeds", "patients"]
-    return table([*heads, "kind", "claim about", "redrawn"], rows, cls="numbers")
+    more = f"<p>The first {ROWS} of {len(compared)}; significance.csv has all.</p>" if len(compared) > ROWS else ""
+    return table([*heads, "kind", "claim about", "redrawn"], rows, cls="numbers") + more
 
 
 def classes(evidence: Evidence) -> str:

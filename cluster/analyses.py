@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import filters as kernels
-from analysis import plots, results
+from analysis import layers, plots, results
 from analysis import transferability as guess
 from analysis.analyses import FILE, Analysis, folder
 from analysis.results import Cell
@@ -196,7 +196,9 @@ def _efficiency(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf:
                 points.append(plots.Point(source, label, row["params"], row["batch_32_median_ms"] / 32, mean, sd))
         if metric is None or not points:
             continue
-        title = f"{task}, {architecture}, {resolution} px" + (f", {float(fraction):.3g} of the labels" if float(fraction) != 1 else "")
+        title = f"{task}, {architecture}, {resolution} px" + (
+            f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
+        )
         text = "; ".join(f"{p.source}, {p.strategy}: {p.value:.3f} with {p.params:,} parameters and {p.ms:.2f} ms" for p in points)
         unit = results.WORDS.get(metric, metric)
         what = f"{title}: {unit} against parameters and against milliseconds an image in batches of 32"
@@ -214,7 +216,9 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     ranked: list[list[str]] = []
     groups = results.by(cells, "task", "architecture", "fraction", "resolution")
     for (task, architecture, fraction, resolution), held in groups.items():
-        setting = f"{task}, {architecture}, {resolution} px" + (f", {float(fraction):.3g} of the labels" if float(fraction) != 1 else "")
+        setting = f"{task}, {architecture}, {resolution} px" + (
+            f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
+        )
         guesses: dict[str, dict[str, float]] = {}
         for (source,), own in results.by(held, "source").items():
             try:
@@ -227,7 +231,8 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
                     "N-LEEP": guess.leep(clusters, target),
                 }
             except RequestError as error:
-                leaf.notes.append(f"{setting}, {source}: {error.what}")
+                note = f"{setting}: {error.what}"
+                leaf.notes += [] if note in leaf.notes else [note]
                 continue
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
             rows.append({"setting": setting, "source": source, **guesses[source]})
@@ -236,8 +241,9 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
             reached = {s: results.mean_sd(c.value(metric) for c in own)[0] for (s,), own in results.by(tried, "source").items() if metric}
             both = [source for source in reached if source in guesses]
             for name in heads[2:] if both else ():
-                rank = guess.correlation([guesses[s][name] for s in both], [reached[s] for s in both])
-                numbers = [f"{rank.spearman:.2f}", f"{rank.p:.3f}", f"{rank.kendall:.2f}"] if not rank.why else [rank.why, "-", "-"]
+                sides = [guesses[s][name] for s in both], [reached[s] for s in both]
+                rank, exact = guess.correlation(*sides), layers.spearman(*sides)  # p of all orders: of three sources at best 1/3
+                numbers = [exact.rho.words(2), f"{exact.p:.3f}", f"{rank.kendall:.2f}"] if not rank.why else [rank.why, "-", "-"]
                 ranked.append([setting, f"{strategy} {options}".strip(), name, *numbers, str(rank.n)])
     shown = [
         [row["setting"], row["source"], *(f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in heads[2:])] for row in rows

@@ -238,11 +238,24 @@ def finetune(task: Annotated[str, typer.Argument(help="a task (allograft list ta
 
 
 @app.command(epilog=_example("allograft report runs/demo"))
-def report(out: Annotated[str, typer.Argument(help="the out of a study, path or URL")]) -> None:
+def report(
+    outs: Annotated[list[str], typer.Argument(metavar="OUT [OTHER]", help="the out of a study, path or URL; with --compare of two")],
+    compare: Annotated[bool, typer.Option("--compare", help="two studies beside each other, in OUT/report/compare-OTHER.html")] = False,
+) -> None:
     """Write OUT/report/index.html and OUT/report/results.csv from what stands in OUT."""
+    from base.errors import RequestError
     from base.paths import absolute
 
-    url = _study_at(absolute(out))  # before the imports: a wrong path is refused at once
+    if len(outs) != 1 + compare:
+        hint = "allograft report OUT, or allograft report --compare OUT OTHER"
+        raise RequestError(f"{len(outs)} studies", where="report", hint=hint)
+    if compare:
+        one, two = (_study_at(absolute(out)) for out in outs)
+        from analysis.comparing import compare_studies
+
+        print(f"report    {compare_studies(one, two)}")
+        return
+    url = _study_at(absolute(outs[0]))  # before the imports: a wrong path is refused at once
     from analysis.report import answer
     from analysis.report import report as write
     from analysis.results import write_results

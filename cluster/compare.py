@@ -228,8 +228,9 @@ def draw_filters(found: Sequence[NDArray[np.float64]], names: Sequence[str], lea
     if two is not None:
         notes = [f"{row['movement']:.2f}" for row in rows]
     shown, later = kernels.pictures(one, two)
-    what = f"{names[0]}: Gabor score under each" if two is None else f"{names[0]} above {names[1]}: movement under each"
-    leaf.table("filters.csv", what, [row | {"gabor_noise": noise} for row in rows], listed, ("what", "value"))
+    under = ": Gabor score under each" if any(notes) else ""
+    what = f"{names[0]}{under}" if two is None else f"{names[0]} above {names[1]}: movement under each"
+    leaf.table("filters.csv", what, [row | {"gabor_noise": noise} for row in rows])
     leaf.draw("filters", what, f"First-layer filters. {said}", *plots.gallery(shown, later, notes, what))
     if two is not None:
         title = f"{names[0]} to {names[1]}"

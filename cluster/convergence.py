@@ -116,8 +116,13 @@ def _setting(group: Sequence[str]) -> dict[str, str]:
 
 
 def _title(group: Sequence[str]) -> str:
-    task, architecture, fraction, resolution, _ = group
-    return f"{task}, {architecture}, {resolution} px" + (f", {float(fraction):.3g} of the labels" if float(fraction) != 1 else "")
+    return in_words(*group[:4])
+
+
+def in_words(task: object, architecture: object, fraction: float | str, resolution: object) -> str:
+    """A setting as titles name it."""
+    share = f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
+    return f"{task}, {architecture}, {resolution} px{share}"
 
 
 def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by: str) -> list[dict[str, Any]]:

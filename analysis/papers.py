@@ -1,0 +1,261 @@
+"""The study's numbers in the layouts of the three papers, as Markdown and LaTeX, to be laid beside theirs.
+
+    for made in layouts(evidence): made.markdown(), made.latex()       # written to OUT/report/tables/<name>.md and .tex
+
+transfusion-1: a row an architecture, a column a source, AUC % with deviation (Raghu et al. 2019, Table 1); transfusion-2: a column a label
+(Table 2). truncated: a row a strategy under the paper's names, AUROC, AUPRC, parameters, MACs, time (Peng et al. 2023). benchmark: a row a
+source, a column a task, percent, with stars of an independent two-sample t-test against one source (Hosseinzadeh Taher et al. 2021). These
+stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from analysis import results, secondary
+from analysis.analyses import standing
+from analysis.evidence import Evidence
+from analysis.results import Cell
+from analysis.tables import esc
+from base import storage
+
+STRATEGIES = {"full": "FTL", "slim": "TF", "lwft": "LWFT", "truncated": "TTL", "fat": "FAT"}  # as Peng et al. name them
+AUCS = ("auroc_mean", "auroc_within_mean")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table: texts, and which of them are the best of their column (of equals all)."""
+
+    name: str
+    caption: str
+    heads: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]] = field(default_factory=set)
+
+    def markdown(self) -> str:
+        """GitHub's tables; the best in bold."""
+        lines = ["| " + " | ".join(_plain(head) for head in self.heads) + " |", "|" + "---|" * len(self.heads)]
+        for i, row in enumerate(self.rows):
+            texts = [f"**{_plain(text)}**" if (i, j) in self.best else _plain(text) for j, text in enumerate(row)]
+            lines.append("| " + " | ".join(texts) + " |")
+        return f"{self.caption}\n\n" + "\n".join(lines) + "\n"
+
+    def latex(self) -> str:
+        """A table environment for booktabs; the best in bold."""
+        lines = [" & ".join(map(_tex, self.heads)) + r" \\"]
+        body = []
+        for i, row in enumerate(self.rows):
+            texts = [rf"\textbf{{{_tex(text)}}}" if (i, j) in self.best else _tex(text) for j, text in enumerate(row)]
+            body.append(" & ".join(texts) + r" \\")
+        columns = "l" + "c" * (len(self.heads) - 1)
+        head = ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_tex(self.caption)}}}"]
+        rules = [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            *lines,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        return "\n".join([*head, *rules]) + "\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "→": r"$\to$"}
+    special |= {letter: "\\" + letter for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+def layouts(evidence: Evidence) -> list[Layout]:
+    """Those that the study has numbers for."""
+    if not evidence.cells:
+        return []
+    return [*_transfusion(evidence), *_truncated(evidence), *_benchmark(evidence)]
+
+
+def write(evidence: Evidence) -> list[str]:
+    """Write OUT/report/tables/<name>.md and .tex; their names without extension."""
+    made = layouts(evidence)
+    for one in made:
+        for extension, text in (("md", one.markdown()), ("tex", one.latex())):
+            storage.put(storage.join(evidence.out, "report", "tables", f"{one.name}.{extension}"), text)
+    return [one.name for one in made]
+
+
+def section(evidence: Evidence) -> str:
+    """The tables as text to copy."""
+    parts = []
+    for one in layouts(evidence)[:24]:
+        both = f"<pre>{esc(one.markdown())}</pre><pre>{esc(one.latex())}</pre>"
+        parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
+    note = (
+        "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over fine-tuning seeds,"
+        " uncorrected, which declares nothing here."
+    )
+    return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
+
+
+# -- numbers as the papers print them
+
+
+def percent(values: Sequence[float]) -> tuple[float, str]:
+    """The mean in per cent and `96.41 ±0.05`; NaN and a dash where there is none."""
+    mean, sd, n = results.mean_sd(values)
+    if not n:
+        return math.nan, "–"
+    return mean, f"{100 * mean:.2f}" + (f" ±{100 * sd:.2f}" if n > 1 else "")
+
+
+def _bold(values: list[list[float]], first: int) -> set[tuple[int, int]]:
+    """Places of the highest value of each column, columns counted from `first`."""
+    found = set()
+    for j in range(len(values[0]) if values else 0):
+        column = [row[j] for row in values]
+        held = [value for value in column if math.isfinite(value)]
+        if len(held) > 1:
+            found |= {(i, j + first) for i, value in enumerate(column) if value == max(held)}
+    return found
+
+
+def _share(fraction: float) -> str:
+    return "" if fraction == 1 else f", {fraction:.3g} of the labels"
+
+
+def _options(cell: Cell) -> str:
+    return f"{cell.strategy} {cell.options}".strip()
+
+
+def _safe(*parts: object) -> str:
+    text = "-".join(str(part) for part in parts if part != "")
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text).strip("-")
+
+
+def _transfusion(evidence: Evidence) -> list[Layout]:
+    made = []
+    order = evidence.sources()
+    for (task, strategy, options, fraction, resolution), held in results.by(
+        evidence.cells, "task", "strategy", "options", "fraction", "resolution"
+    ).items():
+        metric = held[0].primary()
+        if metric not in AUCS or strategy != "full":
+            continue
+        sources = [source for source in order if any(cell.source == source for cell in held)]
+        unit, models = evidence.unit(metric, held[0].dataset), results.by(held, "architecture")
+        grid = [[percent([c.value(metric) for c in own if c.source == source]) for source in sources] for own in models.values()]
+        rows = [[str(model), *(text for _, text in line)] for (model,), line in zip(models, grid, strict=True)]
+        place = f"{task}, {resolution} px{_share(float(fraction))}"
+        name = _safe(task, options, "" if fraction == 1 else f"{fraction:g}", resolution)
+        caption = f"{place}: {unit} in per cent, mean and deviation over seeds"
+        # Bold is along a row there: which beginning does an architecture better.
+        best = {(i, j + 1) for i, line in enumerate(grid) for j in _highest([value for value, _ in line])}
+        made.append(Layout(f"transfusion-1-{name}", caption, ["model", *sources], rows, best))
+        labels = list(
+            dict.fromkeys(row["class"] for c in held for row in c.result["metrics"] if row.get("class") and row["metric"] == "auroc")
+        )
+        if len(labels) > 1:
+            pairs = results.by(held, "architecture", "source")
+            lines = {
+                pair: [percent([c.value("auroc", label=label) for c in own]) for label in labels]
+                for pair, own in sorted(pairs.items(), key=lambda item: (item[0][0], order.index(item[0][1])))
+            }
+            rows = [[f"{model}, {source}", *(text for _, text in line)] for (model, source), line in lines.items()]
+            best = _bold([[value for value, _ in line] for line in lines.values()], 1)
+            made.append(Layout(f"transfusion-2-{name}", f"{place}: AUROC in per cent by label", ["model", *labels], rows, best))
+    return made
+
+
+def _highest(values: list[float]) -> list[int]:
+    held = [value for value in values if math.isfinite(value)]
+    return [i for i, value in enumerate(values) if len(held) > 1 and value == max(held)]
+
+
+def _truncated(evidence: Evidence) -> list[Layout]:
+    made = []
+    times = _times(evidence)
+    for (task, source, architecture, fraction, resolution), held in results.by(
+        evidence.cells, "task", "source", "architecture", "fraction", "resolution"
+    ).items():
+        strategies = results.by(held, "strategy", "options")
+        metric = held[0].primary()
+        if len(strategies) < 2 or metric not in AUCS:
+            continue
+        rows, values = [], []
+        for (strategy, _), own in strategies.items():
+            scores = [percent([c.value(name) for c in own]) for name in (metric, "auprc_mean")]
+            costs = [results.number(own[0].result.get(name)) for name in ("params", "macs")]
+            ms = times.get(own[0].key, math.nan)
+            label = STRATEGIES.get(str(strategy), str(strategy))
+            shown = f"{label} ({_options(own[0])})" if own[0].options else label
+            rows.append([shown, *(text for _, text in scores), *(f"{costs[0] / 1e6:.2f}", f"{costs[1] / 1e9:.3g}"), _ms(ms)])
+            values.append([*(value for value, _ in scores), *(-value for value in costs), -ms])
+        heads = ["method", evidence.unit(metric, held[0].dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
+        caption = f"{task}, {source}, {architecture}, {resolution} px{_share(float(fraction))}: per cent; T is of one image"
+        name = _safe("truncated", task, source, architecture, "" if fraction == 1 else f"{fraction:g}", resolution)
+        made.append(Layout(name, caption, heads, rows, _bold(values, 1)))
+    return made
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "–"
+
+
+def _times(evidence: Evidence) -> dict[str, float]:
+    """Milliseconds for one image by cell, from the analysis of efficiency; none where it was not made."""
+    found = next((one for one in standing(evidence.out) if one.analysis.kind == "efficiency"), None)
+    if found is None:
+        return {}
+    text = storage.read_bytes(storage.join(found.url, "efficiency.csv")).decode()
+    rows = csv.DictReader(io.StringIO(text))
+    return {key: results.number(row.get("batch_1_median_ms")) for row in rows for key in (row.get("keys") or "").split()}
+
+
+def _benchmark(evidence: Evidence) -> list[Layout]:
+    made = []
+    order = evidence.sources()
+    against = next((s for s in order if "imagenet" in s.lower() and "-" not in s), None) or order[0]
+    for (architecture, strategy, options), held in results.by(evidence.cells, "architecture", "strategy", "options").items():
+        columns = list(results.by(held, "task", "dataset", "fraction", "resolution").items())
+        sources = [source for source in order if any(cell.source == source for cell in held)]
+        heads, rows = ["pretraining"], [[source] for source in sources]
+        values: list[list[float]] = [[] for _ in sources]
+        for (task, dataset, fraction, _), own in columns:
+            metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in own)), None)
+            if metric is None:
+                continue
+            heads.append(f"{task}{_share(float(fraction))}, {evidence.unit(metric, dataset)}")
+            base = [c.value(metric) for c in own if c.source == against]
+            for i, source in enumerate(sources):
+                cells = [c for c in own if c.source == source]
+                if any(c.own_source for c in cells):
+                    rows[i].append("-")
+                    values[i].append(math.nan)
+                    continue
+                mean, text = percent([c.value(metric) for c in cells])
+                rows[i].append(text + (f" {mark}" if source != against and (mark := stars([c.value(metric) for c in cells], base)) else ""))
+                values[i].append(mean)
+        if len(heads) < 2 or len(sources) < 2:
+            continue
+        setting = f"{strategy} {options}".strip()
+        caption = f"{architecture}, {setting}: per cent; stars: two-sample t-test against {against}"
+        made.append(Layout(_safe("benchmark", architecture, setting), caption, heads, rows, _bold(values, 1)))
+    return made
+
+
+def stars(a: Sequence[float], b: Sequence[float]) -> str:
+    """`n.s.` or stars of an independent two-sample t-test with equal variances; nothing where a side has fewer than two values."""
+    from scipy import stats
+
+    one, two = ([value for value in side if math.isfinite(value)] for side in (a, b))
+    if len(one) < 2 or len(two) < 2:
+        return ""
+    p = float(stats.ttest_ind(one, two).pvalue) if len({*one, *two}) > 1 else 1.0
+    return secondary.stars(p)

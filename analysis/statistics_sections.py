@@ -1,0 +1,147 @@
+"""Sections of the report around the declared findings: the ledger of claims, average ranks, and the secondary tests of earlier studies.
+
+    html = claims(evidence); html = ranked(evidence); html = secondary_tests(evidence)
+
+None of the last two declares anything: ranks leave out seeds and patients, secondary tests each leave out one of the two.
+"""
+
+import functools
+import math
+from typing import Any
+
+import pandas as pd
+
+from analysis import figures, results
+from analysis.evidence import Evidence, Finding, scores
+from analysis.ranks import ranks
+from analysis.results import Cell
+from analysis.secondary import secondary
+from analysis.statistics import Scores
+from analysis.tables import cell, esc, num, pvalue, table
+from base import storage
+
+TESTED = 60  # findings whose secondary tests are made: each reads the predictions of two sides
+TESTS = (
+    ("p_paired", "paired t"),
+    ("p_welch", "Welch t"),
+    ("p_student", "Student t"),
+    ("p_wilcoxon", "Wilcoxon"),
+    ("p_nadeau_bengio", "Nadeau-Bengio"),
+    ("p_delong", "DeLong"),
+)
+
+
+def claims(evidence: Evidence) -> str:
+    """Every claim of the study with its verdict; empty for a study without claims."""
+    if not evidence.ledger and not evidence.withdrawn:
+        return ""
+    rows = []
+    for entry in evidence.ledger:
+        mark = {"holds": "good", "fails": "bad"}.get(entry.verdict, "")
+        late = ' <span class="tag bad">added after the results</span>' if entry.late else ""
+        c = entry.comparison
+        parts = [f'<th scope="row">{esc(entry.claim.name)}</th>', cell(esc(entry.claim.sentence), cls="words")]
+        parts += [cell(f'<span class="tag {mark}">{entry.verdict}</span>{late}'), cell(esc(entry.where()))]
+        parts += [cell(esc(entry.effect()), sort=c.estimate), cell(esc(f"{entry.claim.expect} by {entry.claim.margin:g}"))]
+        parts += [cell(esc(pvalue(entry.adjusted)), sort=entry.adjusted), cell(esc(entry.about)), cell(esc(entry.why), cls="words")]
+        rows.append("".join([*parts, cell(esc(entry.needs() or "–"))]))
+    heads = ["claim", "sentence", "verdict", "on", "difference", "expected", "p after Holm", "of", "why", "would settle it"]
+    gone = f'<p class="bad">Withdrawn after they were registered: {esc(", ".join(evidence.withdrawn))}.</p>' if evidence.withdrawn else ""
+    note = (
+        "Written into the study file before it ran. Holds: the difference goes the claim's way after Holm's correction over the claims;"
+        " fails: the 95 % interval rules out what it says; underpowered: neither. Claims about encoders speak of these weights alone."
+    )
+    return (table(heads, rows) if rows else "") + gone + f'<p class="faint">{note}</p>'
+
+
+def settings_by_source(evidence: Evidence) -> pd.DataFrame:
+    """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing."""
+    rows: dict[str, dict[str, float]] = {}
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for one in evidence.cells:
+        if not one.own_source and not evidence.exposed(one):
+            groups.setdefault(one.group(), []).append(one)
+    for group, held in groups.items():
+        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in held)), None)
+        if metric is not None:
+            means = {source: results.mean_sd(c.value(metric) for c in own)[0] for (source,), own in results.by(held, "source").items()}
+            rows[" ".join(map(str, group))] = means
+    return pd.DataFrame.from_dict(rows, orient="index", columns=evidence.sources() if rows else [])
+
+
+def ranked(evidence: Evidence) -> str:
+    """Average ranks with a critical-difference diagram; empty with fewer than two sources or settings."""
+    frame = settings_by_source(evidence)
+    if frame.shape[1] < 2 or len(frame) < 2:
+        return ""
+    found = ranks(frame)
+    if not found.average:
+        return f"<p>No ranks: {esc(found.why)}.</p>"
+    drawn = figures.critical("ranks", found.average, found.settings, found.critical_difference, found.cliques)
+    rows = ["".join([f'<th scope="row">{esc(name)}</th>', cell(num(rank, 2), sort=rank)]) for name, rank in found.average.items()]
+    said = f"Friedman {found.statistic:.2f}, p {pvalue(found.p)}" if math.isfinite(found.p) else found.why
+    note = (
+        f"{found.settings} settings that every source has, {found.dropped} left out for want of one; {esc(said)}. Sources under one bar are"
+        " nearer than Nemenyi's critical difference (Demsar 2006). Tasks of one dataset and strategies of one task are not independent"
+        " settings, and seeds and patients do not enter: nothing is declared from ranks."
+    )
+    return f'<div class="wide">{drawn}</div>{table(["encoder", "average rank"], rows, cls="numbers")}<p class="faint">{note}</p>'
+
+
+def _sides(evidence: Evidence) -> functools.partial[list[Cell]]:
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for one in evidence.cells:
+        groups.setdefault((one.source, *one.group()), []).append(one)
+    return functools.partial(_side, groups)
+
+
+def _side(groups: dict[tuple[Any, ...], list[Cell]], finding: Finding, source: str) -> list[Cell]:
+    held = (finding.architecture, finding.strategy, finding.options, finding.task, finding.fraction, finding.resolution)
+    return groups.get((source, *held), [])
+
+
+def secondary_tests(evidence: Evidence) -> str:
+    """A row a comparison of the primary table with the tests that earlier studies print; also written to report/secondary.csv."""
+    compared = [f for f in evidence.findings if f.kind != "claim" and math.isfinite(f.comparison.estimate)]
+    side, family = _sides(evidence), max(1, evidence.family)
+    held: dict[str, Scores | None] = {}
+    rows, listed = [], []
+
+    def load(cells: list[Cell]) -> list[Scores]:
+        for one in cells:
+            if one.key not in held:
+                held[one.key] = scores(one)
+        return [found for one in cells if (found := held[one.key]) is not None]
+
+    for f in compared[:TESTED]:
+        a, b = load(side(f, f.a)), load(side(f, f.b))
+        found = secondary(a, b, f.metric, family=family)
+        listed.append({"a": f.a, "b": f.b, "on": f.words(evidence), "metric": f.metric, **found})
+        parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)))]
+        for name, _ in TESTS:
+            value = found.get(name, math.nan)
+            if isinstance(value, str):
+                parts.append(cell('<span class="faint">refused</span>', sort="2", title=value))
+            else:
+                parts.append(cell(esc(pvalue(value)), sort=value))
+        for name in ("cohen_d", "hedges_g"):
+            value = found.get(name, math.nan)
+            parts.append(cell(num(value, 2) if isinstance(value, float) else "–", sort=value))
+        rows.append("".join([*parts, cell(esc(found.get("stars", "–")))]))
+    if not rows:
+        return ""
+    storage.put(storage.join(evidence.out, "report", "secondary.csv"), pd.DataFrame(listed).to_csv(index=False, lineterminator="\n"))
+    refused: dict[str, str] = {}
+    for row in listed:
+        for name, word in TESTS:
+            if isinstance(row.get(name), str):
+                refused.setdefault(f"{word}: {str(row[name]).removeprefix('refused: ')}", "")
+    heads = ["comparison", "on", *(f"p, {word}" for _, word in TESTS), "Cohen's d", "Hedges' g", "stars"]
+    more = f" The first {TESTED} of {len(compared)} comparisons." if len(compared) > TESTED else ""
+    reasons = "".join(f"<li>{esc(reason)}</li>" for reason in refused)
+    why = f"<details><summary>Why tests were refused</summary><ul>{reasons}</ul></details>" if reasons else ""
+    note = (
+        "Uncorrected, and nothing is declared from them: tests over seeds take the test patients as given, DeLong takes the trained"
+        f" networks as given. Stars are the benchmark's own (t-test over seeds).{more}"
+    )
+    return table(heads, rows, cls="numbers") + why + f'<p class="faint">{note}</p>'

@@ -1,0 +1,253 @@
+"""The parts of the report: subgroups, calibration, ranks, secondary tests, tables as in the papers, studies compared; bad input."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_study import make
+
+from analysis import analysis_sections, calibration, papers, statistics_sections, subgroups, tables
+from analysis import report as reports
+from analysis.comparing import changed, compare_studies, settings
+from analysis.evidence import gather
+from analysis.results import finished
+from analysis.statistics import Bootstrap, Scores
+from base.seeds import rng
+
+QUICK = Bootstrap(150)
+
+
+def scored(seed: int, images: int, noise_of_b: float) -> tuple[Scores, dict[str, str]]:
+    """Two labels; images of group b have scores that are right but for noise."""
+    fixed, own = rng("subgroups", images), rng("subgroups", images, seed)
+    target = (fixed.random((images, 2)) < 0.4).astype(float)
+    group = np.where(np.arange(images) % 2 == 0, "a", "b")
+    noise = np.where(group == "b", noise_of_b, 1.0)[:, None] * own.normal(size=target.shape)
+    score = 1 / (1 + np.exp(-(1.5 * target + noise - 1)))
+    ids = np.array([f"i{i}" for i in range(images)])
+    patients = np.array([f"p{i // 2}" for i in range(images)], object)
+    return Scores(seed, ids, patients, target, score), dict(zip(ids.tolist(), group.tolist(), strict=True))
+
+
+FACTS = ("task", "simclr", "full", "sex", "auroc_mean", "corpus")
+
+
+def test_a_group_that_is_served_worse_is_found_and_equal_ones_are_not() -> None:
+    cells = [scored(seed, 400, 6.0) for seed in range(3)]
+    found = subgroups.by_group(FACTS, [one for one, _ in cells], cells[0][1], Bootstrap(300))
+    assert found.worst == "b"
+    assert found.low > 0
+    assert found.labels == 2
+    equal = [scored(seed, 400, 1.0) for seed in range(3)]
+    found = subgroups.by_group(FACTS, [one for one, _ in equal], equal[0][1], Bootstrap(300))
+    assert found.low < 0.02
+    assert found.gap < 0.1
+
+
+def test_small_groups_have_no_number_and_labels_that_a_group_lacks_count_for_none() -> None:
+    one, groups = scored(0, 200, 1.0)
+    few = {key: "c" if i < 10 else name for i, (key, name) in enumerate(groups.items())}
+    found = subgroups.by_group(FACTS, [one], few, Bootstrap(100))
+    values = {group.name: (group.images, group.value) for group in found.groups}
+    assert values["c"][0] == 10
+    assert np.isnan(values["c"][1])
+    assert one.target_NL is not None
+    one.target_NL[[groups[str(i)] == "a" for i in one.ids_N], 1] = 0
+    assert subgroups.by_group(FACTS, [one], groups, Bootstrap(100)).labels == 1
+
+
+@pytest.mark.parametrize(("age", "name"), [(17, "under 18"), (18, "18-39"), ("59", "40-59"), (80, "80 and over"), (None, "not known")])
+def test_ages_are_bands(age: object, name: str) -> None:
+    assert subgroups.band(age) == name
+
+
+def test_reliability_is_the_diagonal_for_honest_scores_and_the_error_is_that_of_the_metric() -> None:
+    draw = rng("reliability")
+    p = draw.random(200_000)
+    right = (draw.random(len(p)) < p).astype(float)
+    points, error, n = calibration.reliability(p, right)
+    assert n == len(p)
+    assert error < 0.01
+    assert max(abs(x - y) for x, y, _ in points) < 0.02
+    assert sum(count for *_, count in points) == n
+    by_hand = sum(count / n * abs(x - y) for x, y, count in points)
+    assert error == pytest.approx(by_hand)
+
+
+def test_calibration_is_in_the_page_and_not_of_masks(tmp_path: Path) -> None:
+    out = make(tmp_path / "labels", {"random": 0.0, "simclr": 0.7}, seeds=2, images=120)
+    assert "ECE, mean over seeds" in calibration.section(gather(str(out), QUICK))
+    out = make(tmp_path / "masks", {"random": 0.0, "simclr": 0.7}, tasks={"lungs": "segmentation"}, seeds=2, images=40)
+    assert calibration.section(gather(str(out), QUICK)) == ""
+
+
+def test_ranks_take_every_setting_and_leave_out_own_sources(tmp_path: Path) -> None:
+    tasks = {"chest": "classification", "lungs": "segmentation", "hearts": "segmentation"}
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7, "simclr-sup": 2.0}, tasks=tasks, seeds=2, images=60, own=[("simclr-sup", "chest")])
+    evidence = gather(str(out), QUICK)
+    frame = statistics_sections.settings_by_source(evidence)
+    assert frame.shape == (3, 3)
+    assert frame["simclr-sup"].isna().sum() == 1
+    said = statistics_sections.ranked(evidence)
+    assert "2 settings that every source has, 1 left out" in said
+    assert "critical difference" in said
+
+
+def test_secondary_tests_are_printed_with_their_refusals_and_declare_nothing(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=3, images=100)
+    said = statistics_sections.secondary_tests(gather(str(out), QUICK))
+    assert "Wilcoxon" in said
+    assert "refused" in said  # three seeds cannot reach a Wilcoxon p under 0.05
+    assert "declared</span>" not in said
+    frame = pd.read_csv(out / "report" / "secondary.csv")
+    assert frame["p_delong"].astype(float).between(0, 1).all()
+    assert frame["p_wilcoxon"].str.startswith("refused").all()
+
+
+def test_what_wins_where_says_certainty_and_cost(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.5}, seeds=3, images=300)
+    evidence = gather(str(out), QUICK)
+    said = tables.winners(evidence)
+    assert "<b>simclr</b>" in said
+    assert "against random" in said
+    assert '<span class="tag good">declared</span>' in said
+    assert "11.2 M" in said
+    assert "▲ above random" in tables.matrix(evidence, {})
+
+
+# -- tables as in the papers
+
+
+def paper(tmp_path: Path, **changes: Any) -> dict[str, papers.Layout]:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0, "simclr-sup": 2.0}, seeds=3, images=150, **changes)
+    return {one.name: one for one in papers.layouts(gather(str(out), QUICK))}
+
+
+def test_tables_have_the_layout_of_each_paper(tmp_path: Path) -> None:
+    made = paper(
+        tmp_path, strategies=("full", "linear"), tasks={"chest": "classification", "lungs": "segmentation"}, own=[("simclr-sup", "chest")]
+    )
+    assert made["transfusion-1-chest-48"].heads == ["model", "random", "simclr", "simclr-sup"]
+    assert re.fullmatch(r"\d\d\.\d\d ±\d\.\d\d", made["transfusion-1-chest-48"].rows[0][1])
+    assert made["transfusion-2-chest-48"].heads[1:] == ["texture", "count", "arrangement"]
+    rows = made["truncated-chest-simclr-resnet18-48"].rows
+    assert [row[0] for row in rows] == ["FTL", "linear"]
+    assert rows[0][3:] == ["11.17", "0.085", "–"]
+    benchmark = made["benchmark-resnet18-full"]
+    assert benchmark.heads[0] == "pretraining"
+    assert len(benchmark.heads) == 3
+    sup = next(row for row in benchmark.rows if row[0] == "simclr-sup")
+    assert "-" in sup  # not evaluated on its own source
+    assert any(re.search(r"\*|n\.s\.", text) for text in sup[1:])
+    assert "*" not in benchmark.rows[0][1]  # the source that the others are held against
+
+
+def test_markdown_and_latex_are_whole_and_escaped() -> None:
+    held = papers.Layout("t", "50 % & more_", ["a|b", "c"], [["x_1", "97.1 ±0.2 **"], ["y", "–"]], {(0, 1)})
+    text = held.markdown().splitlines()
+    assert text[2:] == ["| a\\|b | c |", "|---|---|", "| x\\_1 | **97.1 ±0.2 \\*\\*** |".replace("\\_", "_"), "| y | – |"]
+    tex = held.latex()
+    assert r"\caption{50 \% \& more\_}" in tex
+    assert r"x\_1 & \textbf{97.1 $\pm$0.2 **} \\" in tex
+    assert tex.count(r"\begin{") == tex.count(r"\end{") == 2
+
+
+def test_stars_are_those_of_a_two_sample_t_test() -> None:
+    from scipy import stats
+
+    draw = rng("stars")
+    a, b = draw.normal(0.80, 0.01, 10).tolist(), draw.normal(0.81, 0.01, 10).tolist()
+    p = stats.ttest_ind(a, b).pvalue
+    expected = "n.s." if p >= 0.05 else "*" if p >= 0.01 else "**"
+    assert papers.stars(a, b) == expected
+    assert papers.stars([0.8], b) == ""
+    assert papers.stars([0.8, 0.8], [0.8, 0.8]) == "n.s."
+
+
+def test_the_tables_are_written(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, seeds=2, images=80)
+    reports.report(str(out), gather(str(out), QUICK))
+    names = {path.name for path in (out / "report" / "tables").iterdir()}
+    assert {"transfusion-1-phantom-chest-48.md", "transfusion-1-phantom-chest-48.tex", "benchmark-resnet18-full.tex"} <= names
+    figures = list((out / "report" / "figures").glob("*.svg"))
+    assert len(figures) >= 3
+    for figure in figures:
+        text = figure.read_text()
+        assert "var(--ink)" not in text
+        assert "<desc" in text
+
+
+# -- two studies
+
+
+def test_settings_of_two_studies_are_named_by_their_keys() -> None:
+    tree = {"cells": {"seeds": [0, 1], "sources": [{"name": "a", "source": "random"}, {"name": "b", "source": "x"}]}, "study": "s"}
+    assert settings(tree) == {
+        "cells.seeds": "[0, 1]",
+        "cells.sources.a.source": '"random"',
+        "cells.sources.b.source": '"x"',
+        "study": '"s"',
+    }
+
+
+def test_two_studies_are_compared_where_they_meet(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", {"random": 0.0, "simclr": 0.2}, seeds=3, images=200)
+    two = make(tmp_path / "two", {"random": 0.0, "simclr": 2.0, "simclr-sup": 1.0}, seeds=3, images=200)
+    plan = json.loads((two / "plan.json").read_text())
+    for row in plan:  # other settings, other keys: of the made cells only the source decides them
+        if row["source"] == "pretrain:simclr":
+            folder, row["key"] = two / "cells" / row["key"], f"f{row['key'][1:]}"
+            file = folder.rename(folder.with_name(row["key"])) / "result.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"key": row["key"]}))
+    (two / "plan.json").write_text(json.dumps(plan))
+    keys = [key for key, _, _ in changed(gather(str(one), QUICK), gather(str(two), QUICK))]
+    assert "cells.sources" in keys
+    page = Path(compare_studies(str(one), str(two), QUICK)).read_text()
+    assert "2 settings stand in both studies" in page
+    assert "of the others 1 have an interval above 0" in page
+    assert "Nothing is declared" in page
+    assert "the same cells" in page  # random was drawn alike: the keys are the same
+    assert "simclr-sup" in page[page.index("Results that one has alone") :]
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+# -- bad input
+
+
+def test_equal_scores_one_task_and_metrics_without_a_number_give_a_truthful_page(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.0}, seeds=2, images=60)
+    for cell in finished(str(out)):
+        frame = pd.read_parquet(Path(cell.url, "predictions.parquet"))
+        for name in [name for name in frame if str(name).startswith("score_")]:
+            frame[name] = 0.5
+        frame.to_parquet(Path(cell.url, "predictions.parquet"))
+        metrics = [{**row, "value": 0.5} for row in cell.metrics]
+        Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": metrics}))
+    page = reports.page(gather(str(out), QUICK))
+    assert "beats" not in page
+    assert "▲ above" not in page
+    assert "nan" not in re.sub(r"<[^>]*>", " ", page).lower().split()
+    for cell in finished(str(out)):
+        metrics = [{**row, "value": None if row["split"] == "test" else row["value"]} for row in cell.metrics]
+        Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": metrics}))
+    assert "no number" in reports.page(gather(str(out), QUICK))
+
+
+def test_a_running_study_says_what_is_not_there_yet(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=3, images=80)
+    study = (out / "study.yaml").read_text() + "analyses: [convergence]\n"
+    (out / "study.yaml").write_text(study)
+    folder = sorted((out / "cells").iterdir())[0]
+    (folder / "result.json").unlink()
+    page = reports.page(gather(str(out), QUICK))
+    assert "1 of 6 cells have no result" in page
+    assert "Running or incomplete" in page
+    assert "Asked for, and not computed yet" in page
+    assert analysis_sections.sections(gather(str(out), QUICK))[0][0] == "convergence"
+    (out / "analyses" / "convergence-0000").mkdir(parents=True)
+    (out / "analyses" / "convergence-0000" / "analysis.json").write_text('{"schema": 1, "kind": "conv')  # being written
+    assert "not computed yet" in reports.page(gather(str(out), QUICK))
