@@ -129,7 +129,7 @@ def everywhere(paths: Sequence[str]) -> tuple[list[Facts], list[str]]:
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     there = {node["NodeID"]: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive}
-    ask, clock = ray.remote(num_cpus=0, max_retries=0)(look), ray.remote(num_cpus=0, max_retries=0)(time.time)
+    ask, clock = ray.remote(num_cpus=0, max_retries=0)(look), ray.remote(num_cpus=0, max_retries=0)(_clock)
     asked = [ask.options(scheduling_strategy=there[node["NodeID"]]).remote(paths, node["NodeManagerAddress"]) for node in alive]
     ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)
     found, silent = [], []
@@ -149,3 +149,7 @@ def everywhere(paths: Sequence[str]) -> tuple[list[Facts], list[str]]:
         skew = shown - began - took / 2
         found.append(dataclasses.replace(facts, resources=node["Resources"], skew_s=skew, skew_error_s=took / 2))
     return found, silent
+
+
+def _clock() -> float:
+    return time.time()

@@ -46,7 +46,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     """Run a study to its end.
 
     Raises:
-        RequestError: `out` belongs to another study or another driver, bad raw data, no cluster, no MLflow server.
+        RequestError: `out` belongs to another study or another driver, bad raw data, no MLflow server, no cluster or none that can run it.
         WorkError: storage failed. A pretraining or a cell that failed is in the summary.
     """
     progress = progress or Progress()
@@ -79,6 +79,7 @@ def _stages(
     projector: Projector,
     uri: str,
 ) -> Summary:
+    from cluster.doctor import require
     from cluster.fit import fits
     from cluster.nodes import Making
     from cluster.session import session
@@ -104,6 +105,7 @@ def _stages(
     stages.refuse_other_secrets(study)
     progress.say("starting Ray")
     with session():
+        require(study)
         making = Making(study, uri, progress, events)
         try:
             making.run()
