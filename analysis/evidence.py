@@ -291,7 +291,7 @@ def judge(evidence: Evidence, load: Loaded, bootstrap: Bootstrap) -> list[Entry]
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
     early = {sha: before for sha, (_, before) in known.items()}
-    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap)
+    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap, evidence.missing)
 
 
 def of_claim(entry: Entry) -> Finding:

@@ -26,6 +26,7 @@ from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectab
 Verdict = Literal["holds", "fails", "underpowered"]
 LEVEL = 0.05
 MOST_SEEDS = 1000
+GAP = ("source", "strategy", "task", "fraction", "resolution")  # what is known of a cell without a result
 
 
 def axes_of(cell: Cell) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Entry:
     comparison: Comparison
     pretraining_seeds: int  # of the pretrained side that has fewest; 0 where none is pretrained
     late: bool = False  # the claim was not in the study file when its results were not yet there
+    missing: int = 0  # cells of its sides that have no result yet
     adjusted: float = math.nan
     family: int = 1
     short: str = ""  # why the study cannot judge the claim at all, or ""
@@ -172,6 +174,7 @@ class Entry:
     def sentence(self) -> str:
         """The claim with its verdict, in one sentence that says of what it speaks."""
         added = ", ADDED AFTER THE RESULTS" if self.late else ""
+        added += f", so far: {self.missing} of its cells are missing" if self.missing else ""
         judged = {"holds": "holds", "fails": "fails", "underpowered": "is not settled"}[self.verdict]
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
 
@@ -187,6 +190,7 @@ def ledger(
     apart: Callable[[Cell], str] = lambda _: "",
     random: Callable[[Cell], bool] = lambda _: False,
     bootstrap: Bootstrap | None = None,
+    missing: Sequence[Mapping[str, Any]] = (),
 ) -> list[Entry]:
     """Every claim in every setting in which both sides stand, and once without a setting where there is none.
 
@@ -195,13 +199,17 @@ def ledger(
         registered: by the claim's sha256, whether it was in the study file before both of its sides had results.
         load: predictions of a cell. apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
         random: whether a cell's weights are drawn anew with every seed.
+        missing: cells that the study asks for and that have no result, as analysis.results.absent gives them.
     """
     bootstrap = bootstrap or Bootstrap()
     seen = [(cell, axes_of(cell)) for cell in cells]
     entries = []
     for claim in claims:
         late = not registered.get(claim.sha256, False)
-        made = [_entry(claim, setting, a, b, late, load, apart, random, bootstrap) for setting, a, b in settings_of(claim, seen)]
+        made = []
+        for setting, a, b in settings_of(claim, seen):
+            gaps = sum(any(all(row[name] == getattr(cell, name) for name in GAP) for cell in (a[0], b[0])) for row in missing)
+            made.append(replace(_entry(claim, setting, a, b, late, load, apart, random, bootstrap), missing=gaps))
         lacking = "no finished cells of both sides in one setting"
         none = Entry(claim, {}, "", "", not_comparable(lacking), 0, late, short=lacking)
         entries += made or [none]

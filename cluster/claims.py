@@ -165,6 +165,7 @@ def _study(url: str) -> None:
 def row(entry: "Entry") -> tuple[str, ...]:
     """A line of the ledger."""
     sides = entry.claim.comparison
-    verdict = entry.verdict + (", added after the results" if entry.late else "")
+    verdict = entry.verdict + (f" so far, {entry.missing} cells missing" if entry.missing else "")
+    verdict += ", added after the results" if entry.late else ""
     compared = f"{sides.a.words()} against {sides.b.words()}: {entry.claim.expect}, margin {entry.claim.margin:g}"
     return entry.claim.name, verdict, entry.effect(), entry.why, entry.needs() or "-", entry.about, entry.where(), compared

@@ -237,6 +237,21 @@ def test_own_sources_and_exposed_ones_are_evidence_for_nothing(tmp_path: Path) -
     assert "own source" in found.why
 
 
+def test_a_verdict_of_a_study_that_is_running_says_so(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=5, images=200)
+    rows = []
+    for place in sorted((out / "cells").iterdir()):
+        held = json.loads((place / "result.json").read_text())
+        axes = {name: held[name] for name in ("key", "source", "strategy", "task", "fraction", "resolution", "seed")}
+        rows.append({**axes, "shuffle_labels": False})
+        if held["seed"] == 4:
+            (place / "result.json").unlink()
+    (out / "plan.json").write_text(json.dumps(rows))
+    (found,) = with_claims(out, claim()).ledger
+    assert found.missing == 2
+    assert "so far: 2 of its cells are missing" in found.sentence()
+
+
 def test_convergence_compares_learning_curves(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=100)
     for place in (out / "cells").iterdir():
