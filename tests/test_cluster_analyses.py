@@ -1,0 +1,154 @@
+"""The analyses of a study: made once of its cells, by key, and shown by its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny_study
+import torch
+
+from analysis import analysis_sections
+from analysis import report as reports
+from analysis.analyses import KINDS, Analysis, standing
+from analysis.evidence import gather
+from analysis.results import finished
+from analysis.statistics import Bootstrap
+from base.errors import RequestError
+from base.paths import ROOT
+from cluster import plan
+from cluster.analyses import NODES, analyse, run_analyses
+from cluster.events import Events
+from cluster.load import load_study
+from cluster.plan import Corpus
+from cluster.progress import Progress
+from cluster.sources import read_weights
+from cluster.study import Study
+from encoders.build import build
+from encoders.export import export
+from engine.context import LocalContext
+from finetune import efficiency as measured
+from finetune.run import run
+from shards import manifest
+
+QUICK = Bootstrap(100)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, phantom_chest: str) -> Study:
+    """Nine trained cells that kept their encoders: random weights and two exported encoders, three seeds."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("analyses")
+    facts: dict[str, Any] = {"method": "made", "lineage": [], "data": [], "revision": "0", "image_size": 32}
+    for seed, name in enumerate(("one", "two")):
+        export(build("test_resnet", 1, seed=seed), folder / name, name=name, **facts)
+    sources = ["random", *({"name": name, "source": str(folder / name)} for name in ("one", "two"))]
+    tree = {**tiny_study.SMALLER, "data": {"phantom-chest": {"shards": phantom_chest}}, "pretrain": [], "analyses": list(KINDS)}
+    tree.pop("champion")
+    cells = {**tree["cells"], "sources": sources, "strategies": ["full"], "seeds": [0, 1, 2], "keep": "encoder"}
+    cells |= {"task_settings": {"phantom-chest": {"recipe.epochs": 2}}, "architectures": ["test_resnet"]}
+    made = load_study(tiny_study.write(folder, {**tree, "cells": cells}))
+    weights = {name: [read_weights(str(folder / name))] for name in ("one", "two")}
+    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    for config in plan.cells(made, corpora, weights):
+        run(config, LocalContext(dir=str(folder / "work")))
+    (folder / "out" / "study.yaml").write_text((folder / "study.yaml").read_text())
+    return made
+
+
+@pytest.fixture(scope="module")
+def analysed(study: Study) -> Study:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measured, "SECONDS", 0.001)
+    run_analyses(study, Progress(), Events(study.out))
+    patch.undo()
+    return study
+
+
+def test_each_kind_stands_once_with_what_it_lists(analysed: Study) -> None:
+    held = standing(analysed.out)
+    assert [one.analysis.kind for one in held] == list(KINDS)
+    for one in held:
+        assert one.analysis.cells == 9
+        for drawn in one.analysis.figures:
+            assert len(drawn.text) > 20
+            assert Path(one.url, f"{drawn.file}.png").stat().st_size > 2000
+            svg = Path(one.url, f"{drawn.file}.svg").read_text()
+            assert svg.startswith("<svg")
+            assert "<desc" in svg
+            assert "#0a0b0" not in svg  # a placeholder of a colour
+        for listed in one.analysis.tables:
+            assert Path(one.url, listed.file).exists()
+            assert all(len(row) == len(listed.heads) for row in listed.rows)
+    before = sorted(path.name for path in Path(analysed.out, "analyses").iterdir())
+    assert all(analyse(analysed.out, kind) is None for kind in NODES)
+    assert sorted(path.name for path in Path(analysed.out, "analyses").iterdir()) == before
+
+
+def test_similarity_and_filters_are_those_of_before_and_after(analysed: Study) -> None:
+    held = {one.analysis.kind: one for one in standing(analysed.out)}
+    files = {drawn.file.rpartition("/")[2] for drawn in held["similarity"].analysis.figures}
+    assert {"layers", "coefficients", "top-one", "top-two", "start-against-end"} <= files
+    runs = next(Path(held["similarity"].url).rglob("runs.csv"))
+    assert len(pd.read_csv(runs)) == 9 * 5
+    rows = next(listed for listed in held["filters"].analysis.tables if listed.file == "summary.csv").rows
+    assert len(rows) == 3
+    assert all(row[4].startswith("median") for row in rows)  # movement: the first layer was trained
+
+
+def test_convergence_counts_steps(analysed: Study) -> None:
+    (held,) = (one for one in standing(analysed.out) if one.analysis.kind == "convergence")
+    runs = pd.read_csv(Path(held.url, "runs.csv"))
+    assert set(runs["by"]) == {"steps"}
+    steps = {
+        row["step"] for cell in finished(analysed.out) for row in map(json.loads, Path(cell.url, "metrics.jsonl").read_text().splitlines())
+    }
+    assert set(runs["at"].dropna()) <= steps
+    assert len(runs) == 9
+
+
+def test_efficiency_and_transferability_are_of_every_source(analysed: Study) -> None:
+    held = {one.analysis.kind: one for one in standing(analysed.out)}
+    costs = pd.read_csv(Path(held["efficiency"].url, "efficiency.csv"))
+    assert set(" ".join(costs["keys"]).split()) == {cell.key for cell in finished(analysed.out)}
+    guesses = pd.read_csv(Path(held["transferability"].url, "transferability.csv"))
+    assert set(guesses["source"]) == {"random", "one", "two"}
+    assert guesses[["LogME", "H-score", "N-LEEP"]].notna().all(axis=None)
+    ranks = pd.read_csv(Path(held["transferability"].url, "correlation.csv"), dtype=str)
+    assert ranks.loc[ranks["guess"] == "LogME", "sources"].tolist() == ["3"]
+    assert ranks.loc[ranks["guess"] == "LogME", "Spearman"].astype(float).abs().le(1).all()
+
+
+def test_the_report_shows_them_and_says_what_is_missing(analysed: Study) -> None:
+    evidence = gather(analysed.out, QUICK)
+    page = reports.page(evidence)
+    for title in analysis_sections.TITLES.values():
+        assert f"<h2>{title}</h2>" in page
+    assert "Steps until validation" in page
+    assert "T (ms)" not in page  # one strategy: no table of Peng et al.
+    evidence.cells.pop()
+    assert "Of 9 cells; 8 stand now" in reports.page(evidence)
+
+
+def test_an_analysis_that_fails_is_said_and_stops_no_other(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    (out / "cells").mkdir(parents=True)
+    (out / "study.yaml").write_text(Path(study.out, "study.yaml").read_text())
+    with pytest.raises(RequestError, match="no finished cell"):
+        analyse(str(out), "filters")
+    elsewhere = study.model_copy(update={"out": str(out), "analyses": ["filters", "convergence"]})
+    run_analyses(elsewhere, Progress(), Events(str(out)))
+    told = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in told if row["event"] == "analysis failed"] == ["filters", "convergence"]
+    shown = {kind: text for kind, _, text in analysis_sections.sections(gather(str(out)))}
+    assert "Could not be computed: " in shown["filters"]
+    assert "not computed yet" in shown["similarity"]
+
+
+def test_json_schema_and_golden_analysis() -> None:
+    """To change the format: raise its `schema`, then write what this test prints."""
+    schema = json.dumps(Analysis.model_json_schema(by_alias=True), indent=1) + "\n"
+    assert (ROOT / "docs" / "schemas" / "analysis.json").read_text() == schema
+    held = json.loads((ROOT / "tests" / "golden" / "analysis.json").read_text())
+    assert Analysis.model_validate(held).model_dump(mode="json", by_alias=True) == held
