@@ -81,9 +81,20 @@ class Hosts:
             _ip("-n", self.space(host), "address", "add", f"{self.address(host)}/24", "dev", "eth0")
             _ip("-n", self.space(host), "link", "set", "eth0", "up")
             _ip("-n", self.space(host), "link", "set", "lo", "up")
-        self._node(0).communicate(timeout=PATIENCE_S)
-        for started in [self._node(host) for host in range(1, self.count)]:
+        self._start([0])
+        self._start(list(range(1, self.count)))
+
+    def _start(self, wanted: list[int]) -> None:
+        """Ray's nodes on these hosts. It gives each 30 s, which a busy machine may exceed: then once more, one at a time."""
+        begun = {host: self._node(host) for host in wanted}
+        for host, started in begun.items():
             said, _ = started.communicate(timeout=PATIENCE_S)
+            for _ in range(3):
+                if started.returncode == 0:
+                    break
+                self.kill(host)
+                started = self._node(host)
+                said, _ = started.communicate(timeout=PATIENCE_S)
             assert started.returncode == 0, said
 
     def _node(self, host: int) -> subprocess.Popen[str]:

@@ -1,0 +1,87 @@
+"""Three hosts on one machine, each a network namespace with its own address and name: Ray meets on them, the doctor knows them apart.
+
+A whole study over them, one host's network cut and another host killed, takes minutes: benchmarks/hosts.py.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_study
+from hosts import Hosts, hosts, why_not
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+# Three ranks of one DeepSpeed training, each on its host, as Ray Train would start them.
+RANK = """
+import json, os, sys
+import torch
+from cluster.trainer import interface
+os.environ["GLOO_SOCKET_IFNAME"] = sys.argv[1]
+from engine.context import LocalContext
+from pretrain.run import PretrainConfig, run
+from base.config import parse
+torch.set_num_threads(1)
+config = parse(json.loads(sys.argv[2]), PretrainConfig, "config")
+result = run(config, LocalContext(int(os.environ["RANK"]), 3, config.out + "/log"))
+print(json.dumps(result["workers"]))
+"""
+ALIVE = """
+import json, os, ray
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+ray.init(address="auto", log_to_driver=False)
+print("ALIVE " + json.dumps(sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])))
+"""
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    folder = tmp_path_factory.mktemp("hosts")
+    private = folder / "private"
+    private.mkdir()
+    with hosts(folder, 3, private={2: str(private)}) as found:
+        yield found
+
+
+def study(three: Hosts, **changes: object) -> str:
+    folder = three.folder / f"study-{time.time_ns()}"
+    folder.mkdir()
+    return tiny_study.write(folder, tiny_study.STUDY, resources={"pretrain_workers": 2}, **changes)
+
+
+def alive(three: Hosts) -> list[str]:
+    said = three.run(0, [sys.executable, "-c", ALIVE]).stdout
+    (line,) = [line for line in said.splitlines() if line.startswith("ALIVE ")]
+    return list(json.loads(line.removeprefix("ALIVE ")))
+
+
+def test_the_doctor_sees_three_hosts_and_storage_that_they_share(three: Hosts) -> None:
+    done = three.run(0, [sys.executable, "-m", "cluster", "doctor", study(three)])
+    assert done.returncode in (0, 1), done.stdout  # 1: this machine's disk or shared memory may be small
+    assert "refused" not in done.stdout
+    for host in range(3):
+        assert f"host-{host} ({three.address(host)})" in done.stdout
+    assert "is seen by every node" in done.stdout
+
+
+def test_an_out_that_one_host_does_not_share_is_refused_before_anything_starts(three: Hosts) -> None:
+    out = f"{three.private[2]}/out"
+    path = study(three)
+    done = three.run(0, [sys.executable, "-m", "cluster", "run", path, f"out={out}"])
+    assert done.returncode == 2, done.stdout
+    assert f"{out} is not shared: not seen by host-2 ({three.address(2)}) (not there)" in done.stdout
+    assert "out=s3://BUCKET/..." in done.stdout
+    assert not Path(out, "pretrain").exists()
+    assert not Path(out, "shards").exists()
+
+
+def test_a_host_whose_cable_is_cut_is_given_up(three: Hosts) -> None:
+    assert alive(three) == ["host-0", "host-1", "host-2"]
+    three.cut(1)
+    began = time.monotonic()
+    while (left := alive(three)) == ["host-0", "host-1", "host-2"]:
+        assert time.monotonic() - began < 60
+    assert left == ["host-0", "host-2"]
