@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cluster.fanout import Tally
     from cluster.pack import Packing
 
+SHOWN = 4  # tasks and sources whose cells have become ready
 Room = Callable[[], float]  # processors that a stage may use at a time
 Check = Callable[[], None]  # raises where the study has ended meanwhile
 
@@ -108,6 +109,8 @@ def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progres
         died = f", finished after {restarts} restart(s) of its workers" if restarts else ""
         took = minutes(time.monotonic() - began)
         progress.say(f"{label}: {result['steps']} steps, {result['img_per_s']:.0f} img/s, {result['health']}, {took}{died}")
+        for slow in result["stragglers"]:
+            progress.say(f"{label}: {slow}")
         events.add("pretrained", name=config.name, seed=config.seed, key=config.key, restarts=restarts)
     return read_weights(storage.join(config.out, "export"), config.seed), restarts
 
@@ -163,14 +166,15 @@ def cells(
         settings = feed.take()
         if settings is None:
             return None
-        kept = searches.kept
-        found = searches.fill(settings)
+        if not settings:
+            return []
+        kept, found = searches.kept, searches.fill(settings)
         known.update({config.key: config for config in found})
-        if settings:
-            begun = sum(config.role == "cell" for config in found)
-            asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
-            of = ", ".join(dict.fromkeys(f"{one.task.task} {one.source}" for one in settings))
-            progress.say(f"cells: {searches.kept - kept} kept, {begun} new{asking} ({of})")
+        begun = sum(config.role == "cell" for config in found)
+        asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
+        of = list(dict.fromkeys(f"{one.task.task} {one.source}" for one in settings))
+        others = f" and {len(of) - SHOWN} more" if len(of) > SHOWN else ""
+        progress.say(f"cells: {searches.kept - kept} kept, {begun} new{asking} ({', '.join(of[:SHOWN])}{others})")
         return found
 
     def show(tally: "Tally") -> None:

@@ -20,7 +20,7 @@ from pretrain.recipe import load_recipe
 from pretrain.run import PretrainConfig, run
 from shards.manifest import read
 
-CLOCKS = {"seconds", "img_per_s", "s_per_step", "data_wait"}
+CLOCKS = {"seconds", "img_per_s", "s_per_step", "data_wait", "rank_s", "slowest_rank"}
 
 
 def tree(method: str, shards: str, name: str, **settings: Any) -> dict[str, Any]:
