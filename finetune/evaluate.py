@@ -25,6 +25,7 @@ from base.config import digest
 from base.errors import Diverged, RequestError, WorkError
 from encoders.weights import sha256_of
 from finetune import data, features
+from finetune.augment import TrainingViews, enlarged
 from finetune.cell import CellConfig
 from finetune.features import Features, chunks
 from finetune.network import Network
@@ -101,13 +102,13 @@ class Evaluator:
         studies = self.task.aggregate
         return data.shuffled(arrays, self.config.seed, studies.by if studies else None)
 
-    def training_views(self) -> data.TrainingViews:
+    def training_views(self) -> TrainingViews:
         """Augmented batches of the training images, of which `arrays("train")` are those enlarged ones from now on."""
         views = self.task.recipe.views
-        large = self.load("train", data.enlarged(self.config.resolution, views), whole=True)
+        large = self.load("train", enlarged(self.config.resolution, views), whole=True)
         self._arrays["train"] = self._of_cell(large, self._rows(large))
         masks = self.task.kind == "segmentation"
-        return data.TrainingViews(self._arrays["train"], self.config.resolution, views, self.config.seed, masks, self.device)
+        return TrainingViews(self._arrays["train"], self.config.resolution, views, self.config.seed, masks, self.device)
 
     # -- features of a frozen encoder
 

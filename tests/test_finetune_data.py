@@ -20,10 +20,12 @@ from torchvision.transforms import functional as tv
 from base.config import parse
 from base.errors import RequestError
 from base.paths import ROOT, names
+from base.seeds import seed_of
 from cluster.study import Cells
 from finetune import data
+from finetune.augment import TrainingViews, enlarged
 from finetune.cell import CellConfig
-from finetune.data import NOT_JUDGED, Arrays, TrainingViews, as_input, at_origin, centre, enlarged, fraction_of, original_masks, seen
+from finetune.data import NOT_JUDGED, Arrays, as_input, at_origin, centre, fraction_of, original_masks, seen
 from finetune.task import Augmentation, Task, load_task
 from shards import views
 from shards.corpus import Corpus
@@ -220,7 +222,7 @@ def test_what_a_task_did_not_ask_for_leaves_every_pixel_as_it_was() -> None:
     seg = (images[:, 0] > 128).astype(np.float32)
     plain = {"jitter_p": 1.0, "brightness": 0.1, "contrast": 0.1, "saturation": 0, "hue": 0, "blur_p": 0}
     config = views.ViewsConfig(kind="one", size=32, crop_scale=(0.6, 1), crop_ratio=(0.8, 1.25), **plain)  # type: ignore[arg-type]
-    keys = [(3, 2, data.seed_of(f"i{i}")) for i in range(6)]
+    keys = [(3, 2, seed_of(f"i{i}")) for i in range(6)]
     expected, moved = views.augment(images, seg.astype(np.uint8), config, keys)
     image, target, _ = TrainingViews(of(images, target=seg), 32, Augmentation(), 3, masks=True).batch(np.arange(6), 2)
     np.testing.assert_array_equal(image, expected)
