@@ -14,6 +14,7 @@ network, whose mean is within one standard error of the highest mean (Breiman et
 
     two-stage     Peng et al., arXiv 2106.05152: the ends of the stages, then every cut between the neighbours of the one chosen
     halving       Jamieson and Talwalkar, AISTATS 2016: few epochs for many cuts, twice the epochs for the better half, and so on
+    random        half of the cuts, drawn from the architecture and the seeds alone: the baseline of Bergstra and Bengio, JMLR 2012
     exhaustive    every cut: the yardstick
 
 The standard error has two parts. Which patients happened to be in validation: a jackknife over 20 groups of them, with the network as it
@@ -36,7 +37,7 @@ from base.errors import RequestError, WorkError
 from base.seeds import rng
 from encoders.cuts import Cut, cuts, find, last_of_each
 
-CutSearch = Literal["two-stage", "halving", "exhaustive"]
+CutSearch = Literal["two-stage", "halving", "random", "exhaustive"]
 SEARCHED = ("truncated", "fat")  # strategies whose cut can be `auto`: the network ends there
 
 
@@ -84,10 +85,10 @@ class Search:
     """What is searched. `candidates`: rates from the smallest, or names of cuts from the stem on.
 
     ends: positions of the stages' last cuts. epochs: of the recipe, a full training; halving divides them. first: positions of the
-    cuts that halving begins with.
+    cuts that halving begins with, or that were drawn.
     """
 
-    kind: Literal["rates", "two-stage", "halving", "exhaustive"]
+    kind: Literal["rates", "two-stage", "halving", "random", "exhaustive"]
     candidates: tuple[float | str, ...]
     seeds: tuple[int, ...]
     ends: tuple[int, ...] = ()
@@ -114,7 +115,7 @@ class Answer(Strict):
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
-    kind: Literal["rates", "two-stage", "halving", "exhaustive"]
+    kind: Literal["rates", "two-stage", "halving", "random", "exhaustive"]
     choice: str | float
     best: str | float
     metric: str
@@ -161,7 +162,12 @@ def cut_search(
     known = {cut.name for cut in cuts(architecture)}
     if similarity is not None and (wrong := ", ".join(sorted((set(similarity) - known) | (set(names) - set(similarity))))):
         raise RequestError(f"similarity is given by cut, for every cut of {architecture} (not so: {wrong})", where="strategy.similarity")
-    first = () if kind != "halving" else _first([similarity[name] for name in names]) if similarity else _spread(len(names))
+    first: tuple[int, ...] = ()
+    if kind == "halving":
+        first = _first([similarity[name] for name in names]) if similarity else _spread(len(names))
+    elif kind == "random":
+        drawn = rng("cuts", architecture, *seeds).permutation(len(names))[: math.ceil(len(names) / 2)]
+        first = tuple(sorted(int(i) for i in drawn))
     return Search(kind, tuple(names), tuple(seeds), _ends(points), epochs, first)
 
 
@@ -289,7 +295,7 @@ def most_trials(search: Search) -> int:
         gaps = [*search.ends, len(search.candidates)]
         inner = [high - low - 1 for low, high in zip([-1, *search.ends], gaps, strict=True)]
         return (len(search.ends) + max(a + b for a, b in itertools.pairwise(inner))) * len(search.seeds)
-    return len(search.candidates) * len(search.seeds)
+    return len(search.first or search.candidates) * len(search.seeds)
 
 
 def _candidate(trial: Trial) -> float | str:
@@ -323,7 +329,7 @@ def _stages(search: Search, results: Results) -> Iterator[list[Trial]]:
             yield _trials(search, left, epochs)
             left = tuple(_by_mean(search, results, left, epochs))
     else:
-        yield _trials(search, range(len(search.candidates)))
+        yield _trials(search, search.first or range(len(search.candidates)))
 
 
 def _chosen(search: Search, results: Results, positions: Sequence[int]) -> list[int]:

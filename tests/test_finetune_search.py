@@ -22,7 +22,7 @@ from finetune.task import load_task
 
 ARCHITECTURES = ["resnet50", "resnet18", "test_resnet", "densenet121", "inception_v3", "efficientnet_b0", "convnext_tiny", "cbr_larget"]
 ARCHITECTURES += ["swin_tiny_patch4_window7_224", "vit_small_patch16_224"]
-KINDS = ["two-stage", "halving", "exhaustive"]
+KINDS = ["two-stage", "halving", "random", "exhaustive"]
 
 
 def outcome(trial: Trial, seed: int, error: float = 0.01, diverge: float = 0.0) -> Outcome:
@@ -74,9 +74,9 @@ def test_no_search_takes_more_trials_than_trying_every_cut(search: Search, seed:
     assert found.cost <= found.trials
 
 
-@pytest.mark.parametrize("kind", ["two-stage", "halving"])
+@pytest.mark.parametrize("kind", ["two-stage", "halving", "random"])
 @pytest.mark.parametrize("architecture", ["resnet50", "resnet18", "densenet121", "efficientnet_b0", "vit_small_patch16_224"])
-def test_both_searches_take_fewer(kind: str, architecture: str) -> None:
+def test_searches_take_fewer(kind: str, architecture: str) -> None:
     search = cut_search(kind, architecture, [0], 40)
     assert most_trials(search) < len(cuts(architecture))
 
@@ -189,6 +189,18 @@ def test_halving_begins_where_likeness_to_random_features_falls() -> None:
     assert even[0] == 0
     assert even[-1] == 16
     assert max(np.diff(even)) - min(np.diff(even)) <= 1
+
+
+def test_the_random_baseline_draws_half_of_the_cuts_for_every_source_alike() -> None:
+    search = cut_search("random", "resnet50", (0,), 40)
+    assert search == cut_search("random", "resnet50", (0,), 40) != cut_search("random", "resnet50", (1,), 40)
+    results, ran = run(search, 0)
+    assert len(ran) == len({trial.cut for trial in ran}) == most_trials(search) == 9
+    found = answer(search, results)
+    assert (found.trials, found.cost, found.exhaustive) == (9, 9.0, 17)
+    assert {point.at for point in found.curve} == {trial.cut for trial in ran}
+    drawn = {trial.cut for seed in range(20) for trial in propose(cut_search("random", "resnet50", (seed,)), {})}
+    assert drawn == {cut.name for cut in cuts("resnet50")}
 
 
 def test_which_strategies_are_searched_and_how() -> None:
