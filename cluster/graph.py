@@ -19,7 +19,7 @@ from typing import Any
 from base.errors import WorkError
 
 POLL_S = 2.0  # a cluster that has grown is seen so late
-PATIENCE_S = 10.0  # for nodes that still run when the graph ends early
+PATIENCE_S = 3.0  # for nodes that share to end, when the graph ends early
 EXACT = 1e-6  # shares of a GPU do not add up to the last bit
 
 
@@ -30,7 +30,7 @@ class Node:
     needs: names of nodes whose results it takes; it starts when all are done, and never where one of them failed.
     after: names of nodes that must have ended, in whatever way.
     holds: what it takes of the cluster while it runs; it starts when so much is free.
-    shares: it works on what the others leave, see `Graph.left`.
+    shares: it works on what the others leave, see `Graph.left`, and looks often whether the graph has ended, see `Graph.check`.
     """
 
     name: str
@@ -87,8 +87,9 @@ class Graph:
         finally:
             self._stop.set()
             until = time.monotonic() + PATIENCE_S
-            for thread in self._running.values():
-                thread.join(max(0.0, until - time.monotonic()))
+            for name, thread in self._running.items():
+                if self._nodes[name].shares:
+                    thread.join(max(0.0, until - time.monotonic()))
 
     def left(self) -> dict[str, float]:
         """What each running node that shares may use now: in equal parts what is left over by those that hold, and by those that are ready

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from analysis.exposure import overlap_notes
@@ -81,8 +82,9 @@ def compare(study: Study, corpora: Mapping[str, Corpus], progress: Progress, eve
         RequestError: there is a finding and the study does not exclude what matches, or a dataset has a patient in two splits.
     """
     refuse_shared_patients(corpora)
+    ready = cache(lambda test: prepared(corpora[test]))
     for corpus in by_corpus(study):
-        compare_one(study, corpora, corpus, progress, events)
+        compare_one(study, corpora, corpus, ready, progress, events)
     summarise(study, corpora)
     return trained_on(study, corpora)
 
@@ -99,6 +101,7 @@ def compare_one(
     study: Study,
     corpora: Mapping[str, Corpus],
     corpus: tuple[str, str],
+    ready: Callable[[str], Any],
     progress: Progress,
     events: Events,
     room: Callable[[], float] | None = None,
@@ -106,6 +109,7 @@ def compare_one(
     """Make the comparisons of a dataset and split that are missing, on Ray, a task for each shard.
 
     Args:
+        ready: gives the test images of a dataset as `prepared` does; asked again it gives the same.
         room: how many tasks may run at a time, see cluster.tasks.
 
     Raises:
@@ -117,8 +121,7 @@ def compare_one(
     asked = [(dataset, split, test) for test in by_corpus(study)[corpus]]
     against = [test for (_, _, test), check in zip(asked, _standing(study, corpora, asked), strict=True) if check is None]
     if against:
-        prepare_there, look_there = ray.remote(num_cpus=1)(prepare), ray.remote(num_cpus=1)(_by_pixels)
-        tests = [prepare_there.remote(corpora[test].url) for test in against]
+        look_there, tests = ray.remote(num_cpus=1)(_by_pixels), [ready(test) for test in against]
         images = packed.Corpus(corpora[dataset].url, (split,))
         parts: dict[int, Any] = {}
         for ended in run_tasks(lambda at: look_there.remote(images.url, split, at, *tests), len(images.shards), room):
@@ -139,6 +142,13 @@ def compare_one(
         if own and own.leaked:
             progress.say(f"leakage: {len(own.leaked)} training images of {own.test.dataset} match its own test images (see the report)")
     _concluded(study, corpora, checks)
+
+
+def prepared(corpus: Corpus) -> Any:
+    """A reference to the test images of a dataset, made ready for comparison by a task of Ray's."""
+    import ray
+
+    return ray.remote(num_cpus=1)(prepare).remote(corpus.url)
 
 
 def trained_on(study: Study, corpora: Mapping[str, Corpus], names: Collection[str] | None = None) -> dict[str, Corpus]:

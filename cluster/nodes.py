@@ -10,7 +10,7 @@ workers' share of the cluster; packing, comparing and cells work on what these l
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from cluster import leakage, plan, stages
@@ -40,6 +40,7 @@ class Making:
         self.feed = Feed()
         self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, {})))
         self.restarts = 0
+        self._tests = cache(lambda test: leakage.prepared(self._packed()[test]))  # each made ready once for all corpora
         self._add()
 
     @property
@@ -80,35 +81,36 @@ class Making:
         for source in outside_sources(study):
             add(Node(f"source {source}", partial(external, source, study.out, self.uri)))
         for entry in study.pretrain:
-            read = [*entry.data.items(), *study.earlier(entry)]
-            needs = [f"pack {name}" for name, _ in read] + [_leakage(*pair) for pair in read if pair in compared]
-            add(Node(f"fit {entry.name}", partial(self._fit, entry), needs=tuple(dict.fromkeys(needs))))
+            read = list(dict.fromkeys([*entry.data.items(), *study.earlier(entry)]))
+            needs = tuple(dict.fromkeys([f"pack {name}" for name, _ in read] + [_leakage(*pair) for pair in read if pair in compared]))
+            add(Node(f"fit {entry.name}", partial(self._fit, entry), needs=needs))  # of a chain's end before its beginning has trained
             for seed in entry.seeds:
                 label = stages.pretrain_label(entry, seed)
                 act = partial(self._act, label, partial(self._pretrain, entry, seed))
-                before = (f"fit {entry.name}", *self._start(entry, seed))
-                add(Node(label, act, needs=before, holds=stages.pretrain_resources(study.resources)))
+                holds = stages.pretrain_resources(study.resources)
+                add(Node(label, act, needs=(*needs, *self._start(entry, seed)), holds=holds))
         if matrix is not None:
-            feeders = tuple(self._add_feeder(task, source) for task in matrix.tasks for source in matrix.sources)
+            feeders = tuple(label for task in matrix.tasks for source in matrix.sources for label in self._add_feeders(task, source))
             add(Node("last cells", partial(self.feed.waiting.put, None), after=feeders))
             add(Node(CELLS, partial(self._act, CELLS, self._cells), shares=True))
             if study.analyses:
                 add(Node("analyses", self._analyse, after=(CELLS,)))
 
-    def _add_feeder(self, task: str, source: SourceEntry) -> str:
-        """The node that hands the settings of a task and a source to the pool of cells."""
+    def _add_feeders(self, task: str, source: SourceEntry) -> list[str]:
+        """The nodes that hand the settings of a task and a source to the pool of cells, one for each of its encoders."""
         matrix = self.study.cells
         assert matrix is not None
-        dataset = load_task(task, matrix.task_settings.get(task, {})).dataset
-        needs = [_leakage(dataset, "train"), *self._runs(source.source)]
-        if source.source == "random" and not matrix.architectures:
-            needs += self._outside()  # weights from outside bring the architectures that random ones take
-        if source.source != "random" and self._outside():
-            # What weights from outside have seen may be a corpus of this study, under another name.
-            needs += [_leakage(*pair) for pair in leakage.by_corpus(self.study)]
-        label = f"cells of {task} {source.name}"
-        self.graph.add(Node(label, partial(self._feed, task, source), needs=tuple(dict.fromkeys(needs))))
-        return label
+        dataset, found = load_task(task, matrix.task_settings.get(task, {})).dataset, []
+        for run, seed in self._runs(source.source):
+            needs = [_leakage(dataset, "train"), *run]
+            if source.source == "random" and not matrix.architectures:
+                needs += self._outside()  # weights from outside bring the architectures that random ones take
+            if source.source != "random" and self._outside():
+                # What weights from outside have seen may be a corpus of this study, under another name.
+                needs += [_leakage(*pair) for pair in leakage.by_corpus(self.study)]
+            found.append(f"cells of {task} {source.name}" + (f" seed {seed}" if len(self._runs(source.source)) > 1 else ""))
+            self.graph.add(Node(found[-1], partial(self._feed, task, source, seed), needs=tuple(dict.fromkeys(needs))))
+        return found
 
     def _start(self, entry: PretrainEntry, seed: int) -> tuple[str, ...]:
         """The nodes of what a run starts from."""
@@ -119,12 +121,12 @@ class Making:
         before = self.study.before(entry)[-1]
         return (stages.pretrain_label(before, start_seed(before, seed)),)
 
-    def _runs(self, source: str) -> list[str]:
-        """The nodes that make a source of cells."""
+    def _runs(self, source: str) -> list[tuple[list[str], int]]:
+        """The nodes that make each encoder of a source of cells, and its seed."""
         if source == "random":
-            return []
+            return [([], 0)]
         entry = next((entry for entry in self.study.pretrain if source == f"pretrain:{entry.name}"), None)
-        return [stages.pretrain_label(entry, seed) for seed in entry.seeds] if entry else [f"source {source}"]
+        return [([stages.pretrain_label(entry, seed)], seed) for seed in entry.seeds] if entry else [([f"source {source}"], 0)]
 
     def _outside(self) -> list[str]:
         """The nodes of weights from outside of the study."""
@@ -145,7 +147,7 @@ class Making:
         return stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
 
     def _compare(self, corpus: tuple[str, str]) -> None:
-        leakage.compare_one(self.study, self._packed(), corpus, self.progress, self.events, self._room)
+        leakage.compare_one(self.study, self._packed(), corpus, self._tests, self.progress, self.events, self._room)
 
     def _packed(self) -> dict[str, Corpus]:
         """Datasets that are packed, as they were packed."""
@@ -156,19 +158,21 @@ class Making:
         """Datasets as they are trained on; all of those in `read` are compared."""
         return leakage.trained_on(self.study, self._packed(), {name for name, _ in read})
 
-    def _fit(self, entry: PretrainEntry) -> None:
-        fit(self.study, entry, self._corpora([*entry.data.items(), *self.study.earlier(entry)]))
+    def _fit(self, entry: PretrainEntry) -> dict[str, Corpus]:
+        corpora = self._corpora([*entry.data.items(), *self.study.earlier(entry)])
+        fit(self.study, entry, corpora)
+        return corpora
 
     def _pretrain(self, entry: PretrainEntry, seed: int) -> Weights:
-        corpora = self._corpora([*entry.data.items(), *self.study.earlier(entry)])
+        corpora = self._fit(entry)
         before = [self.graph.results[name] for name in self._start(entry, seed)]
         config = plan.pretrain_config(self.study, entry, seed, corpora, before[0] if before else None)
         weights, restarts = stages.pretrain(self.study, config, stages.pretrain_label(entry, seed), self.progress, self.events)
         self.restarts += restarts
         return weights
 
-    def _feed(self, task: str, source: SourceEntry) -> None:
-        """The settings of a task and a source, now that their data and weights stand."""
+    def _feed(self, task: str, source: SourceEntry, seed: int) -> None:
+        """The settings of a task and an encoder, now that it and the data stand."""
         results = dict(self.graph.results)
         made = {
             entry.name: [results[label] for seed in entry.seeds if (label := stages.pretrain_label(entry, seed)) in results]
@@ -176,6 +180,8 @@ class Making:
         }
         outside = {name.removeprefix("source "): found for name, found in results.items() if name.startswith("source ")}
         weights = foreseen(self.study, made, outside)
+        if source.name in weights:
+            weights[source.name] = [one for one in weights[source.name] if one.seed == seed]
         corpora = leakage.trained_on(self.study, self._packed())
         found = plan.settings(self.study, corpora, weights, only=(task, source.name))
         self.feed.waiting.put(list(found))

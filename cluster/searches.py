@@ -103,7 +103,7 @@ class Searches:
         self.waiting: dict[str, list[Chosen]] = {}  # who waits for a trial
         self.broken: dict[str, str] = {}  # trials that failed, and why
         self.kept = 0  # cells that stood when they became known
-        self.blocks: dict[tuple[str, str], list[Chosen]] = {}  # by task and source, in the order of the study
+        self.blocks: dict[tuple[str, str, int], list[Chosen]] = {}  # by task, source and its seed, in the order of the study
         self._put(settings)
 
     # -- what is known
@@ -171,9 +171,10 @@ class Searches:
         return [config for config in self._ready(self._put(settings)) if config.key not in asked_for]
 
     def _put(self, settings: Iterable[Setting]) -> list[Chosen]:
-        found: dict[tuple[str, str], list[Chosen]] = {}
+        found: dict[tuple[str, str, int], list[Chosen]] = {}
         for setting in settings:
-            found.setdefault((setting.task.task, setting.source), []).append(self._begun(setting))
+            seed = setting.weights.seed if setting.weights else 0
+            found.setdefault((setting.task.task, setting.source, seed), []).append(self._begun(setting))
         self.blocks |= found
         put = [one for block in found.values() for one in block]
         for one in put:

@@ -179,6 +179,9 @@ def cells(
 
     def show(tally: "Tally") -> None:
         check()
+        if not tally.running:  # there are none yet, or they wait for a pretraining to end
+            progress.gone("cells")
+            return
         counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
         progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", of="cells")
 

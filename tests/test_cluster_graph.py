@@ -91,7 +91,7 @@ def test_a_wrong_request_ends_everything(error: Exception) -> None:
                 ended.append("work")
                 raise
 
-    made = graph(Node("work", work), Node("a", fail(error)), Node("b", lambda: ended.append("b"), needs=("a",)))
+    made = graph(Node("work", work, shares=True), Node("a", fail(error)), Node("b", lambda: ended.append("b"), needs=("a",)))
     with pytest.raises(type(error)):
         made.run()
     assert ended == ["work"]
