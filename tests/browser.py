@@ -24,10 +24,13 @@ PATIENCE_S = 30.0
 
 
 class Page:
-    """One open page. errors: what its console and its scripts complained of; requests: addresses it asked for, but for its own."""
+    """One open page. errors: what its console and its scripts complained of; requests: addresses it asked for, but for its own; logins: how
+    often the browser was asked for a name and a password."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._loop, self._socket, self._count = loop, socket, 0
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse, login: tuple[str, str] | None = None
+    ) -> None:
+        self._loop, self._socket, self._login, self._count, self.logins = loop, socket, login, 0, 0
         self.errors: list[str] = []
         self.requests: list[str] = []
 
@@ -36,9 +39,7 @@ class Page:
         return self._loop.run_until_complete(self._call(method, params))
 
     async def _call(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        self._count += 1
-        number = self._count
-        await self._socket.send_str(json.dumps({"id": number, "method": method, "params": params}))
+        number = await self._send(method, params)
         while True:
             told = json.loads((await self._socket.receive(timeout=PATIENCE_S)).data)
             if told.get("id") == number:
@@ -46,6 +47,18 @@ class Page:
                     raise RuntimeError(f"{method}: {told['error']}")
                 return dict(told["result"])
             self._note(told)
+            if told.get("method") == "Fetch.requestPaused":
+                await self._send("Fetch.continueRequest", {"requestId": told["params"]["requestId"]})
+            elif told.get("method") == "Fetch.authRequired":
+                assert self._login is not None
+                self.logins += 1
+                answer = {"response": "ProvideCredentials", "username": self._login[0], "password": self._login[1]}
+                await self._send("Fetch.continueWithAuth", {"requestId": told["params"]["requestId"], "authChallengeResponse": answer})
+
+    async def _send(self, method: str, params: dict[str, Any]) -> int:
+        self._count += 1
+        await self._socket.send_str(json.dumps({"id": self._count, "method": method, "params": params}))
+        return self._count
 
     def _note(self, told: dict[str, Any]) -> None:
         method, params = told.get("method"), told.get("params", {})
@@ -62,6 +75,8 @@ class Page:
         """Load a page and wait until it is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        if self._login is not None:
+            self.call("Fetch.enable", handleAuthRequests=True)
         self.call("Page.navigate", url=url)
         end = time.monotonic() + PATIENCE_S
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
@@ -69,6 +84,15 @@ class Page:
                 raise TimeoutError(url)
             time.sleep(0.05)
         self.requests = [one for one in self.requests if one != url and not one.startswith(("data:", "about:"))]
+
+    def shows(self, text: str) -> str:
+        """All that the page shows, once this text is there. Raises TimeoutError with what it shows instead."""
+        end = time.monotonic() + PATIENCE_S
+        while text not in (shown := str(self.run("document.body ? document.body.innerText : ''"))):
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {text!r}, but {shown[:2000]}")
+            time.sleep(0.2)
+        return shown
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -112,15 +136,15 @@ class Browser:
     async def _connect(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession()
 
-    def open(self, url: str) -> Page:
-        """The page at an address, loaded."""
+    def open(self, url: str, login: tuple[str, str] | None = None) -> Page:
+        """The page at an address, loaded; `login` is what the browser answers whoever asks for a name and a password."""
 
         async def socket() -> aiohttp.ClientWebSocketResponse:
             async with self._session.get(f"http://127.0.0.1:{self._port}/json/list") as reply:
                 target = next(one for one in await reply.json() if one["type"] == "page")
             return await self._session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
 
-        page = Page(self._loop, self._loop.run_until_complete(socket()))
+        page = Page(self._loop, self._loop.run_until_complete(socket()), login)
         page.goto(url)
         return page
 

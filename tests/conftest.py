@@ -13,10 +13,25 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from shared import as_user, services, studied  # noqa: F401  fixtures for several files
 
 # A test that waits for a processor is not a slow one, and the same commit has the same result.
 settings.register_profile("busy machine", deadline=None, derandomize=True)
 settings.load_profile("busy machine")
+
+
+# Files that take half a minute or more, the longest first: what comes last and alone keeps one processor idle. The first four share the
+# services of tests/shared.py, so one process runs them.
+SHARING = ("test_cluster_jobs", "test_cluster_submit", "test_cluster_chaos", "test_cluster_services")
+LONG = (*SHARING, "test_cluster_main", "test_cluster_stop", "test_cluster_hosts", "test_cluster_fanout", "test_deploy")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, each file in one process (`--dist loadgroup`)."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("services" if item.path.stem in SHARING else item.path.stem))
 
 
 def pytest_unconfigure() -> None:

@@ -6,6 +6,9 @@ with store(folder, far=True): ...
 Which request fails how depends on its path and on how often it came, so every run meets the same faults. The first two requests for a file
 fail, each in another way, and later ones work. Other bytes are served of files whose sha256 is known, for nothing else could tell.
 
+While `refuse` says so, a share of all requests gets 503 instead, as drawn from a seed; `written` counts by path the files that the store
+took.
+
 A store that is far away takes 30 ms to answer and sends 80 MB/s on a connection, as the first prototypes were measured. It answers
 from the proxy's memory what it was asked before, so that moto, slower than any store, is not what is measured.
 """
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import secrets
 import subprocess
 import sys
@@ -44,6 +48,8 @@ class Proxy:
         self.known: dict[tuple[str, str], tuple[int, dict[str, str], bytes]] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
         self.served: Counter[str] = Counter()
+        self.written: Counter[str] = Counter()
+        self.share, self.random = 0.0, random.Random(0)
 
     def fault(self, request: web.Request) -> str | None:
         """What happens to this request."""
@@ -59,16 +65,23 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/served":
             return web.json_response(self.served)
+        if request.path == "/written":
+            return web.json_response(self.written)
+        if request.path == "/refuse":
+            self.share = float(request.query["share"])
+            return web.Response()
         body = await request.read()
         if self.far:
             await asyncio.sleep(LATENCY_S)
-        fault = self.fault(request)
+        fault = "slow down" if self.random.random() < self.share else self.fault(request)
         self.served[fault or "nothing"] += 1
         if fault == "slow down":
             return web.Response(status=503, text=SLOW_DOWN, content_type="application/xml")
         if fault == "drop":
             return self.dropped(request)
         status, headers, data = await self.answer(request, body)
+        if request.method == "PUT" and status == 200:
+            self.written[request.path] += 1
         if fault == "other bytes":
             data = data[:-600] + bytes(byte ^ 1 for byte in data[-600:])
         if fault == "short":
@@ -131,6 +144,22 @@ def serve() -> None:
     web.run_app(app, host="127.0.0.1", port=options.port, print=None, access_log=None)
 
 
+def proxied(port: int, upstream: str, *words: str) -> list[str]:
+    """The command of a proxy before the store at `upstream`."""
+    return [sys.executable, __file__, "--port", str(port), "--upstream", upstream, *words]
+
+
+def refuse(proxy: str, share: float) -> None:
+    """From now on the proxy answers that share of all requests with 503."""
+    urllib.request.urlopen(f"{proxy}/refuse?share={share}", timeout=30).close()
+
+
+def written(proxy: str) -> dict[str, int]:
+    """How often each file was written, by its path with the bucket."""
+    with urllib.request.urlopen(f"{proxy}/written", timeout=30) as reply:
+        return dict(json.load(reply))
+
+
 @contextmanager
 def store(folder: Path, *, faults: bool = False, far: bool = False) -> Iterator[Callable[[], dict[str, int]]]:
     """An empty store with the bucket `allograft`, and this process's environment set to use it through the proxy."""
@@ -148,7 +177,7 @@ def store(folder: Path, *, faults: bool = False, far: bool = False) -> Iterator[
     before = {name: os.environ.get(name) for name in given}
     commands = [
         [services.tool("moto_server"), "-H", "127.0.0.1", "-p", str(ports[0])],
-        [sys.executable, __file__, "--port", str(ports[1]), "--upstream", moto, *["--faults"] * faults, *["--far"] * far],
+        proxied(ports[1], moto, *["--faults"] * faults, *["--far"] * far),
     ]
     running = services.Services(folder, dict(os.environ), {})
     try:

@@ -4,23 +4,22 @@ import dataclasses
 import http.server
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_study
 import yaml
-from services import Services, free_ports, ray_head
-from test_cluster_jobs import Door
+from services import Services, free_ports
+from shared import OUT, Door, Studied, logs
 
+from base import storage
 from base.errors import RequestError
 from base.paths import ROOT
 from cluster import submit
@@ -30,11 +29,8 @@ CELL = {**tiny_study.SMALLER["cells"], "sources": ["random"], "architectures": [
 STUDY = {**tiny_study.SMALLER, "pretrain": [], "cells": CELL}
 DIVERGES = {**STUDY, "cells": {**CELL, "task_settings": {"phantom-chest": {"linear.epochs": 3, "linear.lr": 1e30}}}}
 LONG = {**tiny_study.SMALLER["pretrain"][0], "settings": {"max_steps": None, "epochs": 4000}}
-# Of the cluster's nodes and of whoever submits. None of their values may be readable where Ray or Allograft write.
-PLANTED = {
-    name: f"planted-{secrets.token_hex(12)}"
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HUB_TOKEN", "RAY_AUTH_TOKEN")
-}
+# Of the services' nodes and of whoever submits. None of their values may be readable where Ray or Allograft write.
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HUB_TOKEN", "RAY_AUTH_TOKEN")
 
 
 def study(folder: Path, tree: dict[str, Any], **changes: object) -> str:
@@ -85,7 +81,8 @@ class Submission:
 
 @dataclasses.dataclass
 class Ended:
-    """What became of four jobs, and where they wrote. `cut` followed the stopped one over a connection that was cut once."""
+    """What became of four jobs, and where they wrote. The good one finds the work of Ray's own command done. `cut` followed the stopped one
+    over a connection that was cut once."""
 
     good: tuple[int, str]
     failing: tuple[int, str]
@@ -99,58 +96,52 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with ray_head(tmp_path_factory.mktemp("head"), **PLANTED) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def ended(head: Services, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def ended(services: Services, studied: Studied, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     folder = tmp_path_factory.mktemp("studies")
-    there = ["--address", head.jobs]
+    there = ["--address", services.jobs]
     elsewhere = folder / "wrong" / "out"
     files = {
-        "good": study(folder / "good", STUDY),
+        "good": studied.path,
         "failing": study(folder / "failing", DIVERGES),
         "wrong": study(folder / "wrong", STUDY),
         "left": study(folder / "left", {**tiny_study.SMALLER, "pretrain": [LONG]}),
     }
     elsewhere.mkdir()
     (elsewhere / "study.yaml").write_text("study: another")
-    running = {name: Submission(head.environment, path, *there) for name, path in files.items()}
+    running = {name: Submission(services.environment, path, *there) for name, path in files.items()}
     left = running["left"]
     left.until("pack phantom-chest")
     left.process.send_signal(signal.SIGINT)
     was_left = left.ended()
-    status = _job(head, left.job)["status"]
-    door = Door(head.ports["dashboard"])
-    cut = Submission(head.environment, "--follow", left.job, "--address", f"http://127.0.0.1:{door.port}")
+    status = _job(services, left.job)["status"]
+    door = Door(services.ports["dashboard"])
+    cut = Submission(services.environment, "--follow", left.job, "--address", f"http://127.0.0.1:{door.port}")
     cut.until("starting Ray")
     door.shut()
     time.sleep(2)
     door.open = True
-    stopped = Submission(head.environment, "--stop", left.job, *there).ended()
-    followed = Submission(head.environment, "--follow", left.job, *there).ended()
+    stopped = Submission(services.environment, "--stop", left.job, *there).ended()
+    followed = Submission(services.environment, "--follow", left.job, *there).ended()
     found = {name: submission.ended() for name, submission in running.items() if name != "left"}
     return Ended(**found, left=was_left, status=status, stopped=stopped, followed=followed, cut=cut.ended(), folder=folder)
 
 
-def _api(head: Services, path: str) -> str:
-    request = urllib.request.Request(f"{head.jobs}{path}", headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"})
+def _api(services: Services, path: str) -> str:
+    token = {"Authorization": f"Bearer {services.environment['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"{services.jobs}{path}", headers=token)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return str(reply.read().decode())
 
 
-def _job(head: Services, name: str) -> dict[str, Any]:
-    return dict(json.loads(_api(head, f"/api/jobs/{name}")))
+def _job(services: Services, name: str) -> dict[str, Any]:
+    return dict(json.loads(_api(services, f"/api/jobs/{name}")))
 
 
 def test_a_good_job_ends_with_0_and_its_log_was_shown(ended: Ended) -> None:
     code, said = ended.good
     assert code == 0, said
-    assert "cells     0 kept, 1 new, 0 failed" in said
+    assert "cells     6 kept, 0 new, 0 failed" in said
     assert "WebSocket" not in said
-    assert (ended.folder / "good/out/report/results.csv").exists()
 
 
 def test_a_failing_job_ends_with_1(ended: Ended) -> None:
@@ -214,45 +205,47 @@ def test_how_a_job_ended(status: str, driver: int | None, code: int, says: str, 
     assert bool(said) == bool(says)
 
 
-def test_no_credential_is_in_what_ray_tells_or_in_any_log_or_result(head: Services, ended: Ended) -> None:
-    jobs = json.loads(_api(head, "/api/jobs/"))
+def test_no_credential_is_in_what_ray_tells_or_in_any_log_or_result(as_user: Services, ended: Ended, tmp_path: Path) -> None:
+    services = as_user
+    jobs = json.loads(_api(services, "/api/jobs/"))
     names = [job["submission_id"] for job in jobs]
     assert len(names) >= 4
     paths = ["/api/jobs/", "/nodes?view=summary", "/logical/actors", "/api/v0/actors?detail=true", "/api/v0/workers?detail=true"]
     paths += ["/api/v0/runtime_envs?detail=true", "/api/v0/tasks?detail=true", *(f"/api/jobs/{name}" for name in names)]
-    texts = {path: _api(head, path) for path in [*paths, *(f"/api/jobs/{name}/logs" for name in names)]}
-    files = [path for place in (Path(head.environment["RAY_LOGS"]), ended.folder) for path in place.rglob("*") if path.is_file()]
+    texts = {path: _api(services, path) for path in [*paths, *(f"/api/jobs/{name}/logs" for name in names)]}
+    storage.get_dir(OUT, tmp_path / "study")
+    files = logs(services) + [path for place in (tmp_path, ended.folder) for path in place.rglob("*") if path.is_file()]
     held = {str(path): path.read_bytes().decode(errors="replace") for path in files} | texts
     # What is looked through does hold the variables that go to the driver and those that the driver hands on.
     assert "ALLOGRAFT_REVISION" in texts["/api/jobs/"]
     assert any("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" in text for text in held.values())
-    for name, value in PLANTED.items():
-        assert not [where for where, text in held.items() if value in text], name
+    for name in SECRETS:
+        assert not [where for where, text in held.items() if services.environment[name] in text], name
 
 
-def test_a_job_that_is_not_there_is_named_with_the_nearest(head: Services, ended: Ended) -> None:
-    code, said = Submission(head.environment, "--follow", "allograft-tiny-00000000", "--address", head.jobs).ended()
+def test_a_job_that_is_not_there_is_named_with_the_nearest(services: Services, ended: Ended) -> None:
+    code, said = Submission(services.environment, "--follow", "allograft-tiny-00000000", "--address", services.jobs).ended()
     assert code == 2
     assert "unknown job 'allograft-tiny-00000000'" in said
     assert "allograft-tiny-" in said.partition("(")[2]
 
 
-def test_detached_comes_back_at_once(head: Services, ended: Ended) -> None:
+def test_detached_comes_back_at_once(services: Services, ended: Ended) -> None:
     wrong = str(ended.folder / "wrong/study.yaml")
-    submission = Submission(head.environment, wrong, "--detach", "--address", head.jobs)
+    submission = Submission(services.environment, wrong, "--detach", "--address", services.jobs)
     code, said = submission.ended()
     assert code == 0, said
     assert f"--follow {submission.job}" in said
-    assert Submission(head.environment, "--follow", submission.job, "--address", head.jobs).ended()[0] == 2
+    assert Submission(services.environment, "--follow", submission.job, "--address", services.jobs).ended()[0] == 2
 
 
 @pytest.mark.parametrize(("token", "says"), [("0" * 64, "Invalid authentication token"), (None, "find an authentication token")])
-def test_without_the_right_token_nothing_is_sent(head: Services, token: str | None, says: str, tmp_path: Path) -> None:
-    environment = {**head.environment, "HOME": str(tmp_path)}
+def test_without_the_right_token_nothing_is_sent(services: Services, token: str | None, says: str, tmp_path: Path) -> None:
+    environment = {**services.environment, "HOME": str(tmp_path)}
     environment.pop("RAY_AUTH_TOKEN")
     if token:
         environment["RAY_AUTH_TOKEN"] = token
-    code, said = Submission(environment, tiny_study.write(tmp_path, STUDY), "--address", head.jobs).ended()
+    code, said = Submission(environment, tiny_study.write(tmp_path, STUDY), "--address", services.jobs).ended()
     assert code == 2, said
     assert says in said
     assert "export RAY_AUTH_TOKEN" in said
