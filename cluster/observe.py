@@ -89,9 +89,10 @@ def tell_row(url: str, row: dict[str, Any]) -> None:
 
 def dashboard() -> str:
     """The address of Ray's dashboard, empty where there is none. A cluster must be connected."""
-    import ray
+    from ray._private import worker
 
-    url = ray.init(ignore_reinit_error=True).dashboard_url
+    # ray.init tells it too, but complains of being called again, and begins a cluster of its own where one has just ended.
+    url = worker._global_node.webui_url if worker._global_node else None
     return f"http://{url}" if url else ""
 
 
