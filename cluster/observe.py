@@ -124,9 +124,9 @@ def load(samples: list[tuple[str, dict[str, str], float]]) -> dict[str, float]:
 
 def look(out: str) -> None:
     """Append a row for every node that answers to OUT/nodes/<host>.jsonl, and say in OUT/nodes/ray.json where the dashboard is."""
-    # Never the first to import Ray: it reads once, as it is imported, what cluster.session sets before that.
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    # Never the first to import Ray, which reads as it is imported what cluster.session sets before; another thread may be at it.
+    connected = getattr(sys.modules.get("ray"), "is_initialized", None)
+    if connected is None or not connected():
         return
     held = storage.join(out, "nodes", "ray.json")
     address = {"dashboard": dashboard()}
