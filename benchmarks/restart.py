@@ -143,9 +143,8 @@ def main() -> None:
     for what in ("gone", "loaded", "next step"):
         values = [one[what] for one in found]
         print(f"kill -9 to {what:10} {statistics.median(values):5.1f} s ({min(values):.1f} to {max(values):.1f})")
-    print(
-        f"processor seconds from the kill until loaded {statistics.median(one['processor'] for one in found):.1f}; load {os.getloadavg()[0]:.0f}"
-    )
+    taken = statistics.median(one["processor"] for one in found)
+    print(f"processor seconds from the kill until loaded {taken:.1f}; load of the machine {os.getloadavg()[0]:.0f}")
     interval = options.every * usual
     lost = statistics.median(one["next step"] for one in found) + interval / 2 + FAILURE_S / (interval + save) * save
     print(f"step {usual:.2f} s, a checkpoint each {options.every} steps ({interval:.0f} s) adds {save:.2f} s")
