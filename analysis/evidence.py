@@ -20,9 +20,10 @@ import pandas as pd
 
 from analysis import ledger, results
 from analysis.claims import Claim
+from analysis.comparisons import Comparisons
 from analysis.ledger import Entry
 from analysis.results import Cell, Pretraining
-from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm
+from analysis.statistics import Bootstrap, Comparison, Scores, detectable, holm
 from base import storage
 from base.config import parse
 
@@ -147,8 +148,11 @@ class Evidence:
     ledger: list[Entry] = field(default_factory=list)  # of the study's claims
     withdrawn: list[str] = field(default_factory=list)  # claims that stood in the study file once and no longer do
     earlier: int = 0  # finished cells that the present plan no longer asks for
+    finished: list[Cell] | None = None  # every one, those of an earlier plan and the controls included
+    comparisons: Comparisons = field(init=False)
 
     def __post_init__(self) -> None:
+        self._planned = [cell["source"] for cell in results.expected(self.out)]
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
         self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
         self.tasks: dict[str, set[str]] = {}
@@ -185,8 +189,8 @@ class Evidence:
 
     def sources(self) -> list[str]:
         """Sources in the order of the study file, then any others."""
-        asked = [cell["source"] for cell in results.expected(self.out)]
-        return list(dict.fromkeys([s for s in asked if any(c.source == s for c in self.cells)] + [c.source for c in self.cells]))
+        there = {c.source: None for c in self.cells}
+        return list(dict.fromkeys([s for s in self._planned if s in there] + list(there)))
 
     def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
         """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
@@ -308,6 +312,7 @@ def of_claim(entry: Entry) -> Finding:
 def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding]:
     """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
     bootstrap, load = bootstrap or Bootstrap(), Loaded()
+    evidence.comparisons = Comparisons(evidence.out, bootstrap)
     evidence.ledger = judge(evidence, load, bootstrap)
     order = evidence.sources()
     random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
@@ -324,11 +329,10 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
         metric = next((m for m in results.PRIMARY if any(cell.primary() == m for cell in cells)), None)
         if len(sources) < 2 or metric is None:
             continue
-        arrays = {source: [s for cell in held[(source,)] if (s := load(cell))] for source in sources}
         for kind, a, b in _pairs(evidence.study, sources, same, random):
             two = [cell for source in (a, b) for cell in held[(source,)]]
             apart = "own" if any(cell.own_source for cell in two) else "exposed" if any(map(evidence.exposed, two)) else ""
-            result = compare(arrays[a], arrays[b], metric, bootstrap=bootstrap)
+            result = evidence.comparisons.of(held[(a,)], held[(b,)], metric, load)
             architecture, strategy, options, task, fraction, resolution = group
             setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
             found.append(Finding(apart or kind, a, b, *setting, result))
@@ -358,7 +362,7 @@ def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     held = {cell.key for cell in every}
     failed = {key: why for key, why in results.failures(out).items() if key not in held}
     evidence = Evidence(out, study, cells, controls, results.absent(out, cells), failed, results.pretrainings(out), manifests, shards)
-    evidence.earlier = len(found) - len(every)
+    evidence.earlier, evidence.finished = len(found) - len(every), found
     evidence.findings = find(evidence, bootstrap)
     return evidence
 

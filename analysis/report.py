@@ -53,8 +53,9 @@ def report(out: str, evidence: Evidence | None = None) -> str:
         WorkError: the storage cannot be written.
     """
     evidence = evidence or gather(out)
-    results.write_results(out)
+    results.write_results(out, evidence.finished)
     storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
+    evidence.comparisons.write()
     papers.write(evidence)
     url, text = storage.join(out, "report", "index.html"), page(evidence)
     storage.put(url, text)

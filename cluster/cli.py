@@ -258,9 +258,7 @@ def report(
     url = _study_at(absolute(outs[0]))  # before the imports: a wrong path is refused at once
     from analysis.report import answer
     from analysis.report import report as write
-    from analysis.results import write_results
 
-    write_results(url)
     print(f"report    {write(url)}")
     print(answer(url))
 

@@ -251,3 +251,23 @@ def test_a_running_study_says_what_is_not_there_yet(tmp_path: Path) -> None:
     (out / "analyses" / "convergence-0000").mkdir(parents=True)
     (out / "analyses" / "convergence-0000" / "analysis.json").write_text('{"schema": 1, "kind": "conv')  # being written
     assert "not computed yet" in reports.page(gather(str(out), QUICK))
+
+
+# -- a second report
+
+
+def test_comparisons_are_kept_until_their_cells_or_numbers_change(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=2, images=80)
+    first = gather(str(out), QUICK)
+    assert first.comparisons.computed == 1
+    assert gather(str(out), QUICK).comparisons.computed == 1  # nothing is written but by a report
+    reports.report(str(out), first)
+    again = gather(str(out), QUICK)
+    assert again.comparisons.computed == 0
+    assert again.answer() == first.answer()
+    assert repr(again.findings[0].comparison) == repr(first.findings[0].comparison)
+    assert gather(str(out), Bootstrap(100)).comparisons.computed == 1  # other draws
+    cell = finished(str(out))[0]
+    metrics = [{**row, "value": 0.9 if row["metric"] == "auroc_mean" else row["value"]} for row in cell.metrics]
+    Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": metrics}))
+    assert gather(str(out), QUICK).comparisons.computed == 1

@@ -35,8 +35,10 @@ def test_results_csv_has_the_columns_of_the_design_one_row_a_cell_and_metric_in_
     assert frame["value"].between(0, 1).all()
     assert set(frame["source"]) == {"random", "simclr"}
     assert set(frame.loc[frame["key"] == first, "run_id"]) == {"run1"}
-    results.write_results(str(out))
+    results.write_results(str(out), results.finished(str(out)))
     assert storage.read_bytes(url).decode() == text
+    loaded = results.load_results(str(out)).fillna({"run_id": "", "options": "", "class": ""})
+    pd.testing.assert_frame_equal(frame.fillna({"run_id": "", "options": "", "class": ""}), loaded, check_dtype=False)
 
 
 def test_trials_and_unfinished_cells_are_no_results_and_shuffled_ones_are_marked(tmp_path: Path) -> None:
