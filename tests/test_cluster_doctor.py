@@ -235,6 +235,7 @@ class TestPatience:
         assert count == max((n for n in range(1, min(batch, room) + 1) if batch % n == 0), default=0)
 
 
+@pytest.mark.ray
 def test_a_study_too_large_for_its_cluster_is_refused_before_anything_starts(tmp_path: Path) -> None:
     from cluster.run import run as run_study
 
