@@ -42,11 +42,14 @@ class Spread:
     pretraining_sd: float = 0.01
     same: float = 0.8
     other: float = 0.65
-    labels: float = 0.1
-    patient_sd: float = 0.12
+    labels: float = 0.02
+    patient_sd: float = 0.1
 
 
-AUROC, MASKS = Spread(), Spread(level=0.9, tuning_sd=0.005, pretraining_sd=0.005, same=0.8, other=0.6)
+# Of the NIH and Montgomery images of studies/real-mini.yaml, rounded to the side of more patients; Dice over images was 0.02 to 0.05 there,
+# and lesions vary more than lungs.
+AUROC = Spread()
+MASKS = Spread(level=0.9, tuning_sd=0.005, pretraining_sd=0.005, same=0.95, other=0.75, patient_sd=0.1)
 
 
 @dataclass(frozen=True)

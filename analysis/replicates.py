@@ -66,18 +66,19 @@ class Resample:
     patients: int
 
 
-def _auroc_B(weight_BN: Array, score_N: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """Weighted (wins over positive-negative pairs with ties half, pairs) of every replicate, with one sort of the scores."""
-    order = np.argsort(score_N, kind="stable")
-    _, first, group = np.unique(score_N[order], return_index=True, return_inverse=True)
-    weight_BN, positive_N = weight_BN[:, order], positive_N[order]
-    negative_BN = np.where(positive_N, 0.0, weight_BN)
-    below_BN = np.concatenate([np.zeros((len(weight_BN), 1)), np.cumsum(negative_BN, axis=1)], axis=1)
-    last = np.append(first[1:], len(score_N))
-    at = group[positive_N]  # every positive sees the negatives below its tie group, and half of those inside
-    wins_BP = 0.5 * (below_BN[:, first[at]] + below_BN[:, last[at]])
-    positives_BP = weight_BN[:, positive_N]
-    return (positives_BP * wins_BP).sum(axis=1), positives_BP.sum(axis=1) * below_BN[:, -1]
+def _auroc_B(weight_BN: NDArray[np.uint16] | Array, score_N: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Weighted (wins over positive-negative pairs with ties half, pairs) of every replicate, with one sort of the negatives' scores."""
+    negatives = np.flatnonzero(~positive_N)
+    negatives = negatives[np.argsort(score_N[negatives], kind="stable")]
+    below_BN = np.zeros((len(weight_BN), len(negatives) + 1))
+    np.cumsum(weight_BN[:, negatives], axis=1, out=below_BN[:, 1:])
+    positives_BP = weight_BN[:, positive_N].astype(float)
+    # Every positive sees the negatives under its score, and half of those with the same.
+    first, last = (np.searchsorted(score_N[negatives], score_N[positive_N], side=side) for side in ("left", "right"))
+    wins_BP = below_BN[:, first]
+    if (tied := np.flatnonzero(first != last)).size:
+        wins_BP[:, tied] = 0.5 * (wins_BP[:, tied] + below_BN[:, last[tied]])
+    return np.einsum("bp,bp->b", positives_BP, wins_BP), positives_BP.sum(axis=1) * below_BN[:, -1]
 
 
 def _labels(scores: Scores, strata: list[NDArray[np.int64]]) -> list[list[tuple[NDArray[np.int64], NDArray[np.bool_]]]]:
@@ -155,11 +156,11 @@ def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array)
     step = max(1, CHUNK // max(1, len(scores.ids_N)))
     for start in range(0, len(weight_BN), step):
         chunk = slice(start, start + step)
-        weight = weight_BN[chunk].astype(float)
+        weight = weight_BN[chunk]
         for label, parts in labels:
             if metric == "auprc_mean":
                 ((at, positive),) = parts
-                total_B[chunk] += _auprc_B(weight[:, at], scores.score_NL[at, label], positive)
+                total_B[chunk] += _auprc_B(weight[:, at].astype(float), scores.score_NL[at, label], positive)
                 continue
             sums = [_auroc_B(weight[:, at], scores.score_NL[at, label], positive) for at, positive in parts]
             with np.errstate(invalid="ignore"):

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.replicates import Array, Scores
 
@@ -46,8 +45,7 @@ class World:
     @property
     def slope(self) -> float:
         """Change of AUROC with the distance of the classes."""
-        distance = math.sqrt(2) * stats.norm.ppf(self.level)
-        return float(stats.norm.pdf(distance / math.sqrt(2)) / math.sqrt(2))
+        return math.exp(-(float(special.ndtri(self.level)) ** 2) / 2) / math.sqrt(4 * math.pi)
 
 
 def _effects(world: World, draw: np.random.Generator) -> Array:
@@ -78,25 +76,26 @@ def study(world: World, draw: np.random.Generator) -> tuple[list[Scores], list[S
     names = np.arange(world.patients * world.images).astype(str)
     patient_N = np.repeat(np.arange(world.patients), world.images).astype(str).astype(object)
     effects, noise = _effects(world, draw), _mistakes(world, draw, labels)
-    target_NL = None
+    target_NL, variance, slope = None, 0.0, world.slope
     if world.metric == "auroc_mean":
         positive_PL = np.arange(world.patients)[:, None] < np.round(np.asarray(world.prevalence) * world.patients)
         target_NL = np.repeat(draw.permuted(positive_PL, axis=0), world.images, axis=0).astype(float)
         sds = (world.pretraining_sd, world.tuning_sd, world.both_sd, world.shared_sd)
-        variance = sum(sd**2 for sd in sds) / world.slope**2
+        variance = sum(sd**2 for sd in sds) / slope**2
     sides: list[list[Scores]] = []
     for side in (0, 1):
         cells = []
+        # The mean of a normal distribution function over normal effects is one with their variance added.
+        middle = math.sqrt(2 + variance) * float(special.ndtri(world.mean(side))) if target_NL is not None else world.mean(side)
         for r in range(world.pretraining_seeds):
             for s in range(world.seeds):
                 seed, added, noise_NL = s + (0 if world.paired else 1000 * side), effects[side, r, s], noise[side, r, s]
                 if target_NL is None:
-                    dice_N = world.mean(side) + added + world.spread * noise_NL[:, 0]
+                    dice_N = middle + added + world.spread * noise_NL[:, 0]
                     cells.append(Scores(seed, names, patient_N, dice_N=dice_N, source_seed=r))
                 else:
-                    # The mean of a normal distribution function over normal effects is one with their variance added.
-                    apart = math.sqrt(2 + variance) * stats.norm.ppf(world.mean(side)) + added / world.slope
-                    cells.append(Scores(seed, names, patient_N, target_NL, target_NL * apart + noise_NL, source_seed=r))
+                    apart_NL = target_NL * (middle + added / slope)
+                    cells.append(Scores(seed, names, patient_N, target_NL, apart_NL + noise_NL, source_seed=r))
         sides.append(cells)
     return sides[0], sides[1]
 
@@ -125,8 +124,3 @@ def shared_out(world: World, shares: tuple[float, float, float], variance: float
         both_sd=math.sqrt(of_seeds / 3 * cells) if several else 0.0,
         shared_sd=math.sqrt(of_seeds * world.seeds) if world.paired else 0.0,
     )
-
-
-def positives(world: World) -> NDArray[np.int64]:
-    """Positive images of every label."""
-    return np.round(np.asarray(world.prevalence) * world.patients).astype(np.int64) * world.images

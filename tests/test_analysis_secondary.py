@@ -25,7 +25,7 @@ def plain_delong(score_KN: np.ndarray, positive_N: np.ndarray) -> tuple[np.ndarr
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_fast_delong_equals_its_definition(seed: int, ties: bool, cells: int) -> None:
     draw = rng("delong", seed)
     n = int(draw.integers(6, 60))
@@ -79,9 +79,9 @@ def test_delong_counts_patients_not_images() -> None:
 
 def test_delong_standard_error_is_that_of_new_patients() -> None:
     world = World(patients=100, seeds=2, prevalence=(0.3, 0.4), tuning_sd=0.0, lift=0.02)
-    found = np.array([delong_difference(*study(world, rng("new patients", i))) for i in range(300)])
+    found = np.array([delong_difference(*study(world, rng("new patients", i))) for i in range(200)])
     assert found[:, 0].mean() == pytest.approx(0.02, abs=0.005)
-    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.12)
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.15)
 
 
 def test_tests_over_seeds_are_scipys() -> None:
