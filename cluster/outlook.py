@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from analysis.claims import settings_of
 from analysis.power import power
 from analysis.results import pretrainings as begun
 from base import storage
+from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import is_url
 from cluster import leakage, plan
 from cluster.changes import changes, held
+from cluster.claims import axes_of_matrix
 from cluster.estimate import Estimate, Run, Seen, Speeds, cell_bytes, devices
 from cluster.fit import fit
 from cluster.plan import Corpus, Weights
@@ -304,7 +307,7 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
         return
     runs = {f"pretrain:{entry.name}": len(entry.seeds) for entry in study.pretrain}
     pretraining_seeds = min((runs[source.source] for source in matrix.sources if source.source in runs), default=1)
-    family = comparisons(searches)
+    family = comparisons(study, searches)
     for task in dict.fromkeys(one.task.task for one in searches.chosen):
         about = next(one.task for one in searches.chosen if one.task.task == task)
         if about.dataset not in seen:
@@ -328,14 +331,18 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
         yield f"power {task}", f"declares {least} among {family} comparisons{needed} ({found.assumptions})"
 
 
-def comparisons(searches: Searches) -> int:
-    """How many the report will make: in every setting each source but one against the baseline."""
+def comparisons(study: Study, searches: Searches) -> int:
+    """How many the report corrects for: the settings of the study's claims; without claims, in every setting each source but one against
+    the baseline."""
+    if study.claims:
+        seen = [(held, held) for held, _ in axes_of_matrix(study)]
+        return max(1, sum(len(settings_of(claim, seen)) for claim in study.claims))
     settings: dict[str, set[str]] = defaultdict(set)
     for one in searches.chosen:
         held = one.setting
         if not held.shuffled:
-            axes = (held.task.task, held.architecture, str(sorted(map(str, held.strategy.items()))), held.fraction, held.resolution)
-            settings[str(axes)].add(held.source)
+            axes = (held.task.task, held.architecture, canonical_json(held.strategy), held.fraction, held.resolution)
+            settings[canonical_json(axes)].add(held.source)
     return max(1, sum(len(sources) - 1 for sources in settings.values()))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from base import storage
 from base.errors import RequestError
 from cluster import plan
+from cluster.claims import architecture_of
 from cluster.plan import Corpus, Weights
 from cluster.study import PretrainEntry, Study
 from pretrain.run import PretrainConfig
@@ -167,19 +168,11 @@ def foreseen(study: Study, made: Mapping[str, Sequence[Weights]], outside: Mappi
             held = {one.seed: one for one in made.get(entry.name, ())}
             found[source.name] = [held.get(seed) or Weights("", "", _architecture(study, entry, outside), seed) for seed in entry.seeds]
         elif source.source != "random":
-            found[source.name] = [outside.get(source.source) or Weights("", "", _told(source.source))]
+            found[source.name] = [outside.get(source.source) or Weights("", "", architecture_of(study, source.source) or "")]
     return found
-
-
-def _told(source: str) -> str:
-    """The architecture of weights that are not here, where their name or card says it."""
-    from encoders.published import load_zoo
-
-    kind, _, name = source.partition(":")
-    return load_zoo(name).architecture if kind == "zoo" else name.partition(".")[0] if kind == "timm" else ""
 
 
 def _architecture(study: Study, entry: PretrainEntry, outside: Mapping[str, Weights]) -> str:
     first = [*study.before(entry), entry][0]
     start = outside.get(first.start_from)
-    return study.architecture_of(entry) or (start.architecture if start else _told(first.start_from))
+    return architecture_of(study, f"pretrain:{entry.name}") or (start.architecture if start else "")

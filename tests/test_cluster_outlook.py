@@ -162,4 +162,16 @@ def test_what_is_known_before_packing_is_what_the_manifest_says(phantom_chest: s
 
 def test_comparisons_are_those_of_the_report(tmp_path: Path, phantom_chest: str) -> None:
     cells = {"strategies": ["full", "linear"], "fractions": [0.1, 1.0], "shuffled_labels": ["random"]}
-    assert comparisons(searches_of(written(tmp_path, phantom_chest, cells), phantom_chest)) == 4
+    study = written(tmp_path, phantom_chest, cells)
+    assert comparisons(study, searches_of(study, phantom_chest)) == 4
+    claim = {
+        "name": "twins",
+        "sentence": "Two draws of random weights are one source.",
+        "about": "encoders",
+        "comparison": {"a": {"source": "random"}, "b": {"source": "random-b"}},
+        "expect": "equivalent",
+        "margin": 0.02,
+        "where": {"strategy": "full"},
+    }
+    study = written(tmp_path, phantom_chest, cells, claims=[claim])
+    assert comparisons(study, searches_of(study, phantom_chest)) == 2
