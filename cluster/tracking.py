@@ -26,8 +26,8 @@ WRITERS = 8  # requests at a time, where a server takes them
 # MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
 SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the client would repeat what makes a run, too, and an answer that is late would make it two
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each run that ends, between those of the study
 }
@@ -123,17 +123,14 @@ class Projection:
         self.dashboard = b""
         self.encoders: dict[str, str] = {}
         self.results: dict[str, dict[str, Any]] = {}
-        for run in self._existing():
-            key = run.data.tags[KEY_TAG]
-            self.runs[key], self.began[key] = run.info.run_id, run.info.start_time
-            if run.info.status == "FINISHED":
-                self.finished.add(key)
-                if run.data.tags.get("allograft.kind") == "pretrain" and SHA_TAG in run.data.tags:
-                    self.encoders[run.data.tags[SHA_TAG]] = run.info.run_id
+        self.doubted = False
+        self._recall()
         self.parent = self._run(f"study:{study}", study, parent=None)
 
     def update(self) -> None:
         """Bring MLflow up to what storage holds now."""
+        if self.doubted:
+            self._recall()
         self._nodes()
         root = storage.join(self.out, "pretrain")
         for name in storage.listing(root):
@@ -189,6 +186,17 @@ class Projection:
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(self.client.create_experiment(self.study, artifact_location=location, tags=tags))
 
+    def _recall(self) -> None:
+        """What stands in MLflow, for a server may have made a run whose answer never came."""
+        for run in self._existing():
+            key = run.data.tags[KEY_TAG]
+            self.runs[key], self.began[key] = run.info.run_id, run.info.start_time
+            if run.info.status == "FINISHED":
+                self.finished.add(key)
+                if run.data.tags.get("allograft.kind") == "pretrain" and SHA_TAG in run.data.tags:
+                    self.encoders[run.data.tags[SHA_TAG]] = run.info.run_id
+        self.doubted = False
+
     def _existing(self) -> list[Any]:
         found: list[Any] = []
         token = None
@@ -200,12 +208,18 @@ class Projection:
                 return found
 
     def _run(self, key: str, name: str, parent: str | None, tags: dict[str, str] | None = None, seconds: float = 0.0) -> str:
+        from mlflow.exceptions import MlflowException
+
         if key not in self.runs:
             given = {KEY_TAG: key, "mlflow.runName": name, "allograft.study": self.study, **(tags or {})}
             if parent:
                 given["mlflow.parentRunId"] = parent
             self.began[key] = int((time.time() - seconds) * 1000)
-            run = self.client.create_run(self.experiment, start_time=self.began[key], tags=given, run_name=name)
+            try:
+                run = self.client.create_run(self.experiment, start_time=self.began[key], tags=given, run_name=name)
+            except MlflowException:
+                self.doubted = True
+                raise
             self.runs[key] = run.info.run_id
         return self.runs[key]
 

@@ -88,7 +88,13 @@ def answering() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
 
 @pytest.mark.parametrize(
     ("status", "body", "match"),
-    [(200, b"<html>", "is no MLflow server"), (403, b"", "allowed-hosts"), (404, b"", "status 404"), (200, b"{}", None), (401, b"", None)],
+    [
+        (200, b"<html>", "is no MLflow server"),
+        (403, b"", "allowed-hosts"),
+        (404, b"", "status 404"),
+        (200, b"{}", None),
+        (401, b"", "MLFLOW_TRACKING_USERNAME"),
+    ],
 )
 def test_what_answers_must_be_an_mlflow_server(
     answering: tuple[str, list[tuple[int, bytes]]], status: int, body: bytes, match: str | None
@@ -203,3 +209,24 @@ def test_a_projection_holds_what_stands_once_and_may_be_repeated(tmp_path: Path)
     assert "http://127.0.0.1:8265" in parent.data.tags["allograft.ray_dashboard"]
     load = again.client.get_metric_history(parent.info.run_id, "system/host-1/cpu_utilization_percentage")
     assert [(point.step, point.value) for point in load] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 0.0)]
+
+
+def test_a_run_whose_answer_was_lost_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    out = finished_out(tmp_path, 1)
+    view = Projection(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    make = MlflowClient.create_run
+
+    def lost(*given: Any, **more: Any) -> None:
+        make(*given, **more)
+        raise MlflowException("the server took too long")
+
+    monkeypatch.setattr(MlflowClient, "create_run", lost)
+    with pytest.raises(MlflowException):
+        view.update()
+    monkeypatch.setattr(MlflowClient, "create_run", make)
+    view.update()
+    keys = [run.data.tags["allograft.key"] for run in view.client.search_runs([view.experiment])]
+    assert sorted(keys) == sorted({"study:tiny", "00000000000000aa", "00000000000000bb", f"{0:016x}"})
