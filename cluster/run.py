@@ -12,7 +12,7 @@ from base import storage
 from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import is_url, revision
-from cluster import leakage, plan, stages
+from cluster import leakage, observe, plan, stages
 from cluster.changes import changes, held
 from cluster.claims import register_claims
 from cluster.events import Events
@@ -106,6 +106,7 @@ def _stages(
     progress.say("starting Ray")
     with session():
         require(study)
+        events.add("ray", dashboard=observe.dashboard())
         making = Making(study, uri, progress, events)
         try:
             making.run()

@@ -197,6 +197,8 @@ def cells(
     made.failed |= {f"{one.setting.words()} (cells without a {one.steps[0]})": str(one.failed) for one in searches.open}
     for key, reason in reasons.items():
         events.add("cell failed", key=key, reason=reason)
+    for key, tried in tally.retried.items():
+        events.add("cell tried again", key=key, reasons=tried)
     for one in searches.chosen:
         for key in one.answers:
             events.add("searched", key=key, setting=one.setting.words())
