@@ -39,7 +39,7 @@ class Making:
         self.graph = Graph(lambda: {what: size for what, size in ray.cluster_resources().items() if what in ("CPU", "GPU")})
         self.feed = Feed()
         self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, {})))
-        self.restarts = 0
+        self._restarts: list[int] = []  # of workers, by pretraining
         self._tests = cache(lambda test: leakage.prepared(self._packed()[test]))  # each made ready once for all corpora
         self._add()
 
@@ -48,6 +48,11 @@ class Making:
         """What became of the cells."""
         found: Fanned = self.graph.results.get(CELLS, Fanned())
         return found
+
+    @property
+    def restarts(self) -> int:
+        """How often workers of pretrainings were started again."""
+        return sum(self._restarts)
 
     def run(self) -> None:
         """Until everything is done or has failed.
@@ -168,7 +173,7 @@ class Making:
         before = [self.graph.results[name] for name in self._start(entry, seed)]
         config = plan.pretrain_config(self.study, entry, seed, corpora, before[0] if before else None)
         weights, restarts = stages.pretrain(self.study, config, stages.pretrain_label(entry, seed), self.progress, self.events)
-        self.restarts += restarts
+        self._restarts.append(restarts)
         return weights
 
     def _feed(self, task: str, source: SourceEntry, seed: int) -> None:
