@@ -124,24 +124,27 @@ class Cluster:
         waiting = sorted(faults, key=lambda fault: fault.at)
         driver = self._drive(path, folder)
         troubles: list[str] = []
-        while True:
-            clocks = self._clocks(name, steps, cells)
-            for fault in [fault for fault in waiting if fault.at <= clocks[CLOCKS.get(fault.kind, "all")]]:
-                if self._strike(fault, out, driver):
-                    waiting.remove(fault)
-                    happened.append(f"{fault} at {clocks['checkpoints']:.2f} of the checkpoints, {clocks['cells']:.2f} of the cells")
-            if (code := driver.poll()) is not None:
-                codes.append(code)
-                if code == 0 or len(codes) == MOST_STARTS:
+        try:
+            while True:
+                clocks = self._clocks(name, steps, cells)
+                for fault in [fault for fault in waiting if fault.at <= clocks[CLOCKS.get(fault.kind, "all")]]:
+                    if self._strike(fault, out, driver):
+                        waiting.remove(fault)
+                        happened.append(f"{fault} at {clocks['checkpoints']:.2f} of the checkpoints, {clocks['cells']:.2f} of the cells")
+                if (code := driver.poll()) is not None:
+                    codes.append(code)
+                    if code == 0 or len(codes) == MOST_STARTS:
+                        break
+                    time.sleep(2)
+                    driver = self._drive(path, folder)
+                if time.monotonic() - began > PATIENCE_S:
+                    troubles.append(f"not done after {PATIENCE_S:.0f} s")
+                    driver.kill()
+                    codes.append(driver.wait())
                     break
-                time.sleep(2)
-                driver = self._drive(path, folder)
-            if time.monotonic() - began > PATIENCE_S:
-                troubles.append(f"not done after {PATIENCE_S:.0f} s")
-                driver.kill()
-                codes.append(driver.wait())
-                break
-            time.sleep(0.1)
+                time.sleep(0.1)
+        finally:
+            driver.kill()  # nothing where it has ended
         seconds = time.monotonic() - began
         for thread in self.threads:
             thread.join()

@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.mark.skipif(postgres() is None, reason="needs PostgreSQL: apt-get install postgresql")
-def test_runs_and_accounts_are_in_postgresql(services: Services, studied: Studied) -> None:
+def test_runs_and_accounts_are_in_postgresql(as_user: Services, studied: Studied) -> None:
+    services = as_user
+
     def asked(query: str) -> str:
         programs = postgres()
         assert programs
@@ -67,7 +69,8 @@ def test_runs_are_listed_and_compared_in_the_browser(as_user: Services, studied:
     compared = quote(json.dumps([run.info.run_id for run in cells[:2]])), quote(json.dumps([experiment]))
     with Browser() as browser:
         page = browser.open(
-            f"{services.tracking}/#/experiments/{experiment}/runs", ("admin", services.environment["MLFLOW_TRACKING_PASSWORD"])
+            f"{services.tracking}/#/experiments/{experiment}/runs?viewStateShareKey=cells",
+            ("admin", services.environment["MLFLOW_TRACKING_PASSWORD"]),
         )
         page.width(1600, 1000)
         shown = page.shows(cells[0].info.run_name)
