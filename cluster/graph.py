@@ -29,6 +29,7 @@ class Node:
 
     needs: names of nodes whose results it takes; it starts when all are done, and never where one of them failed.
     after: names of nodes that must have ended, in whatever way.
+    once: names of nodes of which one must be done, or all must have ended.
     holds: what it takes of the cluster while it runs; it starts when so much is free.
     shares: it works on what the others leave, see `Graph.left`, and looks often whether the graph has ended, see `Graph.check`.
     """
@@ -37,6 +38,7 @@ class Node:
     act: Callable[[], Any]
     needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     holds: Mapping[str, float] = field(default_factory=dict)
     shares: bool = False
 
@@ -66,7 +68,7 @@ class Graph:
 
     def add(self, node: Node) -> None:
         """What it waits for must have been added before it."""
-        missing = [name for name in (*node.needs, *node.after) if name not in self._nodes]
+        missing = [name for name in (*node.needs, *node.after, *node.once) if name not in self._nodes]
         if missing or node.name in self._nodes:
             raise ValueError(f"node '{node.name}': " + (f"no such node: {', '.join(missing)}" if missing else "added twice"))
         self._nodes[node.name] = node
@@ -124,10 +126,13 @@ class Graph:
             return bool(self._running)
 
     def _ready(self, node: Node) -> bool:
-        ended = (self.results, self.failed, self.skipped)
-        begun = node.name in self._running or any(node.name in names for names in ended)
-        over = all(any(name in names for names in ended) for name in node.after)
-        return not begun and over and all(name in self.results for name in node.needs)
+        if node.name in self._running or self._has_ended(node.name):
+            return False
+        once = any(name in self.results for name in node.once) or all(map(self._has_ended, node.once))
+        return once and all(map(self._has_ended, node.after)) and all(name in self.results for name in node.needs)
+
+    def _has_ended(self, name: str) -> bool:
+        return name in self.results or name in self.failed or name in self.skipped
 
     def _fits(self, node: Node) -> bool:
         holding = [self._nodes[name] for name in self._running if self._nodes[name].holds]

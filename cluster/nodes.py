@@ -97,7 +97,7 @@ class Making:
         if matrix is not None:
             feeders = tuple(label for task in matrix.tasks for source in matrix.sources for label in self._add_feeders(task, source))
             add(Node("last cells", partial(self.feed.waiting.put, None), after=feeders))
-            add(Node(CELLS, partial(self._act, CELLS, self._cells), shares=True))
+            add(Node(CELLS, partial(self._act, CELLS, self._cells), once=feeders, shares=True))
             if study.analyses:
                 add(Node("analyses", self._analyse, after=(CELLS,)))
 

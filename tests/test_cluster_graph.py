@@ -123,6 +123,19 @@ def test_nodes_that_share_leave_room_for_those_that_wait() -> None:
     assert made.reserved() == {"CPU": 0.0, "GPU": 0.0}
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_node_may_start_with_the_first_of_several(lost: bool) -> None:
+    pool = threading.Event()
+    made = graph(
+        Node("early", fail(WorkError("lost")) if lost else lambda: 1),
+        Node("late", fail(WorkError("lost")) if lost else lambda: pool.wait(5)),
+    )
+    made.add(Node("pool", pool.set, once=("early", "late")))
+    made.run()
+    assert "pool" in made.results
+    assert made.results.get("late") == (None if lost else True)
+
+
 def test_alone_a_node_may_ask_for_more_than_there_is() -> None:
     made = graph(Node("large", lambda: 1, holds={"GPU": 8}), Node("next", lambda: 2, holds={"CPU": 1}))
     made.run()
@@ -174,7 +187,7 @@ def test_any_graph_runs_each_node_once_in_order_and_within_what_there_is(plan: l
     made = Graph(lambda: FOUR)
     for i, (needs, after, cpus, _) in enumerate(plan):
         holds = {"CPU": cpus} if cpus else {}
-        made.add(Node(str(i), lambda i=i: act(i), tuple(map(str, needs)), tuple(map(str, after)), holds))
+        made.add(Node(str(i), lambda i=i: act(i), tuple(map(str, needs)), tuple(map(str, after)), holds=holds))
     made.run()
     assert sorted(begun) == [i for i in range(len(plan)) if i not in lost]
     assert set(made.failed) == {str(i) for i, one in enumerate(plan) if one[3] and i not in lost}
