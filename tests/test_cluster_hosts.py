@@ -15,25 +15,21 @@ from hosts import Hosts, hosts, why_not
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-# Three ranks of one DeepSpeed training, each on its host, as Ray Train would start them.
-RANK = """
-import json, os, sys
-import torch
-from cluster.trainer import interface
-os.environ["GLOO_SOCKET_IFNAME"] = sys.argv[1]
-from engine.context import LocalContext
-from pretrain.run import PretrainConfig, run
-from base.config import parse
-torch.set_num_threads(1)
-config = parse(json.loads(sys.argv[2]), PretrainConfig, "config")
-result = run(config, LocalContext(int(os.environ["RANK"]), 3, config.out + "/log"))
-print(json.dumps(result["workers"]))
-"""
 ALIVE = """
 import json, os, ray
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 ray.init(address="auto", log_to_driver=False)
 print("ALIVE " + json.dumps(sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])))
+"""
+# What a head that was started with another Ray and another Python says of itself.
+OTHERS = """
+import json, os, ray
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+ray.init(address="auto", log_to_driver=False)
+from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY as key
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+said = json.loads(_internal_kv_get(key, namespace=b"cluster")) | {"ray_version": "2.41.0", "python_version": "3.10.4"}
+_internal_kv_put(key, json.dumps(said).encode(), overwrite=True, namespace=b"cluster")
 """
 
 
@@ -85,3 +81,14 @@ def test_a_host_whose_cable_is_cut_is_given_up(three: Hosts) -> None:
     while (left := alive(three)) == ["host-0", "host-1", "host-2"]:
         assert time.monotonic() - began < 60
     assert left == ["host-0", "host-2"]
+
+
+def test_a_cluster_of_another_version_is_refused(three: Hosts) -> None:
+    told = three.run(0, [sys.executable, "-c", OTHERS])
+    assert told.returncode == 0, told.stdout
+    path = study(three)
+    for command in ("doctor", "run"):
+        done = three.run(0, [sys.executable, "-m", "cluster", command, path])
+        assert done.returncode == 2, done.stdout
+        assert "the cluster has Ray 2.41.0 and Python 3.10.4, this command Ray 2.60.0 and Python 3.11" in done.stdout
+        assert "Traceback" not in done.stdout
