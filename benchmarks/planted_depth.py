@@ -1,13 +1,13 @@
 """Does the search for a cut find the depth at which a label was planted?
 
-    nice .venv/bin/python benchmarks/planted_depth.py --out runs/planted-depth  # some minutes on 2 idle cores; goes on where it stopped
+    nice .venv/bin/python benchmarks/planted_depth.py --out runs/planted-depth      # goes on where it stopped
 
-Figures phantoms have three labels: `texture`, the direction of lines 4 pixels apart; `count`, how many of six figures 13 pixels wide are
-closed; `arrangement`, the half of the image that they lie in. Each is the one label of a task here. The source is a ResNet-18 (nine cuts)
-trained on all three labels of other phantoms, or with --epochs 0 a random one, whose blocks are identities; the strategy is `fat`: the
-network up to the cut frozen, a linear head on the means of its features. So a curve says at which depth a label has become linear, and
-nothing else is fitted. What is asked for: an early, a middle and a late cut, by fewer trials than trying every cut, on validation alone.
-The study runs as any other does; curves and picks are what stands in OUT/analyses.
+Scales phantoms have three labels, of which each is a relation at a scale of its own (shards/phantom_scales.py): `texture` in 4 pixels of
+96, `count` in 18, `arrangement` in 72. Each is the one label of a task here. A cut sees as many pixels as are printed (its receptive
+field); what sees less than a label's scale is at chance, whatever it is trained for. The source is a narrow ResNet-26 (nine cuts), trained
+on all three labels of other phantoms; the strategy is `truncated`: the network up to the cut with a head on its means, trained in full.
+What is asked for: an early, a middle and a late cut, by fewer trials than trying every one, on validation alone. The study runs as any
+other does; curves and picks are what stands in OUT/analyses.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from base import storage
 from base.config import parse
 from base.paths import revision
 
-ARCHITECTURE, SIZE, CARD = "resnet18", 64, "phantom-figures"
-WAYS = ("two-stage", "halving", "exhaustive")
+ARCHITECTURE, WIDTHS, CARD = "resnet26", (8, 16, 32, 64), "phantom-scales"
+WAYS = ("two-stage", "halving", "random", "exhaustive")
 
 
-def source(folder: Path, images: int, epochs: int) -> None:
+def source(folder: Path, images: int, epochs: int, size: int) -> None:
     """Train the encoder on phantoms of a series of its own, and export it."""
     import numpy as np
     import torch
@@ -32,54 +32,46 @@ def source(folder: Path, images: int, epochs: int) -> None:
     from encoders.export import export
     from shards.phantoms import GENERATORS, LABELS
 
-    torch.set_num_threads(2)
     torch.manual_seed(0)
-    made = [GENERATORS["figures"](5, i, SIZE) for i in range(images)]
+    made = [GENERATORS["scales"](5, i, size) for i in range(images)]
     x = torch.from_numpy(np.stack([phantom.image for phantom in made]))[:, None]
     target = torch.tensor([[float(phantom.labels[name]) for name in LABELS] for phantom in made])
-    encoder = build(ARCHITECTURE, 1)
+    encoder = build(ARCHITECTURE, 1, widths=WIDTHS)
     network = torch.nn.Sequential(encoder, torch.nn.Linear(encoder.num_features, len(LABELS)))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     batches = [index for _ in range(epochs) for index in torch.randperm(images).split(32)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(1, len(batches)))
-    total = 0.0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, len(batches))
+    total = torch.zeros(len(LABELS))
     for step, index in enumerate(batches, 1):
         batch = x[index].flip(-1) if torch.rand(()) < 0.5 else x[index]  # a mirror image keeps all three labels
-        loss = binary_cross_entropy_with_logits(network(batch), target[index])
+        losses = binary_cross_entropy_with_logits(network(batch), target[index], reduction="none").mean(0)
         optimizer.zero_grad()
-        loss.backward()
+        losses.mean().backward()
         optimizer.step()
         schedule.step()
-        total += float(loss.detach())
+        total += losses.detach()
         if step % (len(batches) // epochs) == 0:
-            print(f"source: step {step} of {len(batches)}, mean loss {total / (len(batches) // epochs):.3f}", flush=True)
-            total = 0.0
-    export(encoder.eval(), folder, name="planted", method="supervised", lineage=[], data=[], revision=revision(), image_size=SIZE)
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(LABELS, total / (len(batches) // epochs), strict=True))
+            print(f"source: step {step} of {len(batches)}, mean loss {shown}", flush=True)
+            total.zero_()
+    export(encoder.eval(), folder, name="planted", method="supervised", lineage=[], data=[], revision=revision(), image_size=size)
 
 
-def study(out: Path, images: int, seeds: int, strategy: str) -> Any:
-    """One task a label, three ways of searching."""
+def study(out: Path, images: int, seeds: int, ways: list[str]) -> Any:
+    """One task a label, and the ways of searching."""
     import yaml
 
+    from base.config import load_tree
+    from base.paths import named
     from cluster.load import load_study
     from shards.phantoms import LABELS
 
+    whole = load_tree(named("task", CARD))
     paths = []
     for label in LABELS:
-        recipe = {"epochs": 20, "batch": 32, "lr": 1e-3, "patience": 8, "views": {"crop_scale": [0.8, 1.0], "flip": True}}
-        facts = {
-            "schema": 3,
-            "task": label,
-            "title": label,
-            "dataset": CARD,
-            "kind": "multilabel",
-            "labels": [label],
-            "metric": "auroc_mean",
-        }
-        presets = {name: {"resolution": SIZE, "recipe": recipe, "linear": {"epochs": 100}} for name in ("smoke", "small", "paper")}
         path = out / f"{label}.yaml"
-        path.write_text(yaml.safe_dump({**facts, "source": "this benchmark", "presets": presets}))
+        path.write_text(yaml.safe_dump({**whole, "task": label, "title": label, "labels": [label]}))
         paths.append(str(path))
     tree = {
         "schema": 1,
@@ -88,13 +80,35 @@ def study(out: Path, images: int, seeds: int, strategy: str) -> Any:
         "data": {CARD: {"raw": f"phantom:{images}@1"}},
         "cells": {
             "sources": [{"name": "planted", "source": str(out / "source")}],
-            "strategies": [{"name": strategy, "cut": "auto", "search": way} for way in WAYS],
+            "strategies": [{"name": "truncated", "cut": "auto", "search": way} for way in ways],
             "tasks": paths,
             "trial_seeds": list(range(seeds)),
         },
     }
     (out / "study.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     return load_study(str(out / "study.yaml"))
+
+
+def receptive_fields(side: int = 512) -> dict[str, int]:
+    """By cut, how many pixels a side one value of its map is computed from: those that it has a gradient for, far from the border."""
+    import torch
+
+    from encoders.build import build
+    from encoders.cuts import cuts
+    from encoders.truncate import truncate
+
+    whole = build(ARCHITECTURE, 1, widths=WIDTHS).eval()
+    for parameter in whole.parameters():  # all alike and positive: no path is closed, nor one chosen
+        torch.nn.init.constant_(parameter, 1.0 / parameter[0].numel())
+    whole.net.maxpool = torch.nn.AvgPool2d(3, 2, 1)
+    found = {}
+    for cut in cuts(ARCHITECTURE):
+        x = torch.ones(1, 1, side, side, requires_grad=True)
+        map_HW = truncate(whole, cut.name).features(x)[0].sum(0)
+        map_HW[len(map_HW) // 2, len(map_HW) // 2].backward()
+        assert x.grad is not None
+        found[cut.name] = int((x.grad[0, 0] != 0).any(0).sum())
+    return found
 
 
 def answers(out: str) -> dict[tuple[str, str], Any]:
@@ -117,22 +131,25 @@ def only_validation(out: str) -> int:
     return len(trials)
 
 
-def show(held: dict[tuple[str, str], Any]) -> None:
+def show(held: dict[tuple[str, str], Any], ways: list[str]) -> None:
     """Curves and picks as two tables."""
     from encoders.cuts import cuts
     from shards.phantoms import LABELS
 
-    print(f"\n| cut | {' | '.join(LABELS)} |\n|---|{'---|' * len(LABELS)}")
-    curves = {label: {point.at: point for point in held[label, "exhaustive"].curve} for label in LABELS}
+    fields = receptive_fields()
+    print(f"\n| cut | sees, px | {' | '.join(LABELS)} |\n|---|---|{'---|' * len(LABELS)}")
     for cut in cuts(ARCHITECTURE):
-        points = [curves[label][cut.name] for label in LABELS]
-        print(f"| {cut.name} | {' | '.join(f'{point.mean:.3f} ± {point.error:.3f}' for point in points)} |")
-    print("\n| label | " + " | ".join(f"{way}: pick, trials, cost" for way in WAYS) + " |\n|---|" + "---|" * len(WAYS))
+        row = []
+        for label in LABELS:
+            points = [point for way in ways for point in held[label, way].curve if point.at == cut.name and point.epochs is None]
+            row.append(f"{points[-1].mean:.3f} ± {points[-1].error:.3f}" if points and points[-1].mean is not None else "")
+        print(f"| {cut.name} | {fields[cut.name]} | {' | '.join(row)} |")
+    print("\n| label | " + " | ".join(f"{way}: pick, trials, cost" for way in ways) + " |\n|---|" + "---|" * len(ways))
     for label in LABELS:
-        found = [held[label, way] for way in WAYS]
+        found = [held[label, way] for way in ways]
         print(f"| {label} | " + " | ".join(f"{one.choice}, {one.trials}, {one.cost:g}" for one in found) + " |")
     names = [cut.name for cut in cuts(ARCHITECTURE)]
-    for way in WAYS:
+    for way in ways:
         places = [names.index(held[label, way].choice) for label in LABELS]
         fewer = [held[label, way].trials < held[label, way].exhaustive for label in LABELS]
         said = "in order" if places == sorted(set(places)) else "not in order"
@@ -142,23 +159,27 @@ def show(held: dict[tuple[str, str], Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/planted-depth")
-    parser.add_argument("--images", type=int, default=2000, help="phantoms; a tenth of them validate")
+    parser.add_argument("--images", type=int, default=1500, help="phantoms; a fifth of them validate")
     parser.add_argument("--seeds", type=int, default=1, help="trial seeds")
-    parser.add_argument("--epochs", type=int, default=3, help="of the source, on as many other phantoms")
-    parser.add_argument("--strategy", choices=("fat", "truncated"), default="fat", help="truncated trains what fat only reads")
+    parser.add_argument("--source-images", type=int, default=4000, help="other phantoms, which the source learns from")
+    parser.add_argument("--epochs", type=int, default=20, help="of the source")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     asked = parser.parse_args()
     out = Path(asked.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
 
+    from finetune.task import load_task
+
+    size = load_task(CARD).resolution
     if not storage.exists(str(out / "source" / "allograft.json")):
-        source(out / "source", asked.images, asked.epochs)
+        source(out / "source", asked.source_images, asked.epochs, size)
 
     from cluster.run import require_done, run
 
-    made = study(out, asked.images, asked.seeds, asked.strategy)
+    made = study(out, asked.images, asked.seeds, asked.ways)
     require_done(run(made))
     print(f"\n{only_validation(made.out)} trials, each of validation alone")
-    show(answers(made.out))
+    show(answers(made.out), asked.ways)
 
 
 if __name__ == "__main__":

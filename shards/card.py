@@ -46,7 +46,7 @@ class SplitRule(Strict):
 class PhantomSpec(Strict):
     """Which generator of `shards.phantoms` and the side of its images in pixels (raw `phantom:N@SEED/SIZE` overrides the size)."""
 
-    generator: Literal["chest", "figures", "fundus", "procedural"]
+    generator: Literal["chest", "fundus", "procedural", "scales"]
     size: int = Field(64, ge=32, le=1024)
 
 

@@ -4,8 +4,8 @@
     series = parse_raw("phantom:3000@1/48")                      # Series(images=3000, seed=1, size=48)
 
 Chest and fundus have three labels, each 1 in half of the images and independent of one another: `texture` (local), `count`,
-`arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. Figures have the same labels without
-anatomy. The procedural corpus mixes chest and fundus with fractals, to pretrain on: see
+`arrangement` (global). None can be read from grey values alone: see `shards.phantom_parts.specify`. Scales have the same labels without
+anatomy, each at a scale of its own. The procedural corpus mixes chest and fundus with fractals, to pretrain on: see
 `shards.phantom_procedural`.
 """
 
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from base.errors import RequestError
 from shards.phantom_chest import chest
-from shards.phantom_figures import figures
 from shards.phantom_fundus import fundus
 from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom
 from shards.phantom_procedural import procedural
+from shards.phantom_scales import scales
 
 __all__ = [
     "GENERATORS",
@@ -29,18 +29,18 @@ __all__ = [
     "Phantom",
     "Series",
     "chest",
-    "figures",
     "fundus",
     "parse_raw",
     "patient_of",
     "procedural",
+    "scales",
 ]
 
 GENERATORS: dict[str, Callable[[int, int, int], Phantom]] = {
     "chest": chest,
-    "figures": figures,
     "fundus": fundus,
     "procedural": procedural,
+    "scales": scales,
 }
 _RAW = re.compile(r"phantom:(\d+)(?:@(\d+))?(?:/(\d+))?")
 

@@ -113,7 +113,7 @@ def test_paper_presets_are_the_studies_recipes_to_the_number(study: str) -> None
 
 def test_every_task_comes_from_a_study_or_is_a_phantom() -> None:
     known = {name for tasks, _, _ in RECIPES.values() for name in tasks}
-    assert set(names("task")) - known == {"phantom-chest", "phantom-vessels"}
+    assert set(names("task")) - known == {"phantom-chest", "phantom-scales", "phantom-vessels"}
 
 
 def test_no_mirror_where_a_side_has_a_meaning() -> None:
