@@ -6,6 +6,7 @@
 Everything here also works in a lone process without torch.distributed.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -120,7 +121,8 @@ def differing_buffers(module: torch.nn.Module) -> list[str]:
 def start() -> None:
     """Make sure that torch.distributed and DeepSpeed's layer above it run. Does nothing the second time.
 
-    A lone process gets a gloo (or NCCL) group of one over a file, so that no port and no environment variable is needed.
+    A lone process gets a gloo (or NCCL) group of one over a file, so that no port and no environment variable is needed. What is started
+    here is ended before the process is.
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:  # torchrun
@@ -131,12 +133,20 @@ def start() -> None:
             meeting = tempfile.mkdtemp(prefix="allograft-ranks-")
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, init_method=f"file://{meeting}/store", rank=0, world_size=1)
+        atexit.register(_end)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor|_base).*", category=FutureWarning)
     # DeepSpeed refuses to start without it, though only launchers need it.
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else rank()))
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _end() -> None:
+    # A thread of gloo may still hold the tensors of the last collective. If it lets go of them while Python is ending, it asks for the
+    # interpreter's lock, which ends the thread in the midst of C++: "terminate called without an active exception", exit code -6.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def import_deepspeed() -> ModuleType:

@@ -3,6 +3,7 @@
 python tests/tiny_cell.py CONFIG.json...        # as one of several workers, under torchrun's environment variables
 """
 
+import atexit
 import json
 import os
 import socket
@@ -42,7 +43,7 @@ def corpora(folder: Path, size: int = 40) -> dict[str, str]:
 
 
 def config(
-    shards: dict[str, str], out: Path, task: str = "phantom-chest", settings: dict[str, Any] | None = None, **fields: Any
+    shards: dict[str, str], out: Path, /, task: str = "phantom-chest", settings: dict[str, Any] | None = None, **fields: Any
 ) -> CellConfig:
     """A cell; `settings` change its task, `fields` the rest."""
     resolved = load_task(task, QUICK | (settings or {}))
@@ -124,7 +125,11 @@ def together(cells: list[CellConfig], folder: Path, workers: int) -> str:
         subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(workers)
     ]
-    said = "".join(process.communicate(timeout=120)[0] for process in running)
+    try:
+        said = "".join(process.communicate(timeout=240)[0] for process in running)
+    finally:
+        for process in running:
+            process.kill()
     assert all(process.returncode == 0 for process in running), said
     return said
 
@@ -132,6 +137,7 @@ def together(cells: list[CellConfig], folder: Path, workers: int) -> str:
 if __name__ == "__main__":
     from finetune.run import run
 
+    atexit.register(lambda: print("group left:", torch.distributed.is_initialized()))  # comes after whatever the run registers
     for file in sys.argv[1:]:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         run(CellConfig.model_validate_json(Path(file).read_text()), LocalContext(rank, world, file + f".{rank}"))
