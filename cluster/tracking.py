@@ -17,7 +17,7 @@ from analysis.results import plan, read_study
 from base import storage
 from base.errors import RequestError
 from base.paths import is_url
-from cluster import facts, pages
+from cluster import facts, pages, showcase
 
 KEY_TAG = "allograft.key"
 SHA_TAG = "allograft.encoder_sha256"
@@ -149,6 +149,7 @@ class Projection:
             url = storage.join(self.out, name)
             if storage.exists(url):
                 self._artifact(self.parent, url, name)
+        showcase.show(self.client, self.out, self.parent, self.encoders)
         self.client.set_terminated(self.parent, "FINISHED" if ok else "FAILED")
 
     def _describe(self, words: str) -> None:
