@@ -3,6 +3,8 @@
 `benchmarks/chaos.py` draws such faults, and others, for as many seeds as one likes.
 """
 
+import signal
+
 import pytest
 from faults import KINDS, Cluster, Fault, draw
 from services import Services
@@ -18,11 +20,9 @@ def test_a_disturbed_study_ends_as_the_undisturbed_one(as_user: Services, studie
     assert told.missed == []
     assert calm.differences(calm) == []
     assert told.differences(calm) == []
-    assert len(told.codes) == 2
+    assert told.codes == [-signal.SIGKILL, 0]
     assert len(told.written) == 6
-    log = (as_user.folder / "disturbed" / "driver.log").read_text()
-    assert "finished after 1 restart(s) of its workers" in log
-    assert "stands already" in log
+    assert "restart(s) of its workers" in (as_user.folder / "disturbed" / "driver.log").read_text()
 
 
 def test_faults_are_drawn_from_their_seed() -> None:
