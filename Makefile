@@ -25,7 +25,7 @@ demo-chaos: setup
 	@$(PY) benchmarks/chaos_demo.py
 
 test: setup
-	@$(PY) -m pytest tests -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@.venv/bin/ruff check $(ROOMS) tests benchmarks
