@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 
-from base.errors import AllograftError
 from finetune.cell import CellConfig
 from finetune.search import trained_by
 
@@ -51,7 +50,7 @@ def estimated(config: CellConfig) -> float:
     try:
         counts, channels, slices = _corpus(config.shards, config.manifest_digest, config.task.volume)
         forward = slices * forward_of(config, channels)
-    except (AllograftError, OSError):
+    except Exception:  # it only sorts a line: whatever breaks here may not end a study, and what is wrong with a cell its run says
         return math.inf
     return effort(config, counts, forward)
 
@@ -77,9 +76,11 @@ def forward_of(config: CellConfig, channels: int) -> float:
     task = config.task
     key = (config.architecture, channels, config.resolution, task.task, task.kind)
     if key not in _KNOWN:
-        with pretend() as work, torch.no_grad():
+        with torch.device("meta"):  # not under pretend: timm reads values as it builds, which are not there
             encoder = build(config.architecture, channels, image_size=config.resolution)
             network = assemble(encoder, task.model_copy(update={"volume": False}), 0, linear=task.kind != "segmentation").eval()
+        with pretend() as work, torch.no_grad():
+            network.to_empty(device="cpu")
             before = work.flops
             network(torch.empty(2, channels, config.resolution, config.resolution, dtype=torch.uint8))
         _KNOWN[key] = (work.flops - before) / 2

@@ -21,6 +21,7 @@ from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from cluster import context, fanout, observe, pool
+from cluster import effort as effort_of
 from cluster.effort import effort, estimated
 from cluster.fanout import Tally, run_cells
 from cluster.line import ATTEMPTS, LOSSES, Line
@@ -31,6 +32,7 @@ from finetune.cell import CellConfig
 from finetune.run import run
 
 COUNTS = {"train": 700, "val": 100, "test": 200}
+FAMILIES = ["resnet18", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_tiny_patch4_window7_224", "cbr_tiny", "test_vit"]
 
 
 BASE = parse(yaml.safe_load((Path(__file__).parent / "golden" / "cell.yaml").read_text()), CellConfig, "cell")
@@ -81,6 +83,26 @@ def test_an_estimate_reads_manifest_and_network(phantom_chest: str, phantom_fund
     assert math.isfinite(estimated(masks))
     assert estimated(small.model_copy(update={"shards": str(tmp_path / "nowhere")})) == math.inf
     assert estimated(small.model_copy(update={"architecture": "resnet17"})) == math.inf
+
+
+@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_networks_of_every_family_are_estimated(
+    architecture: str, task: str, phantom_chest: str, phantom_fundus: str, tmp_path: Path
+) -> None:
+    shards = {"phantom-chest": phantom_chest, "phantom-fundus": phantom_fundus}
+    assert 0 < estimated(tiny_cell.config(shards, tmp_path, task=task, architecture=architecture, resolution=64)) < math.inf
+
+
+def test_an_estimate_that_breaks_ends_no_study(phantom_chest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_cell.config({"phantom-chest": phantom_chest}, tmp_path)
+
+    def breaks(*_: object) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(effort_of, "forward_of", breaks)
+    line = Line(estimated)
+    assert [waiting.cost for waiting in line.add([config])] == [math.inf]
 
 
 # -- the line
