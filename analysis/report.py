@@ -137,7 +137,11 @@ def under_floor(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> st
     below, known = tables.under_floor(evidence, held)
     if not below:
         return ""
-    return f"{below} of {known} results are under their floor: pixels or a mean mask do better, so nothing was learned there"
+    image = sum(any(name in tables.OF_IMAGES for name in names) for names in below)
+    beside = sum(any(name not in tables.OF_IMAGES for name in names) for names in below)
+    said = [f"a pixel logistic regression or a mean mask does better than {image}, so nothing was learned there"] if image else []
+    said += [f"{beside} are no better than what is written beside the image, with no image looked at"] if beside else []
+    return f"{len(below)} of {known} results are under a floor: {'; '.join(said)}"
 
 
 def _tiles(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
@@ -153,7 +157,7 @@ def _tiles(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
         ("pretrainings", state, "bad" if sick else ""),
-        *([("under their floor", f"{below} of {known}", "bad")] if below else []),
+        *([("under a floor", f"{len(below)} of {known}", "bad")] if below else []),
         ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
     ]
     return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)

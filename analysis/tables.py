@@ -21,6 +21,7 @@ FLOOR_WORDS = {
     "mean_mask": "mean training mask",
     "shuffled": "shuffled labels",
 }
+OF_IMAGES = ("pixels", "mean_mask")  # floors under which nothing was learned; the others say that a network saw no more than its record
 CONFOUNDED = 0.6  # plain AUROC is called confounded where metadata alone, without the image, scores more
 ROWS = 2000  # cells listed in the page; results.csv has all
 
@@ -81,17 +82,24 @@ def bar(floors: Floors, metric: str) -> tuple[float, str]:
     return max(((value, name) for value, name in held if math.isfinite(value)), default=(math.nan, ""))
 
 
-def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> tuple[int, int]:
-    """How many means of the matrix, each task by its headline metric, are under their floor; and of how many whose floor is known."""
+def not_reached(floors: Floors, metric: str, mean: float) -> list[str]:
+    """The predictors that do better than a mean."""
+    return [name for name, values in floors.items() if mean < results.number(values.get(metric))]
+
+
+def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> tuple[list[list[str]], int]:
+    """Of each mean of the matrix that is under a floor, each task by its headline metric, which it does not reach; and of how many means
+    a floor is known."""
     first = {(task, dataset): metric for task, dataset, metric in reversed(columns(evidence, floors))}
-    below = known = 0
+    below: list[list[str]] = []
+    known = 0
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution", "task", "dataset")
     for (*_, fraction, _, task, dataset), cells in groups.items():
-        metric = first.get((task, dataset))
-        under, _ = bar(floors.get((task, float(fraction)), {}), metric or "")
+        metric, held = first.get((task, dataset)), floors.get((task, float(fraction)), {})
         mean, _, n = results.mean_sd(c.value(metric) for c in cells) if metric else (math.nan, math.nan, 0)
-        if n and math.isfinite(under):
-            known, below = known + 1, below + (mean < under)
+        if metric and n and math.isfinite(bar(held, metric)[0]):
+            known += 1
+            below += [names] if (names := not_reached(held, metric, mean)) else []
     return below, known
 
 
@@ -123,11 +131,11 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             here = [c for c in groups[key] if (c.task, c.dataset) == column[:2]]
             own, corpora = any(c.own_source for c in here), sorted({name for c in here for name in c.exposed_to})
             under, which = bar(floors.get((column[0], float(key[4])), {}), column[2])
-            below = mean < under
+            missed = not_reached(floors.get((column[0], float(key[4])), {}), column[2], mean)
             spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
             marks = '<span class="tag own">own source</span>' if own else ""
             marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
-            marks += f'<span class="tag bad">under floor {num(under)}</span>' if below else ""
+            marks += f'<span class="tag bad">under floor {num(under)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
             found = declared.get((key[0], key[1], key[2], key[3], column[0], float(key[4]), int(key[5]), column[2]))
             if found is not None:
                 better = found.comparison.estimate > 0
@@ -135,7 +143,7 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({FLOOR_WORDS.get(which, which)})" if which else "")
             marks = f"<br>{marks}" if marks else ""
             text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>{marks}'
-            parts.append(cell(text, sort=mean, cls="heat bad" if below else "heat", style=f"--h:{shade:.2f}", title=why))
+            parts.append(cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why))
         rows.append("".join(parts))
     foot = []
     for share in sorted({fraction for _, fraction in floors}):
