@@ -354,7 +354,7 @@ def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     """Read OUT and compute the findings. Works on an empty, running or partly failed study."""
     study, found = results.read_study(out), results.finished(out)
     # A study may grow or change under one `out`: cells of an earlier plan stay in results.csv but are no evidence for this one.
-    planned = {row["key"] for row in results.plan(out)}
+    planned = results.planned(out)
     every = [cell for cell in found if cell.key in planned] if planned else found
     cells, controls = [c for c in every if not c.shuffled], [c for c in every if c.shuffled]
     shards = results.shard_urls(out, every)

@@ -262,6 +262,11 @@ def plan(out: str) -> list[dict[str, Any]]:
     return read_json(storage.join(out, "plan.json")) or []
 
 
+def planned(out: str) -> set[str]:
+    """Keys of the cells that the study asks for, as far as they are known yet."""
+    return {row["key"] for row in plan(out)} - {""}
+
+
 def expected(out: str) -> list[dict[str, Any]]:
     """Every cell that the study asks for, from OUT/plan.json, which the driver writes once the cells' keys are known; controls left out."""
     return [{**row, "source": plain(str(row["source"]))} for row in plan(out) if not row.get("shuffle_labels")]

@@ -80,7 +80,7 @@ def analyse(out: str, kind: str, say: Callable[[str], None] | None = None) -> st
         RequestError: no finished cell.
         WorkError: shards or weights are not those of the cells.
     """
-    planned = {row["key"] for row in results.plan(out)}
+    planned = results.planned(out)
     cells = [cell for cell in results.finished(out) if not cell.shuffled and (cell.key in planned or not planned)]
     if not cells:
         raise RequestError("no finished cell to analyse", where=out)

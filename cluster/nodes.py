@@ -22,7 +22,7 @@ from cluster.progress import Progress
 from cluster.searches import Searches
 from cluster.sources import external
 from cluster.stages import Fanned, Feed
-from cluster.standing import foreseen, outside_sources, start_seed
+from cluster.standing import foreseen, outside_sources, standing_sources, start_seed
 from cluster.study import PretrainEntry, SourceEntry, Study
 from finetune.task import load_task
 
@@ -38,7 +38,7 @@ class Making:
         self.study, self.uri, self.progress, self.events = study, uri, progress, events
         self.graph = Graph(lambda: {what: size for what, size in ray.cluster_resources().items() if what in ("CPU", "GPU")})
         self.feed = Feed()
-        self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, {})))
+        self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, standing_sources(study))))
         self._restarts: list[int] = []  # of workers, by pretraining
         self._tests = cache(lambda test: leakage.prepared(self._packed()[test]))  # each made ready once for all corpora
         self._add()
@@ -60,10 +60,14 @@ class Making:
         Raises:
             RequestError: what a node found wrong with the request.
         """
+        ended = False
+        stages.write_plan(self.study.out, self.searches, ended)  # a report of a study that goes on says what is missing
         try:
             self.graph.run()
+            ended = True
         finally:  # also where a finding ends the study
             leakage.summarise(self.study, self._packed())
+            stages.write_plan(self.study.out, self.searches, ended)
 
     def failed(self) -> dict[str, str]:
         """Reasons by piece of work."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from analysis.results import planned
 from base import storage
 from base.errors import RequestError, WorkError, unknown
 from cluster.study import Study
@@ -68,8 +69,8 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
 
 def _cells(out: str) -> list[dict[str, Any]]:
     """Results of the finished cells that the study asks for, each read once: on an object store every one is a request."""
-    asked = {row["key"] for row in storage.read_json(storage.join(out, "plan.json"))}
-    paths = [storage.join(out, "cells", key, "result.json") for key in storage.listing(storage.join(out, "cells")) if key in asked]
+    asked, keys = planned(out), storage.listing(storage.join(out, "cells"))
+    paths = [storage.join(out, "cells", key, "result.json") for key in keys if key in asked or not asked]
     return [storage.read_json(path) for path in paths if storage.exists(path)]
 
 

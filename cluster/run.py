@@ -108,10 +108,7 @@ def _stages(
         require(study)
         events.add("ray", dashboard=observe.dashboard())
         making = Making(study, uri, progress, events)
-        try:
-            making.run()
-        finally:
-            stages.write_plan(study.out, making.searches)
+        making.run()
     made, failed = making.fanned, making.failed()
     counts = {"kept": making.searches.kept, "new": made.new, "restarts": making.restarts, "deaths": made.deaths}
     return _finish(study, projector, progress, failed=failed, **counts)

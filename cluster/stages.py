@@ -8,10 +8,13 @@ import queue
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from analysis.results import plan
 from base import storage
+from base.config import canonical_json
 from cluster import quarantine
+from cluster.changes import SAME
 from cluster.events import Events
 from cluster.plan import Corpus, Setting, Weights
 from cluster.progress import Progress, minutes
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from cluster.pack import Packing
 
 SHOWN = 4  # tasks and sources whose cells have become ready
+PLAN_S = 30.0  # how often plan.json is written anew while cells run
 Room = Callable[[], float]  # processors that a stage may use at a time
 Check = Callable[[], None]  # raises where the study has ended meanwhile
 
@@ -160,6 +164,7 @@ def cells(
 
     known: dict[str, CellConfig] = {}
     made = Fanned()
+    planned_at, planned = -PLAN_S, 0  # cells that plan.json was last written with
 
     def more() -> list[CellConfig] | None:
         check()
@@ -178,7 +183,11 @@ def cells(
         return found
 
     def show(tally: "Tally") -> None:
+        nonlocal planned_at, planned
         check()
+        if len(known) > planned and time.monotonic() - planned_at >= PLAN_S:
+            write_plan(study.out, searches, ended=False)
+            planned_at, planned = time.monotonic(), len(known)
         if not tally.running:  # there are none yet, or they wait for a pretraining to end
             progress.gone("cells")
             return
@@ -215,6 +224,19 @@ def _words(config: CellConfig) -> str:
     return f"{trial}{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}"
 
 
-def write_plan(out: str, searches: Searches) -> None:
-    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for."""
-    storage.put(storage.join(out, "plan.json"), json.dumps(list(searches.rows()), indent=1))
+def write_plan(out: str, searches: Searches, ended: bool = True) -> None:
+    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for.
+
+    Args:
+        ended: False while data or encoders may yet come to stand: a cell without a key then keeps the one that an earlier driver knew.
+    """
+    rows = list(searches.rows())
+    if not ended:
+        known = {_called(row): row for row in plan(out) if row["key"]}
+        rows = [row if row["key"] else known.get(_called(row), row) for row in rows]
+    storage.put(storage.join(out, "plan.json"), json.dumps(rows, indent=1))
+
+
+def _called(row: Mapping[str, Any]) -> str:
+    """What a cell is called before and after its searches have answered."""
+    return canonical_json([row.get("asked") or row["options"], *(row[name] for name in SAME if name != "options")])

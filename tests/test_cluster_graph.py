@@ -11,10 +11,19 @@ import tiny_study
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis import results
 from base import storage
 from base.errors import RequestError, WorkError
+from cluster import registry, stages
+from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
 from cluster.load import load_study
+from cluster.nodes import Making
+from cluster.plan import settings
+from cluster.progress import Progress
+from cluster.searches import Searches
+from cluster.standing import standing_corpora
+from cluster.study import Study
 
 FOUR = {"CPU": 4.0, "GPU": 0.0}
 
@@ -26,7 +35,7 @@ def graph(*nodes: Node, total: dict[str, float] | None = None) -> Graph:
     return made
 
 
-def fail(error: Exception) -> Callable[[], None]:
+def fail(error: BaseException) -> Callable[[], None]:
     def act() -> None:
         raise error
 
@@ -197,6 +206,67 @@ def test_any_graph_runs_each_node_once_in_order_and_within_what_there_is(plan: l
 
 
 # -- a study
+
+
+def making(study: Study, *nodes: Node) -> Making:
+    """Of a study, with these nodes in place of its own."""
+    found = Making(study, "", Progress(), Events(study.out))
+    found.graph = graph(*nodes)
+    return found
+
+
+def keys(out: str) -> list[str]:
+    return [row["key"] for row in storage.read_json(f"{out}/plan.json")]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, phantom_chest: str) -> Study:
+    """One in which nothing is to be packed or pretrained."""
+    cells = {**tiny_study.SMALLER["cells"], "sources": ["random"], "architectures": ["test_resnet"], "seeds": [0, 1]}
+    data = {"phantom-chest": {"shards": phantom_chest}}
+    return load_study(tiny_study.write(tmp_path, {**tiny_study.SMALLER, "pretrain": [], "champion": None}, data=data, cells=cells))
+
+
+def known(study: Study) -> Searches:
+    """Its cells, once its data stand."""
+    return Searches(settings(study, standing_corpora(study), {}))
+
+
+def test_a_report_knows_what_is_asked_for_while_the_study_goes_on(packed: Study) -> None:
+    found: list[list[str]] = []
+    making(packed, Node("look", lambda: found.append(keys(packed.out)))).run()
+    assert found == [["", ""]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RequestError("a finding")])
+def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseException) -> None:
+    stages.write_plan(packed.out, known(packed))
+    before = storage.read_json(f"{packed.out}/plan.json")
+    assert all(row["key"] for row in before)
+    with pytest.raises(type(error)):
+        making(packed, Node("early", fail(error))).run()
+    assert storage.read_json(f"{packed.out}/plan.json") == before
+    making(packed).run()  # to its end, in which no cell has come to be known: then the keys of earlier data hold no more
+    assert keys(packed.out) == ["", ""]
+
+
+def test_what_is_filled_in_replaces_the_keys_of_an_earlier_driver(packed: Study) -> None:
+    now = known(packed)
+    stages.write_plan(packed.out, now)
+    rows = storage.read_json(f"{packed.out}/plan.json")
+    storage.put(f"{packed.out}/plan.json", json.dumps([{**row, "key": "earlier"} for row in rows]))
+    stages.write_plan(packed.out, now, ended=False)
+    assert storage.read_json(f"{packed.out}/plan.json") == rows
+
+
+def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
+    storage.put(f"{packed.out}/cells/finished/result.json", "{}")
+    assert registry._cells(packed.out) == [{}]  # a champion of a study without plan.json
+    stages.write_plan(packed.out, Searches(settings(packed, {}, {})))
+    assert results.planned(packed.out) == set()
+    assert registry._cells(packed.out) == [{}]
+    stages.write_plan(packed.out, known(packed))
+    assert registry._cells(packed.out) == []
 
 
 @pytest.mark.ray
