@@ -50,7 +50,7 @@ def estimated(config: CellConfig) -> float:
     try:
         counts, channels, slices = _corpus(config.shards, config.manifest_digest, config.task.volume)
         forward = slices * forward_of(config, channels)
-    except Exception:  # it only sorts a line: whatever breaks here may not end a study, and what is wrong with a cell its run says
+    except Exception:  # noqa: BLE001  it only sorts a line, so it may never end a study; what is wrong with a cell its own run says
         return math.inf
     return effort(config, counts, forward)
 
