@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_study import make
 
 from analysis import report as reports
+from analysis import subgroups
 from analysis.evidence import gather
-from analysis.statistics import Bootstrap
+from analysis.statistics import Bootstrap, Scores
+from base.seeds import rng
 
 QUICK = Bootstrap(150)
 
@@ -34,3 +37,32 @@ def test_does_not_repeat_that_pixels_do_better_where_the_floor_is_what_is_writte
     assert words.startswith("2 of 2 results are under a floor: ")
     assert said in words
     assert unsaid not in words
+
+
+def equal_groups(number: int, groups: int, patients: int) -> tuple[Scores, dict[str, str]]:
+    """Two images a patient; whom an image shows says nothing of how well it is told."""
+    draw = rng("equal groups", number)
+    patient = np.repeat(np.arange(patients), 2)
+    target_NL = (draw.random((len(patient), 1)) < 0.3).astype(float)
+    seen_NL = target_NL + 0.7 * draw.normal(size=(patients, 1))[patient] + 0.7 * draw.normal(size=target_NL.shape)
+    ids = np.arange(len(patient)).astype(str)
+    group = draw.integers(0, groups, patients)[patient]
+    scores = Scores(0, ids, np.array([f"p{p}" for p in patient], object), target_NL, 1 / (1 + np.exp(-seen_NL)))
+    return scores, {str(i): f"g{g}" for i, g in zip(ids, group, strict=True)}
+
+
+def test_does_not_repeat_gaps_that_are_marked_though_all_groups_are_equal() -> None:
+    facts = ("task", "simclr", "full", "site", "auroc_mean", "corpus")
+    made = [equal_groups(number, 8, 400) for number in range(40)]
+    found = [subgroups.by_group(facts, [one], group_of, Bootstrap(200, i)) for i, (one, group_of) in enumerate(made)]
+    assert all(np.isfinite(one.chance) for one in found)
+    assert sum(one.clear for one in found) <= 5  # of 40 at 5 %; an interval of the best against the worst marked 24
+
+
+def test_does_not_repeat_groups_that_count_images_for_patients() -> None:
+    scores, group_of = equal_groups(0, 2, 38)  # some 19 patients, 38 images a group
+    few = subgroups.by_group(("task", "simclr", "full", "sex", "auroc_mean", "corpus"), [scores], group_of, Bootstrap(50))
+    assert [group.images for group in few.groups] == [2 * group.patients for group in few.groups]
+    small = [group for group in few.groups if group.patients < subgroups.LEAST]
+    assert small
+    assert all(np.isnan(group.value) and group.images >= subgroups.LEAST for group in small)
