@@ -3,8 +3,8 @@
 claim = Claim(name="small-data", sentence="...", about="encoders", comparison={"a": {"source": "imagenet"}, "b": {"source": "random"}},
               expect="greater", margin=0.02, where={"strategy": "full", "fraction": 0.1})
 
-A claim is tested in every setting of the study in which both sides stand and `where` holds; each is a row of the ledger and a member of
-the family over which Holm's correction runs. Nothing here reads a result: see analysis.ledger.
+A claim is tested in every setting of the study in which both sides are planned and `where` holds; each is a row of the ledger and a member
+of the family over which Holm's correction runs. Nothing here reads a result: see analysis.ledger.
 """
 
 from collections.abc import Sequence
@@ -58,9 +58,12 @@ class Where(Strict):
         return ", ".join(parts)
 
     def holds(self, cell: dict[str, Any]) -> bool:
-        """Whether a cell fulfils them; `cell` has every axis, `strategy` with all of its options."""
+        """Whether a cell fulfils them; `cell` has every axis, `strategy` with all of its options. A kind that is not known (None) may be
+        any: a family is rather too large than too small."""
         for name in self.axes:
             wanted, held = getattr(self, name), cell[name]
+            if name == "kind" and held is None:
+                continue
             if name == "strategy":
                 if any(held.get(key) != value for key, value in wanted.items()):
                     return False

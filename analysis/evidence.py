@@ -6,12 +6,13 @@ The family of comparisons is fixed by the study file before a number is seen. A 
 runs over them alone (analysis.ledger); what else could be compared is printed and never declared. Any other study has every source
 against the baseline (the first random source, else the first), each link of a continual chain against the one before it, and, as a
 control, a source against its twin under another name (A/A): Holm's runs over the first two kinds together, and over the controls by
-themselves in either case. A statement is declared when its adjusted p is under 0.05 and its interval holds seeds and patients;
-everything else reads "no difference" with its interval, which only means that 0 is inside.
+themselves in either case; each over every one that is planned with two seeds a side, whether or not its cells have come. A statement
+is declared when its adjusted p is under 0.05 and its interval holds seeds and patients; everything else reads "no difference" with its
+interval, which only means that 0 is inside.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,6 +151,7 @@ class Evidence:
     earlier: int = 0  # finished cells that the present plan no longer asks for
     finished: list[Cell] | None = None  # every one, those of an earlier plan and the controls included
     comparisons: Comparisons = field(init=False)
+    corrected: int = 0  # of a study without claims: how many comparisons Holm's correction ran over
 
     def __post_init__(self) -> None:
         self._planned = [cell["source"] for cell in results.expected(self.out)]
@@ -167,9 +169,7 @@ class Evidence:
     @property
     def family(self) -> int:
         """How many comparisons Holm's correction runs over."""
-        if self.ledger:
-            return sum(not entry.late for entry in self.ledger)
-        return sum(f.kind in ("gain", "chain") and math.isfinite(f.comparison.p) for f in self.findings)
+        return next((entry.family for entry in self.ledger if not entry.late), 0) if self.ledger else self.corrected
 
     @property
     def asked(self) -> int:
@@ -294,8 +294,8 @@ def judge(evidence: Evidence, load: Loaded, bootstrap: Bootstrap) -> list[Entry]
     def apart(cell: Cell) -> str:
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
-    early = {sha: before for sha, (_, before) in known.items()}
-    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap, evidence.missing)
+    early, planned = {sha: before for sha, (_, before) in known.items()}, results.expected(evidence.out)
+    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap, planned)
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -336,18 +336,39 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
             architecture, strategy, options, task, fraction, resolution = group
             setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
             found.append(Finding(apart or kind, a, b, *setting, result))
-    families = (("control",),) if evidence.ledger else (("gain", "chain"), ("control",))
-    return [*(of_claim(entry) for entry in evidence.ledger if entry.setting), *_adjust(found, families)]
+    planned = _planned(evidence, same, random)
+    found, _ = _adjust(found, ("control",), planned)
+    if not evidence.ledger:
+        found, evidence.corrected = _adjust(found, ("gain", "chain"), planned)
+    return [*(of_claim(entry) for entry in evidence.ledger if entry.metric), *found]
 
 
-def _adjust(found: list[Finding], families: Iterable[tuple[str, ...]]) -> list[Finding]:
+def _planned(evidence: Evidence, same: set[frozenset[str]], random: set[str]) -> list[str]:
+    """Kind of every comparison that the study asks for with two seeds a side or more, whether or not its cells are there."""
+    units: dict[str, dict[str, set[Any]]] = {}
+    for row in results.expected(evidence.out):
+        apart = row.get("own_source") or (row.get("exposed_to") and evidence.study.get("exposed") != "ranked")
+        group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [row.get("options")]
+        if not apart:
+            units.setdefault(results.canonical(group), {}).setdefault(row["source"], set()).add((row.get("source_seed"), row["seed"]))
+    order = list(dict.fromkeys(row["source"] for row in results.expected(evidence.out)))
+    kinds = []
+    for held in units.values():
+        sources = [source for source in order if source in held]
+        pairs = _pairs(evidence.study, sources, same, random)
+        kinds += [kind for kind, a, b in pairs if min(len(held[a]), len(held[b])) > 1]
+    return kinds
+
+
+def _adjust(found: list[Finding], family: tuple[str, ...], planned: Sequence[str]) -> tuple[list[Finding], int]:
+    """The findings after Holm's correction of one family, and its size; of what is planned and has no p it is 1."""
     adjusted = list(found)
-    for family in families:
-        at = [i for i, f in enumerate(found) if f.kind in family]
-        p = [found[i].comparison.p if found[i].comparison.basis == "seeds and patients" else math.nan for i in at]
-        for i, value in zip(at, holm(p), strict=True):
-            adjusted[i] = replace(found[i], adjusted=value)
-    return adjusted
+    at = [i for i, f in enumerate(found) if f.kind in family and f.comparison.basis == "seeds and patients"]
+    size = max(len(at), sum(kind in family for kind in planned))
+    p = [found[i].comparison.p for i in at] + [1.0] * (size - len(at))
+    for i, value in zip(at, holm(p), strict=False):
+        adjusted[i] = replace(found[i], adjusted=value)
+    return adjusted, size
 
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:

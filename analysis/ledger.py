@@ -5,9 +5,9 @@ entries = ledger(evidence.cells, claims, registered, load, metric_of, bootstrap)
 A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims; it fails when the 95 %
 interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
 the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole. Everything
-else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every pretrained
-side. The family is what the study file held before it ran, whether or not its cells have come; a claim that was added when both of its
-sides stood already says so and is corrected for all of them.
+else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every side. The
+family is what the study file held before it ran: every claim in every setting that is planned, whether or not its cells have come, and
+those that were withdrawn since. A claim that was added when both of its sides stood already says so and is corrected for all of them.
 """
 
 import math
@@ -26,7 +26,6 @@ from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectab
 Verdict = Literal["holds", "fails", "underpowered"]
 LEVEL = 0.05
 MOST_SEEDS = 1000
-GAP = ("source", "strategy", "task", "fraction", "resolution")  # what is known of a cell without a result
 
 
 def axes_of(cell: Cell) -> dict[str, Any]:
@@ -41,6 +40,25 @@ def axes_of(cell: Cell) -> dict[str, Any]:
         "kind": kind,
         "strategy": {"name": cell.strategy, **(cell.result.get("options") or {})},
     }
+
+
+def planned_axes(rows: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> list[tuple[str, dict[str, Any]]]:
+    """(key, axes) of every planned cell. One without a result has the options of a finished one whose strategy was asked for in the same
+    words, else those that were asked for; `kind` is missing where nothing of its task is finished."""
+    done = {cell.key: axes_of(cell) for cell in cells}
+    kinds = {str(axes["task"]): axes["kind"] for axes in done.values()}
+
+    def words(row: Mapping[str, Any]) -> str:
+        return results.canonical([row["strategy"], row.get("options")])
+
+    strategies = {words(row): done[row["key"]]["strategy"] for row in rows if row["key"] in done}
+    planned = []
+    for row in rows:
+        strategy = strategies.get(words(row), {"name": row["strategy"], **(row.get("options") or {})})
+        held = {"architecture": row["architecture"], "task": row["task"], "source": row["source"], "kind": kinds.get(row["task"])}
+        axes = {**held, "strategy": strategy, "fraction": float(row["fraction"]), "resolution": int(row["resolution"])}
+        planned.append((str(row["key"]), done.get(row["key"], axes)))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -190,30 +208,37 @@ def ledger(
     apart: Callable[[Cell], str] = lambda _: "",
     random: Callable[[Cell], bool] = lambda _: False,
     bootstrap: Bootstrap | None = None,
-    missing: Sequence[Mapping[str, Any]] = (),
+    planned: Sequence[Mapping[str, Any]] = (),
 ) -> list[Entry]:
-    """Every claim in every setting in which both sides stand, and once without a setting where there is none.
+    """Every claim in every setting in which both sides are planned, and once without a setting where there is none.
 
     Args:
         cells: finished cells, controls left out.
-        registered: by the claim's sha256, whether it was in the study file before both of its sides had results.
+        registered: by its sha256 every claim that ever was in the study file, and whether it was there before both of its sides had
+            results. One that is in `claims` no longer stays in the family.
         load: predictions of a cell. apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
         random: whether a cell's weights are drawn anew with every seed.
-        missing: cells that the study asks for and that have no result, as analysis.results.absent gives them.
+        planned: every cell that the study asks for, as analysis.results.expected gives them; without them the finished ones.
     """
     bootstrap = bootstrap or Bootstrap()
-    seen = [(cell, axes_of(cell)) for cell in cells]
+    held = {cell.key: cell for cell in cells}
+    seen = planned_axes(planned, cells) if planned else [(cell.key, axes_of(cell)) for cell in cells]
     entries = []
     for claim in claims:
         late = not registered.get(claim.sha256, False)
         made = []
-        for setting, a, b in settings_of(claim, seen):
-            gaps = sum(any(all(row[name] == getattr(cell, name) for name in GAP) for cell in (a[0], b[0])) for row in missing)
-            made.append(replace(_entry(claim, setting, a, b, late, load, apart, random, bootstrap), missing=gaps))
-        lacking = "no finished cells of both sides in one setting"
-        none = Entry(claim, {}, "", "", not_comparable(lacking), 0, late, short=lacking)
-        entries += made or [none]
-    return _adjusted(entries)
+        for setting, *asked in settings_of(claim, seen):
+            a, b = ([held[key] for key in side if key in held] for side in asked)
+            entry = _entry(claim, setting, a, b, late, load, apart, random, bootstrap) if a and b else _absent(claim, setting, late)
+            made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
+        entries += made or [_absent(claim, {}, late)]
+    gone = [before for sha, before in registered.items() if sha not in {claim.sha256 for claim in claims}]
+    return _adjusted(entries, gone)
+
+
+def _absent(claim: Claim, setting: dict[str, Any], late: bool) -> Entry:
+    lacking = "no finished cells of both sides in one setting"
+    return Entry(claim, setting, "", "", not_comparable(lacking), 0, late, short=lacking)
 
 
 def _entry(
@@ -299,11 +324,15 @@ def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparis
     return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=min(map(len, parts)), seed_variance=variance)
 
 
-def _adjusted(entries: list[Entry]) -> list[Entry]:
-    """Holm over the claims that were written first; each later one together with all of those and the other later ones."""
+def _adjusted(entries: list[Entry], gone: Sequence[bool]) -> list[Entry]:
+    """Holm over the claims that were written first; each later one together with all of those and the other later ones.
+
+    gone: of each claim that was withdrawn, whether it was written first. It stays in the family with p = 1.
+    """
     p = [entry.p for entry in entries]
     first = [i for i, entry in enumerate(entries) if not entry.late]
-    every, own = holm(p), dict(zip(first, holm([p[i] for i in first]), strict=True))
+    early, every = [*(p[i] for i in first), *(1.0 for before in gone if before)], [*p, *(1.0 for _ in gone)]
+    own, whole = dict(zip(first, holm(early), strict=False)), holm(every)
     return [
-        replace(entry, adjusted=own.get(i, every[i]), family=len(entries) if entry.late else len(first)) for i, entry in enumerate(entries)
+        replace(entry, adjusted=own.get(i, whole[i]), family=len(every) if entry.late else len(early)) for i, entry in enumerate(entries)
     ]

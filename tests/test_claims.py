@@ -242,7 +242,7 @@ def test_a_verdict_of_a_study_that_is_running_says_so(tmp_path: Path) -> None:
     rows = []
     for place in sorted((out / "cells").iterdir()):
         held = json.loads((place / "result.json").read_text())
-        axes = {name: held[name] for name in ("key", "source", "strategy", "task", "fraction", "resolution", "seed")}
+        axes = {name: held[name] for name in ("key", "architecture", "source", "strategy", "task", "fraction", "resolution", "seed")}
         rows.append({**axes, "shuffle_labels": False})
         if held["seed"] == 4:
             (place / "result.json").unlink()
@@ -250,6 +250,55 @@ def test_a_verdict_of_a_study_that_is_running_says_so(tmp_path: Path) -> None:
     (found,) = with_claims(out, claim()).ledger
     assert found.missing == 2
     assert "so far: 2 of its cells are missing" in found.sentence()
+
+
+def without(out: Path, task: str) -> None:
+    """Take away what is finished of a task; the plan keeps it."""
+    for result in sorted((out / "cells").glob("*/result.json")):
+        if json.loads(result.read_text())["task"] == task:
+            result.unlink()
+
+
+TASKS = ("one", "two", "three", "four", "five")
+
+
+def test_does_not_repeat_a_family_that_shrinks_with_missing_cells(tmp_path: Path) -> None:
+    """Planned in five tasks and finished in one: the family is five, and the missing cells are counted."""
+    tasks = dict.fromkeys(TASKS, "classification")
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.3}, seeds=3, images=60, tasks=tasks)
+    for task in TASKS[1:]:
+        without(out, task)
+    evidence = with_claims(out, claim(where={"kind": "classification"}))
+    found = {e.setting["task"]: e for e in evidence.ledger}
+    assert {task: e.missing for task, e in found.items()} == {task: 6 * (task != "one") for task in TASKS}
+    assert [e.family for e in evidence.ledger] == [5] * 5
+    assert evidence.family == 5
+    assert found["one"].adjusted == pytest.approx(min(1, 5 * found["one"].p))
+    assert {found[task].verdict for task in TASKS[1:]} == {"underpowered"}
+    assert [f.kind for f in evidence.findings].count("claim") == 1
+
+
+def test_does_not_repeat_an_automatic_family_that_shrinks_with_missing_cells(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.3}, seeds=3, images=60, tasks=dict.fromkeys(TASKS, "classification"))
+    for task in TASKS[1:]:
+        without(out, task)
+    evidence = gather(str(out), Bootstrap(100))
+    assert evidence.family == 5
+    (found,) = evidence.findings
+    assert found.adjusted == pytest.approx(min(1, 5 * found.comparison.p))
+
+
+def test_does_not_repeat_a_withdrawn_claim_that_leaves_the_family(tmp_path: Path) -> None:
+    """Three failing claims are taken out after the results: what is left is corrected for all four, and so is a later one."""
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.3}, seeds=3, images=60)
+    failing = [claim(name=f"hurts-{i}", sentence=f"It hurts, {i}.", expect="less") for i in range(3)]
+    before = with_claims(out, claim(), *failing)
+    after = with_claims(out, claim(), registered=False)
+    assert after.withdrawn == [one.name for one in failing]
+    assert (before.ledger[0].family, after.ledger[0].family, after.family) == (4, 4, 4)
+    assert after.ledger[0].adjusted == before.ledger[0].adjusted
+    late = with_claims(out, claim(), claim(name="late", sentence="It helps, they say."), registered=False)
+    assert [(e.late, e.family) for e in late.ledger] == [(False, 4), (True, 5)]
 
 
 def test_convergence_compares_learning_curves(tmp_path: Path) -> None:
