@@ -49,6 +49,11 @@ class Diverged(WorkError):
     """A training's loss or output is not finite: the same command would end there again."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error that is none of ours, short: its kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name most like `name`, or None when none is close."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

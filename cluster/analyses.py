@@ -24,7 +24,7 @@ from analysis.analyses import FILE, Analysis, folder
 from analysis.results import Cell
 from base import storage
 from base.config import digest, parse
-from base.errors import AllograftError, RequestError, unknown
+from base.errors import AllograftError, RequestError, in_a_line, unknown
 from base.paths import absolute, revision, timestamp
 from base.seeds import seed_of
 from cluster import compare, convergence, costs, kept
@@ -47,9 +47,10 @@ def run_analyses(study: Study, progress: Any, events: Events) -> None:
     for kind in study.analyses:
         try:
             key = analyse(study.out, kind)
-        except AllograftError as error:
-            progress.say(f"analysis {kind}: failed, {error}")
-            events.add("analysis failed", kind=kind, reason=str(error))
+        except Exception as error:  # noqa: BLE001, a figure that cannot be drawn may not cost the report of all cells
+            reason = str(error) if isinstance(error, AllograftError) else in_a_line(error)
+            progress.say(f"analysis {kind}: failed, {reason}")
+            events.add("analysis failed", kind=kind, reason=reason)
             continue
         progress.say(f"analysis {kind}: {'stands already' if key is None else 'computed'}")
         if key is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from base.errors import WorkError
+from base.errors import WorkError, in_a_line
 
 POLL_S = 2.0  # a cluster that has grown is seen so late
 PATIENCE_S = 3.0  # for nodes that share to end, when the graph ends early
@@ -81,7 +81,8 @@ class Graph:
     def run(self) -> None:
         """Until every node is done, has failed or waits for one that has.
 
-        A WorkError is the failure of its node: the others go on. Anything else that a node raises ends the graph and is raised here.
+        A WorkError or OSError is the failure of its node: the others go on. Anything else that a node raises ends the graph and is raised
+        here.
         """
         try:
             while self._start():
@@ -167,6 +168,8 @@ class Graph:
                 self.results[name] = result
             elif isinstance(error, WorkError):
                 self.failed[name] = error
+            elif isinstance(error, OSError):  # of a disk, a store or a network
+                self.failed[name] = WorkError(in_a_line(error))
             else:
                 raise error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from base import storage
 from base.config import parse
-from base.errors import RequestError
+from base.errors import RequestError, WorkError, in_a_line
 from base.paths import is_url
 from cluster.plan import Weights
 from cluster.published import obtain, safe_name
@@ -58,6 +58,10 @@ def external(source: str, out: str, uri: str) -> Weights:
     """A source from outside the study: `timm:<tag>`, `zoo:<name>`, `models:/<name>@<alias>`, `run:<id>`, a path or URL of an export.
 
     What has to be fetched is kept under `OUT/sources/`, so that a study sees the same weights for as long as it lives.
+
+    Raises:
+        RequestError: there are no such weights.
+        WorkError: what holds them does not answer.
     """
     kind, _, rest = source.partition(":")
     if kind in {"timm", "zoo"}:
@@ -65,9 +69,9 @@ def external(source: str, out: str, uri: str) -> Weights:
     if kind == "models":
         from cluster.registry import pull
 
-        return _fetched(out, source, lambda folder: pull(rest.removeprefix("/"), folder, uri))
+        return _fetched(out, source, lambda folder: _answered(source, lambda: pull(rest.removeprefix("/"), folder, uri)))
     if kind == "run":
-        return _fetched(out, source, lambda folder: _download_run(rest, folder, uri))
+        return _fetched(out, source, lambda folder: _answered(source, lambda: _download_run(rest, folder, uri)))
     return read_weights(source if is_url(source) else os.path.abspath(source))
 
 
@@ -79,6 +83,20 @@ def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:
             fetch(folder)
             storage.put_dir(folder, target, last=("allograft.json",))
     return read_weights(target)
+
+
+def _answered(source: str, ask: Callable[[], object]) -> None:
+    """Raises WorkError where an MLflow server that was there when the study began is not now: that is no fault of the request."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        ask()
+    except MlflowException as error:
+        raise WorkError(f"MLflow could not be read: {in_a_line(error)}", where=source) from error
+    except RequestError as error:
+        if error.where != "tracking":
+            raise
+        raise WorkError(f"MLflow could not be read: {error.what}", where=source) from error
 
 
 def _download_run(run: str, folder: str, uri: str) -> None:

@@ -7,6 +7,8 @@ for ended in run_tasks(lambda i: write.remote(jobs[i]), len(jobs), room):
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from base.errors import AllograftError, WorkError, in_a_line
+
 TICK_S = 1.0
 
 
@@ -18,7 +20,8 @@ def run_tasks(submit: Callable[[int], Any], count: int, room: Callable[[], float
         room: how many may be asked for at a time, at least one; by default all.
 
     Raises:
-        What a task raised.
+        RequestError: a task found the request wrong.
+        WorkError: a task failed, or was lost with its worker or node.
     """
     import ray
 
@@ -32,6 +35,14 @@ def run_tasks(submit: Callable[[int], Any], count: int, room: Callable[[], float
         for reference in ray.wait(list(waiting), num_returns=1, timeout=TICK_S)[0]:
             try:
                 ended[waiting.pop(reference)] = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise of_task(error) from error
         yield ended
+
+
+def of_task(error: Any) -> AllograftError:
+    """What an error of Ray's says of a task: an error of ours as it was raised, anything else as failed work."""
+    cause = getattr(error, "cause", error)  # what the task itself raised; workers and nodes that die leave none
+    if isinstance(cause, AllograftError):
+        return cause
+    return WorkError(in_a_line(cause), hint="the same command goes on from what stands")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny_study
@@ -144,6 +145,16 @@ def test_an_analysis_that_fails_is_said_and_stops_no_other(study: Study, tmp_pat
     shown = {kind: text for kind, _, text in analysis_sections.sections(gather(str(out)))}
     assert "Could not be computed: " in shown["filters"]
     assert "not computed yet" in shown["similarity"]
+
+
+def test_a_figure_that_cannot_be_drawn_loses_neither_report_nor_registry(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def singular(*_: object) -> None:
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    monkeypatch.setitem(NODES, "filters", singular)
+    run_analyses(study.model_copy(update={"analyses": ["filters"]}), Progress(), Events(study.out))
+    told = [json.loads(line) for line in Path(study.out, "events.jsonl").read_text().splitlines()]
+    assert told[-1]["reason"] == "LinAlgError: Singular matrix"
 
 
 def test_json_schema_and_golden_analysis() -> None:

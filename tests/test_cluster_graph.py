@@ -10,6 +10,7 @@ import pytest
 import tiny_study
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from analysis import results
 from base import storage
@@ -24,6 +25,7 @@ from cluster.progress import Progress
 from cluster.searches import Searches
 from cluster.standing import standing_corpora
 from cluster.study import Study
+from cluster.tasks import of_task
 
 FOUR = {"CPU": 4.0, "GPU": 0.0}
 
@@ -50,6 +52,34 @@ def test_a_node_takes_what_those_before_it_made() -> None:
     made.add(Node("sum", lambda: made.results["a"] + made.results["b"], needs=("a", "b")))
     made.run()
     assert made.results == {"a": 1, "b": 2, "sum": 3}
+
+
+def test_storage_that_lets_a_node_down_fails_that_node_alone() -> None:
+    made = graph(Node("a", fail(ConnectionResetError("the store hung up"))), Node("b", lambda: 1))
+    made.run()
+    assert made.results == {"b": 1}
+    assert str(made.failed["a"]) == "ConnectionResetError: the store hung up"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RayTaskError("pack", "traceback", WorkError("no usable image")), "no usable image"),
+        (RayTaskError("pack", "traceback", OSError("no space left")), "OSError: no space left"),
+        (RayTaskError("pack", "traceback", MemoryError()), "MemoryError"),
+        (WorkerCrashedError(), "WorkerCrashedError: The worker died unexpectedly"),
+        (OutOfMemoryError("killed\nand more"), "OutOfMemoryError: killed"),
+        (NodeDiedError("the node died"), "NodeDiedError: the node died"),
+    ],
+)
+def test_a_task_that_is_lost_fails_its_piece_of_work_and_not_the_study(error: RayError, said: str) -> None:
+    found = of_task(error)
+    assert isinstance(found, WorkError)
+    assert str(found).startswith(said)
+
+
+def test_a_task_that_finds_the_request_wrong_says_so() -> None:
+    assert isinstance(of_task(RayTaskError("pack", "traceback", RequestError("no such card"))), RequestError)
 
 
 def test_what_is_ready_runs_at_once() -> None:

@@ -1,6 +1,8 @@
 """What a node fetches and decodes once, whoever asks at the same time: encoders and images."""
 
+import http.server
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import tiny_cell
 
 from base import storage
 from base.errors import WorkError
-from cluster.sources import local_encoder
+from cluster.sources import external, local_encoder
 from encoders.weights import load_local, sha256_of
 from finetune import data
 from finetune.cell import CellConfig
@@ -91,3 +93,28 @@ def test_cells_of_a_node_decode_their_images_once(tmp_path: Path, monkeypatch: p
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["_fetch", "_fetch", "_write"]  # the shard's tar and its index
     corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
     assert isinstance(decoded.decode_all(corpus, 32).images, np.memmap)
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Says that it is a tracking server, and then fails."""
+
+    def do_GET(self) -> None:
+        found = "experiments/search" in self.path
+        self.send_response(200 if found else 500)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_registry_that_does_not_answer_fails_its_source_and_not_the_study(tmp_path: Path, answers: bool) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port if answers else 9}"
+        try:
+            with pytest.raises(WorkError, match=r"^models:/demo@champion: MLflow could not be read: "):
+                external("models:/demo@champion", str(tmp_path), uri)
+        finally:
+            server.shutdown()
