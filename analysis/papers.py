@@ -6,13 +6,17 @@ transfusion-1: a row an architecture, a column a source, AUC % with deviation (R
 (Table 2). truncated: a row a strategy under the paper's names, AUROC, AUPRC, parameters, MACs, time (Peng et al. 2023). benchmark: a row a
 source, a column a task, percent, with stars of an independent two-sample t-test against one source (Hosseinzadeh Taher et al. 2021). These
 stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv.
+Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡) are never bold and have no stars.
 """
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from analysis import results, secondary
 from analysis.analyses import standing
@@ -70,7 +74,16 @@ def _plain(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "→": r"$\to$"}
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "†": r"$\dagger$",
+        "‡": r"$\ddagger$",
+        "–": "--",
+        "→": r"$\to$",
+    }
     special |= {letter: "\\" + letter for letter in "&%$#_{}"}
     return "".join(special.get(letter, letter) for letter in text)
 
@@ -115,6 +128,31 @@ def percent(values: Sequence[float]) -> tuple[float, str]:
     return mean, f"{100 * mean:.2f}" + (f" ±{100 * sd:.2f}" if n > 1 else "")
 
 
+def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str | None = None) -> tuple[float, str]:
+    """`percent` of cells; marked, and NaN in comparisons, where they are no evidence."""
+    mean, text = percent([c.value(metric, label=label) for c in cells])
+    mark = _apart(evidence, cells)
+    return (math.nan if mark else mean), text + (f" {mark}" if mark else "")
+
+
+def _apart(evidence: Evidence, cells: Sequence[Cell]) -> str:
+    own, exposed = any(c.own_source for c in cells), any(map(evidence.exposed, cells))
+    return ("†" if own else "") + ("‡" if exposed else "")
+
+
+def _runs(sides: Iterable[Sequence[Cell]]) -> str:
+    """How many runs stand behind each number: `n = 3`, `n = 2 to 3`."""
+    counts = sorted({len(side) for side in sides if side})
+    return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") if counts else "n = 0"
+
+
+def _legend(rows: Sequence[Sequence[str]]) -> str:
+    """What the marks of a table mean, of those that it has."""
+    text = " ".join(itertools.chain.from_iterable(rows))
+    said = [("†", "pretrained on these labels"), ("‡", "may have seen these test images")]
+    return "".join(f"; {mark} {words}" for mark, words in said if mark in text)
+
+
 def _bold(values: list[list[float]], first: int) -> set[tuple[int, int]]:
     """Places of the highest value of each column, columns counted from `first`."""
     found = set()
@@ -150,11 +188,13 @@ def _transfusion(evidence: Evidence) -> list[Layout]:
             continue
         sources = [source for source in order if any(cell.source == source for cell in held)]
         unit, models = evidence.unit(metric, held[0].dataset), results.by(held, "architecture")
-        grid = [[percent([c.value(metric) for c in own if c.source == source]) for source in sources] for own in models.values()]
+        grid = [[_number(evidence, [c for c in own if c.source == source], metric) for source in sources] for own in models.values()]
         rows = [[str(model), *(text for _, text in line)] for (model,), line in zip(models, grid, strict=True)]
         place = f"{task}, {resolution} px{_share(float(fraction))}"
         name = _safe(task, options, "" if fraction == 1 else f"{fraction:g}", resolution)
-        caption = f"{place}: {unit} in per cent, mean and deviation over seeds"
+        pairs = results.by(held, "architecture", "source")
+        over = f"mean and deviation over seeds, {_runs(pairs.values())}"
+        caption = f"{place}: {unit} in per cent, {over}{_legend(rows)}"
         # Bold is along a row there: which beginning does an architecture better.
         best = {(i, j + 1) for i, line in enumerate(grid) for j in _highest([value for value, _ in line])}
         made.append(Layout(f"transfusion-1-{name}", caption, ["model", *sources], rows, best))
@@ -162,14 +202,14 @@ def _transfusion(evidence: Evidence) -> list[Layout]:
             dict.fromkeys(row["class"] for c in held for row in c.result["metrics"] if row.get("class") and row["metric"] == "auroc")
         )
         if len(labels) > 1:
-            pairs = results.by(held, "architecture", "source")
             lines = {
-                pair: [percent([c.value("auroc", label=label) for c in own]) for label in labels]
+                pair: [_number(evidence, own, "auroc", label) for label in labels]
                 for pair, own in sorted(pairs.items(), key=lambda item: (item[0][0], order.index(item[0][1])))
             }
             rows = [[f"{model}, {source}", *(text for _, text in line)] for (model, source), line in lines.items()]
             best = _bold([[value for value, _ in line] for line in lines.values()], 1)
-            made.append(Layout(f"transfusion-2-{name}", f"{place}: AUROC in per cent by label", ["model", *labels], rows, best))
+            caption = f"{place}: AUROC in per cent by label, {over}{_legend(rows)}"
+            made.append(Layout(f"transfusion-2-{name}", caption, ["model", *labels], rows, best))
     return made
 
 
@@ -190,7 +230,7 @@ def _truncated(evidence: Evidence) -> list[Layout]:
             continue
         rows, values = [], []
         for (strategy, _), own in strategies.items():
-            scores = [percent([c.value(name) for c in own]) for name in (metric, "auprc_mean")]
+            scores = [_number(evidence, own, name) for name in (metric, "auprc_mean")]
             costs = [results.number(own[0].result.get(name)) for name in ("params", "macs")]
             ms = times.get(own[0].key, math.nan)
             label = STRATEGIES.get(str(strategy), str(strategy))
@@ -198,7 +238,8 @@ def _truncated(evidence: Evidence) -> list[Layout]:
             rows.append([shown, *(text for _, text in scores), *(f"{costs[0] / 1e6:.2f}", f"{costs[1] / 1e9:.3g}"), _ms(ms)])
             values.append([*(value for value, _ in scores), *(-value for value in costs), -ms])
         heads = ["method", evidence.unit(metric, held[0].dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
-        caption = f"{task}, {source}, {architecture}, {resolution} px{_share(float(fraction))}: per cent; T is of one image"
+        place = f"{task}, {source}, {architecture}, {resolution} px{_share(float(fraction))}"
+        caption = f"{place}: per cent, mean and deviation over seeds, {_runs(strategies.values())}; T is of one image{_legend(rows)}"
         name = _safe("truncated", task, source, architecture, "" if fraction == 1 else f"{fraction:g}", resolution)
         made.append(Layout(name, caption, heads, rows, _bold(values, 1)))
     return made
@@ -232,30 +273,29 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
             if metric is None:
                 continue
             heads.append(f"{task}{_share(float(fraction))}, {evidence.unit(metric, dataset)}")
-            base = [c.value(metric) for c in own if c.source == against]
+            base = [c for c in own if c.source == against]
             for i, source in enumerate(sources):
                 cells = [c for c in own if c.source == source]
                 if any(c.own_source for c in cells):
                     rows[i].append("-")
                     values[i].append(math.nan)
                     continue
-                mean, text = percent([c.value(metric) for c in cells])
-                rows[i].append(text + (f" {mark}" if source != against and (mark := stars([c.value(metric) for c in cells], base)) else ""))
+                mean, text = _number(evidence, cells, metric)
+                tested = source != against and not _apart(evidence, [*cells, *base])
+                rows[i].append(text + (f" {mark}" if tested and (mark := stars(cells, base, metric)) else ""))
                 values[i].append(mean)
         if len(heads) < 2 or len(sources) < 2:
             continue
         setting = f"{strategy} {options}".strip()
-        caption = f"{architecture}, {setting}: per cent; stars: two-sample t-test against {against}"
+        runs = _runs(results.by(held, "source", "task", "fraction", "resolution").values())
+        starred = f"stars: two-sample t-test over seeds against {against}, uncorrected, test patients taken as given"
+        caption = f"{architecture}, {setting}: per cent, mean and deviation over seeds, {runs}; {starred}{_legend(rows)}"
         made.append(Layout(_safe("benchmark", architecture, setting), caption, heads, rows, _bold(values, 1)))
     return made
 
 
-def stars(a: Sequence[float], b: Sequence[float]) -> str:
-    """`n.s.` or stars of an independent two-sample t-test with equal variances; nothing where a side has fewer than two values."""
-    from scipy import stats
-
-    one, two = ([value for value in side if math.isfinite(value)] for side in (a, b))
-    if len(one) < 2 or len(two) < 2:
-        return ""
-    p = float(stats.ttest_ind(one, two).pvalue) if len({*one, *two}) > 1 else 1.0
-    return secondary.stars(p)
+def stars(a: Sequence[Cell], b: Sequence[Cell], metric: str) -> str:
+    """`n.s.` or the benchmark's stars of Student's test over seeds, as analysis.secondary makes it; nothing where it refuses."""
+    sides = [{(c.source_seed, c.seed): value for c in side if math.isfinite(value := c.value(metric))} for side in (a, b)]
+    one_S, two_S = (np.array(list(secondary.units(side)[0].values())) for side in sides)
+    return str(secondary.unpaired(one_S, two_S).get("stars", ""))

@@ -8,7 +8,7 @@ Legend: K cells, L labels, M positives, N images, P patients, S seeds.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def placements(score_KN: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, A
     return place_KN[:, positive_N].mean(axis=1), place_KN
 
 
-def _influence(score_KN: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
+def influence(score_KN: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
     """(K,) AUROC and (K, N) what every image moves it by; the sum of their products over images is DeLong's covariance."""
     auroc_K, place_KN = placements(score_KN, positive_N)
     moved_KN = place_KN - auroc_K[:, None]
@@ -48,12 +48,6 @@ def _influence(score_KN: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, A
         count = int(mine.sum())
         moved_KN[:, mine] /= math.sqrt(count * max(1, count - 1))
     return auroc_K, moved_KN
-
-
-def delong(score_KN: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """(K,) AUROC of K predictors of the same images and their (K, K) covariance (DeLong et al., Biometrics 1988)."""
-    auroc_K, moved_KN = _influence(score_KN, positive_N)
-    return auroc_K, moved_KN @ moved_KN.T
 
 
 def delong_difference(a: Sequence[Scores], b: Sequence[Scores]) -> tuple[float, float]:
@@ -71,19 +65,13 @@ def delong_difference(a: Sequence[Scores], b: Sequence[Scores]) -> tuple[float, 
         known_N = np.isfinite(target_NL[:, label])
         positive = target_NL[known_N, label] > 0.5
         if positive.any() and not positive.all():
-            auroc_K, moved_KN = _influence(score_KNL[:, known_N, label], positive)
+            auroc_K, moved_KN = influence(score_KNL[:, known_N, label], positive)
             differences.append(sign_K @ auroc_K)
             moved_N[known_N] += sign_K @ moved_KN
     if not differences:
         raise ValueError("no label has both classes")
     moved_P = np.bincount(a[0].clusters_N, moved_N / len(differences))
     return float(np.mean(differences)), float(np.sqrt(moved_P @ moved_P))
-
-
-def nadeau_bengio(d_S: Array, test: int, train: int) -> tuple[float, float]:
-    """(t, p) of paired differences whose seeds drew the split anew: the variance grows by test over train (Mach. Learn. 2003)."""
-    t = float(d_S.mean() / math.sqrt((1 / len(d_S) + test / train) * d_S.var(ddof=1)))
-    return t, float(2 * stats.t.sf(abs(t), len(d_S) - 1))
 
 
 def hedges(a_S: Array, b_S: Array) -> tuple[float, float]:
@@ -94,61 +82,61 @@ def hedges(a_S: Array, b_S: Array) -> tuple[float, float]:
     return d, d * math.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / math.sqrt(df / 2)
 
 
-def _units(cells: Sequence[Scores], metric: str) -> tuple[dict[int, float], bool]:
-    """Metric by fine-tuning seed, or its mean by pretraining seed where fine-tuning seeds come again (then True)."""
-    several = len({cell.seed for cell in cells}) < len(cells)
+def unpaired(a_S: Array, b_S: Array) -> dict[str, float | str]:
+    """Welch's and Student's test, effect sizes, and the benchmark's stars of Student's; "refused: " and why without them."""
+    if min(len(a_S), len(b_S)) < 2:
+        return dict.fromkeys(("p_welch", "p_student"), "refused: one seed")
+    if np.ptp(a_S) == 0 and np.ptp(b_S) == 0:
+        return dict.fromkeys(("p_welch", "p_student"), "refused: no spread between seeds")
+    found: dict[str, float | str] = {}
+    for name, equal in (("welch", False), ("student", True)):
+        test = stats.ttest_ind(a_S, b_S, equal_var=equal)
+        found |= {f"t_{name}": float(test.statistic), f"p_{name}": float(test.pvalue)}
+    found["cohen_d"], found["hedges_g"] = hedges(a_S, b_S)
+    return {**found, "stars": stars(float(found["p_student"]))}
+
+
+def units(values: Mapping[tuple[int, int], float]) -> tuple[dict[int, float], bool]:
+    """Of values by (pretraining seed, fine-tuning seed): by fine-tuning seed, or their mean by pretraining seed where fine-tuning seeds
+    come again (then True)."""
+    several = len({seed for _, seed in values}) < len(values)
     groups: dict[int, list[float]] = {}
-    for cell in cells:
-        value = float(metric_B(cell, metric, np.ones((1, len(cell.ids_N))))[0])
-        groups.setdefault(cell.source_seed if several else cell.seed, []).append(value)
-    return {unit: float(np.mean(values)) for unit, values in groups.items()}, several
+    for (source, seed), value in values.items():
+        groups.setdefault(source if several else seed, []).append(value)
+    return {unit: float(np.mean(held)) for unit, held in groups.items()}, several
+
+
+def _units(cells: Sequence[Scores], metric: str) -> tuple[dict[int, float], bool]:
+    return units({(cell.source_seed, cell.seed): float(metric_B(cell, metric, np.ones((1, len(cell.ids_N))))[0]) for cell in cells})
 
 
 def _wilcoxon(d_S: Array, family: int) -> float | str:
     moved = int((d_S != 0).sum())
+    if not moved:
+        return "refused: no seed differs"
     least, limit = 2.0 ** (1 - moved), ALPHA / family
     if least > limit:
         return f"refused: with {moved} seeds that differ its smallest p is {least:.2g}, above {limit:.2g}, Holm's first of {family}"
     return float(stats.wilcoxon(d_S).pvalue)
 
 
-def _split_anew(a: Sequence[Scores], b: Sequence[Scores]) -> bool:
-    """Whether every seed tested images of its own, the same on both sides."""
-    by_seed = {cell.seed: cell for cell in b}
-    held = [cell for cell in a if cell.seed in by_seed]
-    return not same_images(a) and all(same_images([cell, by_seed[cell.seed]]) for cell in held)
-
-
-def secondary(
-    a: Sequence[Scores], b: Sequence[Scores], metric: str, *, family: int = 1, train: int | None = None
-) -> dict[str, float | str]:
+def secondary(a: Sequence[Scores], b: Sequence[Scores], metric: str, *, family: int = 1) -> dict[str, float | str]:
     """Secondary tests of A against B: each key a number, or "refused: " and why.
 
     Args:
         family: comparisons that Holm corrects for: a test that could never pass its first step is not made.
-        train: training patients of a seed's split; for Nadeau-Bengio.
     """
-    names = ["p_paired", "p_welch", "p_student", "p_wilcoxon", "p_nadeau_bengio", "p_delong"]
+    names = ["p_paired", "p_welch", "p_student", "p_wilcoxon", "p_delong"]
     if not a or not b:
         return dict.fromkeys(names, "refused: one of the two has no finished cell")
     (by_a, several_a), (by_b, several_b) = _units(a, metric), _units(b, metric)
     a_S, b_S = (np.array(list(units.values())) for units in (by_a, by_b))
     if not np.isfinite([*a_S, *b_S]).all():
         return dict.fromkeys(names, "refused: the metric is not a number")
-    found: dict[str, float | str] = {}
-    if min(len(a_S), len(b_S)) < 2:
-        found |= dict.fromkeys(("p_welch", "p_student"), "refused: one seed")
-    elif np.ptp(a_S) == 0 and np.ptp(b_S) == 0:
-        found |= dict.fromkeys(("p_welch", "p_student"), "refused: no spread between seeds")
-    else:
-        for name, equal in (("welch", False), ("student", True)):
-            test = stats.ttest_ind(a_S, b_S, equal_var=equal)
-            found |= {f"t_{name}": float(test.statistic), f"p_{name}": float(test.pvalue)}
-        found["cohen_d"], found["hedges_g"] = hedges(a_S, b_S)
-        found["stars"] = stars(float(found["p_student"]))
+    found = unpaired(a_S, b_S)
     common = sorted(set(by_a) & set(by_b))
     d_S = np.array([by_a[unit] - by_b[unit] for unit in common])
-    paired = ("p_paired", "p_wilcoxon", "p_nadeau_bengio")
+    paired = ("p_paired", "p_wilcoxon")
     if several_a or several_b:
         found |= dict.fromkeys(paired, "refused: pretraining seeds of two sources are not pairs")
     elif len(d_S) < 2:
@@ -160,14 +148,6 @@ def secondary(
             test = stats.ttest_1samp(d_S, 0.0)
             found |= {"t_paired": float(test.statistic), "p_paired": float(test.pvalue)}
         found["p_wilcoxon"] = _wilcoxon(d_S, family)
-        if not _split_anew(a, b):
-            found["p_nadeau_bengio"] = "refused: the seeds share one split, which it corrects for drawing anew"
-        elif train is None:
-            found["p_nadeau_bengio"] = "refused: number of training patients not given"
-        elif np.ptp(d_S) == 0:
-            found["p_nadeau_bengio"] = "refused: no spread between seeds"
-        else:
-            found["t_nadeau_bengio"], found["p_nadeau_bengio"] = nadeau_bengio(d_S, int(a[0].clusters_N.max()) + 1, train)
     found |= _delong(a, b, metric)
     return found
 

@@ -26,7 +26,6 @@ TESTS = (
     ("p_welch", "Welch t"),
     ("p_student", "Student t"),
     ("p_wilcoxon", "Wilcoxon"),
-    ("p_nadeau_bengio", "Nadeau-Bengio"),
     ("p_delong", "DeLong"),
 )
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from made_study import make
 
-from analysis import analysis_sections, calibration, papers, statistics_sections, subgroups, tables
+from analysis import analysis_sections, calibration, papers, results, secondary, statistics_sections, subgroups, tables
 from analysis import report as reports
 from analysis.comparing import changed, compare_studies, settings
 from analysis.evidence import gather
@@ -156,16 +156,15 @@ def test_markdown_and_latex_are_whole_and_escaped() -> None:
     assert tex.count(r"\begin{") == tex.count(r"\end{") == 2
 
 
-def test_stars_are_those_of_a_two_sample_t_test() -> None:
+def test_stars_are_those_of_a_two_sample_t_test(tmp_path: Path) -> None:
     from scipy import stats
 
-    draw = rng("stars")
-    a, b = draw.normal(0.80, 0.01, 10).tolist(), draw.normal(0.81, 0.01, 10).tolist()
-    p = stats.ttest_ind(a, b).pvalue
-    expected = "n.s." if p >= 0.05 else "*" if p >= 0.01 else "**"
-    assert papers.stars(a, b) == expected
-    assert papers.stars([0.8], b) == ""
-    assert papers.stars([0.8, 0.8], [0.8, 0.8]) == "n.s."
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.05}, seeds=4, images=100)
+    held = results.by(finished(str(out)), "source")
+    a, b = held["simclr",], held["random",]
+    p = stats.ttest_ind(*([cell.value("auroc_mean") for cell in side] for side in (a, b))).pvalue
+    assert papers.stars(a, b, "auroc_mean") == secondary.stars(p)
+    assert papers.stars(a[:1], b, "auroc_mean") == ""
 
 
 def test_the_tables_are_written(tmp_path: Path) -> None:

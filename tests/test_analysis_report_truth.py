@@ -1,14 +1,16 @@
 """What the page may not say: each test names a sentence or a mark that stood there once and was not so."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_study import make
 
+from analysis import papers, subgroups
 from analysis import report as reports
-from analysis import subgroups
 from analysis.evidence import gather
+from analysis.results import finished
 from analysis.statistics import Bootstrap, Scores
 from base.seeds import rng
 
@@ -66,3 +68,39 @@ def test_does_not_repeat_groups_that_count_images_for_patients() -> None:
     small = [group for group in few.groups if group.patients < subgroups.LEAST]
     assert small
     assert all(np.isnan(group.value) and group.images >= subgroups.LEAST for group in small)
+
+
+def rewrite(out: Path, source: str, **changes: object) -> None:
+    """Change keys of the results of a source's cells; `value` of its metrics too."""
+    for cell in finished(str(out)):
+        if cell.source == source:
+            rows = [{**row, "value": changes.get("value", row["value"])} for row in cell.metrics]
+            rest = {name: value for name, value in changes.items() if name != "value"}
+            Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": rows, **rest}))
+
+
+def test_does_not_repeat_own_source_and_exposed_cells_in_bold_and_unmarked(tmp_path: Path) -> None:
+    sources = {"random": 0.0, "simclr": 0.5, "simclr-sup": 3.0}
+    out = make(tmp_path, sources, seeds=2, images=100, strategies=("full", "linear"), own=[("simclr-sup", "phantom-chest")])
+    made = {one.name: one for one in papers.layouts(gather(str(out), QUICK))}
+    first = made["transfusion-1-phantom-chest-48"]
+    assert first.rows[0][3].endswith("†")
+    assert first.best == {(0, 2)}
+    assert first.caption.endswith("n = 2; † pretrained on these labels")
+    assert "$\\dagger$" in first.latex()
+    by_label = made["transfusion-2-phantom-chest-48"]
+    assert {i for i, _ in by_label.best} == {1}
+    assert not {j for _, j in made["truncated-phantom-chest-simclr-sup-resnet18-48"].best} & {1, 2}
+    rewrite(out, "simclr-sup", own_source=False, exposed_to=["corpus"])
+    benchmark = {one.name: one for one in papers.layouts(gather(str(out), QUICK))}["benchmark-resnet18-full"]
+    assert benchmark.rows[2][1].endswith(" ‡")  # and no stars
+    assert benchmark.best == {(1, 1)}
+    assert "uncorrected, test patients taken as given; ‡ may have seen these test images" in benchmark.caption
+
+
+def test_does_not_repeat_stars_of_results_without_spread(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=3, images=60)
+    rewrite(out, "random", value=0.7)
+    rewrite(out, "simclr", value=0.8)
+    benchmark = {one.name: one for one in papers.layouts(gather(str(out), QUICK))}["benchmark-resnet18-full"]
+    assert [row[1] for row in benchmark.rows] == ["70.00 ±0.00", "80.00 ±0.00"]
