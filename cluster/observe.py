@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from functools import cache
+from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from base import storage
@@ -109,7 +110,10 @@ def exporters() -> dict[str, str]:
 
 
 def scrape(address: str) -> list[tuple[str, dict[str, str], float]]:
-    """What an exporter says: name, labels and value of each sample. Raises OSError when it does not answer."""
+    """What an exporter says: name, labels and value of each sample.
+
+    Raises OSError when it does not answer, HTTPException or ValueError when the answer is cut off or is something else.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     with urllib.request.urlopen(address, timeout=PATIENCE_S) as reply:
@@ -135,7 +139,7 @@ def look(out: str) -> None:
     for host, exporter in exporters().items():
         try:
             row = load(scrape(exporter))
-        except OSError:  # its agent starts after the node, and may be busy: the next round asks again
+        except (OSError, HTTPException, ValueError):  # its agent starts after the node, and may be busy: the next round asks again
             continue
         url = storage.join(out, "nodes", f"{host}.jsonl")
         before = storage.read_bytes(url) if storage.exists(url) else b""

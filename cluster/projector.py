@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import suppress
 
-from base.errors import AllograftError, WorkError
+from base.errors import WorkError
 from cluster import observe
 from cluster.tracking import Projection
 
@@ -39,19 +39,17 @@ class Projector:
             self._stop.wait(PERIOD_S)
 
     def _look(self) -> None:
-        # What could not be seen or written is not there, and the next look comes in a minute.
-        with suppress(OSError, AllograftError):
+        # What could not be seen or written is not there, whatever Ray or storage said of it, and the next look comes in a minute.
+        with suppress(Exception):
             observe.look(self._arguments[0])
 
     def _round(self) -> Exception | None:
-        """One projection; what MLflow or storage could not do is returned, a bug of ours is raised."""
-        from mlflow.exceptions import MlflowException
-
+        """One projection; what went wrong is returned."""
         try:
             if self._projection is None:
                 self._projection = Projection(*self._arguments)
             self._projection.update()
-        except (MlflowException, OSError, AllograftError) as error:
+        except Exception as error:  # noqa: BLE001, a view may end neither itself nor the study: `finish` says what stood in its way
             return error
         return None
 
@@ -59,7 +57,7 @@ class Projector:
         """A last, complete projection in the caller's thread.
 
         Raises:
-            WorkError: MLflow could not be reached; everything is safe in OUT.
+            WorkError: MLflow could not be written, whatever the reason; everything is safe in OUT.
         """
         self._stop.set()
         self._thread.join()
@@ -71,4 +69,5 @@ class Projector:
             if pause_s is not None:
                 time.sleep(pause_s)
         hint = f"results and report are safe; allograft sync {self._arguments[0]}"
-        raise WorkError(f"MLflow could not be written: {failure}", where=self._arguments[2], hint=hint)
+        said = f"MLflow could not be written: {type(failure).__name__}: {failure}"
+        raise WorkError(said, where=self._arguments[2], hint=hint) from failure

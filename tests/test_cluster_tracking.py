@@ -3,16 +3,18 @@
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from base.config import parse
-from base.errors import RequestError
-from cluster import facts, pages
+from base.errors import RequestError, WorkError
+from cluster import facts, observe, pages, projector
 from cluster.registry import champion_score
 from cluster.study import Study
 from cluster.tracking import Projection, require_server
@@ -230,3 +232,55 @@ def test_a_run_whose_answer_was_lost_is_not_made_again(tmp_path: Path, monkeypat
     view.update()
     keys = [run.data.tags["allograft.key"] for run in view.client.search_runs([view.experiment])]
     assert sorted(keys) == sorted({"study:tiny", "00000000000000aa", "00000000000000bb", f"{0:016x}"})
+
+
+def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_the_live_view_outlives_what_it_cannot_read_and_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a configuration, and nodes whose load Ray does not tell: later rounds make up for it, the last one names what is wrong."""
+    out, looks = finished_out(tmp_path, 1), []
+
+    def look(url: str) -> None:
+        looks.append(url)
+        raise RuntimeError("Ray has ended")
+
+    monkeypatch.setattr(observe, "look", look)
+    monkeypatch.setattr(projector, "PERIOD_S", 0.05)
+    monkeypatch.setattr(projector, "LOOK_S", 0.05)
+    monkeypatch.setattr(projector, "LAST_PAUSES_S", (0.0,))
+    config = out / "cells" / f"{0:016x}" / "config.yaml"
+    whole = config.read_text()
+    config.write_text("task: [")
+    view = projector.Projector(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    try:
+        assert until(lambda: len(looks) > 2)
+    finally:
+        with pytest.raises(WorkError, match="MLflow could not be written: ParserError"):
+            view.finish()
+    config.write_text(whole)
+    assert f"{0:016x}" in view.finish().finished
+
+
+def test_an_exporter_that_talks_nonsense_hides_no_other_node(
+    answering: tuple[str, list[tuple[int, bytes]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    address, answers = answering
+    answers.append((200, b"<html>"))
+
+    def exporters() -> Iterator[tuple[str, str]]:
+        yield "broken", address
+        answers.append((200, b"ray_node_cpu_utilization 12.0\n"))
+        yield "whole", address
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(observe, "exporters", lambda: SimpleNamespace(items=exporters))
+    observe.look(str(tmp_path))
+    assert json.loads((tmp_path / "nodes" / "whole.jsonl").read_text())["cpu_utilization_percentage"] == 12
+    assert not (tmp_path / "nodes" / "broken.jsonl").exists()
