@@ -28,10 +28,13 @@ class Progress:
         self._lines: dict[str, str] = {}  # the newest of each piece of work that goes on
         self._shown: dict[str, float] = {}  # when one was last printed, or first there
         self._started = time.monotonic()
+        self._closed = False
 
     def say(self, text: str) -> None:
         """A line that stays, with the minutes and seconds since the start."""
         with self._lock:
+            if self._closed:
+                return
             self._clear()
             self._print(text)
             self._draw()
@@ -39,6 +42,8 @@ class Progress:
     def line(self, text: str, *, of: str = "") -> None:
         """A line that the next one of the same piece of work replaces."""
         with self._lock:
+            if self._closed:
+                return
             self._lines[of] = text
             now = time.monotonic()
             if self._live:
@@ -54,6 +59,13 @@ class Progress:
             self._shown.pop(of, None)
             self._clear()
             self._draw()
+
+    def close(self) -> None:
+        """The study has ended early: what threads of it still say is dropped, so that its error is the last line."""
+        with self._lock:
+            self._closed = True
+            self._lines.clear()
+            self._clear()
 
     def _draw(self) -> None:
         if not self._live or not self._lines:

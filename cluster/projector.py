@@ -17,6 +17,7 @@ from cluster.tracking import Projection
 PERIOD_S = 15.0
 LOOK_S = 60.0  # how often the load of the nodes is noted
 LAST_PAUSES_S = (1.0, 3.0)
+STOP_S = 30.0  # for the round that goes on
 
 
 class Projector:
@@ -52,6 +53,14 @@ class Projector:
         except Exception as error:  # noqa: BLE001, a view may end neither itself nor the study: `finish` says what stood in its way
             return error
         return None
+
+    def stop(self, status: str) -> None:
+        """Where a study ends early: nothing is written after it, and its run in MLflow, where there is one, gets this status."""
+        self._stop.set()
+        self._thread.join(STOP_S)
+        if self._projection is not None and not self._thread.is_alive():
+            with suppress(Exception):  # the study has its own error to tell
+                self._projection.client.set_terminated(self._projection.parent, status)
 
     def finish(self) -> Projection:
         """A last, complete projection in the caller's thread.

@@ -64,7 +64,11 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
         try:
             summary = _stages(study, before, corpora, progress, events, projector, uri)
         except BaseException as error:
-            events.add("stop", error=f"{type(error).__name__}: {error}")
+            progress.close()
+            try:
+                events.add("stop", error=f"{type(error).__name__}: {error}")
+            finally:
+                projector.stop("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         events.add("end", failed=summary.failed)
     return summary

@@ -280,6 +280,27 @@ def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseExce
     assert keys(packed.out) == ["", ""]
 
 
+def test_a_study_that_ends_early_ends_its_view_and_its_lines(
+    packed: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cluster.run import run
+    from cluster.tracking import connect
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    progress = Progress()
+    with pytest.raises(RequestError, match="no Ray cluster"):
+        run(packed, progress)
+    assert not [thread for thread in threading.enumerate() if thread.name == "mlflow-projection"]
+    client = connect(f"sqlite:///{packed.out}/mlflow.db")
+    (parent,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert parent.info.status == "FAILED"
+    assert "starting Ray" in capsys.readouterr().out
+    progress.say("a thread of the study goes on")
+    progress.line("and on", of="it")
+    progress.gone("it")
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_filled_in_replaces_the_keys_of_an_earlier_driver(packed: Study) -> None:
     now = known(packed)
     stages.write_plan(packed.out, now)
