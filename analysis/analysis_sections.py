@@ -94,5 +94,5 @@ def _whole(evidence: Evidence, found: Standing) -> str:
     parts += [f"<p>{esc(note)}</p>" for note in held.notes]
     settings = ", ".join(f"{name} {value}" for name, value in held.settings.items())
     files = ", ".join(dict.fromkeys(listed.file for listed in held.tables[:6])) or "none"
-    where = f"{held.made}, revision {held.revision}, {settings}; tables ({esc(files)}) and figures in {esc(found.url)}."
-    return "".join(parts) + f'<p class="faint">{METHOD[held.kind]} Made {where}</p>'
+    where = f"{held.made}, revision {held.revision}, {settings}; tables ({files}) and figures in {found.url}."
+    return "".join(parts) + f'<p class="faint">{METHOD[held.kind]} Made {esc(where)}</p>'

@@ -115,10 +115,11 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         ("statements", "Statements", _statements(a, b, titles)),
         ("alone", "Results that one has alone", _alone(held, titles)),
     ]
-    shown = [(key, title, text) for key, title, text in body if text]
+    parted = [(key, title, text) for key, title, text in body if text]
+    shown = f", of which the first {ROWS} are compared" if len(both) > ROWS else ""
     answer = (
-        f"{len(both)} settings stand in both studies, {same} of them with the very same cells; of the others {better} have an interval"
-        f" above 0 for {titles[1]} and {worse} below. Nothing is declared: no family of these comparisons was fixed before the studies ran."
+        f"{len(both)} settings stand in both studies{shown}, {same} of them with the very same cells; of the others {better} have an"
+        f" interval above 0 for {titles[1]} and {worse} below. Nothing is declared: no family of these comparisons was fixed before the studies ran."
     )
     return Template((Path(__file__).parent / "report.html").read_text()).substitute(
         title=esc(" and ".join(titles)),
@@ -134,8 +135,8 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
             f'<div class="tile"><b>{len(e.cells)} of {e.asked}</b><span>cells, {esc(title)}</span></div>'
             for e, title in zip((a, b), titles, strict=True)
         ),
-        nav="".join(f'<a href="#{key}">{esc(title)}</a>' for key, title, _ in shown),
-        main="".join(f'<section id="{key}"><h2>{esc(title)}</h2>{text}</section>' for key, title, text in shown),
+        nav="".join(f'<a href="#{key}">{esc(title)}</a>' for key, title, _ in parted),
+        main="".join(f'<section id="{key}"><h2>{esc(title)}</h2>{text}</section>' for key, title, text in parted),
     )
 
 
@@ -185,23 +186,31 @@ def _data(a: Evidence, b: Evidence, titles: list[str]) -> str:
 
 
 def _statements(a: Evidence, b: Evidence, titles: list[str]) -> str:
-    """What is declared in one of the studies and not, or the other way round, in the other."""
-    found = []
+    """What is declared in one of the studies and not, or the other way round, in the other; and claims that they judge differently."""
+    found: list[dict[tuple[str, str], tuple[str, str]]] = []  # (comparison, on): verdict, words
     for e in (a, b):
-        held = [f for f in e.findings if f.kind in ("gain", "chain", "control")]
-        found.append({(f.a, f.b, f.architecture, f.setting, f.task, f.fraction, f.resolution): f for f in held})
+        held = {}
+        for f in e.findings:
+            if f.kind in ("gain", "chain", "control"):
+                mark = f.mark if f.declared else "not declared"
+                place = f"{f.task}, {f.setting}, {f.architecture}, {f.fraction * 100:g} %, {f.resolution} px"
+                held[f"{f.a} − {f.b}", place] = mark, f"{effect(f.comparison, '')}, {mark}"
+        for entry in e.ledger:
+            late = ", added after the results" if entry.late else ""
+            margin = f"{entry.claim.expect} by {entry.claim.margin:g}"
+            held[f'claim {entry.claim.name}: "{entry.claim.sentence}"', entry.where()] = (
+                f"{entry.verdict}, {margin}{late}",
+                f"{entry.effect()}, {entry.verdict} ({margin}){late}",
+            )
+        found.append(held)
     rows = []
     for key in dict.fromkeys([*found[0], *found[1]]):
-        pair = [side.get(key) for side in found]
-        marks = [("–" if f is None else f.mark if f.declared else "not declared") for f in pair]
-        if marks[0] == marks[1]:
-            continue
-        words = [f"{effect(f.comparison, '')}, {mark}" if f else "–" for f, mark in zip(pair, marks, strict=True)]
-        place = f"{key[4]}, {key[3]}, {key[2]}, {key[5] * 100:g} %, {key[6]} px"
-        rows.append("".join([f'<th scope="row">{esc(key[0])} − {esc(key[1])}</th>', cell(esc(place)), *(cell(esc(w)) for w in words)]))
-    return (
-        table(["comparison", "on", *titles], rows[:ROWS], cls="numbers") if rows else "<p>Both declare the same of what both compare.</p>"
-    )
+        pair = [side.get(key, ("–", "–")) for side in found]
+        if pair[0][0] != pair[1][0]:
+            rows.append("".join([f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[1])), *(cell(esc(words)) for _, words in pair)]))
+    same = "<p>Both say the same of what both compare and claim.</p>"
+    more = f"<p>The first {ROWS} of {len(rows)}.</p>" if len(rows) > ROWS else ""
+    return table(["comparison or claim", "on", *titles], rows[:ROWS], cls="numbers") + more if rows else same
 
 
 def _alone(held: tuple[dict[Key, list[Cell]], dict[Key, list[Cell]]], titles: list[str]) -> str:

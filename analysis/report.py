@@ -176,17 +176,20 @@ def _headline(evidence: Evidence, low: str) -> str:
 
 def _scope(evidence: Evidence) -> str:
     """What the sentences may be taken to claim."""
-    abouts = sorted({f.about for f in evidence.findings if f.kind in ("gain", "chain")})
+    abouts = sorted({f.about for f in evidence.findings if f.kind in ("claim", "gain", "chain")})
     if not abouts:
         return ""
     rest = ", not about pretraining methods: that needs at least 3 pretraining seeds" if "methods" not in abouts else ""
-    return f"Each sentence is about {' or '.join(abouts)}{rest}. Intervals are 95 %."
+    narrow = any(f.entry is not None and f.entry.claim.expect == "equivalent" for f in evidence.findings)
+    levels = "Intervals are 95 %" + (", of claims of equivalence 90 %" if narrow else "")
+    return f"Each sentence is about {' or '.join(abouts)}{rest}. {levels}."
 
 
 METHOD = (
-    "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. The interval draws"
-    " pretraining seeds, fine-tuning seeds and patients jointly (Multi-Bootstrap, Sellam et al. 2022), with its variance made unbiased and"
-    " Student's quantiles. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed"
+    "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. Of an interval patients are"
+    " drawn, and what seeds add is computed in closed form, unbiased (after the Multi-Bootstrap, Sellam et al. 2022); with one seed it"
+    " holds patients alone. Its quantiles are"
+    " Student's. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed"
     " are uncorrected. No difference means that the interval includes 0, not that the encoders are equal: its width says how much was"
     " ruled out. Detectable is the smallest true difference found in 80 % of repetitions of this study at the 5 % level, before"
     " correction. Redrawn counts bootstrap replicates in which a label lost a class."

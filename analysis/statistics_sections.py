@@ -38,19 +38,33 @@ def claims(evidence: Evidence) -> str:
     for entry in evidence.ledger:
         mark = {"holds": "good", "fails": "bad"}.get(entry.verdict, "")
         late = ' <span class="tag bad">added after the results</span>' if entry.late else ""
+        late += f' <span class="tag">so far: {entry.missing} of its cells are missing</span>' if entry.missing else ""
         c = entry.comparison
         parts = [f'<th scope="row">{esc(entry.claim.name)}</th>', cell(esc(entry.claim.sentence), cls="words")]
         parts += [cell(f'<span class="tag {mark}">{entry.verdict}</span>{late}'), cell(esc(entry.where()))]
         parts += [cell(esc(entry.effect()), sort=c.estimate), cell(esc(f"{entry.claim.expect} by {entry.claim.margin:g}"))]
         parts += [cell(esc(pvalue(entry.adjusted)), sort=entry.adjusted), cell(esc(entry.about)), cell(esc(entry.why), cls="words")]
+        parts += [cell(esc(c.basis)), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
         rows.append("".join([*parts, cell(esc(entry.needs() or "–"))]))
-    heads = ["claim", "sentence", "verdict", "on", "difference", "expected", "p after Holm", "of", "why", "would settle it"]
+    heads = ["claim", "sentence", "verdict", "on", "difference, 95 %", "expected", "p after Holm", "of", "why", "interval over", "seeds"]
+    heads += ["patients", "would settle it"]
     gone = f'<p class="bad">Withdrawn after they were registered: {esc(", ".join(evidence.withdrawn))}.</p>' if evidence.withdrawn else ""
     note = (
-        "Written into the study file before it ran. Holds: the difference goes the claim's way after Holm's correction over the claims;"
-        " fails: the 95 % interval rules out what it says; underpowered: neither. Claims about encoders speak of these weights alone."
+        f"{_when(evidence)} Holds: the difference goes the claim's way after Holm's correction over the claims; fails: the 95 % interval"
+        " rules out what it says; underpowered: neither. Intervals are 95 %, of claims of equivalence 90 % where it is said. An interval"
+        " over seeds alone says nothing of other patients. Claims about encoders speak of these weights alone."
     )
     return (table(heads, rows) if rows else "") + gone + f'<p class="faint">{note}</p>'
+
+
+def _when(evidence: Evidence) -> str:
+    """When the claims were written."""
+    late = {entry.claim.name: entry.late for entry in evidence.ledger}
+    if not any(late.values()):
+        return "Written into the study file before their results stood."
+    if all(late.values()):
+        return "Added to the study file when their results stood."
+    return f"Written into the study file before their results stood, but for {esc(', '.join(name for name in late if late[name]))}."
 
 
 def settings_by_source(evidence: Evidence) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
     logme(features_ND, target)       h_score(features_ND, target)       leep(source_probabilities_NZ, target)
     leep(soft_clusters(features_ND, clusters=15), target)               for an encoder that has no classes of its own (N-LEEP)
-    rank = correlation(guesses, results); rank.spearman, rank.kendall   one number a source on each side
+    correlation(guesses, results).kendall                               one number a source on each side; rho is analysis.layers.spearman
 
 `target` is a class a row, int (N,), or labels that do not exclude each other, float (N, L) of 0, 1 and NaN for unknown: then each label is
 a task of two classes over the rows that know it, and the score is the mean over labels that have both. Higher is better; only the order
@@ -167,11 +167,9 @@ def _over_labels(x_ND: Array, target: NDArray[Any], of: Callable[[Array, NDArray
 
 @dataclass(frozen=True)
 class Rank:
-    """How well guesses order `n` sources as their results do: Spearman's rho with its p, and Kendall's tau that weighs the top (Vigna
-    2015; You et al. use it). `why`: said where the numbers are NaN."""
+    """How well guesses order `n` sources as their results do: Kendall's tau that weighs the top (Vigna 2015; You et al. use it). `why`:
+    said where it is NaN."""
 
-    spearman: float
-    p: float
     kendall: float
     n: int
     why: str = ""
@@ -182,10 +180,8 @@ def correlation(guesses: Sequence[float], results: Sequence[float]) -> Rank:
     from scipy import stats
 
     both = np.array([(g, r) for g, r in zip(guesses, results, strict=True) if math.isfinite(g) and math.isfinite(r)], float).reshape(-1, 2)
-    nan = math.nan
     if len(both) < FEWEST:
-        return Rank(nan, nan, nan, len(both), f"{len(both)} sources: an order takes {FEWEST}")
+        return Rank(math.nan, len(both), f"{len(both)} sources: an order takes {FEWEST}")
     if any(len(np.unique(side)) < 2 for side in both.T):
-        return Rank(nan, nan, nan, len(both), "all sources are alike on one side")
-    rho = stats.spearmanr(both[:, 0], both[:, 1])
-    return Rank(float(rho.statistic), float(rho.pvalue), float(stats.weightedtau(both[:, 0], both[:, 1]).statistic), len(both))
+        return Rank(math.nan, len(both), "all sources are alike on one side")
+    return Rank(float(stats.weightedtau(both[:, 0], both[:, 1]).statistic), len(both))

@@ -2,16 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from made_study import make
 
-from analysis import papers, subgroups
+from analysis import analysis_sections, papers, statistics_sections, subgroups
 from analysis import report as reports
-from analysis.evidence import gather
+from analysis.analyses import Analysis, Standing
+from analysis.claims import Claim
+from analysis.comparing import compare_studies
+from analysis.evidence import Evidence, gather
 from analysis.results import finished
 from analysis.statistics import Bootstrap, Scores
+from base.config import parse
 from base.seeds import rng
 
 QUICK = Bootstrap(150)
@@ -104,3 +110,66 @@ def test_does_not_repeat_stars_of_results_without_spread(tmp_path: Path) -> None
     rewrite(out, "simclr", value=0.8)
     benchmark = {one.name: one for one in papers.layouts(gather(str(out), QUICK))}["benchmark-resnet18-full"]
     assert [row[1] for row in benchmark.rows] == ["70.00 ±0.00", "80.00 ±0.00"]
+
+
+CLAIM: dict[str, Any] = {
+    "name": "helps",
+    "sentence": "These weights help.",
+    "about": "encoders",
+    "comparison": {"a": {"source": "simclr"}, "b": {"source": "random"}},
+    "expect": "greater",
+    "margin": 0.02,
+}
+
+
+def claimed(out: Path, *claims: dict[str, Any], late: tuple[str, ...] = ()) -> Evidence:
+    """A made study with claims, registered before its results but for those in `late`."""
+    made = [parse({**CLAIM, **one}, Claim, "claim") for one in claims]
+    tree = yaml.safe_load((out / "study.yaml").read_text())
+    tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in made]
+    (out / "study.yaml").write_text(yaml.safe_dump(tree))
+    rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": int(one.name in late)} for one in made]
+    (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return gather(str(out), QUICK)
+
+
+def test_does_not_repeat_claims_without_what_their_intervals_are_over(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=3, images=80)
+    evidence = claimed(out, {}, {"name": "alike", "sentence": "They are alike.", "expect": "equivalent"}, late=("alike",))
+    said = statistics_sections.claims(evidence)
+    patients = evidence.ledger[0].comparison.patients
+    assert f'<td>seeds and patients</td><td data-v="3">3</td><td data-v="{patients}">{patients}</td>' in said
+    assert "before their results stood, but for alike." in said
+    assert "before it ran" not in said
+    assert "(90 %)" in said
+    assert reports._scope(evidence).endswith("Intervals are 95 %, of claims of equivalence 90 %.")
+    next(Path(cell.url) for cell in finished(str(out)) if cell.source == "simclr").joinpath("result.json").unlink()
+    evidence = gather(str(out), QUICK)
+    assert "so far: 1 of its cells are missing" in statistics_sections.claims(evidence)
+    assert "Added to the study file when" in statistics_sections.claims(claimed(out, {}, late=("helps",)))
+
+
+def test_does_not_repeat_two_studies_compared_without_their_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outs = [make(tmp_path / name, {"random": 0.0, "simclr": lift}, seeds=3, images=150) for name, lift in (("one", 0.0), ("two", 2.0))]
+    for out in outs:
+        claimed(out, {})
+    monkeypatch.setattr("analysis.comparing.ROWS", 1)
+    page = Path(compare_studies(str(outs[0]), str(outs[1]), QUICK)).read_text()
+    held = page[page.index('<section id="statements">') :]
+    assert "claim helps: &quot;These weights help.&quot;" in held
+    assert "holds (greater by 0.02)" in held
+    assert "2 settings stand in both studies, of which the first 1 are compared, 1 of them with the very same cells" in page
+
+
+def test_does_not_repeat_that_seeds_are_drawn() -> None:
+    assert "jointly" not in reports.METHOD
+    assert "patients are drawn, and what seeds add is computed in closed form" in reports.METHOD
+    assert "with one seed it holds patients alone" in reports.METHOD
+
+
+def test_does_not_repeat_settings_and_revisions_that_are_markup(tmp_path: Path) -> None:
+    evidence = gather(str(make(tmp_path, {"random": 0.0}, seeds=1, images=40)), QUICK)
+    made = Analysis(kind="efficiency", key="k", made="today", revision="<b>r</b>", cells=1, settings={"name": "<script>"}, notes=["<i>"])
+    said = analysis_sections._whole(evidence, Standing(str(tmp_path), made))
+    assert "&lt;script&gt;" in said
+    assert not {"<script", "<b>", "<i>"} & {said[i : i + n] for n in (3, 7) for i in range(len(said))}

@@ -155,11 +155,9 @@ def test_leep_takes_probabilities_only() -> None:
 def test_the_correlation_with_real_results_is_scipys_and_few_sources_have_none() -> None:
     guesses, real = [0.1, 0.4, 0.2, 0.9, math.nan], [0.60, 0.72, 0.70, 0.71, 0.9]
     found = correlation(guesses, real)
-    expected = stats.spearmanr(guesses[:4], real[:4])
-    assert (found.spearman, found.p, found.n) == (expected.statistic, expected.pvalue, 4)
+    assert found.n == 4
     assert found.kendall == stats.weightedtau(guesses[:4], real[:4]).statistic
-    assert correlation([1, 2, 3], [4, 5, 6]).spearman == pytest.approx(1)
     assert correlation([1, 2, 3], [4, 5, 6]).kendall == pytest.approx(1)
-    assert math.isnan(correlation([1, 2], [2, 3]).spearman)
+    assert math.isnan(correlation([1, 2], [2, 3]).kendall)
     assert "takes 3" in correlation([1, 2], [2, 3]).why
     assert "alike" in correlation([1, 1, 1], [2, 3, 4]).why
