@@ -15,6 +15,7 @@ import os
 import queue
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,13 +100,13 @@ class CellWorker:
             if config.encoder_dir and config.encoder_sha256:
                 config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
             result = run.run(config, WorkerContext(rank=self.rank, world_size=self.world, dir=config.out))
-        except (AllograftError, OSError) as error:
-            if of_storage(error):
+        except Exception as error:
+            with suppress(RuntimeError):  # where CUDA broke this does, too, and the first error is the one to tell
+                _peak_bytes()
+            if isinstance(error, AllograftError | OSError) and of_storage(error):
                 raise StorageDown(str(error)) from None
             raise
-        finally:
-            peak = _peak_bytes()
-        return Spent(peak, result["train_images"] * result["selection"]["epochs"], result["seconds"])
+        return Spent(_peak_bytes(), result["train_images"] * result["selection"]["epochs"], result["seconds"])
 
 
 def _peak_bytes() -> int:
@@ -129,6 +130,11 @@ def of_storage(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+def of_cuda(error: BaseException) -> bool:
+    """Whether a process can no longer use its GPU: after an error of CUDA that is no lack of memory, all that it asks of it fails."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("CUDA error", "cuDNN error", "CUDNN_STATUS"))
 
 
 def why(error: BaseException) -> tuple[str, bool]:
@@ -385,11 +391,12 @@ class Pool:
 
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and team.started else None
         alone = len(team.actors) == 1
-        if cause is not None and alone:
+        context_broke = cause is not None and of_cuda(cause)
+        if cause is not None and alone and not context_broke:
             self.idle.append(team)
             team.needs = None
             return Event(team, error=cause)
-        # Other ranks may wait for this one for ever, so a team ends as a whole.
+        # Other ranks may wait for this one for ever, so a team ends as a whole; and each next cell would fail on a broken GPU context.
         team.place.teams.remove(team)
         for actor in team.actors:
             ray.kill(actor)
@@ -397,6 +404,8 @@ class Pool:
             self._leave(team.place)
         if isinstance(cause, AllograftError):
             return Event(team, error=cause)
+        if context_broke:
+            return Event(team, lost=f"its worker can no longer use its GPU ({str(cause).strip().splitlines()[0][:200]})", guilty=True)
         if cause is not None:  # what a rank says when another has gone; that one's own answer may come later
             return Event(team, lost=f"its ranks lost one another ({type(cause).__name__}: {str(cause)[:200]})", guilty=True)
         words, guilty = why(error)

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from base.config import parse
+from base.config import canonical_json, parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from cluster import context, fanout, observe, pool
@@ -25,7 +25,7 @@ from cluster import effort as effort_of
 from cluster.effort import effort, estimated
 from cluster.fanout import Tally, run_cells
 from cluster.line import ATTEMPTS, LOSSES, Line
-from cluster.pool import fitting, of_place, of_storage, why
+from cluster.pool import fitting, of_cuda, of_place, of_storage, why
 from cluster.study import Resources
 from engine.context import LocalContext
 from finetune.cell import CellConfig
@@ -232,6 +232,29 @@ def test_what_storage_did_is_no_fault_of_a_cell() -> None:
     assert not of_storage(RequestError("unknown strategy"))
 
 
+def test_a_broken_cuda_context_is_told_from_what_a_worker_survives() -> None:
+    import torch
+
+    assert of_cuda(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert of_cuda(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    assert of_cuda(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"))
+    assert not of_cuda(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not of_cuda(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not of_cuda(WorkError("loss is not finite"))
+
+
+def test_a_broken_cuda_context_does_not_hide_what_was_wrong(phantom_chest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pool, "_peak_bytes", broken)
+    worker = pool.CellWorker()
+    worker.rank, worker.world = 0, 1
+    config = tiny_cell.config({"phantom-chest": phantom_chest}, tmp_path, architecture="resnet17")
+    with pytest.raises(RequestError, match="resnet17"):
+        worker.run(canonical_json(config))
+
+
 # -- on Ray
 
 
@@ -306,6 +329,24 @@ def test_a_poisoned_cell_fails_alone(cluster: None, tmp_path: Path, monkeypatch:
     assert {key for key, problem in ended.items() if problem is None} == {"a", "b", "unlucky", "down", "late"}
     assert isinstance(ended["wrong"], RequestError)
     assert not arriving
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_a_worker_whose_cuda_context_broke_eats_no_more_cells(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asserting(quick()):  # type: ignore[misc]
+        broken = False
+
+        def run(self, config_json: str) -> Any:
+            self.broken |= json.loads(config_json)["key"] == "poisoned"
+            if self.broken:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return super().run(config_json)
+
+    monkeypatch.setattr(pool, "CellWorker", Asserting)
+    tally = run_cells([golden(key=name) for name in ("poisoned", "a", "b", "c")], Resources(cell_workers=1), lambda tally: None)
+    assert (set(tally.failed), tally.done, tally.deaths) == ({"poisoned"}, 3, ATTEMPTS)
+    assert "device-side assert triggered" in tally.failed["poisoned"]
 
 
 @pytest.mark.ray
