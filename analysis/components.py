@@ -14,6 +14,7 @@ from scipy import optimize, special
 
 from analysis.replicates import Array, Bootstrap, Scores
 
+ROUNDING = 64 * float(np.finfo(float).eps)  # of a metric, relative: what varies by no more than this does not vary
 LEAST_LOG_P = -200.0  # under e to this p is 0: quantiles farther out are not found reliably
 
 
@@ -55,7 +56,9 @@ class Parts:
             return math.nan
         if min(held) == max(held):
             return held[0]
-        wanted = self.critical(tail)
+        # A part that is nothing beside the other rounds the mean of the quantiles to an end, or past it.
+        ends = [-float(special.stdtrit(df, tail)) for df in (max(held), min(held))]
+        wanted = min(max(self.critical(tail), ends[0]), ends[1])
         return float(optimize.brentq(lambda df: -float(special.stdtrit(df, tail)) - wanted, min(held), max(held)))
 
 
@@ -124,19 +127,24 @@ def parts(sides: Sequence[Side], patients: int) -> Parts:
     """Variance of the difference of two sides' means; that of patients alone where a side has one unit.
 
     What a draw of patients adds to the variance over seeds is their interaction. It stands in the variance over seeds already, so it is
-    taken off what the draws vary by.
+    taken off what the draws vary by. A variance as small as that of rounding is none.
     """
-    d_C = sides[0].mean_C() - sides[1].mean_C()
-    of_patients = float(np.var(d_C[1:], ddof=1)) * patients / max(1, patients - 1)
+    means_2C = np.array([side.mean_C() for side in sides])
+    tiny = (ROUNDING * float(np.abs(means_2C).max())) ** 2
+
+    def seen(part: float) -> float:
+        return part if part > tiny else 0.0
+
+    of_patients = seen(float(np.var(means_2C[0, 1:] - means_2C[1, 1:], ddof=1)) * patients / max(1, patients - 1))
     if any(side.units < 2 for side in sides):
         return Parts(0.0, 0, of_patients, patients - 1)
     pretraining = [(side.pretraining_C(), len(side.groups) - 1) for side in sides if side.nested]
     both = sorted(sides[0].common & sides[1].common)
     together = [(sides, both)] if len(both) > 1 else [([side], sorted(side.common)) for side in sides]
     tuning = [(_fine_tuning_C(*each), len(each[1]) - 1) for each in together if len(each[1]) > 1]
-    held = [(max(0.0, float(part_C[0])), df) for part_C, df in pretraining + tuning]
+    held = [(seen(float(part_C[0])), df) for part_C, df in pretraining + tuning]
     interaction = sum(max(0.0, float(part_C[1:].mean() - part_C[0])) for part_C, _ in pretraining + tuning)
     seeds = sum(part for part, _ in held)
     seeds_df = seeds**2 / sum(part**2 / df for part, df in held) if seeds > 0 else 0.0
     between = sum(part for part, _ in held[: len(pretraining)]) if pretraining else math.nan
-    return Parts(seeds, seeds_df, max(0.0, of_patients - interaction), patients - 1, between)
+    return Parts(seeds, seeds_df, seen(of_patients - interaction), patients - 1, between)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import ledger, results
-from analysis.claims import Claim
+from analysis.claims import PRETRAINING_SEEDS, Claim
 from analysis.comparisons import Comparisons
 from analysis.ledger import Entry
 from analysis.results import Cell, Pretraining
@@ -73,7 +73,7 @@ class Finding:
         """What may be claimed: methods need at least 3 pretraining seeds, and a claim speaks of no more than it was written for."""
         if self.entry is not None:
             return "methods" if self.entry.claim.about == "methods" else "encoders (these weights)"
-        return "methods" if self.comparison.pretraining_seeds >= 3 else "encoders (these weights)"
+        return "methods" if self.comparison.pretraining_seeds >= PRETRAINING_SEEDS else "encoders (these weights)"
 
     def words(self, evidence: "Evidence") -> str:
         """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""

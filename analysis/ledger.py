@@ -20,11 +20,13 @@ from scipy import stats
 
 from analysis import convergence, results
 from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
+from analysis.components import ROUNDING
 from analysis.results import Cell
 from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, not_comparable
 
 Verdict = Literal["holds", "fails", "underpowered"]
 LEVEL = 0.05
+LEAST_EVALUATIONS = 3  # of a run, under which a learning curve is its first value and little more
 MOST_SEEDS = 1000
 
 
@@ -70,7 +72,7 @@ class Entry:
     metric: str
     dataset: str
     comparison: Comparison
-    pretraining_seeds: int  # of the pretrained side that has fewest; 0 where none is pretrained
+    pretraining_seeds: int  # of the side that has fewer; random weights are drawn anew with every fine-tuning seed
     late: bool = False  # the claim was not in the study file when its results were not yet there
     missing: int = 0  # cells of its sides that have no result yet
     adjusted: float = math.nan
@@ -86,7 +88,8 @@ class Entry:
         if claim.expect == "equivalent":
             if not c.se > 0:
                 return 0.0 if abs(c.estimate) < claim.margin and math.isfinite(c.width) else 1.0
-            return float(stats.t.sf((claim.margin - abs(c.estimate)) / c.se, c.df))
+            inside, p = abs(c.estimate) < claim.margin, c.parts.p(abs(claim.margin - abs(c.estimate)) / c.se)
+            return p / 2 if inside else 1 - p / 2
         return c.p if (c.estimate > 0) == (claim.expect == "greater") else 1.0
 
     @property
@@ -95,7 +98,7 @@ class Entry:
         c = self.comparison
         if self.claim.expect != "equivalent" or not (c.se > 0 and c.df > 0):
             return c.low, c.high
-        half = float(stats.t.ppf(1 - LEVEL, c.df)) * c.se
+        half = c.parts.critical(LEVEL) * c.se
         return c.estimate - half, c.estimate + half
 
     @property
@@ -124,14 +127,15 @@ class Entry:
             return self.short
         if self.verdict == "fails":
             if claim.expect == "equivalent":
-                return f"the difference is larger than {claim.margin:g}"
+                return f"the difference is larger than {claim.margin:g}, by its 95 % interval"
             return f"a difference of {self.wanted:+g} is ruled out"
         if self.verdict == "holds":
             return f"p = {self.adjusted:.2g} after correction for {self.family} claims"
         if self.p < LEVEL:
             return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
         if claim.expect == "equivalent":
-            return f"the interval reaches over {'-' if c.estimate < 0 else '+'}{claim.margin:g}"
+            ends = [f"{sign}{claim.margin:g}" for sign, end in (("-", -c.low), ("+", c.high)) if end > claim.margin]
+            return f"the 95 % interval [{c.low:+.3f}, {c.high:+.3f}] reaches over {' and '.join(ends)}"
         return f"the interval holds 0 and {self.wanted:+g}"
 
     @property
@@ -193,6 +197,8 @@ class Entry:
         """The claim with its verdict, in one sentence that says of what it speaks."""
         added = ", ADDED AFTER THE RESULTS" if self.late else ""
         added += f", so far: {self.missing} of its cells are missing" if self.missing else ""
+        if self.claim.outcome == "convergence":
+            added = f", over seeds alone, on these validation images{added}"
         judged = {"holds": "holds", "fails": "fails", "underpowered": "is not settled"}[self.verdict]
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
 
@@ -257,9 +263,10 @@ def _entry(
         sides = [[scores for cell in side if (scores := load(cell))] for side in (a, b)]
         comparison = compare(sides[0], sides[1], metric, bootstrap=bootstrap)
     else:
-        comparison, metric = of_curves(a, b), f"mean of the best validation {(a[0].result.get('selection') or {}).get('metric')} so far"
-    pretrained = [len({cell.source_seed for cell in side}) for side in (a, b) if not random(side[0])]
-    entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, default=0), late)
+        selected = (a[0].result.get("selection") or {}).get("metric")
+        comparison, metric = of_curves(a, b), f"best validation {selected} so far, a share of the run's own best"
+    pretrained = min(len({cell.seed if random(cell) else cell.source_seed for cell in side}) for side in (a, b))
+    entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, comparison.units or pretrained), late)
     return replace(entry, short=_lacking(entry, a, b, apart))
 
 
@@ -275,6 +282,8 @@ def _lacking(entry: Entry, a: list[Cell], b: list[Cell], apart: Callable[[Cell],
         return c.why
     if c.basis == "patients only":
         return "one seed: nothing is known of how seeds differ"
+    if c.se == 0 and not math.isfinite(c.width):
+        return c.why
     if entry.claim.about == "methods" and entry.pretraining_seeds < PRETRAINING_SEEDS:
         there = f"{entry.pretraining_seeds} pretraining seed{'' if entry.pretraining_seeds == 1 else 's'}"
         return f"{there}, and a claim about methods takes {PRETRAINING_SEEDS}"
@@ -282,18 +291,24 @@ def _lacking(entry: Entry, a: list[Cell], b: list[Cell], apart: Callable[[Cell],
 
 
 def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
-    """Difference of the areas under the learning curves, over their common length; paired where fine-tuning seeds are the units.
+    """Difference of the areas under the learning curves, each a share of its own best, so that it is of speed and not of level; over the
+    longest run, one that stopped earlier holding its best; paired where fine-tuning seeds are the units.
 
     Only seeds are resampled: the curves are of the validation images as they are, and the interval says nothing of other patients.
     """
     curves = [[(cell, curve) for cell in side for curve in convergence.curves_of([cell])] for side in (a, b)]
     if not all(curves):
         return not_comparable("one of the two has no learning curve")
+    fewest = min(len(curve.value_T) for side in curves for _, curve in side)
+    if fewest < LEAST_EVALUATIONS:
+        return not_comparable(f"a run of {fewest} evaluation{'s' * (fewest > 1)}: convergence takes {LEAST_EVALUATIONS}")
+    if min(curve.value_T.max() for side in curves for _, curve in side) <= 0:
+        return not_comparable("a run that never rose over 0 has no share of its best")
     horizon = max(curve.end for side in curves for _, curve in side)
     areas: list[dict[tuple[int, int], float]] = [{}, {}]
     for held, side in zip(areas, curves, strict=True):
         for cell, curve in side:
-            held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T, horizon)
+            held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T / curve.value_T.max(), horizon)
     single = [len({source for source, _ in held}) == 1 or all(source == seed for source, seed in held) for held in areas]
     if all(single):
         one, other = ({seed: value for (_, seed), value in held.items()} for held in areas)
@@ -316,12 +331,13 @@ def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparis
         return not_comparable("one seed: nothing is known of how seeds differ")
     terms = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in parts]
     variance, estimate = sum(term for term, _ in terms), float(sum(part.mean() for part in parts))
-    if variance == 0:
-        bound = 0.0 if estimate == 0 else math.inf
-        return Comparison(estimate, estimate - bound, estimate + bound, 0.0, math.nan, 1.0, "seeds", units=min(map(len, parts)))
+    units = min(map(len, parts))
+    if variance <= (ROUNDING * max(float(np.abs(part).max()) for part in parts)) ** 2:
+        why = "the seeds do not vary"
+        return Comparison(estimate, -math.inf, math.inf, 0.0, math.nan, 1.0, "seeds", units=units, why=why)
     se, df = math.sqrt(variance), variance**2 / sum(term**2 / free for term, free in terms)
     half, p = float(stats.t.ppf(0.975, df)) * se, float(2 * stats.t.sf(abs(estimate) / se, df))
-    return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=min(map(len, parts)), seed_variance=variance)
+    return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=units, seed_variance=variance)
 
 
 def _adjusted(entries: list[Entry], gone: Sequence[bool]) -> list[Entry]:

@@ -22,9 +22,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import optimize, stats
 
-from analysis.components import parts, side_of
+from analysis.claims import PRETRAINING_SEEDS
+from analysis.components import Parts, parts, side_of
 from analysis.replicates import DECIDED, REPLICATES, Array, Bootstrap, Resample, Scores, metric_B, resample, same_images
 
 __all__ = [
@@ -44,14 +46,15 @@ __all__ = [
     "same_images",
 ]
 
-METHODS = 3  # pretraining seeds a side from which on a comparison is about methods
+BOUND = "both at a bound: patients and seeds do not vary"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Difference of two sources.
 
-    `basis` is "seeds and patients", "patients only" (one seed) or "not comparable" (then all is NaN and `why` says it).
+    `basis` is "seeds and patients", "patients only" (one seed) or "not comparable" (then all is NaN and `why` says it). `why` is also said
+    where nothing varied: then the interval is unbounded, unless both sides are the same predictions.
     """
 
     estimate: float
@@ -71,6 +74,7 @@ class Comparison:
     per_seed: tuple[float, ...] = ()
     why: str = ""
     pretraining_variance: float = math.nan  # the part of seed_variance between pretraining seeds, where it can be told apart
+    seeds_df: float = math.nan  # with which seed_variance was estimated
 
     @property
     def excludes_zero(self) -> bool:
@@ -81,9 +85,17 @@ class Comparison:
         return self.high - self.low
 
     @property
+    def parts(self) -> Parts:
+        """The variance by what it comes from: gives quantiles and p at any level, which `df` does at 95 % only."""
+        if not math.isfinite(self.seeds_df):  # of one kind
+            return Parts(0.0, 0, self.se**2, self.df)
+        patients = 0.0 if math.isnan(self.patient_variance) else self.patient_variance
+        return Parts(self.seed_variance, self.seeds_df, patients, self.patients - 1, self.pretraining_variance)
+
+    @property
     def about(self) -> str:
         """What may be claimed. With fewer than 3 pretraining seeds a side the next run of a method may turn it round."""
-        return "methods" if self.pretraining_seeds >= METHODS else "encoders (these weights)"
+        return "methods" if self.pretraining_seeds >= PRETRAINING_SEEDS else "encoders (these weights)"
 
 
 def not_comparable(why: str) -> Comparison:
@@ -110,6 +122,7 @@ def compare(
     simple = not any(side.nested for side in sides)
     if simple and both and (len(both) > 1 or min(side.units for side in sides) == 1):
         sides = [side.only(both) for side in sides]  # a seed that only one side has is in no pair
+        a, b = ([cell for cell in cells if cell.seed in both] for cells in (a, b))
     estimate = float(sides[0].mean_C()[0] - sides[1].mean_C()[0])
     if not math.isfinite(estimate):
         return not_comparable("the metric is not a number")
@@ -117,7 +130,7 @@ def compare(
     found, tail = parts(sides, draw.patients), (1 - level) / 2
     se, df = found.se, found.df(tail)
     known = df > 0
-    half = found.critical(tail) * se if known else (0.0 if se == 0 and estimate == 0 else math.inf)
+    half = found.critical(tail) * se if known else (0.0 if _same(a, b) else math.inf)
     whole = all(side.units > 1 for side in sides)
     paired = simple and len(both) == sides[0].units == sides[1].units
     return Comparison(
@@ -136,8 +149,21 @@ def compare(
         redrawn=draw.redrawn,
         pretraining_seeds=min(len({s.source_seed for s in cells}) for cells in (a, b)),
         per_seed=tuple(float(sides[0].groups[0][seed][0] - sides[1].groups[0][seed][0]) for seed in both) if paired else (),
+        why="" if known or half == 0 else BOUND,
         pretraining_variance=found.pretraining,
+        seeds_df=found.seeds_df if whole else math.nan,
     )
+
+
+def _same(a: Sequence[Scores], b: Sequence[Scores]) -> bool:
+    """Whether both sides hold the same predictions, cell by cell, and not merely all of them at one value."""
+
+    def values(cells: Sequence[Scores]) -> list[Array]:
+        ordered = sorted(cells, key=lambda cell: (cell.source_seed, cell.seed))
+        return [held for cell in ordered if (held := cell.score_NL if cell.dice_N is None else cell.dice_N) is not None]
+
+    one, other = values(a), values(b)
+    return len(one) == len(other) and all(np.array_equal(x, y) and np.ptp(x) > 0 for x, y in zip(one, other, strict=True))
 
 
 def holm(p: Sequence[float]) -> list[float]:

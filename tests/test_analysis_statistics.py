@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis import metrics
+from analysis.components import Parts
 from analysis.simulated import World
 from analysis.simulated import study as simulated
 from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, metric_B, resample
@@ -272,6 +273,63 @@ def test_equal_scores_give_a_zero_interval_and_other_images_are_refused() -> Non
     assert compare(same, [], "auroc_mean").basis == "not comparable"
     nan = [made(s, target, np.zeros((50, 1)), np.arange(50)) for s in range(3)]
     assert compare(nan, nan, "auroc_mean", bootstrap=Bootstrap(50)).basis == "not comparable"
+
+
+def dice(seed: int, value_N: np.ndarray, pre: int = 0) -> Scores:
+    return Scores(seed, np.arange(len(value_N)), np.arange(len(value_N)).astype(str).astype(object), None, None, value_N, None, pre)
+
+
+def test_does_not_repeat_degrees_of_freedom_of_a_variance_from_rounding() -> None:
+    """A part of 1e-34 beside one of 1e-4: the quantile is that of the larger, and its root is not looked for beyond the ends."""
+    for part in (1e-34, 1e-30, 1e-22):
+        for tail in (0.025, 0.05, 0.0005):
+            assert Parts(part, 2, 1e-4, 99).df(tail) == pytest.approx(99, rel=1e-3)
+            assert Parts(1e-4, 2, part, 99).df(tail) == pytest.approx(2, rel=1e-3)
+
+
+def test_does_not_repeat_p_values_from_the_rounding_of_identical_seeds() -> None:
+    """Seeds that do not vary: nothing among them, and of patients that are alike nothing either."""
+    draw = rng("identical")
+    value = draw.random(80)
+    a, b = [dice(s, np.clip(value + 0.1, 0, 1)) for s in range(3)], [dice(s, value) for s in range(3)]
+    result = compare(a, b, "dice", bootstrap=Bootstrap(100))
+    assert result.seed_variance == 0
+    assert result.df == 79
+    shifted = [dice(s, value * (1 + s * 1e-16) + 0.1) for s in range(3)]  # the same difference on every image
+    constant = compare(shifted, b, "dice", bootstrap=Bootstrap(100))
+    assert (constant.se, constant.p) == (0, 1)
+    assert not constant.excludes_zero
+
+
+def test_does_not_repeat_certainty_from_scores_at_a_bound() -> None:
+    """Both sides right on every image, by other scores: no variance was seen, which is not that there is none."""
+    draw = rng("bound")
+    target = (draw.random((60, 1)) < 0.5).astype(float)
+    a, b = ([made(s, target + 0.1 * draw.random((60, 1)), target, np.arange(60)) for s in range(3)] for _ in range(2))
+    result = compare(a, b, "auroc_mean", bootstrap=Bootstrap(100))
+    assert (result.estimate, result.se, result.p) == (0, 0, 1)
+    assert (result.low, result.high) == (-math.inf, math.inf)
+    assert result.why == "both at a bound: patients and seeds do not vary"
+    whole = [dice(s, np.ones(60)) for s in range(3)]
+    assert math.isinf(compare(whole, [dice(s, np.ones(60)) for s in range(3)], "dice", bootstrap=Bootstrap(100)).width)
+
+
+def test_the_parts_of_a_comparison_give_its_interval_and_its_p() -> None:
+    a, b = simulated(World("dice", 3, patients=60), rng("parts"))
+    result = compare(a, b, "dice", bootstrap=Bootstrap(100))
+    assert result.parts.critical(0.025) * result.se == pytest.approx(result.high - result.estimate)
+    assert result.parts.p(abs(result.estimate) / result.se) == pytest.approx(result.p)
+    assert result.parts.seeds_df == pytest.approx(2)
+
+
+def test_does_not_repeat_pretraining_seeds_of_cells_that_are_left_out() -> None:
+    """Two of three checkpoints have a partner: a seed that only one side has is in no pair, and counts for nothing."""
+    draw = rng("unpaired")
+    a = [dice(s, draw.random(40), pre=s) for s in range(4)]
+    b = [dice(s, draw.random(40), pre=s) for s in (0, 1, 7, 8)]
+    result = compare(a, b, "dice", bootstrap=Bootstrap(50))
+    assert (result.units, result.pretraining_seeds) == (2, 2)
+    assert result.about == "encoders (these weights)"
 
 
 def test_holm_is_in_order_monotone_and_blind_to_nan() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,17 +302,78 @@ def test_does_not_repeat_a_withdrawn_claim_that_leaves_the_family(tmp_path: Path
     assert [(e.late, e.family) for e in late.ledger] == [(False, 4), (True, 5)]
 
 
-def test_convergence_compares_learning_curves(tmp_path: Path) -> None:
-    out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=100)
+def curves(out: Path, epochs: int, slower: float, level: float, spread: float = 0.01) -> Path:
+    """Learning curves: pretrained weights take 3 epochs to come near 0.8, random ones `slower` times as long and to `level` of that."""
     for place in (out / "cells").iterdir():
         config = yaml.safe_load((place / "config.yaml").read_text())
-        soon = 0.0 if config["source_kind"] == "random" else 0.1
-        result = json.loads((place / "result.json").read_text())
-        rows = [{"epoch": e, "val_auroc_mean": 0.8 - 0.3 * math.exp(-e / 3) + soon + 0.001 * result["seed"] * e} for e in range(1, 9)]
+        random = config["source_kind"] == "random"
+        own = 1 + spread * json.loads((place / "result.json").read_text())["seed"] * (1 if random else -1)
+        pace, top = 3 * own * (slower if random else 1), 0.8 * (level if random else 1)
+        rows = [{"epoch": e, "val_auroc_mean": top * (1 - 0.4 * math.exp(-e / pace))} for e in range(1, epochs + 1)]
         (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def test_does_not_repeat_convergence_that_is_one_of_level(tmp_path: Path) -> None:
+    """Of two sides as fast as each other one ends 20 % lower: neither is sooner. One that is slower and ends higher is later."""
+    level = curves(make(tmp_path / "level", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 30, slower=1.0, level=0.8)
+    sooner = claim(outcome="convergence", margin=0.01)
+    (same,) = with_claims(level, sooner).ledger
+    assert abs(same.comparison.estimate) < 0.002  # seeds of one side are a little sooner than those of the other
+    assert same.verdict == "fails"
+    later = curves(make(tmp_path / "later", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 30, slower=3.0, level=1.1)
+    (found,) = with_claims(later, sooner).ledger
+    assert found.verdict == "holds"
+    assert "over seeds alone, on these validation images" in found.sentence()
+
+
+def test_does_not_repeat_convergence_judged_from_one_evaluation(tmp_path: Path) -> None:
+    out = curves(make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 1, slower=3.0, level=0.5)
     (found,) = with_claims(out, claim(outcome="convergence")).ledger
-    assert found.comparison.basis in ("seeds", "seeds and patients")
-    assert found.comparison.estimate == pytest.approx(0.1, abs=1e-9)
+    assert (found.verdict, found.why) == ("underpowered", "a run of 1 evaluation: convergence takes 3")
+    equal = curves(out, 8, slower=1.0, level=1.0, spread=0.0)
+    (alike,) = with_claims(equal, claim(outcome="convergence")).ledger
+    assert (alike.verdict, alike.why) == ("underpowered", "the seeds do not vary")
+
+
+def test_does_not_repeat_verdicts_of_scores_at_a_bound(tmp_path: Path) -> None:
+    """Every mask of both sides is right: nothing varied, and nothing is known of what would."""
+    out = make(tmp_path / "out", {"random": 9.0, "simclr": 9.0}, seeds=3, images=60, tasks={"phantom-vessels": "segmentation"})
+    same = claim(name="same", sentence="It makes no difference.", expect="equivalent")
+    for found in with_claims(out, claim(), same).ledger:
+        assert (found.verdict, found.why) == ("underpowered", "both at a bound: patients and seeds do not vary")
+
+
+def test_does_not_repeat_equivalence_at_the_degrees_of_freedom_of_another_tail() -> None:
+    """Half of seeds (2 df), half of patients (199): the claim holds after Holm exactly where its interval at that level is inside."""
+    made = entry("equivalent", 0.0, 0.004)
+    parts = {"seed_variance": 0.5 * 0.004**2, "patient_variance": 0.5 * 0.004**2, "seeds_df": 2.0}
+    comparison = replace(made.comparison, **parts)
+    for tail in (0.05, 0.005, 0.0005):
+        margin = comparison.parts.critical(tail) * 0.004
+        found = replace(made, comparison=comparison, claim=claim(expect="equivalent", margin=margin))
+        assert found.p == pytest.approx(tail)
+
+
+def test_does_not_repeat_a_reason_that_its_interval_contradicts() -> None:
+    """The printed 90 % lie over the margin as a whole and the 95 % do not: the reason names the interval that it is of."""
+    found = entry("equivalent", 0.0415, 0.0115)
+    assert found.verdict == "underpowered"
+    assert found.interval[0] > 0.02
+    assert found.why == "the 95 % interval [+0.018, +0.065] reaches over +0.02"
+    assert entry("equivalent", 0.0, 0.02).why.endswith("reaches over -0.02 and +0.02")
+
+
+@pytest.mark.parametrize(("seeds", "verdict"), [(2, "underpowered"), (4, "holds")])
+def test_does_not_repeat_methods_on_random_weights_without_seeds(tmp_path: Path, seeds: int, verdict: str) -> None:
+    """Random weights are drawn anew with every seed: each is a pretraining seed, and two are too few."""
+    out = make(tmp_path / "out", {"random": 0.0, "random-b": 3.0}, seeds=seeds, images=200)
+    drawn = claim(
+        about="methods", sentence="As a method, b is better.", comparison={"a": {"source": "random-b"}, "b": {"source": "random"}}
+    )
+    (found,) = with_claims(out, drawn).ledger
+    assert found.verdict == verdict
+    assert found.pretraining_seeds == seeds
 
 
 # -- before and after the results
