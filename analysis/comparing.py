@@ -119,7 +119,8 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
     shown = f", of which the first {ROWS} are compared" if len(both) > ROWS else ""
     answer = (
         f"{len(both)} settings stand in both studies{shown}, {same} of them with the very same cells; of the others {better} have an"
-        f" interval above 0 for {titles[1]} and {worse} below. Nothing is declared: no family of these comparisons was fixed before the studies ran."
+        f" interval above 0 for {titles[1]} and {worse} below. Nothing is declared:"
+        " no family of these comparisons was fixed before the studies ran."
     )
     return Template((Path(__file__).parent / "report.html").read_text()).substitute(
         title=esc(" and ".join(titles)),

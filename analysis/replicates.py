@@ -7,10 +7,12 @@ in which a label has lost a class is drawn again, and counted.
 Legend: B replicates, N images, L labels, P positives, T thresholds.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,13 @@ from base.seeds import rng
 Array = NDArray[np.float64]
 REPLICATES = 2000
 CHUNK = 2_000_000  # numbers held at a time in a weighted AUROC: 16 MB
+
+
+def _digest(*arrays: NDArray[Any] | None) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        found.update(b"-" if array is None else f"{array.shape} {array.dtype.str} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,17 @@ class Scores:
         """Patients as numbers 0..P-1, in the order of their first image: other names for them change nothing."""
         _, first, at = np.unique(self.patient_N.astype(str), return_index=True, return_inverse=True)
         return np.asarray(np.argsort(np.argsort(first))[at], np.int64)
+
+    @cached_property
+    def drawn_by(self) -> str:
+        """What decides which patients are drawn: images, patients and targets."""
+        return _digest(self.ids_N, self.clusters_N, self.target_NL)
+
+    @cached_property
+    def digest(self) -> str:
+        """What decides the values of a metric and their replicates: `drawn_by` and what was predicted."""
+        known, strata = (None, None) if (s := self.stratum_N) is None else (np.not_equal(s, None), s.astype(str))
+        return self.drawn_by + _digest(self.score_NL, self.dice_N, self.iou_N, self.true_N, self.decided_N, known, strata)
 
     @cached_property
     def strata(self) -> list[NDArray[np.int64]]:
@@ -215,20 +235,19 @@ class Bootstrap:
 
     def __init__(self, replicates: int = REPLICATES, seed: int = 0) -> None:
         self.replicates, self.seed = replicates, seed
-        self._draws: dict[tuple[str, bytes], Resample] = {}
-        self._values: dict[tuple[int, str], tuple[Scores, float, Array]] = {}
+        self._draws: dict[tuple[str, str], Resample] = {}
+        self._values: dict[tuple[str, str], tuple[float, Array]] = {}
 
     def draw(self, scores: Scores, metric: str) -> Resample:
-        parts = [scores.ids_N.tobytes(), scores.clusters_N.tobytes(), b"" if scores.target_NL is None else scores.target_NL.tobytes()]
-        key = (metric, b"".join(parts))
+        key = (metric, scores.drawn_by)
         if key not in self._draws:
             self._draws[key] = resample(scores, metric, self.replicates, self.seed)
         return self._draws[key]
 
     def __call__(self, scores: Scores, metric: str) -> tuple[float, Array]:
         """(the metric itself, its replicates)."""
-        key = (id(scores), metric)  # the object is kept beside its values, so that its id is not used again
+        key = (scores.digest, metric)  # not the scores themselves: a study of 10,000 cells has more of them than memory
         if key not in self._values:
             point = metric_B(scores, metric, np.ones((1, len(scores.ids_N))))[0]
-            self._values[key] = (scores, float(point), metric_B(scores, metric, self.draw(scores, metric).weight_BN))
-        return self._values[key][1:]
+            self._values[key] = (float(point), metric_B(scores, metric, self.draw(scores, metric).weight_BN))
+        return self._values[key]

@@ -1,6 +1,9 @@
 """What the page may not say: each test names a sentence or a mark that stood there once and was not so."""
 
+import gc
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +176,34 @@ def test_does_not_repeat_settings_and_revisions_that_are_markup(tmp_path: Path) 
     said = analysis_sections._whole(evidence, Standing(str(tmp_path), made))
     assert "&lt;script&gt;" in said
     assert not {"<script", "<b>", "<i>"} & {said[i : i + n] for n in (3, 7) for i in range(len(said))}
+
+
+def test_does_not_repeat_comparisons_that_are_kept_though_a_prediction_could_not_be_read(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=3, images=80)
+    lost = {
+        source: [Path(c.url, "predictions.parquet") for c in finished(str(out)) if c.source == source] for source in ("random", "simclr")
+    }
+    held = {file: file.read_bytes() for files in lost.values() for file in files}
+    for away in (lost["simclr"], lost["simclr"][:1]):  # all of a side, and one of three
+        for file in away:
+            file.unlink()
+        evidence = gather(str(out), QUICK)
+        assert evidence.findings[0].comparison.units < 3
+        evidence.comparisons.write()
+        for file in away:
+            file.write_bytes(held[file])
+        evidence = gather(str(out), QUICK)
+        assert (evidence.comparisons.computed, evidence.findings[0].comparison.units) == (1, 3)
+
+
+def test_does_not_repeat_replicates_that_hold_the_predictions_they_came_from() -> None:
+    bootstrap = Bootstrap(20)
+    scores, _ = equal_groups(0, 2, 40)
+    first, again = bootstrap(scores, "auroc_mean"), bootstrap(replace(scores), "auroc_mean")
+    assert again is first
+    assert scores.score_NL is not None
+    assert bootstrap(replace(scores, score_NL=scores.score_NL[::-1].copy()), "auroc_mean")[0] != first[0]
+    gone = weakref.ref(scores)
+    del scores
+    gc.collect()
+    assert gone() is None
