@@ -65,7 +65,7 @@ class Scores:
     @cached_property
     def digest(self) -> str:
         """What decides the values of a metric and their replicates: `drawn_by` and what was predicted."""
-        known, strata = (None, None) if (s := self.stratum_N) is None else (np.not_equal(s, None), s.astype(str))
+        known, strata = (None, None) if (s := self.stratum_N) is None else (np.array([value is not None for value in s]), s.astype(str))
         return self.drawn_by + _digest(self.score_NL, self.dice_N, self.iou_N, self.true_N, self.decided_N, known, strata)
 
     @cached_property

@@ -12,11 +12,10 @@ from typing import Any
 import pandas as pd
 
 from analysis import figures, results
-from analysis.evidence import Evidence, Finding, scores
+from analysis.evidence import Evidence, Finding, Loaded
 from analysis.ranks import ranks
 from analysis.results import Cell
 from analysis.secondary import secondary
-from analysis.statistics import Scores
 from analysis.tables import cell, esc, num, pvalue, table
 from base import storage
 
@@ -117,17 +116,9 @@ def secondary_tests(evidence: Evidence) -> str:
     """A row a comparison of the primary table with the tests that earlier studies print; also written to report/secondary.csv."""
     compared = [f for f in evidence.findings if f.kind != "claim" and math.isfinite(f.comparison.estimate)]
     side, family = _sides(evidence), max(1, evidence.family)
-    held: dict[str, Scores | None] = {}
-    rows, listed = [], []
-
-    def load(cells: list[Cell]) -> list[Scores]:
-        for one in cells:
-            if one.key not in held:
-                held[one.key] = scores(one)
-        return [found for one in cells if (found := held[one.key]) is not None]
-
+    load, rows, listed = Loaded(), [], []
     for f in compared[:TESTED]:
-        a, b = load(side(f, f.a)), load(side(f, f.b))
+        a, b = ([held for one in side(f, name) if (held := load(one)) is not None] for name in (f.a, f.b))
         found = secondary(a, b, f.metric, family=family)
         listed.append({"a": f.a, "b": f.b, "on": f.words(evidence), "metric": f.metric, **found})
         parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)))]

@@ -17,7 +17,7 @@ from analysis import report as reports
 from analysis.analyses import Analysis, Standing
 from analysis.claims import Claim
 from analysis.comparing import compare_studies
-from analysis.evidence import Evidence, gather
+from analysis.evidence import Evidence, Loaded, gather
 from analysis.results import finished
 from analysis.statistics import Bootstrap, Scores
 from base.config import parse
@@ -207,3 +207,13 @@ def test_does_not_repeat_replicates_that_hold_the_predictions_they_came_from() -
     del scores
     gc.collect()
     assert gone() is None
+
+
+def test_does_not_repeat_a_loader_that_keeps_the_predictions_of_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = finished(str(make(tmp_path, {"random": 0.0}, seeds=4, images=40)))
+    monkeypatch.setattr("analysis.evidence.HELD", 2)
+    load = Loaded()
+    held = [weakref.ref(found) for cell in (cells[0], cells[1], cells[0], cells[2]) if (found := load(cell)) is not None]
+    del found
+    gc.collect()
+    assert [one() is not None for one in held] == [True, False, True, True]  # the first was asked for again, the second went
