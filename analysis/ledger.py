@@ -21,13 +21,14 @@ from scipy import stats
 from analysis import convergence, results
 from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
 from analysis.components import ROUNDING
+from analysis.power import observed
 from analysis.results import Cell
-from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, not_comparable
+from analysis.statistics import Bootstrap, Comparison, Scores, compare, holm, not_comparable
 
 Verdict = Literal["holds", "fails", "underpowered"]
 LEVEL = 0.05
 LEAST_EVALUATIONS = 3  # of a run, under which a learning curve is its first value and little more
-MOST_SEEDS = 1000
+MOST = 1000  # seeds, and times the test patients, that are asked for
 
 
 def axes_of(cell: Cell) -> dict[str, Any]:
@@ -149,32 +150,30 @@ class Entry:
         return f"methods, {self.pretraining_seeds} pretraining seeds" if self.claim.about == "methods" else "these encoders"
 
     def needs(self) -> str:
-        """What would settle it: seeds, or patients where no number of seeds does. Empty for a claim that is settled."""
+        """What would settle it in 80 % of repetitions: so many seeds, else so many test patients, and where neither alone does, that. Empty
+        for a claim that is settled, or of whose variance nothing is known."""
         if self.verdict != "underpowered":
             return ""
-        c = self.comparison
+        c, seeds = self.comparison, self.comparison.units
         if self.claim.about == "methods" and self.pretraining_seeds < PRETRAINING_SEEDS:
             return f"{PRETRAINING_SEEDS} pretraining seeds"
-        if not (c.se > 0 and math.isfinite(c.seed_variance) and c.units > 1):
+        if not (c.se > 0 and math.isfinite(c.seed_variance) and seeds > 1):
             return "more fine-tuning seeds" if c.basis == "patients only" else ""
-        patients = 0.0 if math.isnan(c.patient_variance) else c.patient_variance
-        seeds = next((n for n in range(2, MOST_SEEDS) if self._resolves(c.seed_variance * c.units / n, n - 1, patients)), None)
-        if seeds is not None:
-            return f"{max(seeds, c.units + 1)} seeds"
-        times = next((k for k in range(2, MOST_SEEDS) if self._resolves(0.0, 1, patients / k)), None)
-        return f"{times} times the test patients" if times else "more test patients and seeds"
+        parts, alpha, equivalent = c.parts, LEVEL / self.family, self.claim.expect == "equivalent"
 
-    def _resolves(self, seeds: float, free: int, patients: float) -> bool:
-        """Whether a study with these variances would settle the claim in 80 % of repetitions, at its share of the level."""
-        variance, count = seeds + patients, max(2, self.comparison.patients)
-        terms = [(value, df) for value, df in ((seeds, free), (patients, count - 1)) if value > 0]
-        if not terms:
-            return True
-        df = variance**2 / sum(value**2 / of for value, of in terms)
-        alpha = LEVEL / self.family
-        if self.claim.expect == "equivalent":  # of no true difference: each test has to leave half of what fails
-            return bool((stats.t.ppf(1 - alpha, df) + stats.t.ppf(0.9, df)) * math.sqrt(variance) <= self.claim.margin)
-        return detectable(replace(self.comparison, se=math.sqrt(variance), df=df), alpha) <= self.claim.margin
+        def with_seeds(n: int) -> bool:
+            held = replace(parts, seeds=parts.seeds * seeds / n, seeds_df=parts.seeds_df * (n - 1) / (seeds - 1))
+            return observed(held, c.patients, alpha, equivalent) <= self.claim.margin
+
+        def with_patients(times: int) -> bool:
+            held = replace(parts, patients=parts.patients / times)
+            return observed(held, c.patients * times, alpha, equivalent) <= self.claim.margin
+
+        if number := _fewest(seeds, with_seeds):
+            return f"{number} {'fine-tuning' if math.isnan(c.pretraining_variance) else 'pretraining'} seeds"
+        if parts.patients > 0 and (number := _fewest(1, with_patients)):
+            return f"{number} times the test patients"
+        return "more seeds and more test patients: neither alone is enough" if c.patients else f"more than {MOST} seeds"
 
     def effect(self) -> str:
         """`+0.021 [0.004, 0.038]`, with its level where it is not 95 %."""
@@ -201,6 +200,17 @@ class Entry:
             added = f", over seeds alone, on these validation images{added}"
         judged = {"holds": "holds", "fails": "fails", "underpowered": "is not settled"}[self.verdict]
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
+
+
+def _fewest(low: int, enough: Callable[[int], bool]) -> int | None:
+    """The least number over `low` that is enough; None where MOST is not."""
+    high = MOST
+    if not enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 Load = Callable[[Cell], Scores | None]
@@ -313,7 +323,8 @@ def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
     if all(single):
         one, other = ({seed: value for (_, seed), value in held.items()} for held in areas)
         return _student([np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])])
-    return _student([_units(areas[0]), -_units(areas[1])])
+    found = _student([_units(areas[0]), -_units(areas[1])])
+    return replace(found, pretraining_variance=found.seed_variance)
 
 
 def _units(areas: Mapping[tuple[int, int], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -337,7 +348,7 @@ def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparis
         return Comparison(estimate, -math.inf, math.inf, 0.0, math.nan, 1.0, "seeds", units=units, why=why)
     se, df = math.sqrt(variance), variance**2 / sum(term**2 / free for term, free in terms)
     half, p = float(stats.t.ppf(0.975, df)) * se, float(2 * stats.t.sf(abs(estimate) / se, df))
-    return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=units, seed_variance=variance)
+    return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=units, seed_variance=variance, seeds_df=df)
 
 
 def _adjusted(entries: list[Entry], gone: Sequence[bool]) -> list[Entry]:

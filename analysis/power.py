@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 from scipy import optimize, special, stats
 
+from analysis.components import Parts
 from analysis.replicates import DECIDED, Array
 from base.seeds import rng
 
@@ -132,16 +133,43 @@ def _detectable(of_cell: float, spread: Spread, patients: int, seeds: int, pretr
     seeds_K = np.sum(found_K, axis=0)
     squares_K = np.sum([found**2 / df for found, (_, df) in zip(found_K, among, strict=True)], axis=0)
     df_K = np.divide(seeds_K**2, squares_K, out=np.ones(DRAWS), where=squares_K > 0)
-    tail = alpha / 2
-    total_K = seeds_K + of_patients
-    critical_K = -(seeds_K * special.stdtrit(df_K, tail) + of_patients * special.stdtrit(max(1, patients - 1), tail)) / np.sqrt(total_K)
+    half_K = _half_K(seeds_K, df_K, of_patients, patients, alpha / 2)
     se = math.sqrt(of_patients + sum(whole for whole, _ in among[:2]))
+    return _found(half_K, se), se
+
+
+def _half_K(seeds_K: Array, df_K: Array, of_patients: float, patients: int, tail: float) -> Array:
+    """Half of the interval that compare would give, from what it would find of the seeds' variance."""
+    weighted_K = seeds_K * special.stdtrit(df_K, tail) + of_patients * special.stdtrit(max(1, patients - 1), tail)
+    return np.asarray(-weighted_K / np.sqrt(seeds_K + of_patients))
+
+
+def _found(half_K: Array, se: float) -> float:
+    """The smallest difference whose interval leaves 0 out in 80 % of repetitions."""
 
     def short(difference: float) -> float:
-        either_K = stats.norm.sf((critical_K - difference) / se) + stats.norm.cdf((-critical_K - difference) / se)
+        either_K = stats.norm.sf((half_K - difference) / se) + stats.norm.cdf((-half_K - difference) / se)
         return float(np.mean(either_K)) - WANTED_POWER
 
-    return float(optimize.brentq(short, 0.0, se + 2 * float(critical_K.max()))), se
+    return float(optimize.brentq(short, 0.0, se + 2 * float(half_K.max())))
+
+
+def observed(parts: Parts, patients: int, alpha: float, equivalent: bool = False) -> float:
+    """`detectable` of a study whose variances were seen; with `equivalent` the smallest margin that two one-sided tests at alpha keep a
+    difference of nothing within in 80 % of repetitions."""
+    seeds, free, of_patients = parts.seeds, max(parts.seeds_df, 1e-3), parts.patients
+    if seeds + of_patients == 0:
+        return 0.0
+    seeds_K = seeds * stats.chi2.ppf(_uniform()[0], free) / free
+    df_K = np.full(DRAWS, free)
+    half_K = _half_K(seeds_K, df_K, of_patients, patients, alpha if equivalent else alpha / 2)
+    if not equivalent:
+        return _found(half_K, parts.se)
+
+    def short(margin: float) -> float:
+        return float(np.mean(np.maximum(0, 2 * stats.norm.cdf((margin - half_K) / parts.se) - 1))) - WANTED_POWER
+
+    return float(optimize.brentq(short, 0.0, 4 * parts.se + 2 * float(half_K.max())))
 
 
 def power(

@@ -99,6 +99,12 @@ def entry(expect: str, estimate: float, se: float, df: float = 20, margin: float
     return Entry(**{**vars(made), "adjusted": holm([made.p, *[1.0] * (family - 1)])[0], "family": family})
 
 
+def needs(expect: str, estimate: float, se: float, of_seeds: float) -> str:
+    """What a claim would take of which the variance over five seeds is known as such."""
+    made = entry(expect, estimate, se, of_seeds=of_seeds)
+    return replace(made, comparison=replace(made.comparison, seeds_df=4.0)).needs()
+
+
 @pytest.mark.parametrize(
     ("expect", "estimate", "se", "verdict"),
     [
@@ -155,14 +161,22 @@ def test_a_claim_that_is_not_so_holds_in_few_studies(expect: str, true: float) -
 def test_what_a_claim_would_take_is_enough() -> None:
     """With as many seeds as are asked for, and the variance between seeds as it was, the claim is settled in most repetitions."""
     short = entry("greater", 0.01, 0.012, of_seeds=0.9)
-    seeds = int(short.needs().split()[0])
+    words = needs("greater", 0.01, 0.012, of_seeds=0.9)
+    assert words.endswith(" fine-tuning seeds")
+    seeds = int(words.split()[0])
     assert seeds > 5
     of_seed, of_patients = short.comparison.seed_variance * 5, short.comparison.patient_variance
     se = math.sqrt(of_seed / seeds + of_patients)
     power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, 0.02 / se)
     assert power > 0.78
     assert entry("greater", 0.05, 0.01).needs() == ""
-    assert entry("equivalent", 0.0, 0.2).needs().endswith("times the test patients")
+    assert needs("equivalent", 0.0, 0.02, of_seeds=0.02).endswith("times the test patients")
+
+
+def test_does_not_repeat_patients_that_settle_what_seeds_leave_open() -> None:
+    """Half of the variance is of seeds, half of patients, and each alone is more than the margin: no number of either is enough."""
+    for expect in ("greater", "equivalent"):
+        assert needs(expect, 0.0, 0.2, of_seeds=0.5) == "more seeds and more test patients: neither alone is enough"
 
 
 # -- the ledger of a study
