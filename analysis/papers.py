@@ -111,8 +111,8 @@ def section(evidence: Evidence) -> str:
         both = f"<pre>{esc(one.markdown())}</pre><pre>{esc(one.latex())}</pre>"
         parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
     note = (
-        "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over fine-tuning seeds,"
-        " uncorrected, which declares nothing here."
+        "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over seeds, uncorrected, which"
+        " takes the test patients as given and declares nothing here. Numbers with † or ‡ are never bold and have no stars."
     )
     return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
 
