@@ -439,6 +439,14 @@ def test_the_ready_claims_are_named_like_their_files_and_the_study_holds_them_al
     assert "claims/transfer-on-few-data" not in names("study")
 
 
+@pytest.mark.parametrize("name", names("claim"))
+def test_does_not_repeat_a_ready_claim_about_encoders_that_speaks_of_pretraining_at_large(name: str) -> None:
+    """What one checkpoint shows is of these weights; pretraining as such is of methods."""
+    one = load_claim(name)
+    said = one.sentence.lower()
+    assert one.about == "methods" or not ("pretraining on" in said or "pretraining that" in said)
+
+
 @pytest.mark.parametrize("settings", [[], ["preset=radiographs", "data.nih-cxr14.raw=/x", "data.montgomery.raw=/y"]])
 def test_every_ready_claim_has_both_sides_on_phantoms_and_on_the_users_data(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study("claims", settings)  # refuses a claim without both sides
