@@ -4,7 +4,8 @@
 
 Ray keeps nothing that matters: a cell is done when its result.json stands in storage. A cell that raises is recorded and the others go on.
 A worker that dies is replaced and its cell tried again, behind those that killed nobody; after three deaths the cell has failed. A node
-that dies, or a store that does not answer, is no fault of the cell: it keeps its turn, and is tried more often.
+that dies, or a store that does not answer, is no fault of the cell: it keeps its turn, and is tried more often, while a store answers no
+cell as often as it takes.
 """
 
 import math
@@ -27,6 +28,7 @@ from finetune.cell import CellConfig
 LOOK_S = 0.5  # how often others are asked for cells, and for what they hold back
 ROOM_S = 5.0  # how often the cluster is asked for its size
 LONGEST_REST_S = 30.0  # before a cell that storage let down is tried again
+OUTAGE_S = 3600.0  # of a store, for which cells wait: workers that wait cost money, and what never ends must be told
 STARTS = 5  # workers that may die in a row before any has started
 
 
@@ -96,6 +98,8 @@ class Fanout:
         self._running: dict[Team, Waiting] = {}
         self._gpu_bytes: dict[tuple[Any, ...], int] = {}
         self._unstarted = 0
+        self._succeeded = time.monotonic()  # when a cell last did
+        self._down: float | None = None  # since when storage has let cells down and none has succeeded
 
     def add(self, configs: Sequence[CellConfig]) -> None:
         """Cells that are to run, too."""
@@ -161,6 +165,7 @@ class Fanout:
         if event.spent is not None:
             self._gpu_bytes[kind(config)] = max(event.spent.gpu_bytes, self._gpu_bytes.get(kind(config), 0))
             self.tally.done += 1
+            self._succeeded, self._down = time.monotonic(), None
             labels = {"task": config.task.task, "strategy": str(config.strategy["name"])}
             observe.tell(labels, cell_images=event.spent.images, cell_seconds=event.spent.seconds)
             self._ended(waiting, None)
@@ -169,17 +174,21 @@ class Fanout:
             problem = WorkError(_in_words([*waiting.reasons, event.lost]))
             self._again(problem, waiting, event.lost, guilty=event.guilty)
         elif isinstance(event.error, StorageDown):
-            rest_s = min(LONGEST_REST_S, 2.0**waiting.losses)
-            self._again(event.error, waiting, str(event.error), until=time.monotonic() + rest_s)
+            now, rest_s = time.monotonic(), min(LONGEST_REST_S, 2.0 ** min(10, len(waiting.reasons)))
+            # While it lets every cell down, storage is away; a cell that it lets down though others succeed has a reason of its own.
+            self._down = self._down or now
+            counts = waiting.let_down < self._succeeded or now - self._down > OUTAGE_S
+            waiting.let_down = now
+            self._again(event.error, waiting, str(event.error), counts=counts, until=now + rest_s)
         elif _out_of_memory(event.error) and self.pool.beside(event.team):
             waiting.alone = True
             self._again(event.error, waiting, "no memory was left on the GPU that it shared with others")
         else:
             self._failed(waiting, event.error)
 
-    def _again(self, problem: Any, waiting: Waiting, reason: str, *, guilty: bool = False, until: float = 0.0) -> None:
+    def _again(self, problem: Any, waiting: Waiting, reason: str, *, guilty: bool = False, counts: bool = True, until: float = 0.0) -> None:
         """Another attempt, unless it has had all of them."""
-        if not self.line.again(waiting, reason, guilty=guilty, until=until):
+        if not self.line.again(waiting, reason, guilty=guilty, counts=counts, until=until):
             self._failed(waiting, problem)
         else:
             self.tally.retried[waiting.config.key] = waiting.reasons

@@ -9,13 +9,14 @@ Knows nothing of Ray: the fan-out takes from it, and so does the simulation of b
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from finetune.cell import CellConfig
 
-ATTEMPTS = 3  # of a cell whose worker dies under it, or that storage let down
-LOSSES = 10  # of a cell under which nodes die: on spot machines that is no fault of the cell, and yet it must end
+ATTEMPTS = 3  # of a cell whose worker dies under it
+LOSSES = 10  # of a cell under which nodes die, or that storage lets down: that is no fault of the cell, and yet it must end
 
 
 @dataclass(order=True)
@@ -27,6 +28,7 @@ class Waiting:
     cost: float = field(compare=False)
     attempts: int = field(default=0, compare=False)
     losses: int = field(default=0, compare=False)
+    let_down: float = field(default=-math.inf, compare=False)  # when storage did so last
     alone: bool = field(default=False, compare=False)  # it wants a GPU for itself, whatever was measured
     reasons: list[str] = field(default_factory=list, compare=False)
 
@@ -68,16 +70,17 @@ class Line:
         """Whose turn it is; it leaves."""
         return heapq.heappop(self._heap)
 
-    def again(self, waiting: Waiting, reason: str, *, guilty: bool, until: float = 0.0) -> bool:
+    def again(self, waiting: Waiting, reason: str, *, guilty: bool, counts: bool = True, until: float = 0.0) -> bool:
         """Back into the line for another attempt; False when it has had all of them.
 
         Args:
             guilty: it may have killed its worker, so it goes behind those that have not; otherwise it keeps its turn.
+            counts: as one of its attempts.
             until: it rests until then, by the clock of `wake`.
         """
         waiting.reasons.append(reason)
         waiting.attempts += guilty
-        waiting.losses += not guilty
+        waiting.losses += counts and not guilty
         if waiting.attempts >= ATTEMPTS or waiting.losses >= LOSSES:
             return False
         waiting.turn = (waiting.attempts, *waiting.turn[1:])

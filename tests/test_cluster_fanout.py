@@ -350,6 +350,43 @@ def test_a_worker_whose_cuda_context_broke_eats_no_more_cells(cluster: None, mon
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("outage", ["ends", "never ends", "of one cell"])
+def test_an_outage_of_storage_fails_no_cell(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: str) -> None:
+    """However often they are tried meanwhile; what never ends does end them, and so does one that others do not have."""
+
+    class Down(quick()):  # type: ignore[misc]
+        def run(self, config_json: str) -> Any:
+            if not (tmp_path / "up").exists() and json.loads(config_json)["key"] in ("a", "b"):
+                raise pool.StorageDown("the object store cannot be used")
+            return super().run(config_json)
+
+    monkeypatch.setattr(pool, "CellWorker", Down)
+    monkeypatch.setattr(fanout, "LONGEST_REST_S", 0.01)
+    monkeypatch.setattr(fanout, "LOOK_S", 0.02)
+    if outage == "never ends":
+        monkeypatch.setattr(fanout, "OUTAGE_S", 0.0)
+
+    def report(tally: Tally) -> None:
+        if outage == "ends" and {"a", "b"} == {key for key, reasons in tally.retried.items() if len(reasons) > LOSSES}:
+            (tmp_path / "up").touch()
+
+    lost: list[str] = []
+
+    def told(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
+        lost.extend([config.key] if problem else [])
+        return [golden(key="other")] if outage == "of one cell" and not lost else []
+
+    first = [golden(key=key) for key in (("a", "other") if outage == "of one cell" else ("a", "b"))]
+    tally = run_cells(first, Resources(cell_workers=2), report, told)
+    if outage == "ends":
+        assert (tally.done, tally.failed) == (2, {})
+    else:
+        assert set(tally.failed) == {"a", "b"} & {config.key for config in first}
+        assert all(len(tally.retried[key]) >= LOSSES for key in tally.failed)
+
+
+@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_two_ranks_compute_what_one_does(cluster: None, tmp_path: Path) -> None:
     """Within what tests/test_finetune_run.py allows rounding; both ranks are processes of one team."""
