@@ -143,7 +143,7 @@ def _closing(study: Any, summary: Any) -> None:
     else:
         if summary.low:
             print(f"beware    {summary.low}")
-        print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {len(summary.failed)} failed")
+        print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {summary.cells_failed} failed")
     if summary.restarts or summary.deaths:
         print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")
     if study.cells is not None:

@@ -1,7 +1,7 @@
 """Work that waits for other work and for its share of a cluster: everything that is ready runs at once, each node in a thread.
 
     graph = Graph(ray.cluster_resources)
-    graph.add(Node("pack a", pack, shares=True))
+    graph.add(Node("pack a", pack, shares=("CPU",)))
     graph.add(Node("train", train, needs=("pack a",), holds={"CPU": 2}))
     graph.run()
     graph.results["train"], graph.failed, graph.skipped
@@ -31,7 +31,8 @@ class Node:
     after: names of nodes that must have ended, in whatever way.
     once: names of nodes of which one must be done, or all must have ended.
     holds: what it takes of the cluster while it runs; it starts when so much is free.
-    shares: it works on what the others leave, see `Graph.left`, and looks often whether the graph has ended, see `Graph.check`.
+    shares: of which resources it uses what the others leave, see `Graph.left`; it looks often whether the graph has ended, see
+        `Graph.check`.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Node:
     after: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
     holds: Mapping[str, float] = field(default_factory=dict)
-    shares: bool = False
+    shares: tuple[str, ...] = ()
 
 
 class Stopped(Exception):
@@ -95,12 +96,11 @@ class Graph:
                     thread.join(max(0.0, until - time.monotonic()))
 
     def left(self) -> dict[str, float]:
-        """What each running node that shares may use now: in equal parts what is left over by those that hold, and by those that are ready
-        to and wait for room."""
+        """What each running node that shares may use now: of what is left over by those that hold, and by those that are ready to and wait
+        for room, an equal part with the others that share that resource."""
         with self._lock:
             taken = [node for other, node in self._nodes.items() if other in self._running or self._waits(node)]
-            sharing = sum(node.shares for node in taken) or 1
-            return {what: max(0.0, size - _sum(taken, what)) / sharing for what, size in self._all().items()}
+            return {what: max(0.0, size - _sum(taken, what)) / _sharing(taken, what) for what, size in self._all().items()}
 
     def reserved(self) -> dict[str, float]:
         """The rest: what each of them has to leave to others."""
@@ -172,6 +172,10 @@ class Graph:
                 self.failed[name] = WorkError(in_a_line(error))
             else:
                 raise error
+
+
+def _sharing(nodes: list[Node], what: str) -> int:
+    return max(1, sum(what in node.shares for node in nodes))
 
 
 def _sum(nodes: list[Node], what: str) -> float:

@@ -105,12 +105,14 @@ def compare_one(
     progress: Progress,
     events: Events,
     room: Callable[[], float] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the comparisons of a dataset and split that are missing, on Ray, a task for each shard.
 
     Args:
         ready: gives the test images of a dataset as `prepared` does; asked again it gives the same.
         room: how many tasks may run at a time, see cluster.tasks.
+        look: raises where the study has ended meanwhile.
 
     Raises:
         RequestError: there is a finding, and the study does not exclude what matches.
@@ -121,10 +123,12 @@ def compare_one(
     asked = [(dataset, split, test) for test in by_corpus(study)[corpus]]
     against = [test for (_, _, test), check in zip(asked, _standing(study, corpora, asked), strict=True) if check is None]
     if against:
+        look()
         look_there, tests = ray.remote(num_cpus=1)(_by_pixels), [ready(test) for test in against]
         images = packed.Corpus(corpora[dataset].url, (split,))
         parts: dict[int, Any] = {}
         for ended in run_tasks(lambda at: look_there.remote(images.url, split, at, *tests), len(images.shards), room):
+            look()
             parts |= ended
             shards = f"{len(parts)}/{len(images.shards)} shards"
             progress.line(f"leakage {dataset} {split}: {shards} compared with {', '.join(against)}", of=f"leakage {dataset} {split}")

@@ -9,8 +9,9 @@ the run that it starts from stands; cells of a source when it stands and their t
 workers' share of the cluster; packing, comparing and cells work on what these leave.
 """
 
+import threading
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from cluster import leakage, plan, stages
@@ -40,7 +41,8 @@ class Making:
         self.feed = Feed()
         self.searches = Searches(plan.settings(study, {}, foreseen(study, {}, standing_sources(study))))
         self._restarts: list[int] = []  # of workers, by pretraining
-        self._tests = cache(lambda test: leakage.prepared(self._packed()[test]))  # each made ready once for all corpora
+        self._prepared: dict[str, Any] = {}
+        self._preparing = threading.Lock()
         self._add()
 
     @property
@@ -73,7 +75,8 @@ class Making:
         """Reasons by piece of work."""
         reasons = {name: str(error) for name, error in self.graph.failed.items()}
         for name, lost in self.graph.skipped.items():
-            reasons[name] = f"not tried: {lost} failed"
+            if not name.startswith(("leakage ", "fit ")):  # on the way to what a person asked for, which is skipped too
+                reasons[name] = f"not tried: {lost} failed"
         return reasons | self.fanned.failed
 
     # -- the nodes
@@ -81,12 +84,12 @@ class Making:
     def _add(self) -> None:
         study, add, matrix = self.study, self.graph.add, self.study.cells
         for name in study.data:
-            add(Node(f"pack {name}", partial(self._act, f"pack {name}", partial(self._pack, name)), shares=True))
+            add(Node(f"pack {name}", partial(self._act, f"pack {name}", partial(self._pack, name)), shares=("CPU",)))
         compared = leakage.by_corpus(study)
         for (name, split), tests in compared.items():
             label = _leakage(name, split)
             packs = tuple(dict.fromkeys(f"pack {one}" for one in (name, *tests)))
-            add(Node(label, partial(self._act, label, partial(self._compare, (name, split))), needs=packs, shares=True))
+            add(Node(label, partial(self._act, label, partial(self._compare, (name, split))), needs=packs, shares=("CPU",)))
         for source in outside_sources(study):
             add(Node(f"source {source}", partial(external, source, study.out, self.uri)))
         for entry in study.pretrain:
@@ -101,7 +104,7 @@ class Making:
         if matrix is not None:
             feeders = tuple(label for task in matrix.tasks for source in matrix.sources for label in self._add_feeders(task, source))
             add(Node("last cells", partial(self.feed.waiting.put, None), after=feeders))
-            add(Node(CELLS, partial(self._act, CELLS, self._cells), once=feeders, shares=True))
+            add(Node(CELLS, partial(self._act, CELLS, self._cells), once=feeders, shares=("CPU", "GPU")))
             if study.analyses:
                 add(Node("analyses", self._analyse, after=(CELLS,)))
 
@@ -156,7 +159,14 @@ class Making:
         return stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
 
     def _compare(self, corpus: tuple[str, str]) -> None:
-        leakage.compare_one(self.study, self._packed(), corpus, self._tests, self.progress, self.events, self._room)
+        leakage.compare_one(self.study, self._packed(), corpus, self._tests, self.progress, self.events, self._room, self.graph.check)
+
+    def _tests(self, test: str) -> Any:
+        """The test images of a dataset, made ready once for all corpora, whose nodes ask at the same time."""
+        with self._preparing:
+            if test not in self._prepared:
+                self._prepared[test] = leakage.prepared(self._packed()[test])
+            return self._prepared[test]
 
     def _packed(self) -> dict[str, Corpus]:
         """Datasets that are packed, as they were packed."""

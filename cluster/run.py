@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from base import storage
 from base.config import to_yaml
-from base.errors import RequestError, WorkError
+from base.errors import RequestError, WorkError, in_a_line
 from base.paths import is_url, revision
 from cluster import leakage, observe, plan, stages
 from cluster.changes import changes, held
@@ -32,7 +32,8 @@ class Summary:
 
     cells_kept: int
     cells_new: int
-    failed: dict[str, str]
+    cells_failed: int
+    failed: dict[str, str]  # reasons, of cells and of everything else
     restarts: int
     deaths: int
     versions: dict[str, str]
@@ -114,7 +115,7 @@ def _stages(
         making = Making(study, uri, progress, events)
         making.run()
     made, failed = making.fanned, making.failed()
-    counts = {"kept": making.searches.kept, "new": made.new, "restarts": making.restarts, "deaths": made.deaths}
+    counts = {"kept": making.searches.kept, "new": made.new, "lost": len(made.failed), "restarts": making.restarts, "deaths": made.deaths}
     return _finish(study, projector, progress, failed=failed, **counts)
 
 
@@ -133,6 +134,7 @@ def _finish(study: Study, projector: Projector, progress: Progress, failed: dict
     return Summary(
         cells_kept=counts["kept"],
         cells_new=counts.get("new", 0),
+        cells_failed=counts.get("lost", 0),
         failed=failed or {},
         restarts=counts.get("restarts", 0),
         deaths=counts.get("deaths", 0),
@@ -160,12 +162,13 @@ def _registered(study: Study, projector: Projector) -> tuple[Projection | None, 
 
 
 def _tried(act: Callable[[], object], out: str, uri: str) -> WorkError | None:
-    from mlflow.exceptions import MlflowException
-
     try:
         act()
-    except MlflowException as error:
-        return WorkError(f"MLflow could not be written: {error}", where=uri, hint=f"results and report are safe; allograft sync {out}")
+    except Exception as error:  # noqa: BLE001, raised once the report is written
+        said = f"MLflow could not be written: {in_a_line(error)}"
+        trouble = WorkError(said, where=uri, hint=f"results and report are safe; allograft sync {out}")
+        trouble.__cause__ = error
+        return trouble
     return None
 
 

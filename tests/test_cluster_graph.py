@@ -1,9 +1,13 @@
 """Studies as graphs: what waits for what, what runs at once, what a failure takes with it, and that no more is held than there is."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +19,18 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 from analysis import results
 from base import storage
 from base.errors import RequestError, WorkError
-from cluster import registry, stages
+from base.paths import ROOT
+from cluster import leakage, registry, stages
+from cluster.cli import _closing
 from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
 from cluster.load import load_study
 from cluster.nodes import Making
-from cluster.plan import settings
+from cluster.plan import Corpus, settings
 from cluster.progress import Progress
+from cluster.run import Summary, _tried, run
 from cluster.searches import Searches
+from cluster.stages import Fanned
 from cluster.standing import standing_corpora
 from cluster.study import Study
 from cluster.tasks import of_task
@@ -130,7 +138,7 @@ def test_a_wrong_request_ends_everything(error: Exception) -> None:
                 ended.append("work")
                 raise
 
-    made = graph(Node("work", work, shares=True), Node("a", fail(error)), Node("b", lambda: ended.append("b"), needs=("a",)))
+    made = graph(Node("work", work, shares=("CPU", "GPU")), Node("a", fail(error)), Node("b", lambda: ended.append("b"), needs=("a",)))
     with pytest.raises(type(error)):
         made.run()
     assert ended == ["work"]
@@ -152,7 +160,7 @@ def test_nodes_that_share_leave_room_for_those_that_wait() -> None:
 
     last = threading.Event()
     made = graph(
-        Node("share", share, shares=True),
+        Node("share", share, shares=("CPU", "GPU")),
         Node("first", lambda: go.wait(5), holds={"CPU": 3}),
         Node("second", lambda: last.wait(5), holds={"CPU": 2}),
     )
@@ -160,6 +168,21 @@ def test_nodes_that_share_leave_room_for_those_that_wait() -> None:
     # While the first holds 3 of 4 the second waits for 2: nothing is left over. Then the second alone holds.
     assert left == [{"CPU": 0.0, "GPU": 0.0}, {"CPU": 2.0, "GPU": 0.0}, {"CPU": 2.0, "GPU": 0.0}]
     assert made.reserved() == {"CPU": 0.0, "GPU": 0.0}
+
+
+def test_who_uses_no_gpu_leaves_all_of_them_to_others() -> None:
+    left: list[dict[str, float]] = []
+    both = threading.Barrier(2, timeout=5)
+
+    def share() -> None:
+        both.wait()
+        left.append(made.left())
+        both.wait()
+
+    made = graph(Node("pack", share, shares=("CPU",)), Node("cells", share, shares=("CPU", "GPU")), total={"CPU": 4.0, "GPU": 1.0})
+    made.run()
+    assert not made.failed
+    assert left == [{"CPU": 2.0, "GPU": 1.0}] * 2
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -283,7 +306,6 @@ def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseExce
 def test_a_study_that_ends_early_ends_its_view_and_its_lines(
     packed: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cluster.run import run
     from cluster.tracking import connect
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
@@ -299,6 +321,73 @@ def test_a_study_that_ends_early_ends_its_view_and_its_lines(
     progress.line("and on", of="it")
     progress.gone("it")
     assert capsys.readouterr().out == ""
+
+
+def test_only_cells_and_pretrainings_of_a_gpu_study_use_gpus(packed: Study) -> None:
+    nodes = Making(packed, "", Progress(), Events(packed.out)).graph._nodes.values()
+    assert {node.name for node in nodes if "GPU" in node.shares} == {"cells"}
+    assert {node.name for node in nodes if node.shares == ("CPU",)} == {"pack phantom-chest", "leakage phantom-chest train"}
+
+
+def test_what_a_lost_dataset_takes_with_it_is_said_once_for_each_result(tmp_path: Path) -> None:
+    study = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER))
+    found = Making(study, "", Progress(), Events(study.out))
+    nodes = [replace(node, act=lambda: Fanned()) for node in found.graph._nodes.values()]
+    found.graph = graph(replace(nodes[0], act=fail(WorkError("no usable image"))), *nodes[1:])
+    found.run()
+    assert found.failed() == {
+        "pack phantom-chest": "no usable image",
+        "pretrain simclr": "not tried: pack phantom-chest failed",
+        "cells of phantom-chest random": "not tried: pack phantom-chest failed",
+        "cells of phantom-chest simclr": "not tried: pack phantom-chest failed",
+    }
+
+
+def test_a_pretraining_that_failed_is_no_failed_cell(packed: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = {"pretrain simclr": "not finite", "phantom-chest random linear seed 0 (0123)": "no memory"}
+    counts = {"cells_kept": 0, "cells_new": 3, "cells_failed": 1, "restarts": 0, "deaths": 0}
+    _closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer="", low=""))
+    assert "cells     0 kept, 3 new, 1 failed" in capsys.readouterr().out
+
+
+def test_whatever_the_registry_raises_the_report_is_written_first(packed: Study) -> None:
+    trouble = _tried(fail(KeyError("no such run")), packed.out, "http://mlflow:5000")
+    assert str(trouble).startswith("http://mlflow:5000: MLflow could not be written: KeyError: 'no such run'")
+
+
+def test_a_comparison_ends_with_its_graph_and_asks_no_cluster(packed: Study) -> None:
+    with pytest.raises(Stopped):
+        leakage.compare_one(
+            packed,
+            standing_corpora(packed),
+            ("phantom-chest", "train"),
+            lambda test: pytest.fail("a cluster was asked"),
+            Progress(),
+            Events(packed.out),
+            look=fail(Stopped()),
+        )
+
+
+def test_a_thread_that_outlives_the_session_starts_no_cluster_of_its_own() -> None:
+    code = "import cluster, ray\ntry: ray.put(1)\nexcept Exception as error: print(type(error).__name__)\nprint(ray.is_initialized())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines()[-1] == "False"
+
+
+def test_test_images_are_made_ready_once_for_all_who_ask_at_once(packed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def slow(corpus: Corpus) -> str:
+        asked.append(corpus.url)
+        time.sleep(0.1)
+        return "reference"
+
+    monkeypatch.setattr(leakage, "prepared", slow)
+    found = making(packed)
+    found.graph.results = {f"pack {name}": corpus for name, corpus in standing_corpora(packed).items()}
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(found._tests, ["phantom-chest"] * 4)) == ["reference"] * 4
+    assert len(asked) == 1
 
 
 def test_what_is_filled_in_replaces_the_keys_of_an_earlier_driver(packed: Study) -> None:
@@ -323,7 +412,7 @@ def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_pretraining_that_fails_loses_nobody_elses_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cluster.run import require_done, run
+    from cluster.run import require_done
 
     broken = {**tiny_study.SIMCLR, "name": "broken", "settings": {"optimizer.lr": 1e30}}
     chain = {**tiny_study.CHAIN, "name": "chain", "start_from": "pretrain:broken"}
