@@ -41,6 +41,7 @@ class Comparisons:
 
     def of(self, a: Sequence[Cell], b: Sequence[Cell], metric: str, load: Callable[[Cell], Scores | None]) -> Comparison:
         """`compare` of the two sides' predictions, which are read only where it was not made before."""
+        a, b = (sorted(side, key=lambda cell: cell.key) for side in (a, b))  # the same cells are the same side
         sides = [[[cell.key, repr(cell.value(metric))] for cell in side] for side in (a, b)]
         key = digest([code(), metric, self.bootstrap.replicates, self.bootstrap.seed, sides])[:24]
         if key not in self._asked:

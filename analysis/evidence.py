@@ -11,6 +11,7 @@ is declared when its adjusted p is under 0.05 and its interval holds seeds and p
 interval, which only means that 0 is inside.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -286,7 +287,7 @@ def registrations(out: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def judge(evidence: Evidence, load: Loaded, bootstrap: Bootstrap) -> list[Entry]:
+def judge(evidence: Evidence, load: Loaded) -> list[Entry]:
     """The ledger of the study's claims."""
     where = storage.join(evidence.out, "study.yaml")
     claims = [parse(claim, Claim, f"{where}: claims") for claim in evidence.study.get("claims") or []]
@@ -298,7 +299,8 @@ def judge(evidence: Evidence, load: Loaded, bootstrap: Bootstrap) -> list[Entry]
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
     early, planned = {sha: before for sha, (_, before) in known.items()}, results.expected(evidence.out)
-    return ledger.ledger(evidence.cells, claims, early, load, apart, lambda cell: drawn[cell.source], bootstrap, planned)
+    compared = functools.partial(evidence.comparisons.of, load=load)
+    return ledger.ledger(evidence.cells, claims, early, compared, apart, lambda cell: drawn[cell.source], planned)
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -316,7 +318,7 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
     bootstrap, load = bootstrap or Bootstrap(), Loaded()
     evidence.comparisons = Comparisons(evidence.out, bootstrap)
-    evidence.ledger = judge(evidence, load, bootstrap)
+    evidence.ledger = judge(evidence, load)
     order = evidence.sources()
     random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
     weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}

@@ -1,6 +1,6 @@
 """The ledger: every claim of a study beside what its results say of it: holds, fails or underpowered, with the interval.
 
-entries = ledger(evidence.cells, claims, registered, load, metric_of, bootstrap); entries[0].verdict, entries[0].sentence()
+entries = ledger(evidence.cells, claims, registered, compared, planned=planned); entries[0].verdict, entries[0].sentence()
 
 A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims; it fails when the 95 %
 interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
@@ -23,7 +23,7 @@ from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
 from analysis.components import ROUNDING
 from analysis.power import observed
 from analysis.results import Cell
-from analysis.statistics import Bootstrap, Comparison, Scores, compare, holm, not_comparable
+from analysis.statistics import Comparison, holm, not_comparable
 
 Verdict = Literal["holds", "fails", "underpowered"]
 LEVEL = 0.05
@@ -213,17 +213,16 @@ def _fewest(low: int, enough: Callable[[int], bool]) -> int | None:
     return high
 
 
-Load = Callable[[Cell], Scores | None]
+Compared = Callable[[Sequence[Cell], Sequence[Cell], str], Comparison]
 
 
 def ledger(
     cells: Sequence[Cell],
     claims: Sequence[Claim],
     registered: Mapping[str, bool],
-    load: Load,
+    compared: Compared,
     apart: Callable[[Cell], str] = lambda _: "",
     random: Callable[[Cell], bool] = lambda _: False,
-    bootstrap: Bootstrap | None = None,
     planned: Sequence[Mapping[str, Any]] = (),
 ) -> list[Entry]:
     """Every claim in every setting in which both sides are planned, and once without a setting where there is none.
@@ -232,11 +231,11 @@ def ledger(
         cells: finished cells, controls left out.
         registered: by its sha256 every claim that ever was in the study file, and whether it was there before both of its sides had
             results. One that is in `claims` no longer stays in the family.
-        load: predictions of a cell. apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
+        compared: the primary comparison of two sides in a metric, as analysis.comparisons keeps it.
+        apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
         random: whether a cell's weights are drawn anew with every seed.
         planned: every cell that the study asks for, as analysis.results.expected gives them; without them the finished ones.
     """
-    bootstrap = bootstrap or Bootstrap()
     held = {cell.key: cell for cell in cells}
     seen = planned_axes(planned, cells) if planned else [(cell.key, axes_of(cell)) for cell in cells]
     entries = []
@@ -245,7 +244,7 @@ def ledger(
         made = []
         for setting, *asked in settings_of(claim, seen):
             a, b = ([held[key] for key in side if key in held] for side in asked)
-            entry = _entry(claim, setting, a, b, late, load, apart, random, bootstrap) if a and b else _absent(claim, setting, late)
+            entry = _entry(claim, setting, a, b, late, compared, apart, random) if a and b else _absent(claim, setting, late)
             made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
         entries += made or [_absent(claim, {}, late)]
     gone = [before for sha, before in registered.items() if sha not in {claim.sha256 for claim in claims}]
@@ -263,15 +262,13 @@ def _entry(
     a: list[Cell],
     b: list[Cell],
     late: bool,
-    load: Load,
+    compared: Compared,
     apart: Callable[[Cell], str],
     random: Callable[[Cell], bool],
-    bootstrap: Bootstrap,
 ) -> Entry:
     metric = a[0].primary() or "auroc_mean"
     if claim.outcome == "metric":
-        sides = [[scores for cell in side if (scores := load(cell))] for side in (a, b)]
-        comparison = compare(sides[0], sides[1], metric, bootstrap=bootstrap)
+        comparison = compared(a, b, metric)
     else:
         selected = (a[0].result.get("selection") or {}).get("metric")
         comparison, metric = of_curves(a, b), f"best validation {selected} so far, a share of the run's own best"

@@ -217,3 +217,14 @@ def test_does_not_repeat_a_loader_that_keeps_the_predictions_of_every_cell(tmp_p
     del found
     gc.collect()
     assert [one() is not None for one in held] == [True, False, True, True]  # the first was asked for again, the second went
+
+
+def test_does_not_repeat_claims_that_every_report_computes_anew(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7, "simclr-sup": 1.0}, seeds=2, images=60, pretrain=False)
+    evidence = claimed(out, {"comparison": {"a": {"source": "simclr-sup"}, "b": {"source": "simclr"}}}, {"name": "two", "margin": 0.03})
+    made = {(f.a, f.b) for f in evidence.findings if f.kind != "claim"}
+    assert evidence.comparisons.computed == len(made)  # the pairs of both claims are among them
+    evidence.comparisons.write()
+    again = gather(str(out), QUICK)
+    assert again.comparisons.computed == 0
+    assert repr(again.ledger) == repr(evidence.ledger)
