@@ -254,10 +254,6 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     leaf.table("correlation.csv", "did the guesses order the sources as the results do", made, ranked, ranked_heads)
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "-"
-
-
 def _embedded(cell: Cell) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Pooled features of the cell's labelled training images, f64 N D, by its source as it came; a class a row, or labels N L.
 

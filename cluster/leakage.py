@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from analysis.exposure import overlap_notes
@@ -73,20 +72,6 @@ def _standing(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]
 def _url(study: Study, corpora: Mapping[str, Corpus], dataset: str, split: str, test: str) -> str:
     key = check_key(corpora[dataset].manifest, split, corpora[test].manifest)
     return storage.join(study.out, "analyses", key, "leakage.json")
-
-
-def compare(study: Study, corpora: Mapping[str, Corpus], progress: Progress, events: Events) -> dict[str, Corpus]:
-    """Make the comparisons that are missing, one corpus after the other; returns the corpora as they will be trained on.
-
-    Raises:
-        RequestError: there is a finding and the study does not exclude what matches, or a dataset has a patient in two splits.
-    """
-    refuse_shared_patients(corpora)
-    ready = cache(lambda test: prepared(corpora[test]))
-    for corpus in by_corpus(study):
-        compare_one(study, corpora, corpus, ready, progress, events)
-    summarise(study, corpora)
-    return trained_on(study, corpora)
 
 
 def by_corpus(study: Study) -> dict[tuple[str, str], list[str]]:

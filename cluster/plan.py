@@ -234,13 +234,6 @@ def settings(
                     yield one
 
 
-def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
-    """Every cell of a study in which nothing is searched, in a fixed order; see cluster.searches for those in which something is."""
-    for setting in settings(study, corpora, weights):
-        for seed in setting.seeds:
-            yield cell(setting, seed)
-
-
 def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """What the key of a cell is made of. The strategy with all of its options, so that another default is another cell."""
     from finetune.strategies import resolve

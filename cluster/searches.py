@@ -119,11 +119,6 @@ class Searches:
         return _cells_of(self.chosen)
 
     @property
-    def searching(self) -> bool:
-        """Whether anything is searched."""
-        return any(steps_of(one.setting) for one in self.chosen)
-
-    @property
     def open(self) -> list[Chosen]:
         """Settings whose data and weights stand and whose searches have not answered."""
         return [one for one in self.chosen if one.steps and one.setting.stands]

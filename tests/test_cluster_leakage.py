@@ -1,6 +1,7 @@
 """A study whose pretraining would see test images: stopped with the pairs named, or run without those images."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cluster import leakage, plan
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.outlook import outlook
+from cluster.plan import Corpus
 from cluster.progress import Progress
 from cluster.run import run
 from cluster.session import session
@@ -50,6 +52,15 @@ def test_a_plan_tells_without_decoding(leaky: Study, capsys: pytest.CaptureFixtu
     assert storage.listing(leaky.out) == []
 
 
+def compare(study: Study) -> dict[str, Corpus]:
+    """As the nodes of a study do, one corpus after the other."""
+    corpora, ready = standing_corpora(study), cache(lambda test: leakage.prepared(standing_corpora(study)[test]))
+    for corpus in leakage.by_corpus(study):
+        leakage.compare_one(study, corpora, corpus, ready, Progress(), Events(study.out))
+    leakage.summarise(study, corpora)
+    return leakage.trained_on(study, corpora)
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
@@ -60,8 +71,8 @@ def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
     alone = parse({**leaky.model_dump(by_alias=True), **changes}, Study, "study")
     with session():
         with pytest.raises(RequestError, match="would see, test images") as stopped:
-            leakage.compare(leaky, corpora, Progress(), Events(leaky.out))
-        kept_alone = leakage.compare(alone, corpora, Progress(), Events(alone.out))
+            compare(leaky)
+        kept_alone = compare(alone)
     assert f"{LEAKED} images of phantom-chest train match the test images of phantom-chest" in str(stopped.value)
     assert str(stopped.value).count("file: phantom-chest-") == LEAKED
     assert "leakage=exclude" in str(stopped.value)
@@ -131,7 +142,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path, monkeypatch: pytest.
     both = first.model_copy(update={"shards": [*first.shards, *second.shards], "counts": counts, "patients": counts})
     (tmp_path / "one" / "manifest.json").write_text(Manifest.model_validate(both.model_dump(by_alias=True)).text())
     with pytest.raises(RequestError, match="12 patients of 'tiny' stand in two splits"):
-        leakage.refuse_shared_patients({"tiny": plan.Corpus(one, read(one))})
+        leakage.refuse_shared_patients({"tiny": Corpus(one, read(one))})
 
 
 def test_weights_from_outside_are_exposed_by_their_lineage(leaky: Study) -> None:
@@ -139,5 +150,5 @@ def test_weights_from_outside_are_exposed_by_their_lineage(leaky: Study) -> None
     seen = ({"dataset": "phantom-chest", "split": "train", "digest": "of another packing", "licence": "none"},)
     for data, exposed in ((seen, ["phantom-chest"]), ((), [])):
         found = plan.Weights(url="x", sha256="0" * 64, architecture="test_resnet", data=data)
-        made = plan.cells(leaky, corpora, {"simclr": [found]})
+        made = tiny_study.cells(leaky, corpora, {"simclr": [found]})
         assert {config.source: config.exposed_to for config in made} == {"random": [], "simclr": exposed}

@@ -1,9 +1,15 @@
 """The study of the cluster tests: every stage of the main job, on phantoms so small that it takes about a minute."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from cluster import plan
+from cluster.plan import Corpus, Weights
+from cluster.study import Study
+from finetune.cell import CellConfig
 
 SIMCLR = {"name": "simclr", "recipe": "simclr/smoke", "data": {"phantom-chest": "train"}, "architecture": "test_resnet"}
 CHAIN = {"name": "chain", "recipe": "supervised/smoke", "data": {"phantom-chest": "train"}, "start_from": "pretrain:simclr"}
@@ -37,3 +43,10 @@ def write(folder: Path, tree: dict[str, Any], **changes: object) -> str:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**tree, "out": str(folder / "out"), **changes}))
     return str(path)
+
+
+def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
+    """Every cell of a study in which nothing is searched."""
+    for setting in plan.settings(study, corpora, weights):
+        for seed in setting.seeds:
+            yield plan.cell(setting, seed)
