@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -174,16 +174,19 @@ def read_study(out: str) -> dict[str, Any]:
     return read_yaml(storage.join(out, "study.yaml"))
 
 
-def finished(out: str) -> list[Cell]:
+def finished(out: str, held: Mapping[str, Any] | None = None) -> list[Cell]:
     """Finished cells of role `cell`, sorted by what they are. Search trials never open the test split and are left out.
 
     Where a search chose for a cell, its options are those that were asked for (`cut: auto`): its siblings may have got other ones.
+
+    Args:
+        held: results by key, as somebody read them before: these alone.
     """
     root, chosen = storage.join(out, "cells"), {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
     cells = []
-    for name in storage.listing(root):
+    for name in storage.listing(root) if held is None else held:
         url = storage.join(root, name)
-        result = read_json(storage.join(url, "result.json"))
+        result = read_json(storage.join(url, "result.json")) if held is None else held[name]
         if isinstance(result, dict) and result.get("role", "cell") == "cell":
             options = {**(result.get("options") or {}), **chosen.get(name, {})}
             cells.append(Cell(url, {**result, "options": options}))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from analysis.results import planned
 from base import storage
 from base.errors import RequestError, WorkError, unknown
 from cluster.study import Study
@@ -30,7 +29,7 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
     versions = {version.tags[KEY_TAG]: version for version in client.search_model_versions(f"name='{name}'") if KEY_TAG in version.tags}
     registered: dict[str, str] = {}
     best: tuple[float, str, str] | None = None
-    cells = _cells(study.out) if study.champion else []
+    cells = list(projection.cells().values()) if study.champion else []
     for folder in storage.listing(storage.join(study.out, "pretrain")):
         path = storage.join(study.out, "pretrain", folder)
         if not storage.exists(storage.join(path, "result.json")):
@@ -65,13 +64,6 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
     if best is not None:
         client.set_registered_model_alias(name, "champion", best[1])
     return registered, best[2] if best else None
-
-
-def _cells(out: str) -> list[dict[str, Any]]:
-    """Results of the finished cells that the study asks for, each read once: on an object store every one is a request."""
-    asked, keys = planned(out), storage.listing(storage.join(out, "cells"))
-    paths = [storage.join(out, "cells", key, "result.json") for key in keys if key in asked or not asked]
-    return [storage.read_json(path) for path in paths if storage.exists(path)]
 
 
 def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, Any]]) -> float | None:

@@ -1,6 +1,6 @@
 """The report's figures and tables on MLflow's runs, so that its pages compare encoders without the report.
 
-    show(client, out, parent, {encoder_sha256: run})
+    show(client, out, parent, {encoder_sha256: run}, projection.cells())
 
 On the study's run: figures/*.svg of the page, the figures and tables of the analyses (analyses/<kind>/), and MLflow tables of results and
 of comparisons. On each encoder's run an MLflow table of its own cells under the same name, which the runs' comparison lays side by side.
@@ -26,8 +26,8 @@ FACTS = ("strategy", "task", "fraction", "resolution", "seed", "params", "macs",
 COLUMNS = ("source", "options", *FACTS[:5], "metric", "value", "unit", *FACTS[5:], "encoder_sha256")
 
 
-def show(client: Any, out: str, parent: str, encoders: Mapping[str, str]) -> None:
-    """Raises MlflowException where the server or its artifacts' storage is away."""
+def show(client: Any, out: str, parent: str, encoders: Mapping[str, str], cells: Mapping[str, Any]) -> None:
+    """cells: results by key. Raises MlflowException where the server or its artifacts' storage is away."""
     with tempfile.TemporaryDirectory(prefix="showcase-") as local:
         for name in storage.listing(storage.join(out, "report", "figures")):
             _fetch(storage.join(out, "report", "figures", name), local, f"figures/{name}")
@@ -38,7 +38,7 @@ def show(client: Any, out: str, parent: str, encoders: Mapping[str, str]) -> Non
                 _fetch(storage.join(found.url, name), local, f"analyses/{analysis.kind}/{name}")
         if os.listdir(local):
             client.log_artifacts(parent, local)
-    frame = headlines(out)
+    frame = headlines(out, cells)
     put_table(client, parent, "results", frame.drop(columns="encoder_sha256"))
     url = storage.join(out, "report", "significance.csv")
     if storage.exists(url) and storage.read_bytes(url).strip():
@@ -49,10 +49,10 @@ def show(client: Any, out: str, parent: str, encoders: Mapping[str, str]) -> Non
             put_table(client, run, "results", own)
 
 
-def headlines(out: str) -> pd.DataFrame:
-    """A row a finished cell with its headline metric on the test split, controls left out."""
+def headlines(out: str, cells: Mapping[str, Any]) -> pd.DataFrame:
+    """A row a cell with its headline metric on the test split, controls left out."""
     rows = []
-    for cell in results.finished(out):
+    for cell in results.finished(out, cells):
         metric = cell.primary()
         if cell.shuffled or metric is None:
             continue

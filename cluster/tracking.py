@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from analysis.results import plan, read_study
+from analysis.results import planned, read_study
 from base import storage
 from base.errors import RequestError
 from base.paths import is_url
@@ -149,19 +149,25 @@ class Projection:
             url = storage.join(self.out, name)
             if storage.exists(url):
                 self._artifact(self.parent, url, name)
-        showcase.show(self.client, self.out, self.parent, self.encoders)
+        showcase.show(self.client, self.out, self.parent, self.encoders, self.cells())
         self.client.set_terminated(self.parent, "FINISHED" if ok else "FAILED")
+
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """Results by key of the finished cells that the present plan asks for, each read once: on an object store each is a request."""
+        asked, root = planned(self.out), storage.join(self.out, "cells")
+        keys = [key for key in storage.listing(root) if key in self.finished and (key in asked or not asked)]
+        missing = [key for key in keys if key not in self.results]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            read = pool.map(lambda key: storage.read_json(storage.join(root, key, "result.json")), missing)
+            self.results.update(zip(missing, read, strict=True))
+        return {key: self.results[key] for key in keys}
 
     def _describe(self, words: str) -> None:
         """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""
         from mlflow.entities import Metric
 
-        # The same cells as in the report: those that the present plan asks for, and its word on exposed ones.
-        planned = {row["key"] for row in plan(self.out)}
-        cells = storage.listing(storage.join(self.out, "cells"))
-        keys = [key for key in cells if key in self.finished and (key in planned or not planned)]
-        exposed = str(read_study(self.out).get("exposed"))
-        held = [self.results.get(key) or storage.read_json(storage.join(self.out, "cells", key, "result.json")) for key in keys]
+        # The same cells as in the report, and its word on exposed ones.
+        held, exposed = list(self.cells().values()), str(read_study(self.out).get("exposed"))
         reached = {
             run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held, exposed)
             for sha256, run in self.encoders.items()

@@ -20,7 +20,7 @@ from analysis import results
 from base import storage
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from cluster import leakage, registry, stages
+from cluster import leakage, stages
 from cluster.cli import _closing
 from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
@@ -400,13 +400,11 @@ def test_what_is_filled_in_replaces_the_keys_of_an_earlier_driver(packed: Study)
 
 
 def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
-    storage.put(f"{packed.out}/cells/finished/result.json", "{}")
-    assert registry._cells(packed.out) == [{}]  # a champion of a study without plan.json
+    assert results.planned(packed.out) == set()  # a study without plan.json
     stages.write_plan(packed.out, Searches(settings(packed, {}, {})))
     assert results.planned(packed.out) == set()
-    assert registry._cells(packed.out) == [{}]
     stages.write_plan(packed.out, known(packed))
-    assert registry._cells(packed.out) == []
+    assert results.planned(packed.out)
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ from made_study import SHA, make
 
 from analysis import report as reports
 from analysis.evidence import gather
+from analysis.results import finished
 from analysis.statistics import Bootstrap
 from cluster.showcase import show
 from cluster.tracking import connect
@@ -18,7 +19,7 @@ def test_figures_and_tables_stand_once_on_the_study_and_on_its_encoders(tmp_path
     experiment = client.create_experiment("made", artifact_location=f"{tmp_path}/artifacts")
     parent, encoder = (client.create_run(experiment).info.run_id for _ in range(2))
     for _ in range(2):
-        show(client, str(out), parent, {SHA["simclr"]: encoder, "f" * 64: encoder})
+        show(client, str(out), parent, {SHA["simclr"]: encoder, "f" * 64: encoder}, {cell.key: cell.result for cell in finished(str(out))})
     figures = [file.path for file in client.list_artifacts(parent, "figures")]
     assert "figures/forest0.svg" in figures
     assert {file.path for file in client.list_artifacts(parent, "tables")} == {"tables/results.json", "tables/comparisons.json"}

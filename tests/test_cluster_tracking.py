@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from cluster import facts, observe, pages, projector
@@ -284,3 +285,28 @@ def test_an_exporter_that_talks_nonsense_hides_no_other_node(
     observe.look(str(tmp_path))
     assert json.loads((tmp_path / "nodes" / "whole.jsonl").read_text())["cpu_utilization_percentage"] == 12
     assert not (tmp_path / "nodes" / "broken.jsonl").exists()
+
+
+def test_a_replay_shows_what_is_planned_and_reads_each_result_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages, tables and the champion are of the same cells: one that the plan no longer asks for is in none of them."""
+    out = finished_out(tmp_path, 3)
+    keys = [f"{i:016x}" for i in range(3)]
+    put(out, {"study.yaml": "study: tiny", "plan.json": json.dumps([{"key": key} for key in (*keys[:2], "")])})
+    uri, reads = f"sqlite:///{out}/mlflow.db", list[str]()
+    Projection(str(out), "tiny", uri).update()
+    read = storage.read_bytes
+
+    def counted(url: str) -> bytes:
+        reads.append(url)
+        return read(url)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    again = Projection(str(out), "tiny", uri)
+    again.update()
+    again.close(ok=True)
+    table = again.client.load_table(again.experiment, "tables/results.json", extra_columns=["run_id"])
+    assert sorted(table.loc[table["run_id"] == again.parent, "seed"]) == [0, 1]
+    assert sorted(url for url in reads if "/cells/0" in url) == [str(out / "cells" / key / "result.json") for key in keys[:2]]
+    assert set(again.cells()) == set(keys[:2])
+    (out / "plan.json").unlink()
+    assert set(again.cells()) == set(keys)
