@@ -271,7 +271,7 @@ def planned(out: str) -> set[str]:
 
 
 def expected(out: str) -> list[dict[str, Any]]:
-    """Every cell that the study asks for, from OUT/plan.json, which the driver writes once the cells' keys are known; controls left out."""
+    """Every cell that the study asks for, from OUT/plan.json, which the driver writes before the first cell runs; controls left out."""
     return [{**row, "source": plain(str(row["source"]))} for row in plan(out) if not row.get("shuffle_labels")]
 
 
