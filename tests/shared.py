@@ -75,9 +75,10 @@ def submitted(services: Services, *words: str) -> subprocess.CompletedProcess[st
 
 
 def logs(services: Services) -> list[Path]:
-    """Every file that Ray's nodes and the services have written."""
+    """Every file that Ray's nodes and the services have written, but for the store's log of the addresses that it is asked for: those that
+    MLflow signs for a download hold the session's token, as S3 has it."""
     places = [services.folder, *(path.resolve() for path in Path(services.ray_folder).glob("*/session_latest/logs"))]
-    return [path for place in places for path in place.rglob("*") if path.is_file()]
+    return [path for place in places for path in place.rglob("*") if path.is_file() and path.name != "store.log"]
 
 
 class Door:
