@@ -21,7 +21,6 @@ from cluster import observe
 from cluster.effort import estimated
 from cluster.line import Line, Waiting
 from cluster.pool import Event, Pool, StorageDown, Team
-from cluster.pool import pool_size as pool_size
 from cluster.study import Resources
 from finetune.cell import CellConfig
 

@@ -1,7 +1,7 @@
 """The warm workers of the fan-out on Ray: processes that import torch once, placed within what the cluster has, several to a GPU.
 
     pool = Pool(resources)
-    pool.provide(wanted=40, needs=0, size=pool_size(resources, {}))
+    pool.provide(wanted=40, needs=0, size=pool.size({}))
     team = pool.choose(needs=0)
     pool.give(team, config_json, needs=0)
     for event in pool.events(timeout_s=1.0): ...        # a team has started, has computed its cell, or is lost
@@ -155,15 +155,6 @@ def why(error: BaseException) -> tuple[str, bool]:
 # -- sizes
 
 
-def pool_size(resources: Resources, reserved: Mapping[str, float]) -> int:
-    """Places that the cluster has room for now, whoever holds it.
-
-    Args:
-        reserved: what running or waiting pretrainings hold back, {"CPU": ..., "GPU": ...}. While they hold everything, none is left.
-    """
-    return fitting(alive(), resources, reserved)
-
-
 def alive() -> list[dict[str, float]]:
     """Resources of the nodes that are there."""
     import ray
@@ -172,7 +163,12 @@ def alive() -> list[dict[str, float]]:
 
 
 def fitting(nodes: Sequence[Mapping[str, float]], resources: Resources, reserved: Mapping[str, float]) -> int:
-    """As pool_size, of these nodes. At least one where nothing is held back: a cluster that grows on demand grows by who waits."""
+    """Places that these nodes have room for, whoever holds it; while others hold everything back, none. At least one where nothing is held
+    back: a cluster that grows on demand grows by who waits.
+
+    Args:
+        reserved: what running or waiting pretrainings hold back, {"CPU": ..., "GPU": ...}.
+    """
     needs = of_place(resources, nodes)
     whole = {name: sum(bundle.get(name, 0.0) for bundle in needs) for name in ("CPU", "GPU")}
     fits = sum(_on_node(node, needs[0], len(needs)) for node in nodes)
@@ -257,7 +253,7 @@ class Pool:
         self._told: queue.SimpleQueue[tuple[Team, Any]] = queue.SimpleQueue()
 
     def size(self, reserved: Mapping[str, float]) -> int:
-        """Places that the cluster has room for now, see pool_size."""
+        """Places that the cluster has room for now, see `fitting`."""
         self._nodes = alive()
         return fitting(self._nodes, self.resources, reserved)
 
