@@ -143,6 +143,7 @@ class Fanout:
         )
 
     def _assign(self, size: int) -> None:
+        self.pool.shrink(size)  # first: a worker that is always given the next cell would never make room
         while self.line and (team := self.pool.choose(self._needs(self.line.first))) is not None:
             needs, waiting = self._needs(self.line.first), self.line.next()
             self._running[team] = waiting

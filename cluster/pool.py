@@ -262,14 +262,17 @@ class Pool:
         """Teams that are not up yet."""
         return sum(not team.started for place in self.places for team in place.teams)
 
-    def provide(self, wanted: int, needs: float, size: int) -> None:
-        """See that so many more teams come, as far as room goes; places beyond `size` are given back once they rest.
-
-        needs: bytes of GPU memory that the next cell takes.
-        """
+    def shrink(self, size: int) -> None:
+        """Give back places beyond `size` that rest."""
         resting = [place for place in self.places if all(team in self.idle for team in place.teams)]
         for held in resting[: max(0, len(self.places) - size)]:
             self._leave(held)
+
+    def provide(self, wanted: int, needs: float, size: int) -> None:
+        """See that so many more teams come, as far as room and `size` places go.
+
+        needs: bytes of GPU memory that the next cell takes.
+        """
         for _ in range(wanted - self.starting):
             place = next((place for place in self.places if self._room_for_team(place, needs)), None)
             if place is None and len(self.places) < size:

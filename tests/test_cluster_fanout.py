@@ -333,6 +333,35 @@ def test_a_poisoned_cell_fails_alone(cluster: None, tmp_path: Path, monkeypatch:
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
+def test_cells_make_room_for_a_pretraining_while_many_of_them_wait(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretraining that is ready once held no processor until the last of the cells that were ready before it had ended."""
+    from ray.util import placement_group, remove_placement_group
+
+    class Slower(quick()):  # type: ignore[misc]
+        def run(self, config_json: str) -> Any:
+            time.sleep(0.05)
+            return super().run(config_json)
+
+    monkeypatch.setattr(pool, "CellWorker", Slower)
+    waiting: list[Any] = []
+    begun_at: list[int] = []  # how many cells were done when the pretraining had its place
+    count = 200
+
+    def report(tally: Any) -> None:
+        if tally.done >= 4 and not waiting and not begun_at:
+            waiting.append(placement_group([{"CPU": 2.0}] * 2))
+        if waiting and waiting[0].wait(0.01):
+            begun_at.append(tally.done)
+            remove_placement_group(waiting.pop())
+
+    cells = [golden(key=f"{i}") for i in range(count)]
+    tally = run_cells(cells, Resources(cell_workers=4), report, reserved=lambda: {"CPU": 4.0} if waiting else {})
+    assert tally.done == count
+    assert 4 <= begun_at[0] < count / 2
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
 def test_a_worker_whose_cuda_context_broke_eats_no_more_cells(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Asserting(quick()):  # type: ignore[misc]
         broken = False
