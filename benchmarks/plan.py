@@ -2,7 +2,7 @@
 
     nice .venv/bin/python benchmarks/plan.py            # some 2 minutes on 2 cores, most of them packing
 
-1,000 settings (four sources, of which one is still to be trained, five strategies, two tasks, 25 fractions) with ten seeds each, over packed
+1,000 settings (four sources, one of them not trained yet, five strategies, two tasks, 25 fractions) with ten seeds each, over packed
 phantoms. The command is run as a person runs it, in a process of its own, three times; the time goes from its start to its end.
 """
 
