@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from base import storage
 from base.errors import RequestError, nearest
 
 
@@ -32,6 +33,16 @@ def load(path: str | Path, model: type[M], overrides: Settings = ()) -> M:
         RequestError: no such file, not YAML, a malformed setting, or anything that the model refuses.
     """
     return parse(load_tree(path, overrides), model, str(path))
+
+
+def read(url: str, model: type[M]) -> M:
+    """A YAML file that Allograft wrote, at a path or URL.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RequestError: another version wrote it.
+    """
+    return parse(storage.read_yaml(url), model, url)
 
 
 def load_tree(path: str | Path, overrides: Settings = ()) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from analysis import transferability as guess
 from analysis.analyses import FILE, Analysis, folder
 from analysis.results import Cell
 from base import storage
-from base.config import digest, parse
+from base.config import digest
 from base.errors import AllograftError, RequestError, in_a_line, unknown
 from base.paths import absolute, revision, timestamp
 from base.seeds import seed_of
@@ -31,7 +31,7 @@ from cluster import compare, convergence, costs, kept
 from cluster.events import Events
 from cluster.leaf import Leaf
 from cluster.published import safe_name
-from cluster.sources import local_encoder
+from cluster.sources import cell_config
 from cluster.study import Study
 
 VERSION = 1  # raised by whoever changes what an analysis computes or draws
@@ -157,14 +157,10 @@ def _filters(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Le
 
 
 def _config(cell: Cell) -> tuple[Any, int]:
-    """The cell's configuration, with its encoder at hand, and the channels that its encoder is given."""
+    """The cell's configuration, and the channels that its encoder is given."""
     from finetune import data
-    from finetune.cell import CellConfig
 
-    where = storage.join(cell.url, "config.yaml")
-    config = parse(results.read_yaml(where), CellConfig, where)
-    if config.encoder_dir and config.encoder_sha256:
-        config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
+    config = cell_config(cell.url)
     return config, data.channels(data.describe(config.shards, config.manifest_digest, config.cache_dir), config.task)
 
 

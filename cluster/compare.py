@@ -18,11 +18,12 @@ from analysis.moments import Spatial
 from analysis.similarity import MEASURES, Similarity
 from base import storage
 from base.errors import RequestError, unknown
-from base.paths import absolute, is_url
+from base.paths import absolute
 from base.seeds import seed_of
 from cluster.leaf import Leaf
 from encoders.build import Encoder, build
 from encoders.export import ExportInfo, read_export
+from encoders.local import local_encoder
 from encoders.truncate import truncate
 from encoders.weights import load_into, load_local
 from shards.manifest import read as read_manifest
@@ -35,14 +36,13 @@ def located(source: str) -> str:
         RequestError: nothing there.
     """
     from cluster.published import obtain
-    from cluster.sources import local_encoder, read_weights
 
     if source.partition(":")[0] in ("timm", "zoo"):
         return obtain(source)
     place = absolute(source)
     for folder in (place, storage.join(place, "encoder"), storage.join(place, "export")):
         if storage.exists(storage.join(folder, "allograft.json")):
-            return local_encoder(folder, read_weights(folder).sha256) if is_url(folder) else folder
+            return local_encoder(folder)
     raise RequestError("no exported encoder here (no allograft.json)", where=source, hint="allograft pull NAME DIR, or timm:TAG, random:0")
 
 

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from analysis.results import Cell, finished
 from base import storage
-from base.config import canonical_json, parse
+from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import absolute
 from cluster.leaf import Leaf
-from cluster.sources import local_encoder
+from cluster.sources import cell_config
 
 HEADER = (
     "task",
@@ -49,8 +47,8 @@ def networks(cells: Sequence[Cell], threads: int) -> list[dict[str, Any]]:
     import torch
 
     from encoders.export import read_export
+    from encoders.local import local_encoder
     from finetune import data
-    from finetune.cell import CellConfig
     from finetune.efficiency import Efficiency, measure, whole
     from finetune.run import plant
 
@@ -58,13 +56,11 @@ def networks(cells: Sequence[Cell], threads: int) -> list[dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     wholes: dict[tuple[Any, ...], Efficiency] = {}
     for cell in cells:
-        held = storage.join(cell.url, "config.yaml")
-        config = parse(yaml.safe_load(storage.read_bytes(held)), CellConfig, held)
+        config = cell_config(cell.url)
         place = (config.task.task, config.task.preset, config.resolution, config.architecture)
         left: dict[str, Any] = dict.fromkeys(SOURCE)
-        if config.encoder_dir and config.encoder_sha256:
-            config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
-            info = read_export(str(config.encoder_dir), verify=False)
+        if config.encoder_dir:
+            info = read_export(local_encoder(config.encoder_dir, config.encoder_sha256), verify=False)
             left = {key: getattr(info, key) for key in SOURCE}
         network = (*place, canonical_json(config.strategy), canonical_json(left))
         if network in rows:

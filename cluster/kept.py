@@ -14,14 +14,13 @@ from analysis import layers, plots, results
 from analysis.activations import Probe
 from analysis.layers import Across, Names
 from base import storage
-from base.config import parse
 from base.errors import RequestError
 from cluster.compare import located, opened, placed, rows_of, write
 from cluster.leaf import Leaf
 from cluster.published import safe_name
+from cluster.sources import cell_config
 from encoders.build import Encoder
 from encoders.export import read_export
-from finetune.cell import CellConfig
 from finetune.run import plant
 
 
@@ -46,8 +45,7 @@ def kept(cells: Sequence[results.Cell], channels: int) -> list[Kept]:
         if cell.shuffled or not storage.exists(storage.join(folder, "allograft.json")):
             continue
         info = read_export(located(folder), verify=False)
-        where = storage.join(cell.url, "config.yaml")
-        before = placed(plant(parse(results.read_yaml(where), CellConfig, where), channels)[0].module.encoder)
+        before = placed(plant(cell_config(cell.url), channels)[0].module.encoder)
         found.append(Kept(cell, before, opened(folder, info, info, channels)))
     return found
 

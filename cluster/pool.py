@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from base.config import parse
 from base.errors import AllograftError, WorkError
 from cluster.context import WorkerContext
-from cluster.sources import local_encoder
 from cluster.study import Resources
 from finetune.cell import CellConfig
 
@@ -97,8 +96,6 @@ class CellWorker:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
-            if config.encoder_dir and config.encoder_sha256:
-                config = config.model_copy(update={"encoder_dir": local_encoder(config.encoder_dir, config.encoder_sha256)})
             result = run.run(config, WorkerContext(rank=self.rank, world_size=self.world, dir=config.out))
         except Exception as error:
             with suppress(RuntimeError):  # where CUDA broke this does, too, and the first error is the one to tell

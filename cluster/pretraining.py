@@ -13,7 +13,6 @@ from base import storage
 from base.config import canonical_json, parse
 from base.errors import AllograftError, WorkError
 from cluster.context import WorkerContext
-from cluster.sources import local_encoder
 from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
@@ -110,8 +109,6 @@ def _worker(task: dict[str, str]) -> dict[str, Any]:
     from pretrain import run
 
     config = parse(json.loads(task["config"]), PretrainConfig, "pretraining configuration")
-    if config.start_from and config.start_from_sha256:
-        config = config.model_copy(update={"start_from": local_encoder(config.start_from, config.start_from_sha256)})
     place = ray.train.get_context()
     context = TrainerContext(rank=place.get_world_rank(), world_size=place.get_world_size(), dir=config.out)
     try:

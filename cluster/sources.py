@@ -1,19 +1,17 @@
-"""Sources resolved to a folder with an exported encoder and its hash, before anything below is called."""
+"""Sources resolved to the place of an exported encoder and its hash, before anything below is called."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 from base import storage
-from base.config import parse
+from base.config import parse, read
 from base.errors import RequestError, WorkError, in_a_line
 from base.paths import is_url
 from cluster.plan import Weights
 from cluster.published import obtain, safe_name
-from shards import cache
+from finetune.cell import CellConfig
 
 
 def read_weights(url: str, seed: int = 0) -> Weights:
@@ -32,26 +30,9 @@ def read_weights(url: str, seed: int = 0) -> Weights:
     return Weights(url, info.sha256, info.architecture, seed, labelled, data, info.cut)
 
 
-def local_encoder(url: str, sha256: str) -> str:
-    """The encoder's folder on this node: itself when it is local, else fetched once a node, into the cache, whoever asks at the same time.
-
-    Raises:
-        WorkError: it cannot be fetched, or is not what its description says.
-    """
-    if not is_url(url):
-        return url
-    folder = Path(cache.default_dir()) / "encoders" / sha256
-    if not folder.is_dir():
-        cache.make_once(folder, partial(_fetch_encoder, url), "encoders")
-    os.utime(folder)  # the time of last use, by which the cache makes room
-    return str(folder)
-
-
-def _fetch_encoder(url: str, folder: Path) -> None:
-    from encoders.export import read_export
-
-    storage.get_dir(url, folder)
-    read_export(folder)
+def cell_config(url: str) -> CellConfig:
+    """The configuration of a cell, from its folder."""
+    return read(storage.join(url, "config.yaml"), CellConfig)
 
 
 def external(source: str, out: str, uri: str) -> Weights:

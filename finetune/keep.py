@@ -16,6 +16,7 @@ from base import paths
 from base.errors import RequestError
 from encoders.build import Encoder, build
 from encoders.export import export, read_export
+from encoders.local import local_encoder
 from encoders.truncate import Truncated, truncate
 from finetune.cell import CellConfig
 from finetune.strategies.lora import merge
@@ -42,7 +43,7 @@ def keep(config: CellConfig, encoder: Encoder, corpus: Corpus, folder: Path) -> 
     plain.net = merge(plain.net)
     lineage, data = list[dict[str, Any]](), list[dict[str, Any]]()
     if config.encoder_dir is not None:
-        info = read_export(config.encoder_dir, verify=False)
+        info = read_export(local_encoder(config.encoder_dir, config.encoder_sha256), verify=False)
         lineage, data = info.lineage, info.data
     name = str(config.strategy["name"])
     dataset = config.task.dataset

@@ -23,6 +23,7 @@ from base.errors import RequestError, WorkError
 from base.seeds import seed_of
 from encoders.build import build
 from encoders.export import read_export
+from encoders.local import local_encoder
 from encoders.weights import State, load_local, sha256_of
 from engine import ranks
 from engine.context import Context
@@ -167,7 +168,8 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
         return spec, dict(encoder.net.state_dict())
     if config.encoder_dir is None:
         raise RequestError("source_kind weights needs encoder_dir", where=f"cell {config.key}")
-    info = read_export(config.encoder_dir, verify=False)  # `plant` hashes the tensors
+    place = local_encoder(config.encoder_dir, config.encoder_sha256)
+    info = read_export(place, verify=False)  # `plant` hashes the tensors
     if info.architecture != config.architecture:
         raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
     mean, std = info.normalisation(channels)
@@ -182,4 +184,4 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
         flat=info.flat,
         resolution=config.resolution,
     )
-    return spec, load_local(config.encoder_dir)
+    return spec, load_local(place)

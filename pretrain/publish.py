@@ -9,10 +9,11 @@ from torch import Tensor
 from base import storage
 from base.config import canonical_json
 from base.errors import RequestError
-from base.paths import is_url, revision
+from base.paths import revision
 from base.seeds import seed_of
 from encoders.build import Encoder, build
 from encoders.export import ExportInfo, export, read_export
+from encoders.local import local_encoder
 from encoders.weights import load_into, load_local
 from pretrain.methods import Method
 from pretrain.run import PretrainConfig, without_name
@@ -29,19 +30,15 @@ def begin(config: PretrainConfig) -> tuple[Encoder, ExportInfo | None]:
     seed, size = seed_of("encoder", config.seed), config.recipe.views.size
     if config.start_from is None:
         return build(config.architecture, config.in_chans, seed=seed, image_size=size), None
-    with tempfile.TemporaryDirectory(prefix="allograft-start-") as copy:
-        place = config.start_from
-        if is_url(place):
-            storage.get_dir(place, copy)
-            place = copy
-        info = read_export(place)
-        if info.sha256 != config.start_from_sha256:
-            raise RequestError("these weights are not those that the run was planned with", where=config.start_from)
-        if info.architecture != config.architecture:
-            raise RequestError(f"weights of {info.architecture} do not fit {config.architecture}", where=config.start_from)
-        mean, std = info.normalisation(config.in_chans)
-        encoder = build(config.architecture, config.in_chans, mean, std, seed=seed, image_size=size)
-        load_into(encoder.net, load_local(place))
+    place = local_encoder(config.start_from, config.start_from_sha256)
+    info = read_export(place)
+    if info.sha256 != config.start_from_sha256:
+        raise RequestError("these weights are not those that the run was planned with", where=config.start_from)
+    if info.architecture != config.architecture:
+        raise RequestError(f"weights of {info.architecture} do not fit {config.architecture}", where=config.start_from)
+    mean, std = info.normalisation(config.in_chans)
+    encoder = build(config.architecture, config.in_chans, mean, std, seed=seed, image_size=size)
+    load_into(encoder.net, load_local(place))
     return encoder, info
 
 

@@ -16,6 +16,7 @@ from analysis.analyses import KINDS, Analysis, standing
 from analysis.evidence import gather
 from analysis.results import finished
 from analysis.statistics import Bootstrap
+from base import storage
 from base.errors import RequestError
 from base.paths import ROOT
 from cluster import analyses
@@ -24,7 +25,7 @@ from cluster.events import Events
 from cluster.load import load_study
 from cluster.plan import Corpus
 from cluster.progress import Progress
-from cluster.sources import read_weights
+from cluster.sources import cell_config, read_weights
 from cluster.study import Study
 from encoders.build import build
 from encoders.export import export
@@ -34,23 +35,26 @@ from finetune.run import run
 from shards import manifest
 
 QUICK = Bootstrap(100)
+STORED = "memory://analyses/two"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, phantom_chest: str) -> Study:
-    """Nine trained cells that kept their encoders: random weights and two exported encoders, three seeds."""
+    """Nine trained cells that kept their encoders: random weights and two exported encoders, one of them in a store, three seeds."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("analyses")
     facts: dict[str, Any] = {"method": "made", "lineage": [], "data": [], "revision": "0", "image_size": 32}
     for seed, name in enumerate(("one", "two")):
         export(build("test_resnet", 1, seed=seed), folder / name, name=name, **facts)
-    sources = ["random", *({"name": name, "source": str(folder / name)} for name in ("one", "two"))]
+    storage.put_dir(folder / "two", STORED)
+    places = {"one": str(folder / "one"), "two": STORED}
+    sources = ["random", *({"name": name, "source": place} for name, place in places.items())]
     tree = {**tiny_study.SMALLER, "data": {"phantom-chest": {"shards": phantom_chest}}, "pretrain": [], "analyses": list(KINDS)}
     tree.pop("champion")
     cells = {**tree["cells"], "sources": sources, "strategies": ["full"], "seeds": [0, 1, 2], "keep": "encoder"}
     cells |= {"task_settings": {"phantom-chest": {"recipe.epochs": 2}}, "architectures": ["test_resnet"]}
     made = load_study(tiny_study.write(folder, {**tree, "cells": cells}))
-    weights = {name: [read_weights(str(folder / name))] for name in ("one", "two")}
+    weights = {name: [read_weights(place)] for name, place in places.items()}
     corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
     for config in tiny_study.cells(made, corpora, weights):
         run(config, LocalContext(dir=str(folder / "work")))
@@ -59,9 +63,10 @@ def study(tmp_path_factory: pytest.TempPathFactory, phantom_chest: str) -> Study
 
 
 @pytest.fixture(scope="module")
-def analysed(study: Study) -> Study:
+def analysed(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
     patch = pytest.MonkeyPatch()
     patch.setattr(measured, "SECONDS", 0.001)
+    patch.setenv("ALLOGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))  # as on a machine that has trained none of these cells
     run_analyses(study, Progress(), Events(study.out))
     patch.undo()
     return study
@@ -96,6 +101,12 @@ def test_similarity_and_filters_are_those_of_before_and_after(analysed: Study) -
     rows = next(listed for listed in held["filters"].analysis.tables if listed.file == "summary.csv").rows
     assert len(rows) == 3
     assert all(row[4].startswith("median") for row in rows)  # movement: the first layer was trained
+
+
+def test_a_source_in_a_store_is_named_by_its_place_there_and_analysed_from_any_machine(analysed: Study) -> None:
+    cells = [cell for cell in finished(analysed.out) if cell.source == "two"]
+    assert {cell_config(cell.url).encoder_dir for cell in cells} == {STORED}
+    assert not [note for one in standing(analysed.out) for note in one.analysis.notes if "two" in note or "encoder" in note]
 
 
 def test_convergence_counts_steps(analysed: Study) -> None:

@@ -14,7 +14,8 @@ import tiny_cell
 
 from base import storage
 from base.errors import WorkError
-from cluster.sources import external, local_encoder
+from cluster.sources import external
+from encoders.local import local_encoder
 from encoders.weights import load_local, sha256_of
 from finetune import data
 from finetune.cell import CellConfig
@@ -74,6 +75,14 @@ def test_an_encoder_that_is_not_what_was_exported_is_not_kept(tmp_path: Path, mo
     with pytest.raises(WorkError, match="not those that were exported"):
         local_encoder(f"file://{made}", sha256)
     assert not [path for path in (tmp_path / "cache" / "encoders").iterdir() if path.is_dir()]
+
+
+def test_an_encoder_is_not_kept_under_the_hash_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOGRAFT_CACHE", str(tmp_path / "cache"))
+    made, sha256 = tiny_cell.exported(tmp_path / "export")
+    with pytest.raises(WorkError, match="not those that were asked for"):
+        local_encoder(f"file://{made}", "0" * 64)
+    assert local_encoder(f"file://{made}").endswith(sha256)
 
 
 def test_cells_of_a_node_decode_their_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
