@@ -1,7 +1,7 @@
 """What the columns of an unknown table seem to be: image, patient, split, labels, metadata. Guesses by content first, by name second.
 
 facts = survey_table("RAW/labels.csv", "labels.csv", files)     # None if it is not a table
-facts.role("patient"), facts.role("label")
+facts.having("patient"), facts.having("label")
 """
 
 import csv
@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from shards.cells import CELLS
+from shards.rawfiles import stem
 from shards.splitting import SPLIT_WORDS
 
 Role = Literal["image", "mask", "patient", "split", "label", "findings", "class", "view", "sex", "age", "other"]
@@ -75,7 +76,7 @@ class FileNames:
     def __init__(self, files: Iterable[str]) -> None:
         self.paths = set(files)
         self.bases = {os.path.basename(file) for file in self.paths}
-        self.stems = {os.path.splitext(base)[0] for base in self.bases}
+        self.stems = {stem(base) for base in self.bases}
 
     def knows(self, cell: str) -> bool:
         """Whether the cell names a file, with or without folder and extension."""

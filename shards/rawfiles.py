@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -82,9 +83,15 @@ def _remote_stamp(info: Mapping[str, Any]) -> str:
     return f"{info.get('size')}@{info.get('ETag') or info.get('etag') or info.get('mtime') or info.get('LastModified')}"
 
 
+def extension(name: str) -> str:
+    """`.png`, `.nii.gz`, or nothing; a number behind a dot (as in a UID) is no extension."""
+    match = re.search(r"(?<=[^/])((\.nii|\.csv|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,5})$", name)
+    return match.group(1) if match else ""
+
+
 def bare(relative: str) -> str:
-    """The relative path without its extension: what a card's patterns are searched in."""
-    return os.path.splitext(relative.rstrip("/"))[0]
+    """The relative path without its extension: what a card's patterns are searched in. A folder's name is kept whole."""
+    return relative[:-1] if relative.endswith("/") else relative.removesuffix(extension(relative))
 
 
 def stem(relative: str) -> str:
@@ -133,7 +140,7 @@ def _by_ending(found: Iterable[str], longest: int | None, shape: Callable[[str],
     """Files by the ends of their paths, of one component, two, ... up to `longest`."""
     ends: dict[str, list[str]] = defaultdict(list)
     for file in found:
-        parts = shape(file.rstrip("/")).split("/")
+        parts = shape(file).rstrip("/").split("/")
         for count in range(1, min(longest or len(parts), len(parts)) + 1):
             ends["/".join(parts[-count:])].append(file)
     return dict(ends)

@@ -18,6 +18,7 @@ from base.paths import is_url
 from shards.columns import FileNames, TableFacts, survey_table
 from shards.content import IMAGES
 from shards.headers import Header, header
+from shards.rawfiles import extension, stem
 from shards.splitting import SPLIT_WORDS
 
 HEADERS = 400  # files of a group whose header is read
@@ -163,18 +164,6 @@ def _merged(folders: list[str]) -> dict[str, list[str]]:
     for names in shapes.values():
         merged[names[0] if len(names) == 1 else f"{re.match(r'[^0-9]*', names[0]).group()}*"] = names  # type: ignore[union-attr]
     return merged if len(merged) <= SIBLINGS else {"*": folders}
-
-
-def extension(name: str) -> str:
-    """`.png`, `.nii.gz`, or nothing; a number behind a dot (as in a UID) is no extension."""
-    match = re.search(r"((\.nii|\.csv|\.tar)?\.[A-Za-z][A-Za-z0-9]{0,5})$", name)
-    return match.group(1) if match else ""
-
-
-def stem(file: str) -> str:
-    """The base name without its extension."""
-    base = os.path.basename(file)
-    return base[: len(base) - len(extension(base))] if extension(base) else base
 
 
 def is_mask(path: str) -> bool:

@@ -23,6 +23,7 @@ from shards.draft import draft
 from shards.headers import header
 from shards.open_points import open_points
 from shards.pack import pack, plan
+from shards.rawfiles import Finder
 from shards.survey import globs, mask_templates, survey
 
 DICOM = Path(__file__).parent.parent.parent / "shared" / "data" / "dicom" / "files"
@@ -198,6 +199,20 @@ def with_dicom(raw: Path) -> None:
         dicom(raw / f"study{n // 2}" / f"1.2.840.{n}", f"patient {n // 2}")
 
 
+def with_volumes(raw: Path) -> None:
+    for n in range(40):
+        voxels = np.random.default_rng(n).integers(-900, 900, (9, 8, 3)).astype(np.int16)
+        for folder, end, values in (("scans", "", voxels), ("organs", "_mask", (voxels > 0).astype(np.uint8))):
+            (raw / folder).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), raw / folder / f"{n // 2:03}-v1.{n % 2}{end}.nii.gz")
+
+
+def with_names_that_end_in_numbers(raw: Path) -> None:
+    for n in range(40):
+        dicom(raw / "scans" / f"1.2.840.{n}", f"patient {n // 2}")
+        picture(raw / "outlines" / f"1.2.840.{n}_mask.png", n, "1", (9, 8))
+
+
 def with_arrays(raw: Path) -> None:
     raw.mkdir()
     random = np.random.default_rng(0)
@@ -226,6 +241,8 @@ def settled(raw: Path, folder: Path) -> Card:
         (with_class_folders, "multiclass", ["benign", "malignant", "normal"], 120, 60),
         (with_masks_beside, "segmentation", [], 40, 20),
         (with_dicom, "unlabelled", [], 80, 40),
+        (with_volumes, "segmentation", [], 120, 20),
+        (with_names_that_end_in_numbers, "segmentation", [], 40, 20),
         (with_arrays, "multiclass", ["class-0", "class-1", "class-2"], 27, 27),
     ],
 )
@@ -244,6 +261,13 @@ def test_from_an_unknown_folder_to_shards(
     samples = [Corpus(str(tmp_path / "shards"), ("train",))[i] for i in range(manifest.counts["train"])]
     assert {name for sample in samples for name in sample.labels} == set(labels)
     assert all((sample.seg is not None) == (kind == "segmentation") for sample in samples)
+
+
+def test_a_table_names_files_without_their_extension() -> None:
+    found = {"scans/a.nii.gz": "", "scans/1.2.840.5": "", "scans/1.2.840.6": "", "series/1.2.7/": ""}
+    finder = Finder(found)
+    assert [finder.find(name, "t") for name in ("a", "1.2.840.5", "1.2.7", "1.2.840")] == [*list(found)[:2], "series/1.2.7/", None]
+    assert FileNames(found).stems >= {"a", "1.2.840.5", "1.2.840.6"}
 
 
 def test_captures_and_ultrasound_open_a_point_for_their_rule(tmp_path: Path) -> None:
