@@ -118,7 +118,7 @@ class Groups(Strict):
     sep: str = Field(",", min_length=1, max_length=1)
 
 
-Reader = Literal["csv", "folders", "pairs", "npz", "tars", "phantom"]
+Reader = Literal["csv", "folders", "pairs", "npz", "tars", "tars-in-place", "phantom"]
 
 
 class Layout(Strict):
@@ -343,12 +343,22 @@ class Card(Strict):
         reader = self.reader_of(layout)
         if reader == "csv" and not layout.has_table:
             raise ValueError(f"layout {layout.name}: reader csv needs a table")
-        if reader in ("folders", "npz", "tars") and layout.has_table:
+        if reader in ("folders", "npz", "tars", "tars-in-place") and layout.has_table:
             raise ValueError(f"layout {layout.name}: reader {reader} reads no table")
+        if reader == "tars-in-place" and (not self.public or self.has_masks or self.depth != 8 or self.max_side):
+            raise ValueError(
+                f"layout {layout.name}: images that stay where they lie are neither de-identified nor reduced: public ones alone, without "
+                "masks, depth 16 and max_side; reader tars packs them"
+            )
 
     def reader_of(self, layout: Layout) -> Reader:
         """The reader of one of the layouts: its own, or the card's."""
         return layout.reader or self.reader
+
+    @property
+    def in_place(self) -> bool:
+        """Of the card with the layout that was found alone: whether its images stay where they lie."""
+        return any(self.reader_of(layout) == "tars-in-place" for layout in self.layouts)
 
     @property
     def colour(self) -> bool:

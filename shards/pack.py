@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from base import storage
 from base.config import Strict, canonical_json, digest, parse
 from base.errors import RequestError, WorkError
 from base.paths import is_url
-from shards import readers
+from shards import in_place, readers
 from shards.card import SPLITS, Card, Split
 from shards.deidentify import FINGERPRINT, PUBLIC, Names, keyed
 from shards.manifest import MANIFEST, Manifest, ShardEntry, dump_index, load_index
@@ -109,9 +110,12 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
     jobs = []
     for split in SPLITS:
         records = [record for record in found.records if record.split == split]
-        for number, start in enumerate(range(0, len(records), shard_samples)):
-            name = f"{card.dataset}-{split}-{number:05d}"
-            jobs.append(ShardJob(name, split, raw, card, tuple(records[start : start + shard_samples]), origin))  # type: ignore[arg-type]
+        if card.in_place:  # a shard for each of their tars
+            parts = [tuple(held) for _, held in groupby(records, lambda record: record.inside and record.inside.container)]
+        else:
+            parts = [tuple(records[start : start + shard_samples]) for start in range(0, len(records), shard_samples)]
+        for number, held in enumerate(parts):
+            jobs.append(ShardJob(f"{card.dataset}-{split}-{number:05d}", split, raw, card, held, origin))  # type: ignore[arg-type]
     return jobs
 
 
@@ -165,8 +169,11 @@ def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = No
     try:
         with tempfile.TemporaryDirectory() as folder:
             tar = Path(folder) / f"{job.name}.tar"
-            positives, quarantined = write_tar(job.card, job.raw, job.records, tar, tell)
-            index_N = index_of_tar(tar)
+            if job.card.in_place:
+                positives, quarantined, index_N, images = in_place.write(job.card, job.raw, job.records, tar, tell)
+            else:
+                (positives, quarantined), images = write_tar(job.card, job.raw, job.records, tar, tell), None
+                index_N = index_of_tar(tar)
             index = dump_index(index_N)
             with tar.open("rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -188,6 +195,7 @@ def write(job: ShardJob, out_url: str, tell: Callable[[int], object] | None = No
         index_sha256=hashlib.sha256(index).hexdigest(),
         positives=positives,
         quarantined=quarantined,
+        images=images,
     )
     storage.put(receipt_url, canonical_json(Receipt(fingerprint=job.fingerprint, origin=job.origin, entry=entry)))
     return entry

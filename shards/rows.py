@@ -51,7 +51,7 @@ def read_rows(card: Card, raw: str, found: dict[str, str]) -> tuple[list[Row], i
     layout = card.layouts[0]
     reader = card.reader_of(layout)
     left_out = 0
-    if reader in ("npz", "tars"):
+    if reader in ("npz", "tars", "tars-in-place"):
         rows = list(_contained(card, raw, found))
     elif layout.has_table:
         rows, left_out = _table_rows(card, raw, found)

@@ -42,7 +42,7 @@ def write_tar(
     quarantined: list[Quarantined] = []
     # Owner, mode and time are fixed and the format is ustar: the bytes depend on the samples alone.
     with tar.open("wb") as stream, wds.TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-        for key, file, sample in _samples(card, raw, _told(records, tell) if tell else records):
+        for key, file, sample in _samples(card, raw, told(records, tell)):
             if isinstance(sample, str):
                 quarantined.append(Quarantined(key=key, reason=sample, file=file if card.public else None))
                 continue
@@ -50,12 +50,19 @@ def write_tar(
             for label, value in labels.items():
                 positives[label] += value == 1
             writer.write({"__key__": f"{card.dataset}-{key}", **content})
-    return {label: positives[label] for label in card.labels if positives[label] or card.kind != "multiclass"}, quarantined
+    return known(card, positives), quarantined
 
 
-def _told(records: Iterable[Record], tell: Callable[[int], object]) -> Iterator[Record]:
+def known(card: Card, positives: Counter[str]) -> dict[str, int]:
+    """The positives of each label; of classes, of which there may be thousands, those that occur."""
+    return {label: positives[label] for label in card.labels if positives[label] or card.kind != "multiclass"}
+
+
+def told(records: Iterable[Record], tell: Callable[[int], object] | None) -> Iterator[Record]:
+    """The records, the number of those done told before each."""
     for done, record in enumerate(records):
-        tell(done)
+        if tell:
+            tell(done)
         yield record
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from pydantic import ValidationError
 from tiny_corpus import picture
 
-from base.errors import RequestError, WorkError
-from shards import foreign, shardfile
+from base.errors import WorkError
+from shards import in_place, shardfile
 from shards.card import Card
 from shards.corpus import Corpus
 from shards.loader import TrainLoader, ViewsConfig
@@ -23,7 +24,7 @@ CARD = Card.model_validate(
         "schema": 2,
         "dataset": "photos",
         "title": "tiny",
-        "reader": "tars",
+        "reader": "tars-in-place",
         "kind": "multiclass",
         "channels": 3,
         "labels": ["cat", "dog", "newt"],
@@ -62,8 +63,8 @@ SPLITS = ("train", "val", "test")
 
 
 def test_they_give_what_packing_gives(tars: Path, tmp_path: Path) -> None:
-    made = foreign.index(CARD, str(tars), str(tmp_path / "there"))
-    packed = pack(CARD, str(tars), str(tmp_path / "packed"), shard_samples=7)
+    made = pack(CARD, str(tars), str(tmp_path / "there"))
+    packed = pack(CARD.model_copy(update={"reader": "tars"}), str(tars), str(tmp_path / "packed"), shard_samples=7)
     assert sum(made.counts.values()) == sum(packed.counts.values()) - 1 == 35
     there, copied = Corpus(str(tmp_path / "there"), SPLITS), Corpus(str(tmp_path / "packed"), SPLITS)
     assert not (tmp_path / "there").joinpath("cache").exists()
@@ -84,16 +85,16 @@ def test_they_are_indexed_once(tars: Path, tmp_path: Path, monkeypatch: pytest.M
     raw = tmp_path / "raw"
     shutil.copytree(tars, raw)
     out = str(tmp_path / "out")
-    first = foreign.index(CARD, str(raw), out)
+    first = pack(CARD, str(raw), out)
     written: list[str] = []
-    real = foreign.index_of_tar
-    monkeypatch.setattr(foreign, "index_of_tar", lambda tar: (written.append(Path(tar).stem), real(tar))[1])
-    assert foreign.index(CARD, str(raw), out).digest == first.digest
+    real = in_place.index_of_tar
+    monkeypatch.setattr(in_place, "index_of_tar", lambda tar: (written.append(Path(tar).stem), real(tar))[1])
+    assert pack(CARD, str(raw), out).digest == first.digest
     assert not written
     with webdataset.TarWriter(str(raw / "x-val-0.tar")) as writer:
         image = cv2.imencode(".png", picture(99, 40, 3))[1].tobytes()
         writer.write({"__key__": "new", "png": image, "cls": 2})
-    changed = foreign.index(CARD, str(raw), out)
+    changed = pack(CARD, str(raw), out)
     assert written == ["photos-test-00000"]
     assert changed.counts["test"] == 1
     assert Corpus(out, ("test",))[0].labels["newt"] == 1
@@ -102,9 +103,9 @@ def test_they_are_indexed_once(tars: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_they_come_from_a_store_through_the_node_s_cache(tars: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     out, cache_dir = f"file://{tmp_path}/out", tmp_path / "cache"
-    foreign.index(CARD, f"file://{tars}", out)
+    pack(CARD, f"file://{tars}", out)
     here = str(tmp_path / "here")
-    foreign.index(CARD, str(tars), here)
+    pack(CARD, str(tars), here)
     there, near = Corpus(out, SPLITS, str(cache_dir)), Corpus(here, SPLITS)
     assert there.keys() == near.keys()
     views = ViewsConfig(kind="two", size=16)
@@ -118,21 +119,17 @@ def test_they_come_from_a_store_through_the_node_s_cache(tars: Path, tmp_path: P
 def test_a_tar_that_changed_since_is_refused(tars: Path, tmp_path: Path) -> None:
     raw, out = tmp_path / "raw", str(tmp_path / "out")
     shutil.copytree(tars, raw)
-    foreign.index(CARD, str(raw), out)
+    pack(CARD, str(raw), out)
     path = raw / "x-val-0.tar"
     path.write_bytes(path.read_bytes() + bytes(512))
     with pytest.raises(WorkError, match=r"x-val-0\.tar: the shard is damaged: \d+ bytes where the manifest says"):
         Corpus(out, ("test",))[0]
 
 
-def test_what_needs_packing_is_refused(tars: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="not de-identified"):
-        foreign.index(CARD.model_copy(update={"public": False}), str(tars), str(tmp_path))
-    folders = tmp_path / "folders"
-    for split, i in (("train", 0), ("train", 1), ("train", 2), ("train", 4), ("val", 5)):
-        (folders / split).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folders / split / f"cat{i}.png"), picture(i, 40, 3))
-    layout = {"name": "folders", "requires": ["*/*.png"], "images": ["*/*.png"], "split_pattern": "^(train|val)/", "label_pattern": "(cat)"}
-    card = Card.model_validate({**CARD.model_dump(by_alias=True), "reader": "folders", "layouts": [layout], "split": {"val": 0, "test": 0}})
-    with pytest.raises(RequestError):
-        foreign.index(card, str(folders), str(tmp_path / "out"))
+MASKS = {"kind": "mixed", "mask_classes": ["mask"], "layouts": [CARD.layouts[0].model_dump() | {"masks": ["{stem}.png"]}]}
+
+
+@pytest.mark.parametrize("change", [{"public": False}, {"max_side": 64}, {"depth": 16}, MASKS])
+def test_what_needs_packing_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="images that stay where they lie are neither"):
+        Card.model_validate(CARD.model_dump(by_alias=True) | change)
