@@ -10,18 +10,9 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 
+from finetune.catalogue import STRATEGIES
 from finetune.cell import CellConfig
-from finetune.search import trained_by
 
-# Of one training image in one epoch, in forward passes through the encoder: one forward, and one backward each for the gradients of
-# activations and of weights. Strategies that are not named train everything.
-EVERYTHING = 3.0
-PASSES = {
-    "linear-aug": 1.0,  # no gradient goes through a frozen encoder
-    "lora": 2.0,  # gradients of activations alone
-    "lwft": 2.0,  # frozen up to a cut: on average half of the backward pass
-    "gradual": 2.0,  # part by part from the top
-}
 HEAD = 1e-3  # of a forward pass: one image in one epoch of a head on kept features
 
 
@@ -32,17 +23,17 @@ def effort(config: CellConfig, images: Mapping[str, int], forward: float) -> flo
         images: of each split, whole.
         forward: operations of one image through the network, once.
     """
-    strategy = str(config.strategy["name"])
+    strategy = STRATEGIES[str(config.strategy["name"])]
     train, val = images.get("train", 0) * config.fraction, images.get("val", 0)
     test = 0 if config.role == "trial" else images.get("test", 0)
-    by, linear = trained_by(strategy), config.task.linear.epochs * HEAD
+    by, linear = strategy.trains_by, config.task.linear.epochs * HEAD
     if by is None:
         return (train + val + test) * forward
     if by == "linear":
         return (train * (1 + linear) + val + test) * forward
-    probe = train * (1 + linear) if strategy == "lp-ft" else 0.0
+    probe = train * (1 + linear) if strategy.probe else 0.0
     epochs = config.task.recipe.epochs
-    return (probe + epochs * (train * PASSES.get(strategy, EVERYTHING) + val) + test) * forward
+    return (probe + epochs * (train * strategy.passes + val) + test) * forward
 
 
 def estimated(config: CellConfig) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from finetune.search import trained_by
+from finetune.catalogue import STRATEGIES
 
 # How often something is written tells no two runs apart.
 UNTOLD = {"schema", "method", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
@@ -72,7 +72,7 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
 
 def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
     """A finished cell. Metrics of single labels stay in result.json: fourteen labels in two splits would hide the rest."""
-    recipe = config["task"][trained_by(config["strategy"]["name"]) or "recipe"]
+    recipe = config["task"][STRATEGIES[config["strategy"]["name"]].trains_by or "recipe"]
     options = {f"strategy.{key}": value for key, value in config["strategy"].items() if key != "name"}
     params = {
         "source": config["source"],

@@ -32,9 +32,9 @@ def _methods() -> Listing:
 
 
 def _strategies() -> Listing:
-    from finetune.strategies import STRATEGIES
+    from finetune.catalogue import STRATEGIES
 
-    return ("strategy", "about"), sorted(STRATEGIES.items())
+    return ("strategy", "about"), sorted((name, about.text) for name, about in STRATEGIES.items())
 
 
 def _tasks() -> Listing:

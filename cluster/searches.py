@@ -21,6 +21,7 @@ from base.errors import Diverged, WorkError
 from cluster import plan
 from cluster.plan import KEY_DIGITS, Setting
 from cluster.standing import done, finished
+from finetune.catalogue import STRATEGIES
 from finetune.cell import CellConfig
 from finetune.search import (
     Answer,
@@ -33,7 +34,6 @@ from finetune.search import (
     most_trials,
     propose,
     rate_search,
-    trained_by,
 )
 from finetune.task import Task
 
@@ -72,12 +72,12 @@ def steps_of(setting: Setting) -> list[str]:
     """What is searched for a setting, in this order: its cut, its rate."""
     matrix = setting.study.cells
     cut = ["cut"] if asked(setting.strategy)[0] else []
-    return cut + (["rate"] if matrix and matrix.tune and trained_by(setting.strategy["name"]) else [])
+    return cut + (["rate"] if matrix and matrix.tune and STRATEGIES[setting.strategy["name"]].trains_by else [])
 
 
 def search_of(setting: Setting, step: str) -> Search:
     """The search of a step."""
-    matrix, recipe = setting.study.cells, trained_by(setting.strategy["name"])
+    matrix, recipe = setting.study.cells, STRATEGIES[setting.strategy["name"]].trains_by
     assert matrix is not None
     assert recipe is not None
     epochs = getattr(setting.task, recipe).epochs
@@ -131,7 +131,7 @@ class Searches:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of plan.json: every cell; one whose search has not answered, or whose encoder is not made, has no key yet."""
         for one in self.chosen:
-            recipe = trained_by(one.strategy["name"])
+            recipe = STRATEGIES[one.strategy["name"]].trains_by
             known = not one.steps and one.setting.stands
             for seed, config in zip(one.setting.seeds, one.cells() if known else [None] * len(one.setting.seeds), strict=True):
                 yield {
@@ -317,7 +317,7 @@ def most(settings: Iterable[Setting]) -> tuple[int, int, int]:
 
 def _with(one: Chosen, **changes: Any) -> Task:
     """The task with keys of the recipe that this strategy trains by set otherwise."""
-    given, recipe = {name: value for name, value in changes.items() if value is not None}, trained_by(one.strategy["name"])
+    given, recipe = {name: value for name, value in changes.items() if value is not None}, STRATEGIES[one.strategy["name"]].trains_by
     if not given or recipe is None:
         return one.task
     return one.task.model_copy(update={recipe: getattr(one.task, recipe).model_copy(update=given)})

@@ -36,9 +36,9 @@ from base.config import Strict, canonical_json, parse
 from base.errors import RequestError, WorkError
 from base.seeds import rng
 from encoders.cuts import Cut, cuts, find, last_of_each
+from finetune.catalogue import STRATEGIES
 
 CutSearch = Literal["two-stage", "halving", "random", "exhaustive"]
-SEARCHED = ("truncated", "fat")  # strategies whose cut can be `auto`: the network ends there
 
 
 class Tune(Strict):
@@ -196,17 +196,11 @@ def asked(strategy: Mapping[str, Any], where: str = "strategy") -> tuple[Way | N
         if of_search:
             raise RequestError(f"{' and '.join(of_search)} goes with cut: auto", where=where, hint="cut=auto")
         return None, rest
-    if strategy.get("name") not in SEARCHED:
+    searched = [name for name, about in STRATEGIES.items() if about.ends]
+    if strategy.get("name") not in searched:
         what = f"the cut of {strategy.get('name')} is not searched for"
-        raise RequestError(what, where=where, hint=f"cut: auto is for {', '.join(SEARCHED)}")
+        raise RequestError(what, where=where, hint=f"cut: auto is for {', '.join(searched)}")
     return parse(of_search, Way, where), rest
-
-
-def trained_by(strategy: str) -> Literal["recipe", "linear"] | None:
-    """Which of the task's recipes a strategy trains by, whose rate is tuned; None where nothing trains."""
-    if strategy == "knn":
-        return None
-    return "linear" if strategy in ("linear", "fat") else "recipe"
 
 
 def _ends(points: Sequence[Cut]) -> tuple[int, ...]:

@@ -34,12 +34,13 @@ from base.paths import ROOT
 from encoders.build import build
 from encoders.cuts import find
 from encoders.export import export
-from encoders.truncate import truncate
+from encoders.truncate import Truncated, truncate
 from encoders.weights import sha256_of
 from engine.context import LocalContext
+from finetune.catalogue import EVERYTHING, STRATEGIES
 from finetune.run import plant as run_plant
 from finetune.run import run
-from finetune.strategies import STRATEGIES, check, get, resolve
+from finetune.strategies import check, get, resolve
 from finetune.task import Task
 from finetune.transplant import places, verify
 
@@ -84,6 +85,19 @@ def test_groups_hold_each_trained_parameter_once_and_no_frozen_one(case: str, ta
 
 
 @over(EVERY)
+def test_the_catalogue_says_what_strategies_do(case: str, task: Task) -> None:
+    transplant, _ = planted(case, task)
+    about = STRATEGIES[case.partition(" ")[0]]
+    trains_by = None if not transplant.groups else "linear" if transplant.views == "evaluation" else "recipe"
+    assert (about.trains_by, about.probe) == (trains_by, transplant.probe)
+    assert about.ends == isinstance(transplant.module.encoder, Truncated)
+    if about.trains_by == "recipe" and case != "lwft nothing":
+        trains = [parameter.requires_grad for parameter in transplant.module.encoder.parameters()]
+        always = all(trains) and not any(group.start for group in transplant.groups)
+        assert about.passes == (EVERYTHING if always else 2.0 if any(trains) else 1.0)
+
+
+@over(EVERY)
 def test_what_is_said_to_be_the_sources_is_before_the_first_step_and_nothing_else_is(case: str, task: Task) -> None:
     transplant, weights = planted(case, task)
     verify(transplant, weights)
@@ -93,8 +107,6 @@ def test_what_is_said_to_be_the_sources_is_before_the_first_step_and_nothing_els
     assert same == told
     name = case.partition(" ")[0]
     assert transplant.module.frozen == (name in FROZEN)
-    assert (transplant.views == "evaluation") == (name in FROZEN - {"linear-aug"})
-    assert transplant.probe == (name == "lp-ft")
     assert (transplant.penalty is not None) == (name == "l2-sp")
     assert any(group.start for group in transplant.groups) == (name == "gradual")
     if not case.startswith("lora"):
@@ -337,6 +349,6 @@ def test_the_table_of_strategies_is_the_code() -> None:
     for name, about in STRATEGIES.items():
         fields = get(name).Config.model_fields
         options = [f"`{key}`" if field.is_required() else f"`{key}: {json.dumps(field.default)}`" for key, field in fields.items()]
-        expected.append([f"`{name}`", ", ".join(options) or "none", about])
+        expected.append([f"`{name}`", ", ".join(options) or "none", about.text])
     assert [row[:3] for row in rows] == expected
     assert all(len(row) == 6 for row in rows)

@@ -11,8 +11,9 @@ import pytest
 from base.config import load, parse
 from base.errors import RequestError
 from base.paths import PRESETS, ROOT, named, names
+from finetune.catalogue import STRATEGIES
 from finetune.cell import CellConfig, Result
-from finetune.strategies import STRATEGIES, get, resolve
+from finetune.strategies import get, resolve
 from finetune.task import LOSSES, METRICS, Task, TaskFile, load_task
 from shards.card import load_card
 

@@ -1,4 +1,4 @@
-"""The strategies by name. Each is one file here: `Config` (its options) and `transplant(spec, weights, task, options, seed)`.
+"""The strategies of finetune.catalogue. Each is one file here: `Config` (its options), `transplant(spec, weights, task, options, seed)`.
 
 make, options = resolve({"name": "linear"})        # or just "linear"
 """
@@ -14,27 +14,9 @@ from base.config import Strict, parse
 from base.errors import RequestError, unknown
 from encoders.build import build
 from encoders.volumes import inflate
+from finetune.catalogue import STRATEGIES
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant
-
-STRATEGIES: dict[str, str] = {
-    "full": "all weights from the source, all trained",
-    "linear": "frozen encoder, a head linear in its features",
-    "linear-aug": "frozen encoder, a linear head trained on augmented views by the task's recipe",
-    "transfusion": "weights up to a cut, the rest random, all trained",
-    "mean-var": "weights drawn from mean and variance of the source's tensors, all trained",
-    "slim": "weights up to a cut, a narrower random network after it, all trained",
-    "gabor": "synthetic Gabor filters first, the rest random, all trained",
-    "lwft": "all weights, frozen up to a cut, the rest at a divided rate",
-    "truncated": "weights up to a cut, the rest discarded, all trained",
-    "fat": "weights up to a cut, the rest discarded, frozen, a linear head",
-    "lp-ft": "the head on the frozen encoder first, then all trained",
-    "gradual": "all weights, trained part by part from the top",
-    "layer-decay": "all weights, at rates that fall towards the stem",
-    "l2-sp": "all weights, all trained and held near the source",
-    "lora": "frozen vision transformer with trained matrices of low rank in its attention",
-    "knn": "frozen encoder, labels of the nearest training images",
-}
 
 
 class Strategy(Protocol):
