@@ -5,6 +5,7 @@ A restart reads the newest COMMIT in storage, whatever Ray remembers, with as ma
 
 import os
 import sys
+import tempfile
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -32,26 +33,28 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from cluster.trainer import MAX_FAILURES, Prepare, Trainer, newest_step
+    from cluster.trainer import MAX_FAILURES, Prepare, Trainer
+    from engine.checkpoint import newest_step
 
     # One more process for each group of workers, and of use only where there is another node to go to.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(len(ray.nodes()) > 1))
     gpus, wanted = resources.gpus_per_pretrain_worker, resources.pretrain_workers
     per_worker = {"CPU": float(resources.threads), **({"GPU": gpus} if gpus else {})}
     checkpoints = storage.join(config.out, "checkpoints")
-    trainer = Trainer(
-        _worker,
-        checkpoints=checkpoints,
-        global_batch=config.recipe.global_batch,
-        train_loop_config={"config": canonical_json(config)},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_S),
-        scaling_config=ScalingConfig(
+    given = {
+        "checkpoints": checkpoints,
+        "global_batch": config.recipe.global_batch,
+        "train_loop_config": {"config": canonical_json(config)},
+        "torch_config": TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_S),
+        "scaling_config": ScalingConfig(
             num_workers=tuple(wanted) if isinstance(wanted, list) else wanted, use_gpu=bool(gpus), resources_per_worker=per_worker
         ),
-        run_config=RunConfig(name=config.key, storage_path=_scratch(), callbacks=[Prepare()]),
-    )
+    }
     try:
-        outcome = _fit(trainer).return_value
+        # Ray Train insists on a folder for its own book-keeping; nothing of ours is in it.
+        with tempfile.TemporaryDirectory(prefix="allograft-ray-train-", ignore_cleanup_errors=True) as scratch:
+            run_config = RunConfig(name=config.key, storage_path=scratch, callbacks=[Prepare()])
+            outcome = _fit(Trainer(_worker, run_config=run_config, **given)).return_value
     except ray.train.TrainingFailedError as error:
         hint = "run the same command again to go on from the newest checkpoint"
         deaths = f"died {MAX_FAILURES + 1} times after the checkpoint of step {newest_step(checkpoints)} without another"
@@ -83,13 +86,6 @@ def _fit(trainer: Any) -> Any:
 
     threading.Thread(target=fit, name="pretraining", daemon=True).start()
     return outcome.result()
-
-
-def _scratch() -> str:
-    # Ray Train insists on a folder for its own book-keeping; nothing of ours is in it.
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="allograft-ray-train-")
 
 
 def _last_line(error: BaseException) -> str:

@@ -94,14 +94,15 @@ def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progres
     """
     from cluster.pretraining import pretrain_on_ray
     from cluster.sources import read_weights
+    from engine.checkpoint import newest_step
 
     restarts = 0
     if done(config.out):
         progress.say(f"{label}: stands already")
     else:
         began = time.monotonic()
-        if before := storage.listing(storage.join(config.out, "checkpoints")):
-            progress.say(f"{label}: goes on from step {int(before[-1].removeprefix('step-'))}")
+        if step := newest_step(storage.join(config.out, "checkpoints")):
+            progress.say(f"{label}: goes on from step {step}")
         try:
             with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
                 result = pretrain_on_ray(config, study.resources)

@@ -23,8 +23,8 @@ from ray.train.v2._internal.execution.failure_handling.default import _is_preemp
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from base import storage
 from base.errors import AllograftError
+from engine.checkpoint import newest_step
 
 MAX_FAILURES = 3
 _terminated = threading.Event()
@@ -97,14 +97,6 @@ class Divisors(ElasticScalingPolicy):
 def divisor(number: int, most: int) -> int:
     """The largest divisor of `number` that is at most `most`; 0 for 0."""
     return next((count for count in range(min(most, number), 0, -1) if number % count == 0), 0)
-
-
-def newest_step(checkpoints: str) -> int:
-    """Of the newest committed checkpoint; 0 without one."""
-    for name in reversed(storage.listing(checkpoints)):
-        if storage.exists(storage.join(checkpoints, name, storage.COMMIT)):
-            return int(name.removeprefix("step-"))
-    return 0
 
 
 class Prepare(WorkerCallback):

@@ -142,6 +142,11 @@ def _commit(place: str, snapshot: Snapshot, world: int) -> None:
     storage.put(storage.join(place, storage.COMMIT), json.dumps(facts, sort_keys=True))
 
 
+def newest_step(url: str) -> int:
+    """The step of the newest committed checkpoint; 0 without one."""
+    return next((step for step, place in _steps(url) if storage.exists(storage.join(place, storage.COMMIT))), 0)
+
+
 def newest_sound(url: str) -> str | None:
     """The newest committed checkpoint whose `state["sound"]` is true."""
     return next((place for _, place, commit in _committed(url) if commit.get("sound")), None)

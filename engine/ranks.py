@@ -9,6 +9,7 @@ Everything here also works in a lone process without torch.distributed.
 import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -131,6 +132,7 @@ def start() -> None:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         else:
             meeting = tempfile.mkdtemp(prefix="allograft-ranks-")
+            atexit.register(shutil.rmtree, meeting, ignore_errors=True)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, init_method=f"file://{meeting}/store", rank=0, world_size=1)
         atexit.register(_end)

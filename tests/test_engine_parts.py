@@ -268,6 +268,16 @@ def test_the_best_and_the_last_sound_checkpoint_stay_beside_the_newest(tmp_path:
     assert sound.endswith("step-00000001")
 
 
+def test_the_newest_step_is_that_of_a_checkpoint_that_stands(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(str(tmp_path / "c"))
+    assert checkpoint.newest_step(saver.url) == 0
+    for step in (5, 10):
+        saver.save(snapshot(step))
+    saver.finish()
+    (tmp_path / "c" / "step-00000010" / "COMMIT").unlink()  # as of a save that was cut off
+    assert checkpoint.newest_step(saver.url) == 5
+
+
 def test_random_state_survives(tmp_path: Path) -> None:
     state = checkpoint.random_state()
     expected = torch.rand(3)
