@@ -6,7 +6,6 @@ Figures are set in as the SVG that stands beside each analysis.json, tables as t
 there is said, with the reason where it failed.
 """
 
-from analysis import results
 from analysis.analyses import KINDS, Standing, standing
 from analysis.evidence import Evidence
 from analysis.tables import ROWS, cell, esc, table
@@ -65,7 +64,7 @@ def sections(evidence: Evidence) -> list[tuple[str, str, str]]:
 def _failed(out: str) -> dict[str, str]:
     """By kind why its last attempt failed, from OUT/events.jsonl."""
     found: dict[str, str] = {}
-    for row in results.read_rows(storage.join(out, "events.jsonl")):
+    for row in storage.read_rows(storage.join(out, "events.jsonl")):
         if row.get("event") == "analysis failed":
             found[str(row.get("kind"))] = str(row.get("reason"))
         elif row.get("event") == "analysed":

@@ -62,7 +62,7 @@ def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
     for cell in cells:
         if cell.shuffled:
             continue
-        rows = results.read_rows(storage.join(cell.url, "metrics.jsonl"))
+        rows = storage.read_rows(storage.join(cell.url, "metrics.jsonl"))
         metric = str((cell.result.get("selection") or {}).get("metric", ""))
         name = f"val_{metric}"
         held = [(i, results.number(row.get(name))) for i, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""The findings of a study: which comparisons it holds, what each says, and in which words.
+"""The evidence of a study: all that its report is made of, and which comparisons it holds.
 
 evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
 
@@ -11,127 +11,20 @@ is declared when its adjusted p is under 0.05 and its interval holds seeds and p
 interval, which only means that 0 is inside.
 """
 
-import functools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from analysis import ledger, results
-from analysis.claims import PRETRAINING_SEEDS, Claim
+from analysis.claims import Claim
 from analysis.comparisons import Comparisons
+from analysis.findings import APART, Finding
 from analysis.ledger import Entry
+from analysis.replicates import Bootstrap
 from analysis.results import Cell, Pretraining
-from analysis.statistics import Bootstrap, Comparison, Scores, detectable, holm
+from analysis.statistics import holm
 from base import storage
 from base.config import parse
-
-LEVEL = 0.05
-HELD = 48  # predictions of cells in memory, some 10 MB each where 25,000 test images have 14 labels
-APART = {"own": "own source (its pretraining saw these labels)", "exposed": "exposed (its pretraining may have seen these test images)"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A), "own" (pretrained on these labels),
-    "exposed" (pretrained on corpora that may hold these test images) or "claim": then `entry` is its row of the ledger, a and b are its
-    sides in words, and of the setting what is compared is empty or 0."""
-
-    kind: str
-    a: str
-    b: str
-    architecture: str
-    strategy: str
-    options: str
-    task: str
-    dataset: str
-    fraction: float
-    resolution: int
-    metric: str
-    comparison: Comparison
-    adjusted: float = math.nan
-    entry: Entry | None = None
-
-    @property
-    def declared(self) -> bool:
-        if self.entry is not None:
-            return self.entry.verdict != "underpowered"
-        return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
-
-    @property
-    def mark(self) -> str:
-        """How the page marks it: good, worse, bad (a flagged control) or none."""
-        if not self.declared:
-            return "none"
-        if self.entry is not None:
-            return "good" if self.entry.verdict == "holds" else "worse"
-        return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
-
-    @property
-    def about(self) -> str:
-        """What may be claimed: methods need at least 3 pretraining seeds, and a claim speaks of no more than it was written for."""
-        if self.entry is not None:
-            return "methods" if self.entry.claim.about == "methods" else "encoders (these weights)"
-        return "methods" if self.comparison.pretraining_seeds >= PRETRAINING_SEEDS else "encoders (these weights)"
-
-    def words(self, evidence: "Evidence") -> str:
-        """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""
-        parts = [self.dataset if len(evidence.tasks.get(self.dataset, ())) < 2 else self.task]
-        settings = (("architecture", self.architecture), ("strategy", self.setting), ("resolution", f"{self.resolution} px"))
-        parts += [text for name, text in settings if len(evidence.varied[name]) > 1]
-        if len(evidence.varied["fraction"]) > 1:
-            parts.append(f"{self.fraction * 100:g} % of the labels")
-        return ", ".join(parts)
-
-    @property
-    def setting(self) -> str:
-        return f"{self.strategy} {self.options}".strip()
-
-    def sentence(self, evidence: "Evidence", brief: bool = False) -> str:
-        """The finding in words; the same in the report and in the terminal."""
-        if self.entry is not None:
-            return self.entry.sentence()
-        c, unit = self.comparison, evidence.unit(self.metric, self.dataset)
-        where = "" if brief and self.kind == "control" and evidence.single else f" on {self.words(evidence)}"
-        if c.basis == "not comparable":
-            return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
-        numbers = effect(c, unit)
-        if self.kind in APART:
-            return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, nothing declared"
-        if self.declared:
-            if self.kind == "control":
-                return f"{self.a} against {self.b}{where}: FLAGGED, {numbers}, though the two are the same source"
-            verb = "beats" if c.estimate > 0 else "is worse than"
-            return f"{self.a} {verb} {self.b}{where}: {numbers}"
-        if c.basis == "patients only":
-            return f"{self.a} against {self.b}{where}: {numbers}, one seed: patients only, nothing declared"
-        if c.excludes_zero:
-            control = self.kind == "control"
-            if evidence.ledger and not control:
-                return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
-            size = sum(f.kind == "control" for f in evidence.findings) if control else evidence.family
-            after = f"after correction for {size} {'controls' if control else 'comparisons'}"
-            return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
-        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width, digits(c))} wide)"
-
-
-def digits(c: Comparison) -> int:
-    """Two decimals, three where two would hide which side of 0 a bound is on or the whole effect."""
-    near = min(abs(c.low), abs(c.high))
-    return 3 if abs(c.estimate) < 0.02 or near < 0.005 else 2
-
-
-def decimal(value: float, places: int) -> str:
-    return f"{value:.{places}f}" if math.isfinite(value) else "unbounded"
-
-
-def effect(c: Comparison, unit: str) -> str:
-    """`+0.11 AUROC [0.06, 0.16]`."""
-    places = digits(c)
-    return f"{c.estimate:+.{places}f} {unit} [{decimal(c.low, places)}, {decimal(c.high, places)}]"
 
 
 @dataclass
@@ -166,7 +59,7 @@ class Evidence:
     @property
     def single(self) -> bool:
         """One setting only: the words need not say which."""
-        return len({cell.group() for cell in self.cells}) == 1
+        return len({cell.group for cell in self.cells}) == 1
 
     @property
     def family(self) -> int:
@@ -215,36 +108,6 @@ class Evidence:
         return lead + ("; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources to compare")
 
 
-def scores(cell: Cell) -> Scores | None:
-    """Test predictions of a cell as arrays; None when they were not kept or hold a score that is not a number."""
-    frame = results.predictions(cell)
-    if frame is None:
-        return None
-    held = [name.removeprefix("score_") for name in frame.columns if name.startswith("score_")]
-    # Some tasks train on labels that they do not measure.
-    measured = {row.get("class") for row in cell.result.get("metrics", [])}
-    labels = [label for label in held if label in measured] or held
-    dice, iou = (frame[name].to_numpy(float) if name in frame and frame[name].notna().any() else None for name in ("dice", "iou"))
-    target = score = strata = true = decided = None
-    if labels and dice is None:
-        score = frame[[f"score_{label}" for label in labels]].to_numpy(float)
-        target = frame[[f"target_{label}" for label in labels]].to_numpy(float)
-        target = np.where(target < 0, math.nan, target)
-        if not np.isfinite(score).all():
-            return None
-        if "decided" in frame:
-            true = frame[[f"target_{label}" for label in held]].to_numpy(float).argmax(1)
-            decided = np.array([held.index(label) for label in frame["decided"]], np.int64)
-    if "stratum" in frame.columns and frame["stratum"].notna().any():
-        known = zip(frame["stratum"], frame["stratum"].notna(), strict=True)
-        strata = np.array([str(value) if there else None for value, there in known], object)
-    # An image without a patient is a patient of its own.
-    named = zip(frame["patient"], frame["sample_id"], strict=True)
-    patients = np.array([str(patient) if patient else f"image {image}" for patient, image in named], object)
-    ids = frame["sample_id"].to_numpy(str)
-    return Scores(int(cell.seed), ids, patients, target, score, dice, strata, cell.source_seed, iou, true, decided)
-
-
 def _pairs(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
     """(kind, a, b) of the study's family."""
     baseline = next((source for source in sources if source in random), sources[0])
@@ -264,30 +127,16 @@ def is_random(cell: Cell) -> bool:
     return kind == "random" if kind else cell.source.split("-")[0] == "random"
 
 
-class Loaded:
-    """Predictions of cells, the HELD last ones kept: a study of 10,000 cells has more of them than memory."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Scores | None] = {}
-
-    def __call__(self, cell: Cell) -> Scores | None:
-        found = self._held.pop(cell.key) if cell.key in self._held else scores(cell)
-        self._held[cell.key] = found
-        if len(self._held) > HELD:
-            del self._held[next(iter(self._held))]
-        return found
-
-
 def registrations(out: str) -> dict[str, tuple[str, bool]]:
     """Claims that were ever in the study file, by sha256: their name, and whether they came before their results. See cluster.claims."""
     found: dict[str, tuple[str, bool]] = {}
-    for row in results.read_rows(storage.join(out, "events.jsonl")):
+    for row in storage.read_rows(storage.join(out, "events.jsonl")):
         if row.get("event") == "claim":
             found.setdefault(str(row["sha256"]), (str(row["claim"]), not row["standing"]))
     return found
 
 
-def judge(evidence: Evidence, load: Loaded) -> list[Entry]:
+def judge(evidence: Evidence) -> list[Entry]:
     """The ledger of the study's claims."""
     where = storage.join(evidence.out, "study.yaml")
     claims = [parse(claim, Claim, f"{where}: claims") for claim in evidence.study.get("claims") or []]
@@ -299,8 +148,7 @@ def judge(evidence: Evidence, load: Loaded) -> list[Entry]:
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
     early, planned = {sha: before for sha, (_, before) in known.items()}, results.expected(evidence.out)
-    compared = functools.partial(evidence.comparisons.of, load=load)
-    return ledger.ledger(evidence.cells, claims, early, compared, apart, lambda cell: drawn[cell.source], planned)
+    return ledger.ledger(evidence.cells, claims, early, evidence.comparisons.of, apart, lambda cell: drawn[cell.source], planned)
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -316,31 +164,26 @@ def of_claim(entry: Entry) -> Finding:
 
 def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding]:
     """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
-    bootstrap, load = bootstrap or Bootstrap(), Loaded()
-    evidence.comparisons = Comparisons(evidence.out, bootstrap)
-    evidence.ledger = judge(evidence, load)
+    evidence.comparisons = Comparisons(evidence.out, bootstrap or Bootstrap())
+    evidence.ledger = judge(evidence)
     order = evidence.sources()
     random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
     weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
     pairs = [(a, b) for a in order for b in order if a != b]
     same = {frozenset(pair) for pair in pairs if set(pair) <= random or (weights[pair[0]] and weights[pair[0]] == weights[pair[1]])}
+    asked = []
+    for cells in results.in_groups(evidence.cells).values():
+        held = {source: own for (source,), own in results.by(cells, "source").items()}
+        sources, metric = [source for source in order if source in held], results.headline(cells)
+        if len(sources) > 1 and metric is not None:
+            asked += [(kind, held[a], held[b], metric) for kind, a, b in _pairs(evidence.study, sources, same, random)]
+    evidence.comparisons.make([(a, b, metric) for _, a, b, metric in asked])
     found = []
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in evidence.cells:
-        groups.setdefault(cell.group(), []).append(cell)
-    for group, cells in groups.items():
-        held = results.by(cells, "source")
-        sources = [source for source in order if (source,) in held]
-        metric = next((m for m in results.PRIMARY if any(cell.primary() == m for cell in cells)), None)
-        if len(sources) < 2 or metric is None:
-            continue
-        for kind, a, b in _pairs(evidence.study, sources, same, random):
-            two = [cell for source in (a, b) for cell in held[(source,)]]
-            apart = "own" if any(cell.own_source for cell in two) else "exposed" if any(map(evidence.exposed, two)) else ""
-            result = evidence.comparisons.of(held[(a,)], held[(b,)], metric, load)
-            architecture, strategy, options, task, fraction, resolution = group
-            setting = (architecture, strategy, options, task, cells[0].dataset, fraction, resolution, metric)
-            found.append(Finding(apart or kind, a, b, *setting, result))
+    for kind, a, b, metric in asked:
+        apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
+        architecture, strategy, options, task, fraction, resolution = a[0].group
+        setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
+        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.comparisons.of(a, b, metric)))
     planned = _planned(evidence, same, random)
     found, _ = _adjust(found, ("control",), planned)
     if not evidence.ledger:
@@ -391,20 +234,3 @@ def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     evidence.earlier, evidence.finished = len(found) - len(every), found
     evidence.findings = find(evidence, bootstrap)
     return evidence
-
-
-def significance(evidence: Evidence) -> pd.DataFrame:
-    """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions)."""
-    rows = []
-    for f in evidence.findings:
-        c = f.comparison
-        shared = {
-            name: getattr(f, name) for name in ("kind", "a", "b", "architecture", "strategy", "options", "task", "dataset", "fraction")
-        }
-        own = {name: getattr(c, name) for name in ("estimate", "low", "high", "se", "df", "p")}
-        rest = {name: getattr(c, name) for name in ("basis", "units", "patients", "images", "seed_variance", "patient_variance", "redrawn")}
-        least = {"detectable": detectable(c), "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
-        words = {"resolution": f.resolution, "metric": f.metric}
-        told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late} if f.entry else {}
-        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least, **told})
-    return pd.DataFrame(rows)

@@ -146,27 +146,10 @@ def read_json(url: str) -> Any:
 def read_yaml(url: str) -> dict[str, Any]:
     """A YAML mapping, or an empty one where there is none."""
     try:
-        loaded = yaml.safe_load(storage.read_bytes(url))
+        loaded = storage.read_yaml(url)
     except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-def read_rows(url: str) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file. A last line that is still being written is left out; no file, no rows."""
-    try:
-        text = storage.read_bytes(url).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def read_study(out: str) -> dict[str, Any]:
@@ -284,7 +267,7 @@ def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:
 def failures(out: str) -> dict[str, str]:
     """Reasons by key, from the `failed` events of OUT/events.jsonl. A key that succeeded later is for the caller to leave out."""
     reasons = {}
-    for row in read_rows(storage.join(out, "events.jsonl")):
+    for row in storage.read_rows(storage.join(out, "events.jsonl")):
         if row.get("key") and "fail" in str(row.get("event", row.get("kind", ""))):
             reasons[str(row["key"])] = str(row.get("error") or row.get("what") or row.get("reason") or "no reason recorded")
     return reasons
@@ -310,7 +293,9 @@ def pretrainings(out: str) -> list[Pretraining]:
         url = storage.join(root, folder)
         config, result = read_yaml(storage.join(url, "config.yaml")), read_json(storage.join(url, "result.json"))
         name = str((result or config).get("name") or folder.rsplit("-", 1)[0])
-        found.append(Pretraining(name, folder.rsplit("-", 1)[-1], url, config, read_rows(storage.join(url, "metrics.jsonl")), result))
+        found.append(
+            Pretraining(name, folder.rsplit("-", 1)[-1], url, config, storage.read_rows(storage.join(url, "metrics.jsonl")), result)
+        )
     return found
 
 

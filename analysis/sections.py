@@ -47,7 +47,7 @@ def curves(evidence: Evidence) -> str:
         series: dict[str, tuple[int, list[list[float]]]] = {}
         label = ""
         for c in held:
-            rows = results.read_rows(storage.join(c.url, "metrics.jsonl"))
+            rows = storage.read_rows(storage.join(c.url, "metrics.jsonl"))
             name = next((n for row in rows for n in row if n == f"val_{(c.result.get('selection') or {}).get('metric')}"), "")
             name = name or next((n for row in rows for n in row if n.startswith("val_") and n != "val_loss"), "val_loss")
             curve = [value for row in rows if math.isfinite(value := results.number(row.get(name)))]
@@ -152,7 +152,7 @@ def _forgotten(evidence: Evidence) -> str:
 
 def _unread(evidence: Evidence) -> str:
     """Samples that a pretraining could not read, from OUT/quarantine.jsonl."""
-    held = results.read_rows(storage.join(evidence.out, "quarantine.jsonl"))
+    held = storage.read_rows(storage.join(evidence.out, "quarantine.jsonl"))
     if not held:
         return ""
     counts = Counter(str(row["pretraining"]).rpartition("-")[0] for row in held)

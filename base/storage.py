@@ -174,6 +174,11 @@ def read_or_none(url: str) -> bytes | None:
         return None
 
 
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, see `rows`; no file, no rows."""
+    return rows(read_or_none(url) or b"")
+
+
 def rows(data: bytes) -> list[dict[str, Any]]:
     """The objects of JSON lines; a last line that is still being written is left out."""
     found = []

@@ -115,19 +115,13 @@ class Progress:
 
 def _newest(url: str) -> dict[str, float] | None:
     """The newest row, with the newest value of what only some rows have."""
-    import json
-
     try:
         lines = storage.read_bytes(url).splitlines()
     except (OSError, WorkError):
         return None
     newest: dict[str, float] | None = None
-    for line in reversed(lines[-NEWEST_LINES:]):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "loss" in row:
+    for row in reversed(storage.rows(b"\n".join(lines[-NEWEST_LINES:]))):
+        if "loss" in row:
             newest = {**row, **newest} if newest else row
             if SELDOM in newest or "rankme" not in newest:  # the rows of a cell have none
                 return newest

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from analysis.results import planned, read_study
 from base import storage
 from base.errors import RequestError
@@ -232,12 +230,12 @@ class Projection:
 
     def _pretraining(self, url: str, key: str) -> None:
         """A pretraining as far as it got."""
-        if key in self.finished or (raw := _read(storage.join(url, "config.yaml"))) is None:
+        if key in self.finished or (raw := storage.read_or_none(storage.join(url, "config.yaml"))) is None:
             return
-        config, held = _yaml(raw), _read(storage.join(url, "result.json"))
+        config, held = storage.from_yaml(raw), storage.read_or_none(storage.join(url, "result.json"))
         result = json.loads(held) if held is not None else {}
         run = self._run(key, facts.name("pretrain", config), self.parent, {"allograft.kind": "pretrain"}, float(result.get("seconds", 0)))
-        rows = _rows(_read(storage.join(url, "metrics.jsonl")) or b"")
+        rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
         self._log(run, _curves(rows[self.rows.get(key, 0) :]))
         self.rows[key] = len(rows)
         if held is None:
@@ -252,9 +250,9 @@ class Projection:
 
     def _cell(self, url: str, key: str) -> None:
         """A cell, once it is done: before that nothing stands in storage."""
-        if (held := _read(storage.join(url, "result.json"))) is None:
+        if (held := storage.read_or_none(storage.join(url, "result.json"))) is None:
             return
-        result, config = json.loads(held), _yaml(storage.read_bytes(storage.join(url, "config.yaml")))
+        result, config = json.loads(held), storage.read_yaml(storage.join(url, "config.yaml"))
         told = facts.cell(config, result)
         self.results[key] = result
         tags = told.tags | {"allograft.kind": facts.kind("cells", config)}
@@ -262,7 +260,7 @@ class Projection:
             tags["allograft.encoder_run"] = self.encoders[result["encoder_sha256"]]
         known = key in self.runs
         run = self._run(key, facts.name("cells", config), self.parent, tags, float(result.get("seconds", 0)))
-        rows = _rows(_read(storage.join(url, "metrics.jsonl")) or b"")
+        rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
         self._log(run, _curves(rows) + _values(told.metrics), told.params, tags if known else {})
         self._end(run, key, url, [(config["task"]["dataset"], config["manifest_digest"], config["shards"], "fine-tuning")], result)
 
@@ -292,13 +290,13 @@ class Projection:
         from mlflow.entities import Metric
 
         root = storage.join(self.out, "nodes")
-        if (raw := _read(storage.join(root, "ray.json"))) is not None and raw != self.dashboard:
+        if (raw := storage.read_or_none(storage.join(root, "ray.json"))) is not None and raw != self.dashboard:
             self.dashboard, address = raw, json.loads(raw)["dashboard"]
             self.client.set_tag(self.parent, "allograft.ray_dashboard", address)
             self.client.set_tag(self.parent, "mlflow.note.content", f"Running on Ray: [{address}]({address})")
         for file in storage.listing(root):
             host, _, kind = file.rpartition(".")
-            rows = _rows(_read(storage.join(root, file)) or b"") if kind == "jsonl" else []
+            rows = storage.read_rows(storage.join(root, file)) if kind == "jsonl" else []
             new = list(enumerate(rows))[self.rows.get(file, 0) :]
             self._log(
                 self.parent,
@@ -340,23 +338,6 @@ class Projection:
             self.client.log_artifact(run, local, folder or None)
 
 
-def _read(url: str) -> bytes | None:
-    """A file, if it stands: one request where asking first would be two."""
-    try:
-        return storage.read_bytes(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _yaml(raw: bytes) -> dict[str, Any]:
-    # libyaml is several times as fast, and a study has thousands of these.
-    return dict(yaml.load(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-
-
-def _rows(raw: bytes) -> list[dict[str, Any]]:
-    return [row for line in raw.splitlines() if (row := _row(line)) is not None]
-
-
 def _curves(rows: Sequence[dict[str, Any]]) -> list[Any]:
     """The points of a log. Its own clock and step make a replay identical, and MLflow keeps identical points once."""
     from mlflow.entities import Metric
@@ -373,12 +354,3 @@ def _values(metrics: Mapping[str, float]) -> list[Any]:
     from mlflow.entities import Metric
 
     return [Metric(name, value, 0, 0) for name, value in metrics.items()]
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl; None for a last line that is still being written."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None

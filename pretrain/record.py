@@ -49,15 +49,5 @@ class Record:
 
     def take_up(self, step: int) -> None:
         """Go on from what stands in the file up to that step; rows after it will be logged again by the same steps."""
-        self.rows = ranks.share(self._until(step) if ranks.rank() == 0 else None)
-
-    def _until(self, step: int) -> list[Row]:
-        rows = []
-        for line in storage.read_bytes(self.url).decode().splitlines() if storage.exists(self.url) else []:
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a killed writer
-                continue
-            if row["step"] <= step:
-                rows.append(row)
-        return rows
+        held = [row for row in storage.read_rows(self.url) if row["step"] <= step] if ranks.rank() == 0 else None
+        self.rows = ranks.share(held)

@@ -164,6 +164,14 @@ def test_a_folder_comes_back_whole_and_its_last_file_goes_last(place: str, tmp_p
     ]
 
 
+def test_a_line_that_is_still_being_written_is_no_row(place: str) -> None:
+    url = storage.join(place, "metrics.jsonl")
+    assert storage.read_or_none(url) is None
+    assert storage.read_rows(url) == []
+    storage.put(url, '{"step": 1}\n{"step": 2}\n[3]\n{"step": "\N{LATIN SMALL LETTER E WITH ACUTE}'.encode()[:-1])
+    assert storage.read_rows(url) == [{"step": 1}, {"step": 2}]
+
+
 def test_removing_what_others_remove_at_the_same_time_is_fine(place: str) -> None:
     url = storage.join(place, "manifest.json")
     with ThreadPoolExecutor(4) as pool:
