@@ -1,5 +1,10 @@
-"""One driver for an `out`: a lock file made exclusively, with a heartbeat; a lock without one for two minutes is taken over."""
+"""One driver for an `out`: a lock file made exclusively, with a heartbeat; a lock without one for two minutes is taken over.
 
+with DriverLock(out) as lock:
+    ...                                     # ends by Ctrl-C of its own, and then WorkError, if another driver takes the lock over
+"""
+
+import _thread
 import json
 import os
 import socket
@@ -14,37 +19,56 @@ from base.errors import RequestError, WorkError
 
 STALE_S = 120.0
 BEAT_S = 20.0
+SETTLE_S = 1.0  # longer than writing a lock takes
 
 
 class DriverLock:
-    """Context manager around `OUT/driver.lock`.
+    """Context manager around `OUT/driver.lock`. A driver that was suspended for longer than its lock holds (a laptop, a virtual machine)
+    finds another one at work when it wakes, and stops.
+
+    Attributes:
+        lost: another driver has taken it over: nothing may be written any more.
 
     Raises:
         RequestError: another driver works on this `out`.
+        WorkError: another driver has taken it over.
     """
 
     def __init__(self, out: str) -> None:
         self.url = storage.join(out, "driver.lock")
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self.lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="driver-lock", daemon=True)
 
     def __enter__(self) -> "DriverLock":
         if not storage.create(self.url, self._content()):
-            held = self._read()
-            age_s = time.time() - held["beat"]
-            if age_s < STALE_S and not _dead(held["owner"]):
-                hint = f"wait for it, or remove {self.url} if that driver is gone"
-                raise RequestError(f"another driver ({held['owner']}) works here, last seen {age_s:.0f} s ago", where=self.url, hint=hint)
+            self._refuse()
             storage.put(self.url, self._content())
+            time.sleep(SETTLE_S)  # of two that found it stale the later one has it
+            self._refuse()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if self.lost:
+            said = f"another driver ({self._read()['owner']}) has taken over, since this one gave no sign for {STALE_S:.0f} s"
+            raise WorkError(said, where=self.url, hint="leave the study to that one") from error
         if self._read()["owner"] == self.owner:
             storage.remove(self.url)
+
+    def _refuse(self) -> None:
+        """Raises RequestError where another driver holds it that may be alive."""
+        held = self._read()
+        if not held["owner"]:  # it is just being written
+            time.sleep(SETTLE_S)
+            held = self._read()
+        age_s = time.time() - held["beat"]
+        if held["owner"] != self.owner and age_s < STALE_S and not _dead(held["owner"]):
+            hint = f"wait for it, or remove {self.url} if that driver is gone"
+            raise RequestError(f"another driver ({held['owner']}) works here, last seen {age_s:.0f} s ago", where=self.url, hint=hint)
 
     def _content(self) -> str:
         return json.dumps({"owner": self.owner, "beat": time.time()})
@@ -59,7 +83,13 @@ class DriverLock:
         while not self._stop.wait(BEAT_S):
             # A beat that storage did not take is made up for by the next one; the lock is stale only after several.
             with suppress(OSError, WorkError):
-                storage.put(self.url, self._content())
+                owner = self._read()["owner"]
+                if owner == self.owner:
+                    storage.put(self.url, self._content())
+                elif owner or not storage.create(self.url, self._content()):  # removed by hand, it is made anew
+                    self.lost = True
+                    _thread.interrupt_main()
+                    return
 
 
 def _dead(owner: str) -> bool:

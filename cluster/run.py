@@ -55,7 +55,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     require_server(uri)
     claim(study)
     corpora = standing_corpora(study)  # looks at the raw files too: what is wrong with them is found before anything is written
-    with DriverLock(study.out):
+    with DriverLock(study.out) as lock:
         before = held(study.out)
         storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
         events = Events(study.out)
@@ -66,6 +66,8 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
             summary = _stages(study, before, corpora, progress, events, projector, uri)
         except BaseException as error:
             progress.close()
+            if lock.lost:  # all that is there is the other driver's
+                raise
             try:
                 events.add("stop", error=f"{type(error).__name__}: {error}")
             finally:

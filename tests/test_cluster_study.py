@@ -1,6 +1,7 @@
 """Studies: what is checked before anything starts."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import yaml
 
 from base import storage
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from base.paths import ROOT, named
-from cluster import stages
+from cluster import lock, stages
 from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.pack import check_place
@@ -186,3 +187,53 @@ def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: P
     storage.put(str(tmp_path / "driver.lock"), f'{{"owner": "elsewhere:1:1", "beat": {time.time() - 600}}}')
     with DriverLock(str(tmp_path)):
         assert "elsewhere" not in storage.read_bytes(str(tmp_path / "driver.lock")).decode()
+
+
+def test_a_driver_that_slept_stops_and_leaves_the_lock_to_who_took_it_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.5)
+    url = str(tmp_path / "driver.lock")
+
+    def sleep() -> None:
+        storage.put(url, json.dumps({"owner": "elsewhere:1:1", "beat": time.time()}))
+        time.sleep(5)
+
+    with pytest.raises(WorkError, match=r"another driver \(elsewhere:1:1\) has taken over"), DriverLock(str(tmp_path)):
+        sleep()
+    assert storage.read_json(url)["owner"] == "elsewhere:1:1"
+
+
+def test_a_lock_that_was_removed_by_hand_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    url = str(tmp_path / "driver.lock")
+    with DriverLock(str(tmp_path)) as held:
+        storage.remove(url)
+        time.sleep(0.5)
+        assert storage.read_json(url)["owner"] == held.owner
+    assert not storage.exists(url)
+
+
+def test_of_two_drivers_that_find_a_lock_stale_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.put(str(tmp_path / "driver.lock"), json.dumps({"owner": "elsewhere:1:1", "beat": time.time() - 600}))
+    both, refused, held = threading.Barrier(2), [], []
+    real = storage.put
+
+    def together(url: str, data: str) -> None:
+        both.wait()  # each has found it stale before the other writes
+        real(url, data)
+
+    def drive() -> None:
+        try:
+            with DriverLock(str(tmp_path)) as own:
+                held.append(storage.read_json(own.url)["owner"] == own.owner)
+                time.sleep(0.5)
+        except RequestError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(storage, "put", together)
+    drivers = [threading.Thread(target=drive) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert held == [True]
+    assert len(refused) == 1
