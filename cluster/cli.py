@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(analyze, name="analyze")
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, for instance cells.seeds=[0,1]")]
+Tracking = Annotated[str | None, typer.Option(help="an MLflow address or the out of a study; default MLFLOW_TRACKING_URI")]
 
 
 def _version(asked: bool) -> None:
@@ -300,30 +301,50 @@ def sync(
     from base.paths import absolute
     from cluster.run import sync as rebuild
 
-    print(f"{rebuild(absolute(out), tracking)} finished runs in MLflow")
+    finished, champion = rebuild(absolute(out), tracking)
+    print(f"{finished} finished runs in MLflow" + (f"; champion: {champion}" if champion else ""))
 
 
 @app.command(epilog=_example("allograft pull demo@champion ./encoder --tracking runs/demo"))
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]", help="a registered encoder; alias champion by default")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="an empty or new folder")],
-    tracking: Annotated[str | None, typer.Option(help="an MLflow address or the out of a study; default MLFLOW_TRACKING_URI")] = None,
+    tracking: Tracking = None,
 ) -> None:
     """Fetch a registered encoder as a timm folder and check its hash."""
+    from base.paths import absolute
+    from cluster.registry import pull as fetch
+
+    folder = absolute(folder)
+    version = fetch(name, folder, _tracking(tracking))
+    print(f"{name} version {version} in {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+@app.command(epilog=_example('allograft promote demo 2 --reason "radiologists preferred its masks" --tracking runs/demo'))
+def promote(
+    name: Annotated[str, typer.Argument(help="a registered encoder")],
+    version: Annotated[str, typer.Argument(help="its version that becomes the champion")],
+    reason: Annotated[str, typer.Option(help="why, for those who come later: a tag of the version")],
+    tracking: Tracking = None,
+) -> None:
+    """Make a version the champion by hand; later runs and syncs leave it, whatever the study's rule says."""
+    from cluster.registry import promote as make_champion
+
+    print(make_champion(name, version, reason, _tracking(tracking)))
+
+
+def _tracking(given: str | None) -> str:
+    """The address of the MLflow store that a command means."""
     import os
 
     from base.errors import RequestError
     from base.paths import absolute, is_url
-    from cluster.registry import pull as fetch
     from cluster.tracking import tracking_uri
 
-    where = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+    where = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not where:
         raise RequestError("no MLflow address", hint="--tracking runs/demo, or set MLFLOW_TRACKING_URI")
-    uri = where if is_url(where) else tracking_uri(_study_at(absolute(where)), "sqlite")
-    folder = absolute(folder)
-    version = fetch(name, folder, uri)
-    print(f"{name} version {version} in {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+    return where if is_url(where) else tracking_uri(_study_at(absolute(where)), "sqlite")
 
 
 @app.command(epilog=_example("allograft weights moco-v2 --file moco_v2_800ep_pretrain.pth.tar"))
@@ -336,6 +357,14 @@ def weights(
     from cluster.published import show
 
     show(name, file, allow_partial)
+
+
+@app.command(epilog=_example("allograft init chest"))
+def init(name: Annotated[str, typer.Argument(help="of the study; written is NAME.yaml, here")]) -> None:
+    """Write a study file in which each key is explained, to begin with. It runs as it stands, on generated images."""
+    from cluster.init import write
+
+    print(f"{write(name)}; now: allograft plan {name}.yaml")
 
 
 @app.command("list", epilog=_example("allograft list tasks"))

@@ -1,4 +1,9 @@
-"""The registry: each pretrained encoder a version of the study's registered model, the best on validation its champion."""
+"""The registry: each pretrained encoder a version of the study's registered model, the best on validation its champion.
+
+versions, champion = register(projection, study)                      # every encoder once; a champion promoted by hand stays
+promote("demo", "2", "radiologists preferred it", uri)                # the alias by hand, with its reason
+pull("demo@champion", "./encoder", uri)
+"""
 
 import json
 import os
@@ -9,15 +14,21 @@ from typing import Any
 
 from base import storage
 from base.errors import RequestError, WorkError, unknown
+from base.paths import timestamp
 from cluster.study import Study
 from cluster.tracking import KEY_TAG, Projection, connect
 
+CHAMPION = "champion"
+SOURCE_TAG = "allograft.source"
+REASON_TAG, WHO_TAG, WHEN_TAG = "promoted.reason", "promoted.by", "promoted.at"  # of a version: its last promotion
+BY_HAND_TAG = "champion.by_hand"  # of the registered model: the version that holds, until the tag is deleted
+
 
 def register(projection: Projection, study: Study) -> tuple[dict[str, str], str | None]:
-    """Register every exported encoder once, and give the alias `champion` by the study's rule.
+    """Register every exported encoder once, and give the alias `champion` by the study's rule, unless somebody gave it by hand.
 
     Returns:
-        Versions by folder of the pretraining (`simclr-<key>`), and the champion's name (None without a rule or a result).
+        Versions by folder of the pretraining (`simclr-<key>`), and the champion in words (None without a rule or a result).
     """
     client, name = projection.client, study.study
     from mlflow.exceptions import MlflowException
@@ -42,7 +53,7 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
             exported = storage.read_json(storage.join(path, "export", "allograft.json"))
             tags = {
                 KEY_TAG: key,
-                "allograft.source": result["name"],
+                SOURCE_TAG: result["name"],
                 "revision": exported["revision"],
                 "license": exported["licence"],
                 "data.digest": json.dumps({entry["dataset"]: entry.get("digest") for entry in exported["data"]}),
@@ -61,9 +72,14 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
             client.set_model_version_tag(name, version, "validation", f"{study.champion.metric}={score:.4f}" if study.champion else "")
             if best is None or score > best[0]:
                 best = (score, version, result["name"])
+    by_rule = best[2] if best else None
+    held = _champion(client, name)
+    if held is not None and client.get_registered_model(name).tags.get(BY_HAND_TAG) == str(held.version):
+        rule = f"; by the rule {by_rule}" if by_rule else ""
+        return registered, f"{_named(held)}, promoted by hand: {held.tags.get(REASON_TAG)}{rule}"
     if best is not None:
-        client.set_registered_model_alias(name, "champion", best[1])
-    return registered, best[2] if best else None
+        client.set_registered_model_alias(name, CHAMPION, best[1])
+    return registered, by_rule
 
 
 def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, Any]]) -> float | None:
@@ -87,6 +103,40 @@ def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, 
     return max((fmean(values) for values in groups.values()), default=None)
 
 
+def promote(name: str, version: str, reason: str, uri: str) -> str:
+    """Make a version the champion by hand: reason, user and time become its tags, and `register` leaves it where it is.
+
+    Returns:
+        What has changed, in words.
+
+    Raises:
+        RequestError: no such encoder or version, with what there is, or no reason.
+    """
+    if not reason.strip():
+        raise RequestError("why?", where="--reason", hint='--reason "one sentence for those who come later"')
+    client = connect(uri)
+    wanted, before = resolve(client, f"{name}/{version}"), _champion(client, name)
+    from mlflow.tracking.context.registry import resolve_tags
+
+    who = resolve_tags().get("mlflow.user", "unknown")  # the login at the server, else the user here
+    for tag, value in {WHO_TAG: who, WHEN_TAG: timestamp(), REASON_TAG: reason}.items():
+        client.set_model_version_tag(name, wanted.version, tag, value)
+    client.set_registered_model_tag(name, BY_HAND_TAG, wanted.version)
+    client.set_registered_model_alias(name, CHAMPION, wanted.version)
+    instead = f" instead of version {before.version} ({_named(before)})" if before and before.version != wanted.version else ""
+    return f"{name}@{CHAMPION} is version {wanted.version} ({_named(wanted)}){instead}"
+
+
+def _champion(client: Any, name: str) -> Any | None:
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    return client.get_model_version(name, version) if version else None
+
+
+def _named(version: Any) -> str:
+    """The pretraining that a version comes from."""
+    return str(version.tags.get(SOURCE_TAG, "not of a study"))
+
+
 def resolve(client: Any, reference: str) -> Any:
     """The model version of `NAME`, `NAME@ALIAS` or `NAME/VERSION`.
 
@@ -101,11 +151,12 @@ def resolve(client: Any, reference: str) -> Any:
     if name not in known:
         raise unknown("registered encoder", name, known)
     try:
-        return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias or "champion")
+        return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias or CHAMPION)
     except MlflowException as error:
-        model = client.get_registered_model(name)
-        hint = f"aliases: {', '.join(model.aliases) or 'none'}"
-        raise RequestError(f"no '{alias or version or 'champion'}' of '{name}'", hint=hint) from error
+        versions = sorted(client.search_model_versions(f"name='{name}'"), key=lambda one: int(one.version))
+        there = [f"{one.version} ({_named(one)})" for one in versions]
+        hint = f"versions: {', '.join(there) or 'none'}; aliases: {', '.join(client.get_registered_model(name).aliases) or 'none'}"
+        raise RequestError(f"no '{alias or version or CHAMPION}' of '{name}'", hint=hint) from error
 
 
 def pull(reference: str, folder: str, uri: str) -> str:

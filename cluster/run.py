@@ -189,11 +189,11 @@ def claim(study: Study) -> None:
             raise RequestError(f"not empty and not a study ({', '.join(foreign[:3])})", where=study.out, hint="give another out=")
 
 
-def sync(out: str, tracking: str | None = None) -> int:
+def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     """Rebuild MLflow from storage: runs, registry, champion.
 
     Returns:
-        The number of finished runs in the view.
+        The number of finished runs in the view, and the champion in words.
 
     Raises:
         RequestError: no study there.
@@ -211,10 +211,10 @@ def sync(out: str, tracking: str | None = None) -> int:
     study = parse(yaml.safe_load(storage.read_bytes(path)), Study, path).model_copy(update={"out": out})
     projection = Projection(out, study.study, tracking_uri(out, tracking or study.tracking))
     projection.update()
-    register(projection, study)
+    _, champion = register(projection, study)
     storage.put(storage.join(out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
     projection.close(ok=True, words=answer(out))
-    return len(projection.finished)
+    return len(projection.finished), champion
 
 
 def require_done(summary: Summary) -> None:

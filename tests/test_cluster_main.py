@@ -122,7 +122,7 @@ def test_mlflow_is_rebuilt_from_storage_also_of_a_moved_study(finished: tuple[St
     study, _, _ = finished
     out = str(tmp_path / "moved")
     shutil.copytree(study.out, out, ignore=shutil.ignore_patterns("mlflow.db", "artifacts"))
-    assert sync(out) == 6 + 2
+    assert sync(out) == (6 + 2, "simclr")
     moved = study.model_copy(update={"out": out})
     check_store(moved)
     sync(out)
