@@ -24,6 +24,7 @@ from analysis.evidence import Evidence
 from analysis.results import Cell
 from analysis.tables import esc
 from base import storage
+from base.paths import safe_name
 
 STRATEGIES = {"full": "FTL", "slim": "TF", "lwft": "LWFT", "truncated": "TTL", "fat": "FAT"}  # as Peng et al. name them
 AUCS = ("auroc_mean", "auroc_within_mean")
@@ -172,11 +173,6 @@ def _options(cell: Cell) -> str:
     return f"{cell.strategy} {cell.options}".strip()
 
 
-def _safe(*parts: object) -> str:
-    text = "-".join(str(part) for part in parts if part != "")
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text).strip("-")
-
-
 def _transfusion(evidence: Evidence) -> list[Layout]:
     made = []
     order = evidence.sources()
@@ -191,7 +187,7 @@ def _transfusion(evidence: Evidence) -> list[Layout]:
         grid = [[_number(evidence, [c for c in own if c.source == source], metric) for source in sources] for own in models.values()]
         rows = [[str(model), *(text for _, text in line)] for (model,), line in zip(models, grid, strict=True)]
         place = f"{task}, {resolution} px{_share(float(fraction))}"
-        name = _safe(task, options, "" if fraction == 1 else f"{fraction:g}", resolution)
+        name = safe_name(task, options, "" if fraction == 1 else f"{fraction:g}", resolution)
         pairs = results.by(held, "architecture", "source")
         over = f"mean and deviation over seeds, {_runs(pairs.values())}"
         caption = f"{place}: {unit} in per cent, {over}{_legend(rows)}"
@@ -240,7 +236,7 @@ def _truncated(evidence: Evidence) -> list[Layout]:
         heads = ["method", evidence.unit(metric, held[0].dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
         place = f"{task}, {source}, {architecture}, {resolution} px{_share(float(fraction))}"
         caption = f"{place}: per cent, mean and deviation over seeds, {_runs(strategies.values())}; T is of one image{_legend(rows)}"
-        name = _safe("truncated", task, source, architecture, "" if fraction == 1 else f"{fraction:g}", resolution)
+        name = safe_name("truncated", task, source, architecture, "" if fraction == 1 else f"{fraction:g}", resolution)
         made.append(Layout(name, caption, heads, rows, _bold(values, 1)))
     return made
 
@@ -290,7 +286,7 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
         runs = _runs(results.by(held, "source", "task", "fraction", "resolution").values())
         starred = f"stars: two-sample t-test over seeds against {against}, uncorrected, test patients taken as given"
         caption = f"{architecture}, {setting}: per cent, mean and deviation over seeds, {runs}; {starred}{_legend(rows)}"
-        made.append(Layout(_safe("benchmark", architecture, setting), caption, heads, rows, _bold(values, 1)))
+        made.append(Layout(safe_name("benchmark", architecture, setting), caption, heads, rows, _bold(values, 1)))
     return made
 
 

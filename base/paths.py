@@ -36,6 +36,12 @@ def absolute(path: str, base: str | Path | None = None) -> str:
     return os.path.abspath(os.path.join(base or os.getcwd(), os.path.expanduser(path)))
 
 
+def safe_name(*parts: object) -> str:
+    """Those parts that say something, as the name of a file or folder."""
+    text = "-".join(str(part) for part in parts if part)
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text).strip("-")
+
+
 def names(kind: Kind) -> list[str]:
     """Names of the files of a kind, without suffix: `simclr/small`, `dxc14`."""
     folder = FOLDERS[kind]

@@ -25,12 +25,11 @@ from analysis.results import Cell
 from base import storage
 from base.config import digest
 from base.errors import AllograftError, RequestError, in_a_line, unknown
-from base.paths import absolute, revision, timestamp
+from base.paths import absolute, revision, safe_name, timestamp
 from base.seeds import seed_of
 from cluster import compare, convergence, costs, kept
 from cluster.events import Events
 from cluster.leaf import Leaf
-from cluster.published import safe_name
 from cluster.sources import cell_config
 from cluster.study import Study
 

@@ -12,9 +12,8 @@ from analysis import convergence as speed
 from analysis import layers, plots, results
 from base import storage
 from base.errors import RequestError, unknown
-from base.paths import absolute
+from base.paths import absolute, safe_name
 from cluster.leaf import Leaf
-from cluster.published import safe_name
 from encoders.cuts import find
 
 SHOWN = 12  # rows of a table on the screen
@@ -61,7 +60,7 @@ def of_cells(cells: Sequence[results.Cell], threshold: float | None, by: speed.B
         rows = speed.reached(held, level, base)
         runs += _runs(rows, group, level, by)
         summary += _summary(rows, group, level, by)
-        title, name = _title(group), safe_name("-".join(group))
+        title, name = _title(group), safe_name(*group)
         what = f"{title}: {group[-1]} of {level:.4g} on validation"
         body = [_line(row) for row in rows]
         lines += [[title, f"{level:.4g}", *line] for line in body]

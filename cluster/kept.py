@@ -15,9 +15,9 @@ from analysis.activations import Probe
 from analysis.layers import Across, Names
 from base import storage
 from base.errors import RequestError
+from base.paths import safe_name
 from cluster.compare import located, opened, placed, rows_of, write
 from cluster.leaf import Leaf
-from cluster.published import safe_name
 from cluster.sources import cell_config
 from encoders.build import Encoder
 from encoders.export import read_export
@@ -85,13 +85,8 @@ def of_cells(
         seen += 1
         title = ", ".join(str(part) for part in group[:4] if part)
         leaf.say(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
-        _figures(runs, probe, measure, how, leaf.under(_safe(group)), title, base)
+        _figures(runs, probe, measure, how, leaf.under(safe_name(*group)), title, base)
     return seen
-
-
-def _safe(parts: Sequence[Any]) -> str:
-    """As a folder's name."""
-    return "-".join(safe_name(str(part)) for part in parts if part)
 
 
 def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], leaf: Leaf, title: str, base: str) -> None:
@@ -128,7 +123,7 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
         unit = f"{measure} at {' and '.join(highest)}"
         text = f"Mean {unit}, with 95 % intervals. " + "; ".join(f"{what}: {numbers}" for what, numbers in said)
         drawn = partial(plots.intervals, rows, unit, title)
-        leaf.draw(f"top-{_safe([source])}", f"{title}: top layers, {source} against {base}", text, drawn, 6.0, 2.2)
+        leaf.draw(f"top-{safe_name(source)}", f"{title}: top layers, {source} against {base}", text, drawn, 6.0, 2.2)
     if len(runs) >= 3:
         before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
         at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import figures, plots
 from analysis.analyses import Drawn, Listed
 from base import storage
-from cluster.published import safe_name
+from base.paths import safe_name
 from cluster.screen import table
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from base import storage
-from base.paths import revision
+from base.paths import revision, safe_name
 
 
 def default_dir() -> str:
@@ -24,11 +24,6 @@ def place_of(source: str) -> str:
 def stands(source: str) -> bool:
     """Whether they were converted already."""
     return os.path.exists(os.path.join(place_of(source), "allograft.json"))
-
-
-def safe_name(source: str) -> str:
-    """A source as a folder's name."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in source).strip("-")
 
 
 def obtain(source: str, file: str | None = None, allow_partial: bool = False) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from base import storage
 from base.config import parse, read
 from base.errors import RequestError, WorkError, in_a_line
-from base.paths import is_url
+from base.paths import is_url, safe_name
 from cluster.plan import Weights
-from cluster.published import obtain, safe_name
+from cluster.published import obtain
 from finetune.cell import CellConfig
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from base import storage
 from base.errors import RequestError
+from base.paths import safe_name
 from cluster import plan
 from cluster.claims import architecture_of
 from cluster.plan import Corpus, Weights
@@ -126,7 +127,7 @@ def standing_source(source: str, out: str) -> Weights | None:
     Raises:
         RequestError: no export at that path or URL.
     """
-    from cluster.published import place_of, safe_name
+    from cluster.published import place_of
     from cluster.sources import external, read_weights
 
     kind = source.partition(":")[0]
