@@ -37,8 +37,7 @@ def obtain(source: str, file: str | None = None, allow_partial: bool = False) ->
         RequestError: no such weights, or another file than theirs.
         WorkError: they cannot be fetched.
     """
-    from encoders.export import export_published
-    from encoders.published import export_zoo
+    from encoders.published import export_timm, export_zoo
 
     kind, _, name = source.partition(":")
     target = place_of(source)
@@ -47,7 +46,7 @@ def obtain(source: str, file: str | None = None, allow_partial: bool = False) ->
     with tempfile.TemporaryDirectory() as temporary:
         folder = os.path.join(temporary, "encoder")
         if kind == "timm":
-            export_published(name, folder, revision=revision(), file=file)
+            export_timm(name, folder, revision=revision(), file=file)
         else:
             export_zoo(name, folder, revision=revision(), file=file, allow_partial=allow_partial)
         storage.put_dir(folder, target, last=("allograft.json",))

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import RequestError
-from encoders.cuts import Cut, cuts, family, is_cbr, is_vit, pyramid_cuts, smallest
+from encoders.cuts import Cut, cuts, family, is_cbr, is_vit, pyramid_cuts, registered_by, smallest
 
 # Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
 VIT_SIDE = 224
-PATCHES = {"vit": 16, "swin": 4}  # a side of what a family cuts images into
+# A side of what a family cuts images into. CLIP's towers halve maps in two ways that differ where a side is odd.
+PATCHES = {"vit": 16, "swin": 4, "clip": 32}
 HEADS = ("global_pool", "fc_norm", "head")  # the first module of timm's networks that comes after the last map
 
 
@@ -128,13 +129,14 @@ class Encoder(nn.Module):
 def steps(net: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """The network as a chain of modules by name, each taking what the one before gave, up to the last map: blocks, not stages."""
     from timm.models.convnext import ConvNeXtStage
+    from timm.models.resnetv2 import ResNetStage
     from timm.models.swin_transformer import SwinTransformerStage
 
     found: list[tuple[str, nn.Module]] = []
     for name, module in net.named_children():
         if not prefix and name in HEADS:
             break
-        whole = not isinstance(module, nn.Sequential | ConvNeXtStage | SwinTransformerStage)
+        whole = not isinstance(module, nn.Sequential | ConvNeXtStage | ResNetStage | SwinTransformerStage)
         found += [(prefix + name, module)] if whole else steps(module, f"{prefix}{name}.")
     return found
 
@@ -183,8 +185,8 @@ def build(
     default_mean, default_std = neutral(in_chans)
     size = (image_size or VIT_SIDE) if is_vit(architecture) else None
     chosen = None if widths is None else tuple(widths)
-    if is_cbr(architecture):
-        importlib.import_module("encoders.cbr")  # registers them
+    if (module := registered_by(architecture)) is not None:
+        importlib.import_module(module)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args(architecture, in_chans, size, chosen))

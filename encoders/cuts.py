@@ -79,12 +79,30 @@ def _vit(depths: Sequence[int]) -> list[Cut]:
     return [Cut(f"block{i + 1}", f"blocks.{i}", 16) for i in range(depths[0])]
 
 
+def _alexnet(_: Sequence[int]) -> list[Cut]:
+    # After each activation, before the pooling if there is one; torchvision numbers its layers through.
+    return [Cut(f"conv{i}", f"features.{at}", side) for i, (at, side) in enumerate(((1, 4), (4, 8), (7, 16), (9, 16), (11, 16)), 1)]
+
+
+def _clip(depths: Sequence[int]) -> list[Cut]:
+    # The closing module, which does nothing here, is where timm declares the last map.
+    found = [Cut("stem", "stem.conv3", 2), *_stages([f"stages.{i}" for i in range(4)], depths, (4, 8, 16, 32))]
+    return [*found[:-1], found[-1]._replace(module="final_conv")]
+
+
+def _bit(depths: Sequence[int]) -> list[Cut]:
+    # Norms come before convolutions: the map at a block is its bare sum.
+    return [Cut("stem", "stem.conv", 2), *_stages([f"stages.{i}.blocks" for i in range(4)], depths, (4, 8, 16, 32))]
+
+
 class Family(NamedTuple):
-    """Architectures and their depths, what makes their lists of cuts of these, and the smallest side of an image that they take."""
+    """Architectures and their depths, what makes their lists of cuts of these, the smallest side of an image that they take, and the module
+    of this room that registers them in timm, where they are not timm's own."""
 
     architectures: dict[str, tuple[int, ...]]
     cuts: Callable[[Sequence[int]], list[Cut]]
     smallest: int | dict[str, int] = 1
+    module: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -124,7 +142,9 @@ FAMILIES: dict[str, Family] = {
         _swin,
         smallest=4,
     ),
-    "cbr": Family({"cbr_larget": (5,), "cbr_largew": (4,), "cbr_small": (4,), "cbr_tiny": (4,), "cbr_tiny_text": (4,)}, _cbr),
+    "cbr": Family(
+        {"cbr_larget": (5,), "cbr_largew": (4,), "cbr_small": (4,), "cbr_tiny": (4,), "cbr_tiny_text": (4,)}, _cbr, module="encoders.cbr"
+    ),
     "cbr-valid": Family(
         {"cbr_larget_valid": (5,), "cbr_largew_valid": (4,), "cbr_small_valid": (4,), "cbr_tiny_valid": (4,), "cbr_tiny_text_valid": (4,)},
         _cbr,
@@ -135,7 +155,11 @@ FAMILIES: dict[str, Family] = {
             "cbr_tiny_valid": 91,
             "cbr_tiny_text_valid": 91,
         },
+        module="encoders.cbr",
     ),
+    "alexnet": Family({"alexnet": ()}, _alexnet, smallest=63, module="encoders.alexnet"),
+    "clip": Family({"resnet50_clip_gap": (3, 4, 6, 3), "resnet101_clip_gap": (3, 4, 23, 3)}, _clip, smallest=32),
+    "bit": Family({"resnetv2_50x1_bit": (3, 4, 6, 3), "resnetv2_50x3_bit": (3, 4, 6, 3)}, _bit),
     "vit": Family(
         {
             "vit_tiny_patch16_224": (12,),
@@ -178,8 +202,13 @@ def is_vit(architecture: str) -> bool:
 
 
 def is_cbr(architecture: str) -> bool:
-    """Whether timm knows the network only after `import encoders.cbr`."""
+    """Whether it is one of Transfusion's small networks."""
     return family(architecture).startswith("cbr")
+
+
+def registered_by(architecture: str) -> str | None:
+    """The module of this room after whose import timm knows the network; None where it does anyway."""
+    return FAMILIES[family(architecture)].module
 
 
 def smallest(architecture: str) -> int:

@@ -4,8 +4,8 @@
     info = read_export("out/export")                             # ExportInfo; info.sha256 == sha256
     timm.create_model("local-dir:out/export", pretrained=True)   # what consumers do
 
-Encoders that plain timm cannot rebuild (CBR, truncated ones) have `encoder.onnx` instead of `config.json`: the program of normalised images
-to features, of any number of images, with the weights in it, for onnxruntime. Slim ResNets are timm's with an argument.
+Encoders that plain timm cannot rebuild (CBR, AlexNet, truncated ones) have `encoder.onnx` instead of `config.json`: the program of
+normalised images to features, of any number of images, with the weights in it, for onnxruntime. Slim ResNets are timm's with an argument.
 
 Files: `config.json` (timm's layout), `model.safetensors` (fp32, no prefix, batch-norm statistics included), `README.md` (model card),
 `allograft.json` (provenance; ExportInfo), `golden.safetensors` (a phantom as stored pixels, as preprocessed tensor, and its features).
@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 
 from base.config import Strict, parse
 from base.errors import RequestError, WorkError
-from encoders.build import Encoder, build, model_args
-from encoders.cuts import is_cbr
-from encoders.truncate import Truncated, truncate
-from encoders.weights import State, load_into, load_local, sha256_of, timm_pretrained
+from encoders.build import Encoder, model_args
+from encoders.cuts import registered_by
+from encoders.model_card import model_card
+from encoders.truncate import Truncated, rebuilt
+from encoders.weights import State, load_local, sha256_of
 
 GOLDEN_SEED = 0
 PROGRAM = "encoder.onnx"
@@ -62,6 +62,11 @@ class ExportInfo(Strict):
     torch: str
     timm: str
 
+    @property
+    def by_timm(self) -> bool:
+        """Whether plain timm can rebuild it."""
+        return self.cut is None and registered_by(self.architecture) is None
+
     def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation under which these weights take images of that many channels.
 
@@ -82,29 +87,21 @@ def export(
     data: list[dict[str, Any]],
     revision: str,
     image_size: int,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    labelled: Sequence[str] = (),
 ) -> str:
     """Write the folder and return `sha256_of` the tensors in it.
 
     Args:
         lineage: the steps that led here, oldest first; a step's `labelled` lists the datasets whose labels it used.
         data: a dict a dataset, with `dataset`, `digest`, `licence`.
-        mean, std: of pixels scaled to 0..1; the encoder's own unless given.
-        labelled: datasets whose labels the last step used, where the lineage does not say so already.
     """
     import timm
     from safetensors.torch import save_file
 
     place = Path(dir)
     place.mkdir(parents=True, exist_ok=True)
-    mean, std = tuple(mean or encoder.mean), tuple(std or encoder.std)
     state = _plain(encoder.net.state_dict())
     # A fresh network, so that wrappers, memory layouts and replaced norms of training leave no trace in the golden numbers.
-    fresh = build(encoder.architecture, encoder.in_chans, mean, std, image_size=encoder.image_size, widths=encoder.widths)
-    if isinstance(encoder, Truncated):
-        fresh = truncate(fresh, encoder.cut, encoder.flat)
+    fresh = rebuilt(encoder)
     fresh.net.load_state_dict(state, strict=True)
     save_file(state, str(place / "model.safetensors"), metadata={"format": "pt"})
     save_file(golden(fresh, image_size), str(place / "golden.safetensors"), metadata={"format": "pt"})
@@ -114,8 +111,8 @@ def export(
         method=method,
         architecture=encoder.architecture,
         in_chans=encoder.in_chans,
-        mean=mean,
-        std=std,
+        mean=encoder.mean,
+        std=encoder.std,
         image_size=image_size,
         widths=encoder.widths,
         cut=encoder.cut if isinstance(encoder, Truncated) else None,
@@ -123,58 +120,20 @@ def export(
         sha256=sha256_of(state),
         file_sha256=hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest(),
         lineage=lineage,
-        labelled_datasets=sorted({*labelled, *(item for step in lineage for item in step.get("labelled", ()))}),
+        labelled_datasets=sorted({item for step in lineage for item in step.get("labelled", ())}),
         data=data,
         licence=licence,
         revision=revision,
         torch=torch.__version__,
         timm=timm.__version__,
     )
-    if is_cbr(info.architecture) or info.cut is not None:
+    if not info.by_timm:
         write_program(fresh, place / PROGRAM, image_size)
     else:
         (place / "config.json").write_text(json.dumps(_timm_config(fresh, info), indent=2) + "\n")
-    (place / "README.md").write_text(_card(info))
+    (place / "README.md").write_text(model_card(info))
     (place / "allograft.json").write_text(json.dumps(info.model_dump(mode="json", by_alias=True), indent=2) + "\n")
     return info.sha256
-
-
-def export_published(tag: str, dir: str | Path, *, revision: str, file: str | None = None) -> str:
-    """Weights that timm publishes, converted once into an export like our own; returns `sha256_of` their tensors.
-
-    Args:
-        file: a local copy of the published weights, where there is no network.
-
-    Raises:
-        RequestError: timm has no such tag.
-        WorkError: they could not be fetched.
-    """
-    found = timm_pretrained(tag, file)
-    encoder = build(found.architecture, len(found.mean), found.mean, found.std, image_size=found.image_size)
-    load_into(encoder.net, found.state)
-    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
-    data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
-    name = f"timm-{tag}"
-    return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
-
-
-# Corpora by the marks that timm's tags name them with.
-CORPORA = {
-    "in21k": ("imagenet-21k",),
-    "in22k": ("imagenet-21k",),
-    "in12k": ("imagenet-21k",),
-    "in1k": ("imagenet-1k",),
-    "inat21": ("inat2021",),
-    "laion2b": ("laion-2b",),
-    "laion400m": ("laion-400m",),
-    "lvd142m": ("lvd-142m", "imagenet-1k", "imagenet-21k"),
-    "yfcc": ("yfcc-100m",),
-}
-
-
-def corpora_of_tag(tag: str) -> list[str]:
-    """The corpora that weights have seen, by timm's name for them (`augreg_in21k_ft_in1k`: two); the tag itself where it names none."""
-    return sorted({corpus for mark, corpora in CORPORA.items() if mark in tag for corpus in corpora}) or [tag]
 
 
 def read_export(dir: str | Path, verify: bool = True) -> ExportInfo:
@@ -276,90 +235,3 @@ def _timm_config(encoder: Encoder, info: ExportInfo) -> dict[str, Any]:
             "classifier": declared["classifier"],
         },
     }
-
-
-USE_OF_TIMM = """## Use
-
-```python
-import timm
-encoder = timm.create_model("local-dir:PATH", pretrained=True)                  # features
-classifier = timm.create_model("local-dir:PATH", pretrained=True, num_classes=5)  # with a fresh head
-```
-
-## Check that your preprocessing is right
-
-```python
-import timm, torch
-from safetensors.torch import load_file
-torch.set_num_threads(1)
-golden = load_file("PATH/golden.safetensors")  # pixels (u8), preprocessed, features
-encoder = timm.create_model("local-dir:PATH", pretrained=True).eval()
-print((encoder(golden["preprocessed"]) - golden["features"]).abs().max())
-```
-"""
-USE_OF_ONNX = """## Use
-
-```python
-import onnxruntime
-encoder = onnxruntime.InferenceSession("PATH/encoder.onnx")
-features = encoder.run(None, {"preprocessed": images})[0]  # float32, images x channels x side x side
-```
-
-`model.safetensors` holds the same tensors by name, for further training.
-
-## Check that your preprocessing is right
-
-```python
-import onnxruntime
-from safetensors.numpy import load_file
-golden = load_file("PATH/golden.safetensors")  # pixels (u8), preprocessed, features
-encoder = onnxruntime.InferenceSession("PATH/encoder.onnx")
-features = encoder.run(None, {"preprocessed": golden["preprocessed"]})[0]
-print(abs(features - golden["features"]).max() / abs(golden["features"]).max())
-```
-"""
-
-
-def _card(info: ExportInfo) -> str:
-    steps = "\n".join(f"{i}. " + ", ".join(f"{key}: {value}" for key, value in step.items()) for i, step in enumerate(info.lineage, 1))
-    data = "\n".join("* " + ", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in info.data)
-    channels = {1: "1 (grey)", 3: "3 (RGB)"}.get(info.in_chans, str(info.in_chans))
-    by_timm = info.cut is None and not is_cbr(info.architecture)
-    part = f" up to its cut `{info.cut}`" if info.cut else ""
-    part += f" with stages of {list(info.widths)} channels" if info.widths else ""
-    use = USE_OF_TIMM if by_timm else USE_OF_ONNX
-    same = f"0 with torch {info.torch} on the same kind of processor, within 1e-5 otherwise."
-    exactly = same if by_timm else "Less than 1e-4 of the largest feature."
-    return f"""---
-license: other
-library_name: {"timm" if by_timm else "onnx"}
-tags: [medical-imaging, feature-extraction, allograft]
----
-# {info.name}
-
-An image encoder: `{info.architecture}`{part}, trained with `{info.method}`, without a classifier.
-Channels: {channels}. Trained at {info.image_size} px.
-
-Preprocessing: 8-bit pixels, antialiased bilinear resize to a square, divided by 255, then mean {list(info.mean)} and standard deviation
-{list(info.std)} per channel.
-
-{use}
-{exactly} Put `golden["pixels"]` through your own
-preprocessing and compare with `golden["preprocessed"]` before anything else.
-
-## Lineage
-
-{steps or "trained from random weights"}
-
-Datasets whose labels were used: {", ".join(info.labelled_datasets) or "none"}.
-
-## Data
-
-{data or "none"}
-
-Terms of the data: {info.licence}. Not a medical device: for research.
-
-## Provenance
-
-tensors sha256 `{info.sha256}`, file sha256 `{info.file_sha256}`, Allograft revision `{info.revision}`, torch {info.torch}, timm {info.timm}
-"""

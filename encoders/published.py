@@ -1,11 +1,11 @@
-"""Published weights that no library loads: the self-supervised ResNet-50s of the benchmark, each with a card in `encoders/zoo/`.
+"""Published weights as exports like our own: timm's, and the benchmark's self-supervised ResNet-50s, each with a card in `encoders/zoo/`.
 
-    card = load_zoo("moco-v2")
-    export_zoo("moco-v2", "moco_v2_800ep_pretrain.pth.tar", "out/moco-v2", revision="1a2b3c")     # an export like our own
+    export_timm("resnet50.a1_in1k", "out/a1", revision="1a2b3c")
+    export_zoo("moco-v2", "out/moco-v2", revision="1a2b3c", file="moco_v2_800ep_pretrain.pth.tar")
 
-The files are pickles. One is read once, by torch's unpickler for tensors and plain values alone (`weights_only=True`: it runs no code of
-the file), checked against its card and made an export; from then on only that is read. SimCLR's and BYOL's official files are not here:
-they are TensorFlow's and JAX's, whose pickles would have to be run.
+The benchmark's files, which no library loads, are pickles. One is read once, by torch's unpickler for tensors and plain values alone
+(`weights_only=True`: it runs no code of the file), checked against its card and made an export; from then on only that is read. SimCLR's
+and BYOL's official files are not here: they are TensorFlow's and JAX's, whose pickles would have to be run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from base.errors import RequestError, WorkError, unknown
 from base.paths import named, names
 from encoders.build import build
 from encoders.export import export
-from encoders.weights import State, load_into, load_local
+from encoders.weights import State, load_into, load_local, timm_pretrained
 
 PATIENCE_S = 30.0
 # Of what is no tensor and no plain value, PyContrast's files hold their command line: a Namespace, which is a dictionary with dots.
@@ -103,6 +103,44 @@ def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | 
     data = [{"dataset": corpus, "digest": "not ours", "licence": card.licence} for corpus in card.exposed_to]
     about = {"name": f"zoo-{name}", "method": card.method, "lineage": [step], "data": data, "image_size": card.image_size}
     return export(encoder, dir, revision=revision, **about)  # type: ignore[arg-type]
+
+
+def export_timm(tag: str, dir: str | Path, *, revision: str, file: str | None = None) -> str:
+    """Weights that timm publishes, converted once into an export like our own; returns `sha256_of` their tensors.
+
+    Args:
+        file: a local copy of the published weights, where there is no network.
+
+    Raises:
+        RequestError: timm has no such tag.
+        WorkError: they could not be fetched.
+    """
+    found = timm_pretrained(tag, file)
+    encoder = build(found.architecture, len(found.mean), found.mean, found.std, image_size=found.image_size)
+    load_into(encoder.net, found.state)
+    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
+    data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
+    name = f"timm-{tag}"
+    return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
+
+
+# Corpora by the marks that timm's tags name them with.
+CORPORA = {
+    "in21k": ("imagenet-21k",),
+    "in22k": ("imagenet-21k",),
+    "in12k": ("imagenet-21k",),
+    "in1k": ("imagenet-1k",),
+    "inat21": ("inat2021",),
+    "laion2b": ("laion-2b",),
+    "laion400m": ("laion-400m",),
+    "lvd142m": ("lvd-142m", "imagenet-1k", "imagenet-21k"),
+    "yfcc": ("yfcc-100m",),
+}
+
+
+def corpora_of_tag(tag: str) -> list[str]:
+    """The corpora that weights have seen, by timm's name for them (`augreg_in21k_ft_in1k`: two); the tag itself where it names none."""
+    return sorted({corpus for mark, corpora in CORPORA.items() if mark in tag for corpus in corpora}) or [tag]
 
 
 def _read(card: ZooCard, file: Path) -> tuple[State, str]:

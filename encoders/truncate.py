@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import RequestError
-from encoders.build import Encoder, channels_first, end, steps
+from encoders.build import Encoder, build, channels_first, end, steps
 from encoders.cuts import Cut, find, is_vit, last_of_each
 
 
@@ -98,6 +98,12 @@ def truncate(encoder: Encoder, cut: str, flat: int | None = None) -> Truncated:
         RequestError: no such cut; all are listed.
     """
     return Truncated(encoder, encoder.cuts[find(encoder.architecture, cut)], flat)
+
+
+def rebuilt(encoder: Encoder) -> Encoder:
+    """The same network anew from the encoder's facts, with weights of its own."""
+    fresh = build(encoder.architecture, encoder.in_chans, encoder.mean, encoder.std, image_size=encoder.image_size, widths=encoder.widths)
+    return truncate(fresh, encoder.cut, encoder.flat) if isinstance(encoder, Truncated) else fresh
 
 
 def _kept(net: nn.Module, cut: Cut) -> set[str]:

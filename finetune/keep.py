@@ -14,31 +14,27 @@ import torch
 
 from base import paths
 from base.errors import RequestError
-from encoders.build import Encoder, build
+from encoders.build import Encoder
 from encoders.export import export, read_export
 from encoders.local import local_encoder
-from encoders.truncate import Truncated, truncate
+from encoders.truncate import rebuilt
 from finetune.cell import CellConfig
 from finetune.strategies.lora import merge
-from shards.loader import Corpus
+from shards.corpus import Corpus
 
 
 def check(encoder: Encoder, key: str) -> None:
     """Raises RequestError: an encoder that cannot be built again from its facts, of volumes or narrowed inside a stage."""
     with torch.device("meta"):
-        fresh = build(
-            encoder.architecture, encoder.in_chans, encoder.mean, encoder.std, image_size=encoder.image_size, widths=encoder.widths
-        )
-        if isinstance(encoder, Truncated):
-            fresh = truncate(fresh, encoder.cut, encoder.flat)
+        fresh = rebuilt(encoder)
     shapes = [{name: tensor.shape for name, tensor in net.state_dict().items()} for net in (merge(encoder.net), fresh.net)]
     if shapes[0] != shapes[1]:
         what = "this encoder cannot be exported: it is of volumes, or narrowed inside a stage"
         raise RequestError(what, where=f"cell {key}: keep", hint="keep=nothing")
 
 
-def keep(config: CellConfig, encoder: Encoder, corpus: Corpus, folder: Path) -> str:
-    """Export the encoder as it stands and return `sha256_of` its tensors; the lineage goes on from the source's."""
+def keep(config: CellConfig, encoder: Encoder, corpus: Corpus, folder: Path) -> None:
+    """Export the encoder as it stands; the lineage goes on from the source's."""
     plain = copy.deepcopy(encoder).cpu()
     plain.net = merge(plain.net)
     lineage, data = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -59,7 +55,7 @@ def keep(config: CellConfig, encoder: Encoder, corpus: Corpus, folder: Path) -> 
         "seed": config.seed,
     }
     read = {"dataset": dataset, "split": "train", "digest": config.manifest_digest, "licence": str(corpus.manifest.card.licence)}
-    return export(
+    export(
         plain,
         folder,
         name=f"{config.source}-{name}-{config.task.task}",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from analysis import metrics
 from base.errors import RequestError, WorkError
 from finetune.data import Arrays, at_origin, original_masks, studies_of
-from finetune.measure import Row, headline, rows_of
+from finetune.measure import Row, rows_of
 from finetune.task import Aggregate, Task
 
 THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)  # of a mask, tried on validation
@@ -218,6 +218,3 @@ def shown(arrays: Arrays, logits: NDArray[np.float32]) -> dict[str, NDArray[Any]
         "pred": pred.astype(np.uint8),
         "dice": metrics.dice_per_image(pred, true),
     }
-
-
-__all__ = ["Row", "headline", "measure", "predictions", "probabilities", "shown"]

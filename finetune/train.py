@@ -35,6 +35,7 @@ from finetune.cell import CellConfig, Selection
 from finetune.evaluate import Evaluator
 from finetune.features import chunks
 from finetune.losses import class_weights, loss_of
+from finetune.measure import headline
 from finetune.optimize import Best, Rate, optimizer_of, set_rates
 from finetune.task import Training
 from finetune.transplant import Group, Transplant
@@ -262,12 +263,12 @@ class Trainer:
         if self.task.kind == "ordinal":
             target = target.argmax(1)[:, None] > np.arange(target.shape[1] - 1)
         right = np.where(target > 0.5, SURE, -SURE).astype(np.float32)
-        return not math.isnan(predict.headline(self.task, predict.measure(self.task, arrays, right)))
+        return not math.isnan(headline(self.task, predict.measure(self.task, arrays, right)))
 
     def _validate(self) -> dict[str, Any]:
         """The loss, without what is added to it in training, and the task's metric on the validation split."""
         arrays, logits = self.arrays("val"), self.logits("val")
-        value = predict.headline(self.task, predict.measure(self.task, arrays, logits))
+        value = headline(self.task, predict.measure(self.task, arrays, logits))
         with torch.inference_mode(), ranks.alone():
             target, known = torch.from_numpy(arrays.target), torch.from_numpy(arrays.known)
             loss = loss_of(self.task, torch.from_numpy(logits), target, known, self._weights)

@@ -210,22 +210,3 @@ def groups_of(module: Network, of_cut: Callable[[int], Group] | None = None) -> 
             name = like.name if decays or not like.decay else f"{like.name}, no decay"
             groups.setdefault(name, replace(like, name=name, params=[], decay=decays)).params.append(parameter)
     return list(groups.values())
-
-
-__all__ = [
-    "EncoderSpec",
-    "Group",
-    "Transplant",
-    "assemble",
-    "copied",
-    "freeze",
-    "fresh",
-    "groups_of",
-    "only",
-    "place",
-    "places",
-    "receive",
-    "rest",
-    "shaped",
-    "verify",
-]

@@ -15,7 +15,7 @@ from encoders.weights import load_into
 
 ONE_OF_EACH = [
     *("resnet18", "densenet121", "inception_v3", "efficientnet_b0", "convnext_tiny", "swin_tiny_patch4_window7_224"),
-    *("cbr_larget", "cbr_larget_valid", "test_vit"),
+    *("cbr_larget", "cbr_larget_valid", "alexnet", "resnet50_clip_gap", "resnetv2_50x1_bit", "test_vit"),
 ]
 
 
