@@ -4,8 +4,8 @@
 
 `texture`: fine lines run along one axis or the other, 4 pixels apart. `count`: six pairs of dots lie a fifth of the side apart, and few of
 them (0 or 2) or many (4 or 6) are of two dots alike; always six dots are bright and six dark, so that what sees less than a pair sees
-nothing. `arrangement`: of two equal marks in corners, three quarters of the side apart, one is beside the other or below it; every corner
-has one in half of the images whatever the label, so that what sees less than both, or where in the frame one of them is, sees nothing.
+nothing. `arrangement`: on a board of nine marks, two fifths of the side apart, rows take turns in being bright and dark, or columns do;
+every mark is bright in half of the images whatever the label, so that what sees less than two neighbours sees nothing.
 
 In one image of twenty each label says the opposite of what is shown, as readers do: no network reaches 1, and the error of a score that is
 near the best possible does not vanish.
@@ -21,25 +21,27 @@ from shards.phantom_parts import Phantom, grey_values, grid, smooth_field, speci
 
 GREYS = [(0.0, 0.05), (0.1, 0.35), (0.9, 0.65), (1.0, 0.95)]
 CELLS, PAIRS, APART = 4, 6, 0.19  # cells a side; distance of the dots of a pair, in sides
-DOT, MARK, JITTER = 0.016, 0.035, 0.01  # standard deviations of a dot and of a mark's core; how far a thing strays: in sides
+BOARD, STEP = 3, 0.38  # marks a side; distance of neighbours, in sides
+DOT, MARK, JITTER = 0.016, 0.03, 0.01  # standard deviations of a dot and of a mark's core; how far a thing strays: in sides
 LINES, SLOW, NOISE = 0.14, 0.06, 0.05
 MISREAD = 0.05
 
 
 class Plan(NamedTuple):
-    """What an image shows. dots_N3: x, y and 1 or -1, two of a pair after each other; marks_22: x, y. In sides, from 0 to 1."""
+    """What an image shows. dots_N3, two of a pair after each other, and marks_N3: x, y, in sides from 0 to 1, and 1 (bright) or -1."""
 
     dots: np.ndarray
     marks: np.ndarray
 
 
-def plan(draw: np.random.Generator, many: bool, below: bool) -> Plan:
-    """Places and signs of an image in which many pairs are alike, and one mark is below the other."""
-    corner = (np.array([0, CELLS - 1]) + 0.5) / CELLS
-    lane = corner[int(draw.integers(2))]
-    marks = np.array([(lane, end) if below else (end, lane) for end in corner])
+def plan(draw: np.random.Generator, many: bool, columns: bool) -> Plan:
+    """Places and signs of an image in which many pairs are alike, and columns of marks take turns, not rows."""
+    first = int(draw.choice([-1, 1]))
+    board = [(column, row) for row in range(BOARD) for column in range(BOARD)]
+    marks = np.array([(*_at(column, row), first * (-1) ** (column if columns else row)) for column, row in board])
+    marks[:, :2] += draw.uniform(-JITTER, JITTER, (len(marks), 2))
 
-    colour = int(draw.integers(2))  # of a chequered board, whose corners are for marks
+    colour = int(draw.integers(2))  # of a chequered board, whose corners stay free
     inner = [(i, j) for i in range(CELLS) for j in range(CELLS) if (i + j) % 2 == colour and not {i, j} <= {0, CELLS - 1}]
     alike = int(draw.choice([4, 6] if many else [0, 2]))
     signs = np.array([(1, 1)] * (alike // 2) + [(-1, -1)] * (alike // 2) + [(1, -1)] * (PAIRS - alike))
@@ -50,7 +52,13 @@ def plan(draw: np.random.Generator, many: bool, below: bool) -> Plan:
             dots.append(((i + 0.5) / CELLS + side * across, (j + 0.5) / CELLS + side * (1 - across), sign))
     found = np.array(dots)
     found[:, :2] += draw.uniform(-JITTER, JITTER, (PAIRS, 2)).repeat(2, axis=0)
-    return Plan(found, marks + draw.uniform(-JITTER, JITTER, (2, 2)))
+    return Plan(found, marks)
+
+
+def _at(column: int, row: int) -> tuple[float, float]:
+    """Of a mark of the board."""
+    middle = (BOARD - 1) / 2
+    return 0.5 + STEP * (column - middle), 0.5 + STEP * (row - middle)
 
 
 def scales(seed: int, index: int, size: int) -> Phantom:
@@ -62,8 +70,8 @@ def scales(seed: int, index: int, size: int) -> Phantom:
     field = LINES * texture(p, size, shown["texture"]) + SLOW * smooth_field(s.anatomy, size, 4)
     for x, y, sign in things.dots:
         field += sign * _spot(size, x, y, DOT)
-    for x, y in things.marks:
-        field += 2 * _spot(size, x, y, MARK) - _spot(size, x, y, MARK * np.sqrt(2))  # bright within dark, as much of both
+    for x, y, sign in things.marks:
+        field += sign * (2 * _spot(size, x, y, MARK) - _spot(size, x, y, MARK * np.sqrt(2)))  # bright within dark, as much of both
     field += NOISE * s.display.standard_normal((size, size), dtype=np.float32)
     return Phantom(specify(field, grey_values(s.display, size * size, GREYS, 0.05)), s.labels, None, s.metadata)
 

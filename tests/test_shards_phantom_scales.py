@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from shards.card import load_card
-from shards.phantom_scales import APART, CELLS, DOT, MISREAD, PAIRS, plan, scales
+from shards.phantom_scales import APART, BOARD, CELLS, DOT, JITTER, MARK, MISREAD, PAIRS, STEP, plan, scales
 from shards.phantoms import GENERATORS, LABELS
 
 SIZE, COUNT = 64, 600
@@ -44,13 +44,13 @@ def test_labels_are_balanced_and_independent() -> None:
 
 
 @pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("below", [False, True])
-def test_what_an_image_shows_has_the_same_parts_whatever_its_labels(many: bool, below: bool) -> None:
-    """As many dots of both signs, at the same distances; marks in every corner alike. Only who is whose neighbour differs."""
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_an_image_shows_has_the_same_parts_whatever_its_labels(many: bool, columns: bool) -> None:
+    """As many dots of both signs, at the same distances; every mark as often bright as dark. Only who is whose neighbour differs."""
     draw = np.random.default_rng(3)
-    corners: list[tuple[int, int]] = []
+    bright = np.zeros((BOARD, BOARD))
     for _ in range(200):
-        dots, marks = plan(draw, many, below)
+        dots, marks = plan(draw, many, columns)
         assert sorted(dots[:, 2]) == [-1] * PAIRS + [1] * PAIRS
         pairs = dots.reshape(PAIRS, 2, 3)
         apart = np.linalg.norm(pairs[:, 0, :2] - pairs[:, 1, :2], axis=1)
@@ -59,12 +59,15 @@ def test_what_an_image_shows_has_the_same_parts_whatever_its_labels(many: bool, 
         assert alike in ((4, 6) if many else (0, 2))
         between = np.linalg.norm(dots[:, None, :2] - dots[None, :, :2], axis=2) + 9 * np.kron(np.eye(PAIRS), np.ones((2, 2)))
         assert between.min() > APART  # nobody's neighbour is nearer than its own
-        step = np.abs(marks[0] - marks[1])
-        assert (step.argmax() == 1) == below
-        assert step.max() > 0.7 > 0.1 > step.min()
-        corners += [(int(x > 0.5), int(y > 0.5)) for x, y in marks]
-    shares = np.bincount([2 * x + y for x, y in corners], minlength=4) / 200
-    np.testing.assert_allclose(shares, 0.5, atol=0.1)
+        assert len(marks) == BOARD**2
+        signs = marks[:, 2].reshape(BOARD, BOARD)  # rows, columns
+        alike, turning = (signs, signs.T) if columns else (signs.T, signs)
+        assert (alike == alike[0]).all()
+        assert (turning[1:] == -turning[:-1]).all()
+        places = marks[:, :2].reshape(BOARD, BOARD, 2)
+        assert np.linalg.norm(np.diff(places, axis=0), axis=2).min() > STEP - 3 * JITTER > 1.8 * APART
+        bright += signs == 1
+    np.testing.assert_allclose(bright / 200, 0.5, atol=0.1)
 
 
 @pytest.mark.parametrize("label", range(3))
@@ -93,7 +96,7 @@ def test_texture_shows_in_patches_of_eight_pixels_and_the_others_do_not() -> Non
 
 
 def test_count_does_not_show_in_a_patch_that_holds_half_a_pair() -> None:
-    """Nor do marks: their distance is four patches."""
+    """Nor does the board: its neighbours are three patches apart."""
     _, target = series()
     assert max(held_out_auroc(patches_of(int(APART * SIZE * 2 / 3)), target[:, label]) for label in (1, 2)) < 0.58
 
@@ -116,13 +119,13 @@ def test_count_is_the_sum_over_pairs_of_what_their_dots_have_in_common() -> None
     assert 0.42 < roc_auc_score(target[:, 1], alone) < 0.58
 
 
-def test_arrangement_is_in_two_corners_together_and_in_none_alone() -> None:
+def test_arrangement_is_in_neighbouring_marks_together_and_in_none_alone() -> None:
     images, target = series()
-    tiles = images.reshape(COUNT, CELLS, SIZE // CELLS, CELLS, SIZE // CELLS).astype(float)
-    middle = slice(SIZE // CELLS // 3, -(SIZE // CELLS // 3))
-    corners = tiles[:, :: CELLS - 1, :, :: CELLS - 1][:, :, middle][..., middle].mean((2, 4)).reshape(COUNT, 4)
-    assert held_out_auroc(corners, target[:, 2]) < 0.58
-    together = PolynomialFeatures(2, interaction_only=True, include_bias=False).fit_transform(StandardScaler().fit_transform(corners))
+    places = np.round((0.5 + STEP * (np.arange(BOARD) - 1)) * SIZE).astype(int)
+    blurred = np.stack([cv2.GaussianBlur(image.astype(np.float32), (0, 0), MARK * SIZE) for image in images])
+    marks = blurred[:, places][:, :, places].reshape(COUNT, -1)
+    assert held_out_auroc(marks, target[:, 2]) < 0.58
+    together = PolynomialFeatures(2, interaction_only=True, include_bias=False).fit_transform(StandardScaler().fit_transform(marks))
     assert held_out_auroc(together, target[:, 2]) > BEST - 0.04
     assert max(held_out_auroc(together, target[:, label]) for label in (0, 1)) < 0.58
 
