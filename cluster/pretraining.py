@@ -18,6 +18,7 @@ from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
 COLLECTIVE_S = 600  # longest wait for another rank: more than the slowest pass over a corpus may differ between ranks
+RESIZE_S = 60.0  # how often a run with a range of workers looks whether the cluster has grown or shrunk
 
 
 def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, Any]:
@@ -47,7 +48,10 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
         "train_loop_config": {"config": canonical_json(config)},
         "torch_config": TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_S),
         "scaling_config": ScalingConfig(
-            num_workers=tuple(wanted) if isinstance(wanted, list) else wanted, use_gpu=bool(gpus), resources_per_worker=per_worker
+            num_workers=tuple(wanted) if isinstance(wanted, list) else wanted,
+            use_gpu=bool(gpus),
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_S,
         ),
     }
     try:
