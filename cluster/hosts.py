@@ -1,7 +1,7 @@
 """What a host has: looked at by a task on each, for `cluster.doctor`. Values of credentials are never read, only where they come from.
 
-facts = look(["/srv/out/.doctor-1f"])          # here
-hosts, silent = everywhere(paths)              # on every node of the cluster that this driver has joined
+facts = look(["/srv/out/.doctor-1f"], "10.0.0.2")      # here
+hosts, silent = everywhere(paths)                      # on every node of the cluster that this driver has joined
 """
 
 import os
