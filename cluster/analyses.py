@@ -30,6 +30,7 @@ from base.seeds import seed_of
 from cluster import compare, convergence, costs, kept
 from cluster.events import Events
 from cluster.leaf import Leaf
+from cluster.outs import require_study
 from cluster.sources import cell_config
 from cluster.study import Study
 
@@ -62,8 +63,7 @@ def of_study(out: str, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in NODES:
             raise unknown("analysis", kind, NODES, "--what")
-    if not storage.exists(storage.join(url, "study.yaml")):
-        raise RequestError("no study here (no study.yaml)", where=url, hint="allograft run studies/demo.yaml")
+    require_study(url)
     events = Events(url)
     for kind in kinds:
         key = analyse(url, kind, None)

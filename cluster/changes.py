@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from base import storage
-from base.config import canonical_json, parse
+from base.config import canonical_json
 from base.errors import RequestError
+from cluster.outs import study_at
 from cluster.plan import Corpus
 from cluster.searches import Searches
 from cluster.standing import finished, pretrainings
@@ -25,11 +26,8 @@ SAME = ("task", "source", "source_seed", "architecture", "strategy", "options", 
 
 def held(out: str) -> Study | None:
     """The study that stands in OUT; None where there is none that can be read today."""
-    import yaml
-
-    path = storage.join(out, "study.yaml")
     try:
-        return parse(yaml.safe_load(storage.read_bytes(path)), Study, path) if storage.exists(path) else None
+        return study_at(out)
     except RequestError:
         return None
 

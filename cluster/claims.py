@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.claims import load_claim, settings_of
-from base import storage
 from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import absolute, names
 from cluster.events import Events
+from cluster.outs import require_study
 from cluster.screen import table
 from cluster.study import Study
 from finetune.task import Task, load_task
@@ -65,8 +65,7 @@ def architecture_of(study: Study, source: str) -> str | None:
     kind, _, name = source.partition(":")
     if kind == "pretrain":
         entry = next(entry for entry in study.pretrain if entry.name == name)
-        first = [*study.before(entry), entry][0]
-        return study.architecture_of(entry) or architecture_of(study, first.start_from)
+        return study.architecture_of(entry) or architecture_of(study, study.first(entry).start_from)
     if kind == "timm":
         return name.partition(".")[0]
     return load_zoo(name).architecture if kind == "zoo" else None
@@ -130,9 +129,7 @@ def show(outs: Sequence[str]) -> None:
         ready()
         return
     for i, out in enumerate(outs):
-        url = absolute(out)
-        if not storage.exists(storage.join(url, "study.yaml")):
-            raise RequestError("no study here (no study.yaml)", where=url, hint="allograft claims --run")
+        url = require_study(absolute(out), "allograft claims --run")
         if i:
             print()
         _study(url)

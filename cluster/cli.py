@@ -246,17 +246,18 @@ def report(
     """Write OUT/report/index.html and OUT/report/results.csv from what stands in OUT."""
     from base.errors import RequestError
     from base.paths import absolute
+    from cluster.outs import require_study
 
     if len(outs) != 1 + compare:
         hint = "allograft report OUT, or allograft report --compare OUT OTHER"
         raise RequestError(f"{len(outs)} studies", where="report", hint=hint)
     if compare:
-        one, two = (_study_at(absolute(out)) for out in outs)
+        one, two = (require_study(absolute(out)) for out in outs)
         from analysis.comparing import compare_studies
 
         print(f"report    {compare_studies(one, two)}")
         return
-    url = _study_at(absolute(outs[0]))  # before the imports: a wrong path is refused at once
+    url = require_study(absolute(outs[0]))  # before the imports: a wrong path is refused at once
     from analysis.report import answer
     from analysis.report import report as write
 
@@ -281,15 +282,6 @@ def claims(
     loaded = load_study(study, words or [])
     _run(loaded)
     show([loaded.out])
-
-
-def _study_at(out: str) -> str:
-    from base import storage
-    from base.errors import RequestError
-
-    if not storage.exists(storage.join(out, "study.yaml")):
-        raise RequestError("no study here (no study.yaml)", where=out, hint="allograft run studies/demo.yaml")
-    return out
 
 
 @app.command(epilog=_example("allograft sync runs/demo"))
@@ -339,12 +331,13 @@ def _tracking(given: str | None) -> str:
 
     from base.errors import RequestError
     from base.paths import absolute, is_url
+    from cluster.outs import require_study
     from cluster.tracking import tracking_uri
 
     where = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not where:
         raise RequestError("no MLflow address", hint="--tracking runs/demo, or set MLFLOW_TRACKING_URI")
-    return where if is_url(where) else tracking_uri(_study_at(absolute(where)), "sqlite")
+    return where if is_url(where) else tracking_uri(require_study(absolute(where)), "sqlite")
 
 
 @app.command(epilog=_example("allograft weights moco-v2 --file moco_v2_800ep_pretrain.pth.tar"))
@@ -387,8 +380,9 @@ def ui(
 
     from base.errors import RequestError
     from base.paths import absolute
+    from cluster.outs import require_study
 
-    folder = _study_at(absolute(out))
+    folder = require_study(absolute(out))
     if not os.path.exists(f"{folder}/mlflow.db"):
         raise RequestError("no embedded MLflow store here", where=folder, hint=f"allograft sync {out}")
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"

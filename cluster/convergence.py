@@ -10,10 +10,10 @@ import pandas as pd
 
 from analysis import convergence as speed
 from analysis import layers, plots, results
-from base import storage
 from base.errors import RequestError, unknown
 from base.paths import absolute, safe_name
 from cluster.leaf import Leaf
+from cluster.outs import require_study
 from encoders.cuts import find
 
 SHOWN = 12  # rows of a table on the screen
@@ -25,10 +25,7 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
         raise unknown("unit", by, get_args(speed.By), "--by")
     cells = []
     for place in outs:
-        url = absolute(place)
-        if not storage.exists(storage.join(url, "study.yaml")):
-            raise RequestError("no study here (no study.yaml)", where=url, hint="allograft run studies/demo.yaml")
-        cells += results.finished(url)
+        cells += results.finished(require_study(absolute(place)))
     folder = absolute(out)
     leaf = Leaf(folder)
     if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):

@@ -18,6 +18,7 @@ from base.errors import RequestError
 from base.paths import safe_name
 from cluster.compare import located, opened, placed, rows_of, write
 from cluster.leaf import Leaf
+from cluster.outs import require_study
 from cluster.sources import cell_config
 from encoders.build import Encoder
 from encoders.export import read_export
@@ -56,8 +57,7 @@ def of_study(out: str, shards: str, split: str, images: int, size: int | None, m
     Raises:
         RequestError: no study, or none of its cells kept its encoder.
     """
-    if not storage.exists(storage.join(out, "study.yaml")):
-        raise RequestError("one encoder, and no study here (no study.yaml)", where=out, hint="similarity A B, or the out of a study")
+    require_study(out, "two encoders: allograft analyze similarity A B; one study: its out")
     if not of_cells(results.finished(out), shards, split, images, size, measure, how, leaf):
         hint = "a study keeps them with cells.keep=encoder; two encoders are compared by: allograft analyze similarity A B --data SHARDS"
         raise RequestError("no cell of this study kept its trained encoder (cells/KEY/encoder)", where=out, hint=hint)

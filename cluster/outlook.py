@@ -20,12 +20,12 @@ from cluster.changes import changes, held
 from cluster.claims import axes_of_matrix
 from cluster.estimate import Estimate, Run, Seen, Speeds, cell_bytes, devices
 from cluster.fit import fit
+from cluster.outs import refuse_other_out
 from cluster.plan import Corpus, Weights
 from cluster.progress import minutes
-from cluster.run import claim
 from cluster.screen import table
 from cluster.searches import Chosen, Searches, most
-from cluster.standing import finished, foreseen, outside_sources, standing_sources, standing_weights
+from cluster.standing import architecture_of_run, finished, foreseen, outside_sources, standing_sources, standing_weights
 from cluster.study import Study
 from engine import gpus
 from engine.gpus import Gpu
@@ -64,7 +64,7 @@ def outlook(study: Study, *, rate: float | None = None, gpu: str = "h100-sxm", w
     Returns:
         False when the study could not start, or would stop: raw data is missing, or pretraining would see test images.
     """
-    claim(study)
+    refuse_other_out(study)
     device, total = gpus.get(gpu), Total()
     problems: dict[str, str] = {}
     corpora, seen = _data(study, problems)
@@ -181,8 +181,7 @@ def _of_runs(
         if node in problems:
             yield node, WRONG
             continue
-        first = [*study.before(entry), entry][0].start_from
-        architecture = study.architecture_of(entry) or (sources[first].architecture if first in sources else None)
+        architecture = architecture_of_run(study, entry, sources)
         known = architecture and all(name in seen for name in entry.data)
         if todo and known and architecture:
             images = sum(seen[name].images.get(split, 0) for name, split in entry.data.items())

@@ -3,13 +3,12 @@
 import posixpath
 from collections.abc import Sequence
 
-import yaml
-
 from base import storage
-from base.config import parse
+from base.config import read
 from base.errors import RequestError
 from base.paths import absolute
 from cluster import leakage, plan
+from cluster.outs import FILE, study_at
 from cluster.plan import Weights
 from cluster.standing import standing_corpora
 from cluster.study import Study
@@ -33,12 +32,9 @@ def resumed(run: str, words: Sequence[str]) -> Study:
         raise RequestError(f"{what}: '{words[0]}' cannot be given", where="--resume", hint=hint)
     if not storage.exists(storage.join(url, "config.yaml")):
         raise RequestError("no pretraining here (no config.yaml)", where=url, hint="the folder OUT/pretrain/NAME-KEY of a run")
-    held = parse(yaml.safe_load(storage.read_bytes(storage.join(url, "config.yaml"))), PretrainConfig, f"{url}/config.yaml")
+    held = read(storage.join(url, "config.yaml"), PretrainConfig)
     out = posixpath.dirname(posixpath.dirname(url))
-    where = storage.join(out, "study.yaml")
-    if not storage.exists(where):
-        raise RequestError("the study of this run is not here (no study.yaml)", where=out)
-    study = parse(yaml.safe_load(storage.read_bytes(where)), Study, where).model_copy(update={"out": out})
+    study, where = study_at(out), storage.join(out, FILE)
     entries = [entry for entry in study.pretrain if entry.name == held.name and held.seed in entry.seeds]
     corpora = standing_corpora(study)
     checked = leakage.standing(study, corpora) if set(corpora) == set(study.data) else None

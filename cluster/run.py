@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from base import storage
 from base.config import to_yaml
-from base.errors import RequestError, WorkError, in_a_line
-from base.paths import is_url, revision
+from base.errors import WorkError, in_a_line
+from base.paths import revision
 from cluster import leakage, observe, plan, stages
 from cluster.changes import changes, held
 from cluster.claims import register_claims
 from cluster.events import Events
 from cluster.lock import DriverLock
+from cluster.outs import refuse_other_out, study_at
 from cluster.plan import Corpus
 from cluster.progress import Progress
 from cluster.projector import Projector
@@ -53,7 +54,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     progress = progress or Progress()
     uri = tracking_uri(study.out, study.tracking)
     require_server(uri)
-    claim(study)
+    refuse_other_out(study)
     corpora = standing_corpora(study)  # looks at the raw files too: what is wrong with them is found before anything is written
     with DriverLock(study.out) as lock:
         before = held(study.out)
@@ -174,21 +175,6 @@ def _tried(act: Callable[[], object], out: str, uri: str) -> WorkError | None:
     return None
 
 
-def claim(study: Study) -> None:
-    """Refuse an `out` that holds another study, before anything is written there."""
-    import yaml
-
-    path = storage.join(study.out, "study.yaml")
-    if storage.exists(path):
-        held = yaml.safe_load(storage.read_bytes(path)).get("study")
-        if held != study.study:
-            raise RequestError(f"this folder holds the study '{held}', not '{study.study}'", where=study.out, hint="give another out=")
-    elif not is_url(study.out):
-        foreign = [name for name in storage.listing(study.out) if name not in {"shards", "driver.lock"}]
-        if foreign:
-            raise RequestError(f"not empty and not a study ({', '.join(foreign[:3])})", where=study.out, hint="give another out=")
-
-
 def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     """Rebuild MLflow from storage: runs, registry, champion.
 
@@ -198,17 +184,10 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     Raises:
         RequestError: no study there.
     """
-    import yaml
-
     from analysis.report import answer
-    from base.config import parse
     from cluster.registry import register
 
-    path = storage.join(out, "study.yaml")
-    if not storage.exists(path):
-        raise RequestError("no study here (no study.yaml)", where=out)
-    # A folder may have been moved or copied since.
-    study = parse(yaml.safe_load(storage.read_bytes(path)), Study, path).model_copy(update={"out": out})
+    study = study_at(out)
     projection = Projection(out, study.study, tracking_uri(out, tracking or study.tracking))
     projection.update()
     _, champion = register(projection, study)

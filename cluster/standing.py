@@ -167,13 +167,15 @@ def foreseen(study: Study, made: Mapping[str, Sequence[Weights]], outside: Mappi
         entry = next((entry for entry in study.pretrain if source.source == f"pretrain:{entry.name}"), None)
         if entry is not None:
             held = {one.seed: one for one in made.get(entry.name, ())}
-            found[source.name] = [held.get(seed) or Weights("", "", _architecture(study, entry, outside), seed) for seed in entry.seeds]
+            found[source.name] = [
+                held.get(seed) or Weights("", "", architecture_of_run(study, entry, outside), seed) for seed in entry.seeds
+            ]
         elif source.source != "random":
             found[source.name] = [outside.get(source.source) or Weights("", "", architecture_of(study, source.source) or "")]
     return found
 
 
-def _architecture(study: Study, entry: PretrainEntry, outside: Mapping[str, Weights]) -> str:
-    first = [*study.before(entry), entry][0]
-    start = outside.get(first.start_from)
+def architecture_of_run(study: Study, entry: PretrainEntry, outside: Mapping[str, Weights]) -> str:
+    """Of a pretraining, by the study or by the weights that its chain begins with; empty while neither says it."""
+    start = outside.get(study.first(entry).start_from)
     return architecture_of(study, f"pretrain:{entry.name}") or (start.architecture if start else "")

@@ -195,6 +195,10 @@ class Study(Strict):
         found = [run for run in self.pretrain if run.name == name]
         return [*self.before(found[0]), found[0]] if found else []
 
+    def first(self, entry: PretrainEntry) -> PretrainEntry:
+        """The run that its chain begins with."""
+        return [*self.before(entry), entry][0]
+
     def earlier(self, entry: PretrainEntry) -> list[tuple[str, str]]:
         """The datasets and splits that those runs read, each once."""
         return list(dict.fromkeys(item for run in self.before(entry) for item in run.data.items()))
