@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.evidence import Evidence, scores
+from analysis.evidence import Evidence
+from analysis.loaded import scores
 from analysis.metrics import ECE_BINS, ece
-from analysis.statistics import Scores
+from analysis.replicates import Scores
 from analysis.subgroups import chosen
 from analysis.tables import cell, esc, num, table
 
@@ -64,9 +65,8 @@ def section(evidence: Evidence) -> str:
             each = [ece(*pooled([one])) for one in held]
             sd = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
             series[source] = (order[source], points)
-            setting = f"{own[0].strategy} {own[0].options}".strip()
             mean = float(np.mean(each))
-            parts: list[Any] = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(setting))]
+            parts: list[Any] = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(own[0].setting))]
             parts += [cell(num(value, 4), sort=value) for value in (mean, sd, error)]
             rows.append("".join([*parts, cell(str(len(held)), sort=len(held)), cell(f"{n:,}", sort=n)]))
         if series:

@@ -14,10 +14,13 @@ from string import Template
 from typing import Any
 
 from analysis import results
-from analysis.evidence import Evidence, effect, gather, scores
+from analysis.evidence import Evidence, gather
 from analysis.figures import svg
+from analysis.findings import effect
+from analysis.loaded import scores
+from analysis.replicates import Bootstrap
 from analysis.results import Cell
-from analysis.statistics import Bootstrap, Comparison, compare, not_comparable
+from analysis.statistics import Comparison, compare, not_comparable
 from analysis.tables import ROWS, cell, esc, num, pvalue, table
 from base import storage
 from base.config import digest
@@ -89,7 +92,7 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
     same = worse = better = 0
     for key in both[:ROWS]:
         one, two = held[0][key], held[1][key]
-        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in [*one, *two])), None)
+        metric = results.headline([*one, *two])
         if metric is None:
             continue
         values = [results.mean_sd(c.value(metric) for c in side) for side in (one, two)]
@@ -97,8 +100,7 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         same += found.why == "the same cells"
         better, worse = better + (found.low > 0), worse + (found.high < 0)
         points.append((values[0][0], values[1][0]))
-        setting = f"{key[3]} {key[4]}".strip()
-        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2])), cell(esc(setting)), cell(esc(key[1]))]
+        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2])), cell(esc(results.setting(key[3], key[4]))), cell(esc(key[1]))]
         parts += [cell(f"{key[5] * 100:g} %", sort=key[5]), cell(str(key[6]), sort=key[6])]
         parts += [cell(f'{num(mean)} <span class="sd">± {num(sd)}, n {n}</span>', sort=mean) for mean, sd, n in values]
         difference = values[1][0] - values[0][0]
@@ -218,8 +220,7 @@ def _alone(held: tuple[dict[Key, list[Cell]], dict[Key, list[Cell]]], titles: li
     rows = []
     for title, own, others in ((titles[0], held[0], held[1]), (titles[1], held[1], held[0])):
         for key in [key for key in own if key not in others]:
-            setting = f"{key[3]} {key[4]}".strip()
-            parts = [cell(esc(title)), cell(esc(key[0])), cell(esc(key[2])), cell(esc(setting)), cell(esc(key[1]))]
+            parts = [cell(esc(title)), cell(esc(key[0])), cell(esc(key[2])), cell(esc(results.setting(key[3], key[4]))), cell(esc(key[1]))]
             rows.append("".join([*parts, cell(f"{key[5] * 100:g} %", sort=key[5]), cell(str(key[6])), cell(str(len(own[key])))]))
     more = f"<p>The first {ROWS} of {len(rows)}.</p>" if len(rows) > ROWS else ""
     heads = ["study", "task", "encoder", "strategy", "architecture", "labels", "px", "cells"]

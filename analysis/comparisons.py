@@ -1,6 +1,6 @@
-"""Comparisons that were computed before: a report of a large study computes only those that are new.
+"""Comparisons of a study, each made once: what was computed before is kept, and what is new is shared out over the machine's processors.
 
-    held = Comparisons(out, bootstrap); result = held.of(cells_a, cells_b, "auroc_mean", load); held.write()
+    held = Comparisons(out, bootstrap); held.make(pairs); result = held.of(cells_a, cells_b, "auroc_mean"); held.write()
 
 OUT/report/comparisons.json, by a key of both sides' cells, the metric with its values, the bootstrap's draws, and the code that computes
 it: a comparison whose cells, numbers or code changed is computed again. Only those that were asked for are written back, and of these only
@@ -9,17 +9,26 @@ comparisons that could be made from the predictions of every cell: what could no
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
 from analysis import results
+from analysis.loaded import Loaded
+from analysis.replicates import Bootstrap
 from analysis.results import Cell
-from analysis.statistics import Bootstrap, Comparison, Scores, compare
+from analysis.statistics import Comparison, compare
 from base import storage
 from base.config import digest
 
-CODE = ("statistics", "components", "replicates")  # modules that decide a comparison
+CODE = ("statistics", "components", "replicates", "loaded")  # modules that decide a comparison
+FEW = 400  # cells under which other processes take longer to start than the comparisons
+MOST = 8  # processes, each of which holds some hundred megabytes
+
+Pair = tuple[Sequence[Cell], Sequence[Cell], str]  # both sides, and the metric
 
 
 @cache
@@ -37,27 +46,80 @@ class Comparisons:
         self._held = results.read_json(self.url) or {}
         self._asked: dict[str, Comparison] = {}
         self._whole: set[str] = set()  # keys of those that may be kept
+        self._load = Loaded()
         self.computed = 0
 
-    def of(self, a: Sequence[Cell], b: Sequence[Cell], metric: str, load: Callable[[Cell], Scores | None]) -> Comparison:
+    def make(self, pairs: Iterable[Pair]) -> None:
+        """Compute those that are new, in several processes where they are many."""
+        new = {key: pair for pair in pairs if (key := self._key(*pair)) not in self._held and key not in self._asked}
+        processes = min(os.cpu_count() or 1, MOST)
+        if processes < 2 or len({cell.key for a, b, _ in new.values() for cell in (*a, *b)}) < FEW:
+            return  # `of` does it
+        groups: dict[tuple[str, str], list[str]] = {}
+        for key, (a, _, _) in new.items():
+            groups.setdefault((str(a[0].task), str(a[0].group)), []).append(key)  # of one task together: they share the draws
+        keys = [groups[group] for group in sorted(groups)]
+        jobs = [[([_bare(cell) for cell in a], [_bare(cell) for cell in b], m) for a, b, m in map(new.__getitem__, held)] for held in keys]
+        settings = (self.bootstrap.replicates, self.bootstrap.seed)
+        # Not forked: the process that writes a report may have threads of Ray and of storage clients.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings) as pool:
+            for held, made in zip(keys, pool.map(_in_worker, jobs), strict=True):
+                for key, (found, whole) in zip(held, made, strict=True):
+                    self._keep(key, found, whole)
+
+    def of(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> Comparison:
         """`compare` of the two sides' predictions, which are read only where it was not made before."""
-        a, b = (sorted(side, key=lambda cell: cell.key) for side in (a, b))  # the same cells are the same side
-        sides = [[[cell.key, repr(cell.value(metric))] for cell in side] for side in (a, b)]
-        key = digest([code(), metric, self.bootstrap.replicates, self.bootstrap.seed, sides])[:24]
-        if key not in self._asked:
-            if key in self._held:
-                row = self._held[key]
-                self._asked[key] = Comparison(**{**row, "per_seed": tuple(row["per_seed"])})
-                self._whole.add(key)
-            else:
-                one, two = ([found for cell in side if (found := load(cell)) is not None] for side in (a, b))
-                self._asked[key] = compare(one, two, metric, bootstrap=self.bootstrap)
-                self.computed += 1
-                if len(one) == len(a) and len(two) == len(b) and self._asked[key].basis != "not comparable":
-                    self._whole.add(key)
+        key = self._key(a, b, metric)
+        if key in self._held and key not in self._asked:
+            row = self._held[key]
+            self._asked[key] = Comparison(**{**row, "per_seed": tuple(row["per_seed"])})
+            self._whole.add(key)
+        elif key not in self._asked:
+            self._keep(key, *computed((a, b, metric), self.bootstrap, self._load))
         return self._asked[key]
 
     def write(self) -> None:
         """What was asked for and is whole, and no more."""
         held = {key: dataclasses.asdict(found) for key, found in self._asked.items() if key in self._whole}
         storage.put(self.url, json.dumps(held) + "\n")
+
+    def _key(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> str:
+        sides = [[[cell.key, repr(cell.value(metric))] for cell in _in_order(side)] for side in (a, b)]
+        return digest([code(), metric, self.bootstrap.replicates, self.bootstrap.seed, sides])[:24]
+
+    def _keep(self, key: str, found: Comparison, whole: bool) -> None:
+        self._asked[key] = found
+        self._whole |= {key} if whole else set()
+        self.computed += 1
+
+
+def _in_order(side: Sequence[Cell]) -> list[Cell]:
+    """The same cells are the same side."""
+    return sorted(side, key=lambda cell: cell.key)
+
+
+def computed(pair: Pair, bootstrap: Bootstrap, load: Loaded) -> tuple[Comparison, bool]:
+    """The comparison, and whether the predictions of every cell were there."""
+    *sides, metric = pair
+    one, two = ([held for cell in _in_order(side) if (held := load(cell)) is not None] for side in sides)
+    found = compare(one, two, metric, bootstrap=bootstrap)
+    return found, [len(one), len(two)] == [len(side) for side in sides] and found.basis != "not comparable"
+
+
+def _bare(cell: Cell) -> Cell:
+    """A cell with no more than its predictions are read by: its metrics are most of it, and a process is sent thousands."""
+    names = {name: cell.result.get(name) for name in ("key", "seed", "source_seed")}
+    return Cell(cell.url, {**names, "metrics": [{"class": label, "metric": "", "split": ""} for label in cell.measured]})
+
+
+_worker: list[tuple[Bootstrap, Loaded]] = []  # of a process of the pool, what its groups share
+
+
+def _begin(replicates: int, seed: int) -> None:
+    _worker.append((Bootstrap(replicates, seed), Loaded()))
+
+
+def _in_worker(pairs: Sequence[Pair]) -> list[tuple[Comparison, bool]]:
+    bootstrap, load = _worker[0]
+    bootstrap.forget()
+    return [computed(pair, bootstrap, load) for pair in pairs]

@@ -110,8 +110,7 @@ def side_of(cells: Sequence[Scores], metric: str, bootstrap: Bootstrap) -> Side:
     apart = len({cell.seed for cell in cells}) == len(cells)
     groups: dict[int, dict[int, Array]] = {}
     for cell in cells:
-        point, replicates_B = bootstrap(cell, metric)
-        groups.setdefault(0 if apart else cell.source_seed, {})[cell.seed] = np.append(point, replicates_B)
+        groups.setdefault(0 if apart else cell.source_seed, {})[cell.seed] = bootstrap(cell, metric)
     return Side(list(groups.values()))
 
 

@@ -1,6 +1,6 @@
 """Figures as SVG text, to be set inline in a page: their colours are CSS variables, so one figure serves light and dark.
 
-svg = forest(evidence); svg = learning(title, series, "AUROC"); svg = pretraining(runs); svg = overlay(image, true, predicted)
+svg = forest(name, rows, "AUROC"); svg = learning(name, title, series, "AUROC"); svg = overlay(image, true, predicted, text)
 
 Lines of a source have the same colour, dash and marker everywhere (Okabe and Ito's palette, safe for the colour-blind; --s0 to --s6
 in report.html). Text stays text: it can be searched, scaled and read aloud; every figure has a title and a description.
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.evidence import Finding
+from analysis.findings import Finding
 
 INK, FAINT = "#010203", "#040506"  # placeholders that become CSS variables
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(7))

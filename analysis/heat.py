@@ -29,7 +29,7 @@ def read(cells: Sequence[Cell], most: int | None = None) -> dict[str, Held]:
     for cell in cells:
         if most is not None and len(held) >= most:
             break
-        name, url = f"{cell.source}\n{cell.strategy} {cell.options}".strip(), storage.join(cell.url, FILE)
+        name, url = f"{cell.source}\n{cell.setting}", storage.join(cell.url, FILE)
         if name not in held and storage.exists(url):
             with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
                 held[name] = {key: arrays[key] for key in arrays.files}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from analysis import convergence, results
+from analysis import convergence, results, secondary
 from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
 from analysis.components import ROUNDING
 from analysis.power import observed
@@ -188,8 +188,8 @@ class Entry:
         held = self.setting
         strategy = held.get("strategy") or {}
         options = " ".join(f"{name}={value}" for name, value in strategy.items() if name != "name" and value is not None)
-        parts = [held.get("task"), held.get("source"), f"{strategy.get('name', '')} {options}".strip(), held.get("architecture")]
-        parts.append(f"{held['fraction'] * 100:g} % of the labels" if held.get("fraction", 1) != 1 else None)
+        parts = [held.get("task"), held.get("source"), results.setting(strategy.get("name", ""), options), held.get("architecture")]
+        parts.append(results.share(held["fraction"]) if held.get("fraction", 1) != 1 else None)
         return ", ".join(str(part) for part in parts if part)
 
     def sentence(self) -> str:
@@ -316,21 +316,11 @@ def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
     for held, side in zip(areas, curves, strict=True):
         for cell, curve in side:
             held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T / curve.value_T.max(), horizon)
-    single = [len({source for source, _ in held}) == 1 or all(source == seed for source, seed in held) for held in areas]
-    if all(single):
-        one, other = ({seed: value for (_, seed), value in held.items()} for held in areas)
+    (one, one_nested), (other, other_nested) = map(secondary.units, areas)
+    if not (one_nested or other_nested):
         return _student([np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])])
-    found = _student([_units(areas[0]), -_units(areas[1])])
+    found = _student([np.array(list(one.values())), -np.array(list(other.values()))])
     return replace(found, pretraining_variance=found.seed_variance)
-
-
-def _units(areas: Mapping[tuple[int, int], float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """By pretraining seed where there are several, else by fine-tuning seed."""
-    nested = len({source for source, _ in areas}) > 1
-    groups: dict[int, list[float]] = {}
-    for (source, seed), value in areas.items():
-        groups.setdefault(source if nested else seed, []).append(value)
-    return np.array([np.mean(values) for values in groups.values()])
 
 
 def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparison:

@@ -169,10 +169,6 @@ def _share(fraction: float) -> str:
     return "" if fraction == 1 else f", {fraction:.3g} of the labels"
 
 
-def _options(cell: Cell) -> str:
-    return f"{cell.strategy} {cell.options}".strip()
-
-
 def _transfusion(evidence: Evidence) -> list[Layout]:
     made = []
     order = evidence.sources()
@@ -230,7 +226,7 @@ def _truncated(evidence: Evidence) -> list[Layout]:
             costs = [results.number(own[0].result.get(name)) for name in ("params", "macs")]
             ms = times.get(own[0].key, math.nan)
             label = STRATEGIES.get(str(strategy), str(strategy))
-            shown = f"{label} ({_options(own[0])})" if own[0].options else label
+            shown = f"{label} ({own[0].setting})" if own[0].options else label
             rows.append([shown, *(text for _, text in scores), *(f"{costs[0] / 1e6:.2f}", f"{costs[1] / 1e9:.3g}"), _ms(ms)])
             values.append([*(value for value, _ in scores), *(-value for value in costs), -ms])
         heads = ["method", evidence.unit(metric, held[0].dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
@@ -265,7 +261,7 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
         heads, rows = ["pretraining"], [[source] for source in sources]
         values: list[list[float]] = [[] for _ in sources]
         for (task, dataset, fraction, _), own in columns:
-            metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in own)), None)
+            metric = results.headline(own)
             if metric is None:
                 continue
             heads.append(f"{task}{_share(float(fraction))}, {evidence.unit(metric, dataset)}")
@@ -282,7 +278,7 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
                 values[i].append(mean)
         if len(heads) < 2 or len(sources) < 2:
             continue
-        setting = f"{strategy} {options}".strip()
+        setting = results.setting(strategy, options)
         runs = _runs(results.by(held, "source", "task", "fraction", "resolution").values())
         starred = f"stars: two-sample t-test over seeds against {against}, uncorrected, test patients taken as given"
         caption = f"{architecture}, {setting}: per cent, mean and deviation over seeds, {runs}; {starred}{_legend(rows)}"

@@ -1,16 +1,16 @@
 """What cells predicted for the test images, and their metrics over bootstrap draws of patients.
 
-bootstrap = Bootstrap(); point, replicates_B = bootstrap(scores, "auroc_mean"); bootstrap.draw(scores, "auroc_mean").redrawn
+bootstrap = Bootstrap(); point, *replicates = bootstrap(scores, "auroc_mean"); bootstrap.draw(scores, "auroc_mean").redrawn
 
 Patients are drawn, not images, and the same draw serves every cell of a task, so that differences between cells are paired. A replicate
 in which a label has lost a class is drawn again, and counted.
-Legend: B replicates, N images, L labels, P positives, T thresholds.
+Legend: B replicates, C the test set itself and then the replicates, N images, L labels, P positives, T thresholds.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from base.seeds import rng
 
 Array = NDArray[np.float64]
+Weights = NDArray[np.float32] | NDArray[np.float64]
 REPLICATES = 2000
-CHUNK = 2_000_000  # numbers held at a time in a weighted AUROC: 16 MB
+CHUNK = 8_000_000  # weights held at a time as floats: 32 MB, or 64
+DRAWS = 4  # kept: 2000 of 25,000 images are 100 MB
+EXACT = 4096  # images, of which at most half squared, and halves of that, are pairs: whole numbers that 24 bits hold
 
 
 def _digest(*arrays: NDArray[Any] | None) -> str:
@@ -68,6 +71,12 @@ class Scores:
         known, strata = (None, None) if (s := self.stratum_N) is None else (np.array([value is not None for value in s]), s.astype(str))
         return self.drawn_by + _digest(self.score_NL, self.dice_N, self.iou_N, self.true_N, self.decided_N, known, strata)
 
+    def again(self, **predicted: Any) -> "Scores":
+        """Another cell's predictions for the very same images: what follows from these is not worked out again."""
+        other = replace(self, **predicted)
+        other.__dict__.update({name: getattr(self, name) for name in ("clusters_N", "drawn_by", "strata")})
+        return other
+
     @cached_property
     def strata(self) -> list[NDArray[np.int64]]:
         """Positions of the images of each known stratum; one stratum of all where there are none."""
@@ -79,26 +88,44 @@ class Scores:
 
 @dataclass(frozen=True)
 class Resample:
-    """Bootstrap weights: how often an image counts in a replicate; how many were redrawn because a label lost a class."""
+    """How often an image counts in the test set itself, once, and in every replicate (those of an image lie together in memory); how many
+    replicates were redrawn because a label lost a class."""
 
-    weight_BN: NDArray[np.uint16]
+    weight_CN: NDArray[np.uint16]
     redrawn: int
     patients: int
 
+    @property
+    def weight_BN(self) -> NDArray[np.uint16]:
+        return self.weight_CN[1:]
 
-def _auroc_B(weight_BN: NDArray[np.uint16] | Array, score_N: Array, positive_N: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """Weighted (wins over positive-negative pairs with ties half, pairs) of every replicate, with one sort of the negatives' scores."""
-    negatives = np.flatnonzero(~positive_N)
-    negatives = negatives[np.argsort(score_N[negatives], kind="stable")]
-    below_BN = np.zeros((len(weight_BN), len(negatives) + 1))
-    np.cumsum(weight_BN[:, negatives], axis=1, out=below_BN[:, 1:])
-    positives_BP = weight_BN[:, positive_N].astype(float)
-    # Every positive sees the negatives under its score, and half of those with the same.
-    first, last = (np.searchsorted(score_N[negatives], score_N[positive_N], side=side) for side in ("left", "right"))
-    wins_BP = below_BN[:, first]
-    if (tied := np.flatnonzero(first != last)).size:
-        wins_BP[:, tied] = 0.5 * (wins_BP[:, tied] + below_BN[:, last[tied]])
-    return np.einsum("bp,bp->b", positives_BP, wins_BP), positives_BP.sum(axis=1) * below_BN[:, -1]
+
+def _auroc_B(rows_NB: Sequence[Weights], score_N: Array, positive_N: NDArray[np.bool_], at: NDArray[np.int64]) -> tuple[Array, Array]:
+    """(wins over positive-negative pairs, ties half; pairs) of every replicate, over the images `at`.
+
+    From the lowest score up, every positive wins against the negatives that were passed: sums of whole rows of replicates.
+    """
+    below_B, above_B, wins_B, won_B = (np.zeros_like(rows_NB[0]) for _ in range(4))
+    order = np.argsort(score_N, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(score_N[order]) != 0, True)) + 1
+    place, positive, start = at[order].tolist(), positive_N[order].tolist(), 0
+    for end in ends.tolist():
+        if end - start > 1:  # equal scores: half of the negatives among them are won
+            level = range(start, end)
+            lost_B = sum((rows_NB[place[i]] for i in level if not positive[i]), start=np.zeros_like(below_B))
+            held_B = sum((rows_NB[place[i]] for i in level if positive[i]), start=np.zeros_like(below_B))
+            wins_B += held_B * (below_B + 0.5 * lost_B)
+            above_B += held_B
+            below_B += lost_B
+        elif positive[start]:
+            row_B = rows_NB[place[start]]
+            np.multiply(row_B, below_B, out=won_B)
+            wins_B += won_B
+            above_B += row_B
+        else:
+            below_B += rows_NB[place[start]]
+        start = end
+    return wins_B.astype(float), above_B.astype(float) * below_B
 
 
 def _labels(scores: Scores, strata: list[NDArray[np.int64]]) -> list[list[tuple[NDArray[np.int64], NDArray[np.bool_]]]]:
@@ -176,16 +203,22 @@ def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array)
     step = max(1, CHUNK // max(1, len(scores.ids_N)))
     for start in range(0, len(weight_BN), step):
         chunk = slice(start, start + step)
-        weight = weight_BN[chunk]
+        if metric == "auprc_mean":
+            for label, ((at, positive),) in labels:
+                total_B[chunk] += _auprc_B(weight_BN[chunk, at].astype(float), scores.score_NL[at, label], positive)
+            continue
+        rows_NB = list(_rows(weight_BN[chunk]))
         for label, parts in labels:
-            if metric == "auprc_mean":
-                ((at, positive),) = parts
-                total_B[chunk] += _auprc_B(weight[:, at].astype(float), scores.score_NL[at, label], positive)
-                continue
-            sums = [_auroc_B(weight[:, at], scores.score_NL[at, label], positive) for at, positive in parts]
+            sums = [_auroc_B(rows_NB, scores.score_NL[at, label], positive, at) for at, positive in parts]
             with np.errstate(invalid="ignore"):
                 total_B[chunk] += sum(wins for wins, _ in sums) / sum(pairs for _, pairs in sums)
     return total_B / max(1, len(labels))
+
+
+def _rows(weight_BN: NDArray[np.uint16] | Array) -> Weights:
+    """Weights of whole numbers as rows of replicates, in the shortest floats that hold every sum of wins exactly."""
+    rows_NB = np.ascontiguousarray(weight_BN.T, np.float32)
+    return rows_NB if rows_NB.sum(axis=0).max(initial=0) <= EXACT else np.ascontiguousarray(weight_BN.T, np.float64)
 
 
 def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: int = 0) -> Resample:
@@ -197,7 +230,7 @@ def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: in
     clusters = scores.clusters_N
     patients = int(clusters.max()) + 1
     labels = [parts for parts in _labels(scores, _strata(scores, metric)) if parts] if scores.target_NL is not None else []
-    kept: list[NDArray[np.uint16]] = []
+    kept = [np.ones((1, len(clusters)), np.uint16)]
     have = redrawn = 0
     while have < replicates:
         wanted = replicates - have
@@ -214,40 +247,37 @@ def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: in
         have += int(good.sum())
         if redrawn > 500 * replicates:
             break  # practically every draw loses a class; what there is must do, and `redrawn` says so
-    return Resample(np.concatenate(kept), redrawn, patients)
+    return Resample(np.asfortranarray(np.concatenate(kept)), redrawn, patients)
 
 
 def same_images(scores: Sequence[Scores]) -> bool:
     """Whether all cells tested the same images of the same patients with the same targets."""
-    first = scores[0]
-    for other in scores[1:]:
-        if not np.array_equal(first.ids_N, other.ids_N) or not np.array_equal(first.patient_N, other.patient_N):
-            return False
-        if first.target_NL is not None and (
-            other.target_NL is None or not np.array_equal(first.target_NL, other.target_NL, equal_nan=True)
-        ):
-            return False
-    return True
+    return len({held.drawn_by for held in scores}) == 1
 
 
 class Bootstrap:
-    """Replicates of every cell of one task, each computed once and shared by all comparisons."""
+    """Replicates of cells, each computed once and shared by all comparisons of it; of draws, which are larger, the last few are kept."""
 
     def __init__(self, replicates: int = REPLICATES, seed: int = 0) -> None:
         self.replicates, self.seed = replicates, seed
         self._draws: dict[tuple[str, str], Resample] = {}
-        self._values: dict[tuple[str, str], tuple[float, Array]] = {}
+        self._values: dict[tuple[str, str], Array] = {}
 
     def draw(self, scores: Scores, metric: str) -> Resample:
         key = (metric, scores.drawn_by)
         if key not in self._draws:
+            if len(self._draws) >= DRAWS:
+                del self._draws[next(iter(self._draws))]
             self._draws[key] = resample(scores, metric, self.replicates, self.seed)
         return self._draws[key]
 
-    def __call__(self, scores: Scores, metric: str) -> tuple[float, Array]:
-        """(the metric itself, its replicates)."""
+    def __call__(self, scores: Scores, metric: str) -> Array:
+        """The metric itself, then its replicates: C."""
         key = (scores.digest, metric)  # not the scores themselves: a study of 10,000 cells has more of them than memory
         if key not in self._values:
-            point = metric_B(scores, metric, np.ones((1, len(scores.ids_N))))[0]
-            self._values[key] = (float(point), metric_B(scores, metric, self.draw(scores, metric).weight_BN))
+            self._values[key] = metric_B(scores, metric, self.draw(scores, metric).weight_CN)
         return self._values[key]
+
+    def forget(self) -> None:
+        """Let go of the replicates, which are many; not of the draws, which the next cells of a task share."""
+        self._values.clear()

@@ -26,7 +26,8 @@ from analysis import (
     tables,
 )
 from analysis import floors as floors_of_tasks
-from analysis.evidence import Evidence, gather, significance
+from analysis.evidence import Evidence, gather
+from analysis.findings import significance
 from analysis.floors import Floors
 from analysis.tables import esc, num, short
 from base import storage

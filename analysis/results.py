@@ -1,30 +1,34 @@
 """What a study has in its `out`: finished cells, those still missing, pretrainings, manifests; and results.csv.
 
-frame = load_results(out); write_results(out); cells = finished(out); missing = absent(out, cells)
+write_results(out); cells = finished(out); missing = absent(out, cells)
 
 Storage is the truth: a cell is finished when its result.json stands in OUT/cells/<key>/. Everything here only reads files, so it works on a
 study that is running, half failed, empty, or on another machine (`out` may be a URL).
 """
 
-import csv
+import functools
 import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from base import storage
+from base.paths import is_url
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", "options", "task", "dataset", "split", "fraction"]
 COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
-ORDER = ["architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key"]
-ORDER += ["split", "metric", "class"]
+ORDER = ("architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key")
+AT_ONCE = 32  # files asked of an object store
 ITS_OWN = ("iou", "kappa_quadratic", "balanced_accuracy", "accuracy", "auprc_mean")  # headlines of tasks that select on them
 PRIMARY = (*ITS_OWN, "dice", "auroc_within_mean", "auroc_mean")  # of all others the first that a cell reports
 WORDS = {
@@ -59,7 +63,7 @@ class Cell:
     def key(self) -> str:
         return str(self.result["key"])
 
-    @property
+    @cached_property
     def source(self) -> str:
         return plain(str(self.result["source"]))
 
@@ -76,7 +80,7 @@ class Cell:
         """Corpora in the source's past that may hold test images of this cell's dataset."""
         return list(self.result.get("exposed_to") or [])
 
-    @property
+    @cached_property
     def options(self) -> str:
         """Options of the strategy as canonical JSON. Shuffled labels are named here, so that no table mixes the control with the rest."""
         shuffled = {"shuffle_labels": True} if self.shuffled else {}
@@ -89,10 +93,22 @@ class Cell:
 
     def value(self, metric: str, split: str = "test", label: str | None = None) -> float:
         """A metric of this cell; NaN when it is absent. `label` picks the class of a per-label metric."""
+        return self._values.get((metric, split, label), math.nan)
+
+    @cached_property
+    def _values(self) -> dict[tuple[str, str, str | None], float]:
+        """By metric, split and class, and by no class the first of them."""
+        found: dict[tuple[str, str, str | None], float] = {}
         for row in self.result.get("metrics", []):
-            if row["metric"] == metric and row["split"] == split and (label is None or row.get("class") == label):
-                return number(row.get("value"))
-        return math.nan
+            value = number(row.get("value"))
+            for label in (row.get("class"), None):
+                found.setdefault(_same((row["metric"], row["split"], label)), value)
+        return found
+
+    @cached_property
+    def measured(self) -> frozenset[str | None]:
+        """The classes that its metrics are of."""
+        return frozenset(row.get("class") for row in self.result.get("metrics", []))
 
     def primary(self) -> str | None:
         """The headline metric of the cell's task: that which it selects on, with Dice of masks and, of AUROC, that within strata where the
@@ -112,10 +128,42 @@ class Cell:
         task = read_yaml(storage.join(self.url, "config.yaml")).get("task")
         return task.get("mask_class") if isinstance(task, dict) else None
 
+    @property
+    def setting(self) -> str:
+        return setting(self.strategy, self.options)
+
+    @cached_property
     def group(self) -> tuple[Any, ...]:
         """What two cells must share for their sources to be compared."""
         held = self.result
         return held["architecture"], held["strategy"], self.options, held["task"], float(held["fraction"]), int(held["resolution"])
+
+
+@functools.cache
+def _same(key: tuple[str, str, str | None]) -> tuple[str, str, str | None]:
+    """One object for equal keys: thousands of cells hold the same hundred."""
+    return key
+
+
+def headline(cells: Iterable[Cell]) -> str | None:
+    """The headline metric of cells of one task; None where none of them has a number."""
+    held = {cell.primary() for cell in cells}
+    return next((metric for metric in PRIMARY if metric in held), None)
+
+
+def setting(strategy: object, options: object) -> str:
+    """A strategy with its options, in words."""
+    return f"{strategy} {options}".strip()
+
+
+def share(fraction: float) -> str:
+    """`10 % of the labels`."""
+    return f"{fraction * 100:g} % of the labels"
+
+
+def in_words(task: object, architecture: object, fraction: float | str, resolution: object) -> str:
+    """A setting as titles name it."""
+    return f"{task}, {architecture}, {resolution} px" + (f", {share(float(fraction))}" if float(fraction) != 1 else "")
 
 
 def plain(source: str) -> str:
@@ -137,19 +185,40 @@ def canonical(value: object) -> str:
 
 def read_json(url: str) -> Any:
     """A JSON file, or None where there is none or it is not (yet) JSON."""
+    raw = storage.read_or_none(url)
     try:
-        return storage.read_json(url)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None if raw is None else json.loads(raw)
+    except json.JSONDecodeError:
         return None
+
+
+def with_nulls(value: Any) -> str:
+    """JSON with NaN as null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: clean(inner) for name, inner in item.items()}
+        if isinstance(item, list):
+            return [clean(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), indent=1) + "\n"
 
 
 def read_yaml(url: str) -> dict[str, Any]:
     """A YAML mapping, or an empty one where there is none."""
+    raw = storage.read_or_none(url)
     try:
-        loaded = storage.read_yaml(url)
-    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
+        loaded = None if raw is None else storage.from_yaml(raw)
+    except yaml.YAMLError:
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file; no file, no rows."""
+    raw = storage.read_or_none(url)
+    return [] if raw is None else storage.rows(raw)
 
 
 def read_study(out: str) -> dict[str, Any]:
@@ -167,73 +236,67 @@ def finished(out: str, held: Mapping[str, Any] | None = None) -> list[Cell]:
     """
     root, chosen = storage.join(out, "cells"), {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
     cells = []
-    for name in storage.listing(root) if held is None else held:
+    for name, result in (_results(root) if held is None else held).items():
         url = storage.join(root, name)
-        result = read_json(storage.join(url, "result.json")) if held is None else held[name]
         if isinstance(result, dict) and result.get("role", "cell") == "cell":
             options = {**(result.get("options") or {}), **chosen.get(name, {})}
             cells.append(Cell(url, {**result, "options": options}))
-    return sorted(cells, key=lambda cell: (str(cell.group()), cell.source, cell.source_seed, cell.seed, cell.key))
+    return sorted(cells, key=lambda cell: (str(cell.group), cell.source, cell.source_seed, cell.seed, cell.key))
 
 
-def load_results(out: str) -> pd.DataFrame:
-    """Frame of all finished cells, one row a cell and metric, in the columns of results.csv, in a fixed order.
-
-    Proportions are fractions (unit "fraction"); `seconds` is the cell's wall time; a metric that could not be computed is NaN.
-    """
-    study = str(read_study(out).get("study", ""))
-    runs = read_json(storage.join(out, "tracking.json")) or {}
-    rows = []
-    for cell in finished(out):
-        shared = {
-            "study": study,
-            **{
-                name: cell.result.get(name)
-                for name in ("key", "architecture", "strategy", "task", "dataset", "fraction", "resolution", "seed")
-            },
-            **{name: cell.result.get(name) for name in ("params", "macs", "seconds")},
-            "source": cell.source,
-            "source_seed": cell.source_seed,
-            "options": cell.options,
-            "run_id": runs.get(cell.key, "") if isinstance(runs, dict) else "",
-        }
-        for row in cell.result.get("metrics", []):
-            own = {name: row.get(name) for name in ("split", "metric", "unit", "n")}
-            rows.append({**shared, **own, "class": row.get("class") or "", "value": number(row.get("value"))})
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    return frame.sort_values(ORDER, kind="stable", ignore_index=True) if len(frame) else frame
+def _results(root: str) -> dict[str, Any]:
+    """result.json by the name of its folder; None where it is not there."""
+    names = storage.listing(root)
+    urls = [storage.join(root, name, "result.json") for name in names]
+    if not is_url(root):
+        return dict(zip(names, map(read_json, urls), strict=True))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(names, pool.map(read_json, urls), strict=True))
 
 
 def write_results(out: str, cells: Sequence[Cell] | None = None) -> str:
-    """Write OUT/report/results.csv, the rows of `load_results`, and return its address. A million rows take seconds: no frame is made.
+    """Write OUT/report/results.csv and return its address: one row a finished cell and metric, in a fixed order.
+
+    Proportions are fractions (unit "fraction"); `seconds` is the cell's wall time; a metric that could not be computed is empty.
 
     Args:
         cells: as `finished(out)` gave them, to save reading twice.
     """
     study, runs = str(read_study(out).get("study", "")), read_json(storage.join(out, "tracking.json")) or {}
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    lines = [",".join(COLUMNS)]
     held = finished(out) if cells is None else cells
-    for cell in sorted(held, key=lambda cell: tuple(getattr(cell, name) for name in ORDER[:-3])):
+    for cell in sorted(held, key=lambda cell: tuple(getattr(cell, name) for name in ORDER)):
         r = cell.result
-        head = [study, cell.key, r["architecture"], cell.source, cell.source_seed, r["strategy"], cell.options, r["task"], r.get("dataset")]
-        tail = [r.get("params"), r.get("macs"), r.get("seconds"), runs.get(cell.key, "") if isinstance(runs, dict) else ""]
-        rows = [(row.get("split"), row.get("metric"), row.get("class") or "", row) for row in r.get("metrics", [])]
+        named = [study, cell.key, r["architecture"], cell.source, cell.source_seed, r["strategy"], cell.options, r["task"]]
+        run = runs.get(cell.key, "") if isinstance(runs, dict) else ""
+        head, tail = _line([*named, r.get("dataset")]), _line([r.get("params"), r.get("macs"), r.get("seconds"), run])
+        at = _line([r["fraction"], r["resolution"], r["seed"]])
+        rows = [(row["split"], row["metric"], row.get("class") or "", row) for row in r.get("metrics", [])]
         for split, metric, label, row in sorted(rows, key=lambda row: row[:3]):
             value = number(row.get("value"))
-            own = [label, metric, row.get("unit"), value if math.isfinite(value) else None, row.get("n")]
-            table.writerow([*head, split, r["fraction"], r["resolution"], r["seed"], *own, *tail])
+            shown, n = repr(value) if math.isfinite(value) else "", "" if row.get("n") is None else row["n"]
+            lines.append(f"{head},{split},{at},{_field(label)},{metric},{row.get('unit') or ''},{shown},{n},{tail}")
     url = storage.join(out, "report", "results.csv")
-    storage.put(url, text.getvalue())
+    storage.put(url, "\n".join(lines) + "\n")
     return url
 
 
-def predictions(cell: Cell, split: str = "test") -> pd.DataFrame | None:
+def _line(values: Iterable[object]) -> str:
+    return ",".join("" if value is None else _field(str(value)) for value in values)
+
+
+@functools.lru_cache
+def _field(text: str) -> str:
+    """A text as a field of CSV, quoted where it must be (RFC 4180)."""
+    return '"' + text.replace('"', '""') + '"' if any(letter in text for letter in ',"\r\n') else text
+
+
+def predictions(cell: Cell, split: str = "test") -> "pd.DataFrame | None":
     """Rows of predictions.parquet of a split, in order of sample_id; None when the file is absent or holds none."""
-    try:
-        raw = storage.read_bytes(storage.join(cell.url, "predictions.parquet"))
-    except FileNotFoundError:
+    import pandas as pd
+
+    raw = storage.read_or_none(storage.join(cell.url, "predictions.parquet"))
+    if raw is None:
         return None
     frame = pd.read_parquet(io.BytesIO(raw))
     frame = frame[frame["split"] == split].sort_values("sample_id", kind="stable", ignore_index=True)
@@ -303,11 +366,11 @@ def shard_urls(out: str, cells: list[Cell]) -> dict[str, str]:
     """Address of the shards of each dataset: those packed by this study, and those that its cells read elsewhere."""
     root = storage.join(out, "shards")
     urls = {name: storage.join(root, name) for name in storage.listing(root) if storage.exists(storage.join(root, name, "manifest.json"))}
-    for cell in cells:
-        if cell.dataset not in urls:
-            named = read_yaml(storage.join(cell.url, "config.yaml")).get("shards")
+    for (dataset,), own in by(cells, "dataset").items():
+        if dataset not in urls:
+            named = read_yaml(storage.join(own[0].url, "config.yaml")).get("shards")
             if named:
-                urls[cell.dataset] = str(named)
+                urls[dataset] = str(named)
     return urls
 
 
@@ -316,6 +379,14 @@ def by(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Cell]]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(getattr(cell, name) for name in names), []).append(cell)
+    return groups
+
+
+def in_groups(cells: Iterable[Cell]) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells by what they must share to be compared, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.group, []).append(cell)
     return groups
 
 

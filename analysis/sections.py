@@ -40,9 +40,7 @@ def forests(evidence: Evidence) -> str:
 def curves(evidence: Evidence) -> str:
     """Validation metric by epoch for each task and setting, and the metric against the share of labels where that varies."""
     parts, order = [], colours(evidence)
-    groups: dict[tuple[Any, ...], list[results.Cell]] = {}
-    for c in evidence.cells:
-        groups.setdefault(c.group(), []).append(c)
+    groups = results.in_groups(evidence.cells)
     for i, (group, held) in enumerate(list(groups.items())[:PANELS]):
         series: dict[str, tuple[int, list[list[float]]]] = {}
         label = ""
@@ -56,7 +54,7 @@ def curves(evidence: Evidence) -> str:
                 label = evidence.unit(name.removeprefix("val_"), c.dataset)
         if series:
             architecture, strategy, options, task, fraction, resolution = group
-            words = [task, f"{strategy} {options}".strip()] + ([f"{fraction * 100:g} %"] if len(evidence.varied["fraction"]) > 1 else [])
+            words = [task, results.setting(strategy, options)] + ([f"{fraction * 100:g} %"] if len(evidence.varied["fraction"]) > 1 else [])
             words += [f"{resolution} px"] if len(evidence.varied["resolution"]) > 1 else []
             words += [architecture] if len(evidence.varied["architecture"]) > 1 else []
             parts.append(figures.learning(f"learn{i}", ", ".join(words), series, f"validation {label}"))

@@ -2,7 +2,7 @@
 
 docs/statistics.md says why it is this one, with what it was measured to hold.
 
-result = compare(scores_a, scores_b, "auroc_mean"); result.about; adjusted = holm([r.p for r in results]); detectable(result)
+result = compare(scores_a, scores_b, "auroc_mean"); result.about; adjusted = holm([r.p for r in results]); result.detectable
 
 Estimator. Difference of the sides' means: of a side, over pretraining seeds of the mean over their fine-tuning seeds. Its variance is
 that of the Multi-Bootstrap (Sellam et al., ICLR 2022), which draws pretraining seeds, fine-tuning seeds and patients together, with
@@ -21,31 +21,16 @@ Legend: R pretraining seeds, S fine-tuning seeds.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from analysis.claims import PRETRAINING_SEEDS
 from analysis.components import Parts, parts, side_of
-from analysis.replicates import DECIDED, REPLICATES, Array, Bootstrap, Resample, Scores, metric_B, resample, same_images
+from analysis.replicates import Array, Bootstrap, Scores, same_images
 
-__all__ = [
-    "DECIDED",
-    "REPLICATES",
-    "Array",
-    "Bootstrap",
-    "Comparison",
-    "Resample",
-    "Scores",
-    "compare",
-    "detectable",
-    "holm",
-    "metric_B",
-    "not_comparable",
-    "resample",
-    "same_images",
-]
-
+LEVEL, POWER = 0.05, 0.8  # of the test, and of repetitions that find what is called detectable
 BOUND = "both at a bound: patients and seeds do not vary"
 
 
@@ -96,6 +81,24 @@ class Comparison:
     def about(self) -> str:
         """What may be claimed. With fewer than 3 pretraining seeds a side the next run of a method may turn it round."""
         return "methods" if self.pretraining_seeds >= PRETRAINING_SEEDS else "encoders (these weights)"
+
+    @cached_property
+    def detectable(self) -> float:
+        """Smallest true difference that a study with this one's variance would have found in POWER of repetitions, two-sided at LEVEL.
+
+        Solves the noncentral t for its centre at the observed standard error and degrees of freedom; NaN where there is neither.
+        """
+        if not (self.se > 0 and self.df > 0):
+            return math.nan
+        critical = -float(special.stdtrit(self.df, LEVEL / 2))
+
+        def short(centre: float) -> float:
+            return 1 - POWER - float(special.nctdtr(self.df, centre, critical))
+
+        high = critical + 2.0
+        while short(high) < 0 and high < 1e4:
+            high *= 1.5
+        return float(optimize.brentq(short, 0.0, high)) * self.se
 
 
 def not_comparable(why: str) -> Comparison:
@@ -175,21 +178,3 @@ def holm(p: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(order) - rank) * p[i]))
         adjusted[i] = worst
     return adjusted
-
-
-def detectable(result: Comparison, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true difference that a study with this one's variance would have found in `power` of repetitions, two-sided at `alpha`.
-
-    Solves the noncentral t for its centre at the observed standard error and degrees of freedom; NaN where there is neither.
-    """
-    if not (result.se > 0 and result.df > 0):
-        return math.nan
-    critical = float(stats.t.ppf(1 - alpha / 2, result.df))
-
-    def short(centre: float) -> float:
-        return float(stats.nct.sf(critical, result.df, centre)) - power
-
-    high = critical + 2.0
-    while short(high) < 0 and high < 1e4:
-        high *= 1.5
-    return float(optimize.brentq(short, 0.0, high)) * result.se

@@ -12,7 +12,9 @@ from typing import Any
 import pandas as pd
 
 from analysis import figures, results
-from analysis.evidence import Evidence, Finding, Loaded
+from analysis.evidence import Evidence
+from analysis.findings import Finding
+from analysis.loaded import Loaded
 from analysis.ranks import ranks
 from analysis.results import Cell
 from analysis.secondary import secondary
@@ -69,12 +71,8 @@ def _when(evidence: Evidence) -> str:
 def settings_by_source(evidence: Evidence) -> pd.DataFrame:
     """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing."""
     rows: dict[str, dict[str, float]] = {}
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for one in evidence.cells:
-        if not one.own_source and not evidence.exposed(one):
-            groups.setdefault(one.group(), []).append(one)
-    for group, held in groups.items():
-        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in held)), None)
+    for group, held in results.in_groups(c for c in evidence.cells if not c.own_source and not evidence.exposed(c)).items():
+        metric = results.headline(held)
         if metric is not None:
             means = {source: results.mean_sd(c.value(metric) for c in own)[0] for (source,), own in results.by(held, "source").items()}
             rows[" ".join(map(str, group))] = means
@@ -103,7 +101,7 @@ def ranked(evidence: Evidence) -> str:
 def _sides(evidence: Evidence) -> functools.partial[list[Cell]]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for one in evidence.cells:
-        groups.setdefault((one.source, *one.group()), []).append(one)
+        groups.setdefault((one.source, *one.group), []).append(one)
     return functools.partial(_side, groups)
 
 

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import results
-from analysis.evidence import Evidence, scores
+from analysis.evidence import Evidence
+from analysis.loaded import scores
+from analysis.replicates import Bootstrap, Scores, metric_B
 from analysis.results import Cell
-from analysis.statistics import Bootstrap, Scores, metric_B
 from analysis.tables import cell, esc, num, table
 from base import storage
 from base.errors import AllograftError
@@ -111,7 +112,7 @@ def chosen(evidence: Evidence) -> dict[tuple[str, str], dict[str, list[Cell]]]:
     """By task and dataset, the cells of each source under the strategy and setting that lead on validation."""
     found = {}
     for (task, dataset), cells in list(results.by(evidence.cells, "task", "dataset").items())[:TASKS]:
-        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        metric = results.headline(cells)
         if metric is None:
             continue
         held = results.by(cells, "architecture", "strategy", "options", "fraction", "resolution")
@@ -137,15 +138,14 @@ def subgroups(evidence: Evidence) -> list[Subgroup]:
         attributes = known(evidence, dataset)
         if not attributes:
             continue
-        metric = next(m for m in results.PRIMARY if any(c.primary() == m for own in sources.values() for c in own))
+        metric = results.headline(c for own in sources.values() for c in own) or "auroc_mean"
         bootstrap = Bootstrap(REPLICATES)
         held = {source: [s for c in own if (s := scores(c)) is not None] for source, own in sources.items()}
         for attribute, group_of in attributes.items():
             within = metric == "auroc_within_mean" and attribute == evidence.card(dataset).get("stratify_by")
             for source, cells in held.items():
                 if cells and any(str(image) in group_of for image in cells[0].ids_N):
-                    setting = f"{sources[source][0].strategy} {sources[source][0].options}".strip()
-                    facts = (task, source, setting, attribute, "auroc_mean" if within else metric, dataset)
+                    facts = (task, source, sources[source][0].setting, attribute, "auroc_mean" if within else metric, dataset)
                     found.append(by_group(facts, cells, group_of, bootstrap))
     return found
 

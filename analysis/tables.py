@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis import results
-from analysis.evidence import Evidence, Finding, digits, effect
+from analysis.evidence import Evidence
+from analysis.findings import Finding, digits, effect
 from analysis.floors import Floors
 from analysis.results import Cell
-from analysis.statistics import detectable
 
 FLOOR_WORDS = {
     "pixels": "pixel logistic regression, 32 px",
@@ -30,8 +30,8 @@ def esc(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def num(value: float, places: int = 3, missing: str = "–") -> str:
-    return f"{value:.{places}f}" if math.isfinite(value) else missing
+def num(value: float, places: int = 3) -> str:
+    return f"{value:.{places}f}" if math.isfinite(value) else "–"
 
 
 def pvalue(p: float) -> str:
@@ -60,11 +60,11 @@ def table(heads: Sequence[str], rows: Iterable[str], caption: str = "", foot: It
     return f'<div class="scroll" tabindex="0"><table class="sortable {cls}">{inner}</table></div>'
 
 
-def columns(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> list[tuple[str, str, str]]:
+def columns(evidence: Evidence) -> list[tuple[str, str, str]]:
     """(task, dataset, metric) of the matrix: the headline of each task and, where that is within strata, plain AUROC beside it."""
     found: list[tuple[str, str, str]] = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
-        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        metric = results.headline(cells)
         if metric:
             found.append((task, dataset, metric))
         if metric == "auroc_within_mean":
@@ -90,7 +90,7 @@ def not_reached(floors: Floors, metric: str, mean: float) -> list[str]:
 def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> tuple[list[list[str]], int]:
     """Of each mean of the matrix that is under a floor, each task by its headline metric, which it does not reach; and of how many means
     a floor is known."""
-    first = {(task, dataset): metric for task, dataset, metric in reversed(columns(evidence, floors))}
+    first = {(task, dataset): metric for task, dataset, metric in reversed(columns(evidence))}
     below: list[list[str]] = []
     known = 0
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution", "task", "dataset")
@@ -105,7 +105,7 @@ def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> 
 
 def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
-    shown = columns(evidence, floors)
+    shown = columns(evidence)
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
     order = {source: i for i, source in enumerate(evidence.sources())}
     keys = sorted(groups, key=lambda key: (str(key[2]), str(key[3]), float(key[4]), int(key[5]), str(key[1]), order[key[0]]))
@@ -119,7 +119,7 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     rows = []
     varied = [(name, at) for name, at in (("architecture", 1), ("fraction", 4), ("resolution", 5)) if len(evidence.varied[name]) > 1]
     for key in keys:
-        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(f"{key[2]} {key[3]}".strip()))]
+        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(results.setting(key[2], key[3])))]
         parts += [cell(f"{key[at] * 100:g} %" if name == "fraction" else esc(key[at]), sort=key[at]) for name, at in varied]
         for column in shown:
             mean, sd, n = stats[key, column]
@@ -148,7 +148,7 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
     foot = []
     for share in sorted({fraction for _, fraction in floors}):
         for name in dict.fromkeys(name for (_, fraction), held in floors.items() if fraction == share for name in held):
-            labels = f", {share * 100:g} % of the labels" if share < 1 or len(evidence.varied["fraction"]) > 1 else ""
+            labels = f", {results.share(share)}" if share < 1 or len(evidence.varied["fraction"]) > 1 else ""
             parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(FLOOR_WORDS.get(name, name))}{labels}</th>']
             parts += [cell(num(results.number(floors.get((task, share), {}).get(name, {}).get(metric)))) for task, _, metric in shown]
             foot.append("".join(parts))
@@ -179,7 +179,7 @@ def winners(evidence: Evidence) -> str:
     """For each task the source and strategy that lead on validation: what they reach on test images, what is declared, and the cost."""
     rows = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
-        metric = next((m for m in results.PRIMARY if any(c.primary() == m for c in cells)), None)
+        metric = results.headline(cells)
         if metric is None:
             continue
         competing = [c for c in cells if not c.own_source and not evidence.exposed(c)]
@@ -203,7 +203,7 @@ def winners(evidence: Evidence) -> str:
         sure = "no comparison" if against is None else f"{effect(against.comparison, '')} against {against.b}".replace("  ", " ")
         mark = "good" if against is not None and against.mark == "good" else ""
         verdict = "declared" if against is not None and against.declared and against.kind != "control" else "not declared"
-        setting = f"{strategy} {options}".strip() + (f", {float(fraction) * 100:g} % of the labels" if float(fraction) < 1 else "")
+        setting = own[0].setting + (f", {results.share(float(fraction))}" if float(fraction) < 1 else "")
         seconds = results.mean_sd(results.number(c.result.get("seconds")) for c in own)[0]
         parts = [f'<th scope="row">{esc(task)}</th>', cell(f"<b>{esc(source)}</b>"), cell(esc(setting)), cell(esc(architecture))]
         parts.append(cell(f"{num(mean)} {esc(evidence.unit(metric, dataset))}", sort=mean, title=f"sd {num(sd, 4)}, n {n}"))
@@ -261,7 +261,7 @@ def findings(evidence: Evidence) -> str:
             cell(esc(pvalue(f.adjusted)), sort=f.adjusted),
             cell(f'<span class="tag {mark}">{verdict}</span>'),
         ]
-        parts += [cell(num(detectable(c)), sort=detectable(c)), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
+        parts += [cell(num(c.detectable), sort=c.detectable), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
         parts += [cell(words[f.kind]), cell(esc(f.about)), cell(str(c.redrawn), sort=c.redrawn)]
         rows.append("".join(parts))
     heads = ["comparison", "on", "metric", "difference", "95 % interval", "p", "p after Holm", "verdict", "detectable", "seeds", "patients"]
@@ -285,7 +285,7 @@ def classes(evidence: Evidence) -> str:
             for label in labels:
                 parts = [
                     f'<th scope="row">{esc(source)}</th>',
-                    cell(esc(f"{strategy} {options}".strip())),
+                    cell(esc(results.setting(strategy, options))),
                     cell(esc(label)),
                     cell(esc(positives.get(label, "–"))),
                 ]
@@ -327,7 +327,7 @@ def _cell_row(evidence: Evidence, c: Cell) -> str:
     parts = [
         f'<th scope="row"><code>{esc(c.key)}</code></th>',
         cell(esc(c.source)),
-        cell(esc(f"{c.strategy} {c.options}".strip())),
+        cell(esc(c.setting)),
         cell(esc(c.task)),
     ]
     parts += [cell(f"{float(c.fraction) * 100:g} %", sort=float(c.fraction)), cell(esc(c.resolution)), cell(esc(c.seed))]

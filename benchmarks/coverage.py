@@ -48,9 +48,8 @@ def world(metric: str, design: str, seeds: int, shares: tuple[float, float, floa
 def tables(cells: Sequence[Scores], metric: str, bootstrap: Bootstrap) -> tuple[Array, Array]:
     """Metric (R, S) and its replicates (R, S, B)."""
     first = len({cell.source_seed for cell in cells})
-    values = [bootstrap(cell, metric) for cell in cells]
-    points = np.array([point for point, _ in values]).reshape(first, -1)
-    return points, np.array([replicates for _, replicates in values]).reshape(*points.shape, -1)
+    values_RSC = np.array([bootstrap(cell, metric) for cell in cells]).reshape(first, -1, bootstrap.replicates + 1)
+    return values_RSC[..., 0], values_RSC[..., 1:]
 
 
 def double(a: Sequence[Scores], b: Sequence[Scores], made: World, bootstrap: Bootstrap) -> tuple[float, float]:

@@ -17,9 +17,9 @@ from functools import partial
 import numpy as np
 
 from analysis.power import ALPHA, WANTED_POWER, Spread, power
-from analysis.replicates import Bootstrap
+from analysis.replicates import Bootstrap, metric_B
 from analysis.simulated import World, study
-from analysis.statistics import compare, metric_B
+from analysis.statistics import compare
 from base.seeds import rng
 
 REPLICATES = 500

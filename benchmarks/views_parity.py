@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 
-from analysis.evidence import gather, scores
-from analysis.statistics import Bootstrap, Comparison, compare
+from analysis.evidence import gather
+from analysis.loaded import scores
+from analysis.replicates import Bootstrap
+from analysis.statistics import Comparison, compare
 from base.paths import ROOT
 
 OURS, LIGHTLY = "simclr-ours", "simclr-lightly"

@@ -14,9 +14,10 @@ from tiny_corpus import write
 
 from analysis import figures, leakage_section, samples
 from analysis import report as reports
-from analysis.evidence import gather, significance
+from analysis.evidence import gather
+from analysis.findings import significance
+from analysis.replicates import Bootstrap
 from analysis.results import finished
-from analysis.statistics import Bootstrap
 from base import storage
 from cluster import quarantine
 from shards.corpus import Corpus

@@ -14,8 +14,8 @@ from analysis import analysis_sections, calibration, papers, results, secondary,
 from analysis import report as reports
 from analysis.comparing import changed, compare_studies, settings
 from analysis.evidence import gather
+from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
-from analysis.statistics import Bootstrap, Scores
 from base.seeds import rng
 
 QUICK = Bootstrap(150)

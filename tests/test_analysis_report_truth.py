@@ -17,9 +17,10 @@ from analysis import report as reports
 from analysis.analyses import Analysis, Standing
 from analysis.claims import Claim
 from analysis.comparing import compare_studies
-from analysis.evidence import Evidence, Loaded, gather
+from analysis.evidence import Evidence, gather
+from analysis.loaded import Loaded
+from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
-from analysis.statistics import Bootstrap, Scores
 from base.config import parse
 from base.seeds import rng
 
@@ -211,7 +212,7 @@ def test_does_not_repeat_replicates_that_hold_the_predictions_they_came_from() -
 
 def test_does_not_repeat_a_loader_that_keeps_the_predictions_of_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = finished(str(make(tmp_path, {"random": 0.0}, seeds=4, images=40)))
-    monkeypatch.setattr("analysis.evidence.HELD", 2)
+    monkeypatch.setattr("analysis.loaded.HELD", 2)
     load = Loaded()
     held = [weakref.ref(found) for cell in (cells[0], cells[1], cells[0], cells[2]) if (found := load(cell)) is not None]
     del found

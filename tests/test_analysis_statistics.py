@@ -13,9 +13,10 @@ from scipy import stats
 
 from analysis import metrics
 from analysis.components import Parts
+from analysis.replicates import Bootstrap, Scores, metric_B, resample
 from analysis.simulated import World
 from analysis.simulated import study as simulated
-from analysis.statistics import Bootstrap, Comparison, Scores, compare, detectable, holm, metric_B, resample
+from analysis.statistics import Comparison, compare, holm
 from base.seeds import rng
 
 
@@ -343,8 +344,8 @@ def test_holm_is_in_order_monotone_and_blind_to_nan() -> None:
 @pytest.mark.parametrize(("se", "df"), [(0.02, 2.3), (0.01, 40.0)])
 def test_a_detectable_difference_is_found_in_four_of_five_repetitions(se: float, df: float) -> None:
     result = Comparison(0, 0, 0, se, df, 1, "seeds and patients")
-    effect = detectable(result)
+    effect = result.detectable
     draw = rng("power", int(df))
     t = (effect + draw.normal(0, se, 40_000)) / (se * np.sqrt(draw.chisquare(df, 40_000) / df))
     assert np.mean(np.abs(t) > stats.t.ppf(0.975, df)) == pytest.approx(0.8, abs=0.02)
-    assert math.isnan(detectable(Comparison(0, 0, 0, 0.0, math.nan, 1, "patients only")))
+    assert math.isnan(Comparison(0, 0, 0, 0.0, math.nan, 1, "patients only").detectable)

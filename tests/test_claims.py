@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis.claims import Claim, load_claim
-from analysis.evidence import Evidence, gather, significance
+from analysis.evidence import Evidence, gather
+from analysis.findings import significance
 from analysis.ledger import Entry
-from analysis.statistics import Bootstrap, Comparison, holm
+from analysis.replicates import Bootstrap
+from analysis.statistics import Comparison, holm
 from base.config import load, parse
 from base.errors import RequestError
 from base.paths import ROOT, names

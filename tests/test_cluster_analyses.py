@@ -14,8 +14,8 @@ from analysis import analysis_sections
 from analysis import report as reports
 from analysis.analyses import KINDS, Analysis, standing
 from analysis.evidence import gather
+from analysis.replicates import Bootstrap
 from analysis.results import finished
-from analysis.statistics import Bootstrap
 from base import storage
 from base.errors import RequestError
 from base.paths import ROOT

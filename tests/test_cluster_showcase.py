@@ -6,8 +6,8 @@ from made_study import SHA, make
 
 from analysis import report as reports
 from analysis.evidence import gather
+from analysis.replicates import Bootstrap
 from analysis.results import finished
-from analysis.statistics import Bootstrap
 from cluster.showcase import show
 from cluster.tracking import connect
 

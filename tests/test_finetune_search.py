@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.statistics import Scores, metric_B, resample
+from analysis.replicates import Scores, metric_B, resample
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT

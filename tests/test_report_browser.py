@@ -10,7 +10,7 @@ from made_study import make
 from analysis import report as reports
 from analysis.comparing import compare_studies
 from analysis.evidence import gather
-from analysis.statistics import Bootstrap
+from analysis.replicates import Bootstrap
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 QUICK = Bootstrap(200)

@@ -1,0 +1,139 @@
+"""A finding: one comparison of two sources in one setting, and what is said of it, in the report and in the terminal alike.
+
+finding.sentence(evidence); finding.declared, finding.mark, finding.about; significance(evidence)        # a table of all of them
+
+What is compared, and why these, is analysis.evidence.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from analysis import results
+from analysis.ledger import Entry
+from analysis.statistics import Comparison
+
+if TYPE_CHECKING:
+    from analysis.evidence import Evidence
+
+LEVEL = 0.05
+APART = {"own": "own source (its pretraining saw these labels)", "exposed": "exposed (its pretraining may have seen these test images)"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of two sources in one setting. `kind`: "gain", "chain", "control" (A/A), "own" (pretrained on these labels),
+    "exposed" (pretrained on corpora that may hold these test images) or "claim": then `entry` is its row of the ledger, a and b are its
+    sides in words, and of the setting what is compared is empty or 0."""
+
+    kind: str
+    a: str
+    b: str
+    architecture: str
+    strategy: str
+    options: str
+    task: str
+    dataset: str
+    fraction: float
+    resolution: int
+    metric: str
+    comparison: Comparison
+    adjusted: float = math.nan
+    entry: Entry | None = None
+
+    @property
+    def declared(self) -> bool:
+        if self.entry is not None:
+            return self.entry.verdict != "underpowered"
+        return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
+
+    @property
+    def mark(self) -> str:
+        """How the page marks it: good, worse, bad (a flagged control) or none."""
+        if not self.declared:
+            return "none"
+        if self.entry is not None:
+            return "good" if self.entry.verdict == "holds" else "worse"
+        return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
+
+    @property
+    def about(self) -> str:
+        """What may be claimed: methods need at least 3 pretraining seeds, and a claim speaks of no more than it was written for."""
+        if self.entry is not None:
+            return "methods" if self.entry.claim.about == "methods" else "encoders (these weights)"
+        return self.comparison.about
+
+    def words(self, evidence: "Evidence") -> str:
+        """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""
+        parts = [self.dataset if len(evidence.tasks.get(self.dataset, ())) < 2 else self.task]
+        settings = (("architecture", self.architecture), ("strategy", self.setting), ("resolution", f"{self.resolution} px"))
+        parts += [text for name, text in settings if len(evidence.varied[name]) > 1]
+        if len(evidence.varied["fraction"]) > 1:
+            parts.append(results.share(self.fraction))
+        return ", ".join(parts)
+
+    @property
+    def setting(self) -> str:
+        return results.setting(self.strategy, self.options)
+
+    def sentence(self, evidence: "Evidence", brief: bool = False) -> str:
+        """The finding in words; the same in the report and in the terminal."""
+        if self.entry is not None:
+            return self.entry.sentence()
+        c, unit = self.comparison, evidence.unit(self.metric, self.dataset)
+        where = "" if brief and self.kind == "control" and evidence.single else f" on {self.words(evidence)}"
+        if c.basis == "not comparable":
+            return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
+        numbers = effect(c, unit)
+        if self.kind in APART:
+            return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, nothing declared"
+        if self.declared:
+            if self.kind == "control":
+                return f"{self.a} against {self.b}{where}: FLAGGED, {numbers}, though the two are the same source"
+            verb = "beats" if c.estimate > 0 else "is worse than"
+            return f"{self.a} {verb} {self.b}{where}: {numbers}"
+        if c.basis == "patients only":
+            return f"{self.a} against {self.b}{where}: {numbers}, one seed: patients only, nothing declared"
+        if c.excludes_zero:
+            control = self.kind == "control"
+            if evidence.ledger and not control:
+                return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
+            size = sum(f.kind == "control" for f in evidence.findings) if control else evidence.family
+            after = f"after correction for {size} {'controls' if control else 'comparisons'}"
+            return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
+        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width, digits(c))} wide)"
+
+
+def digits(c: Comparison) -> int:
+    """Two decimals, three where two would hide which side of 0 a bound is on or the whole effect."""
+    near = min(abs(c.low), abs(c.high))
+    return 3 if abs(c.estimate) < 0.02 or near < 0.005 else 2
+
+
+def decimal(value: float, places: int) -> str:
+    return f"{value:.{places}f}" if math.isfinite(value) else "unbounded"
+
+
+def effect(c: Comparison, unit: str) -> str:
+    """`+0.11 AUROC [0.06, 0.16]`."""
+    places = digits(c)
+    return f"{c.estimate:+.{places}f} {unit} [{decimal(c.low, places)}, {decimal(c.high, places)}]"
+
+
+def significance(evidence: Evidence) -> pd.DataFrame:
+    """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions)."""
+    rows = []
+    for f in evidence.findings:
+        c = f.comparison
+        shared = {
+            name: getattr(f, name) for name in ("kind", "a", "b", "architecture", "strategy", "options", "task", "dataset", "fraction")
+        }
+        own = {name: getattr(c, name) for name in ("estimate", "low", "high", "se", "df", "p")}
+        rest = {name: getattr(c, name) for name in ("basis", "units", "patients", "images", "seed_variance", "patient_variance", "redrawn")}
+        least = {"detectable": c.detectable, "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
+        words = {"resolution": f.resolution, "metric": f.metric}
+        told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late} if f.entry else {}
+        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least, **told})
+    return pd.DataFrame(rows)
