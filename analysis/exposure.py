@@ -39,4 +39,6 @@ def exposed_to(data: Sequence[Mapping[str, Any]], dataset: str, digest: str, com
 def overlap_notes(one: str, other: str) -> list[str]:
     """What the register says about two datasets, a sentence an entry."""
     pairs = [overlap for overlap in known() if set(overlap.datasets) == {one, other}]
-    return [f"{' and '.join(overlap.datasets)} share {overlap.kind}: {overlap.note} ({overlap.source})" for overlap in pairs]
+    return [
+        f"{' and '.join(overlap.datasets)} share {overlap.kind} ({overlap.extent}): {overlap.note} ({overlap.source})" for overlap in pairs
+    ]

@@ -1,10 +1,10 @@
 """Encoders of images inflated to encoders of volumes (Carreira and Zisserman 2017, arXiv 1705.07750), for slabs of CT.
 
-    volumes = inflate(encoder, depth=3)
+    volumes = inflate(encoder)
     z_BD = volumes(x_u8_BCSHW)                     # S slices
 
-Every convolution that looks around itself in the plane looks at `depth` slices, too: its weights are repeated over them and divided by
-their number. Slices beyond the first and the last are copies of these, not zeros, so a volume of equal slices has the features of the
+Every convolution that looks around itself in the plane looks at DEPTH slices, too: its weights are repeated over them and divided by their
+number. Slices beyond the first and the last are copies of these, not zeros, so a volume of equal slices has the features of the
 image, at its ends as well; that is what makes the image's weights a meaningful start. Pooling and strides stay in the plane, as slabs are
 thin; at the end features are averaged over slices and positions. Names of tensors are the image encoder's; those of convolutions have one
 dimension more. ResNets, DenseNets and CBR, whole or truncated.
@@ -23,14 +23,15 @@ from encoders.cuts import FAMILIES, family
 from encoders.truncate import Truncated
 
 CAN = ("resnet", "densenet", "cbr", "cbr-valid")
+DEPTH = 3
 
 
 class SliceConv(nn.Conv3d):
     """A 2-D convolution's weights over some slices; the slices at the ends are repeated outward."""
 
-    def __init__(self, flat: nn.Conv2d, depth: int) -> None:
+    def __init__(self, flat: nn.Conv2d) -> None:
         kernel, stride, padding, dilation = (_pair(part) for part in (flat.kernel_size, flat.stride, flat.padding, flat.dilation))
-        slices = depth if max(kernel) > 1 else 1
+        slices = DEPTH if max(kernel) > 1 else 1
         super().__init__(
             flat.in_channels,
             flat.out_channels,
@@ -66,18 +67,18 @@ class SliceNorm(nn.BatchNorm3d):
 class Inflated(Encoder):
     """An encoder of volumes u8 or float BCSHW. Maps are B,D,S,h,w."""
 
-    def __init__(self, encoder: Encoder, depth: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         net = copy.deepcopy(encoder.net)
         for name in HEADS:
             if hasattr(net, name):
                 delattr(net, name)
-        _inflate(net, depth)
+        _inflate(net)
         trains = {name: parameter.requires_grad for name, parameter in encoder.net.named_parameters()}
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(trains[name])
         super().__init__(encoder.architecture, net, encoder.in_chans, encoder.mean, encoder.std, widths=encoder.widths)
         self.normalise = copy.deepcopy(encoder.normalise)
-        self.depth, self.num_features, self.smallest = depth, encoder.num_features, encoder.smallest
+        self.num_features, self.smallest = encoder.num_features, encoder.smallest
         self.cuts, self.pyramid_cuts = encoder.cuts, encoder.pyramid_cuts
         self.pyramid_channels, self.pyramid_reductions = encoder.pyramid_channels, encoder.pyramid_reductions
         self.train(encoder.training)
@@ -107,29 +108,24 @@ class Inflated(Encoder):
         return features.mean((2, 3, 4))
 
 
-def inflate(encoder: Encoder, depth: int = 3) -> Inflated:
+def inflate(encoder: Encoder) -> Inflated:
     """A copy of the encoder, with its weights, for volumes.
 
-    Args:
-        depth: slices that a convolution looks at, odd.
-
     Raises:
-        RequestError: an even depth, flat features, or a family that is not inflated.
+        RequestError: flat features, or a family that is not inflated.
     """
-    if depth < 1 or depth % 2 == 0:
-        raise RequestError(f"convolutions of {depth} slices have no middle one", hint="depth=3")
     if family(encoder.architecture) not in CAN:
         known = ", ".join(name for each in CAN for name in FAMILIES[each].architectures)
         raise RequestError(f"{encoder.architecture} is not inflated to volumes", hint=f"these are: {known}")
     if isinstance(encoder, Truncated) and encoder.flat is not None:
         raise RequestError("flat features of volumes are not made", hint="truncate without flat")
-    return Inflated(encoder, depth)
+    return Inflated(encoder)
 
 
-def _inflate(module: nn.Module, depth: int) -> None:
+def _inflate(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d):
-            setattr(module, name, SliceConv(child, depth))
+            setattr(module, name, SliceConv(child))
         elif isinstance(child, nn.MaxPool2d):
             kernel, stride, padding = (_pair(part) for part in (child.kernel_size, child.stride, child.padding))
             setattr(module, name, nn.MaxPool3d((1, *kernel), (1, *stride), (0, *padding), ceil_mode=child.ceil_mode))
@@ -140,7 +136,7 @@ def _inflate(module: nn.Module, depth: int) -> None:
         elif isinstance(child, nn.BatchNorm2d):
             setattr(module, name, SliceNorm(child))
         else:
-            _inflate(child, depth)
+            _inflate(child)
 
 
 def _pair(value: object) -> tuple[int, int]:

@@ -25,10 +25,9 @@ from torch import Tensor
 from base.errors import RequestError, WorkError
 from base.seeds import rng
 from finetune.task import Task
+from shards.card import NOT_JUDGED
 from shards.decoded import Pad
-from shards.loader import NO_MASK, Corpus, Decoded, Targets, decode_all
-
-NOT_JUDGED = NO_MASK  # a pixel outside the field of view, where a target is neither 0 nor 1
+from shards.loader import Corpus, Decoded, Targets, decode_all
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
         target = _inside(decoded.seg, inside).astype(np.float32)
         origin = Origin(corpus, np.arange(len(arrays)), inside, task.pad is not None)
         arrays = replace(arrays, target=target, origin=origin)
-        masked = (decoded.seg != NO_MASK).any(axis=(1, 2))
+        masked = (decoded.seg != NOT_JUDGED).any(axis=(1, 2))
         return arrays if masked.all() else arrays.take(np.flatnonzero(masked))
     absent = [label for label in task.labels if label not in corpus.labels and label not in card.derived]
     if absent:
@@ -157,7 +156,7 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
 def _inside(seg: NDArray[np.uint8], value: int | None) -> NDArray[np.uint8]:
     """Class indices -> 0, 1 or NOT_JUDGED."""
     inside = seg > 0 if value is None else seg == value
-    return np.where(seg == NO_MASK, np.uint8(NOT_JUDGED), inside.astype(np.uint8))
+    return np.where(seg == NOT_JUDGED, np.uint8(NOT_JUDGED), inside.astype(np.uint8))
 
 
 def _stratum(meta: Mapping[str, Any], column: str | None) -> str | None:

@@ -121,7 +121,7 @@ def _positive(arrays: Arrays, column: int) -> NDArray[np.bool_]:
     return np.asarray((arrays.target[:, column] == 1) & (arrays.known[:, column] > 0))
 
 
-def heat_maps(network: Network, task: Task, arrays: Arrays, cut: str | None = None) -> dict[str, NDArray[Any]]:
+def heat_maps(network: Network, task: Task, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Heat of chosen images of a split.
 
     Returns:
@@ -131,12 +131,12 @@ def heat_maps(network: Network, task: Task, arrays: Arrays, cut: str | None = No
     x = torch.from_numpy(np.ascontiguousarray(arrays.image[at])).to(next(network.parameters()).device)
     # Grades are explained by how high the network puts the image: it has no logit of one grade.
     columns = [task.labels.index(label) for label in labels] if task.kind in ("multilabel", "multiclass") else None
-    heat = grad_cam(network, x, columns, cut)
+    heat = grad_cam(network, x, columns)
     image = arrays.image[at].transpose(0, 2, 3, 1)
     return {
         "ids": np.array([arrays.ids[i] for i in at]),
         "label": np.array(labels),
         "image": image[..., 0] if image.shape[-1] == 1 else image,
         "heat": heat.cpu().numpy().astype(np.float16),
-        "cut": np.array(_point(network, cut).name),
+        "cut": np.array(_point(network, None).name),
     }

@@ -35,9 +35,9 @@ UNITS = {"hd95": "px", "hd95_mm": "mm"}  # of all others: fraction
 FEW = 10  # positives; an area of fewer is mostly chance
 
 
-def headline(task: Task, rows: list[Row], split: str | None = None) -> float:
-    """The value of the task's metric, of that split or of the first that has a row; nan where it is not defined."""
-    wanted = (row for row in rows if row["metric"] == task.metric and row["class"] == "" and split in (None, row["split"]))
+def headline(task: Task, rows: list[Row]) -> float:
+    """The value of the task's metric, of the first split that has a row; nan where it is not defined."""
+    wanted = (row for row in rows if row["metric"] == task.metric and row["class"] == "")
     value = next((row["value"] for row in wanted), None)
     return float("nan") if value is None else float(value)
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from base.errors import AllograftError, RequestError
 from shards import prefetch
+from shards.card import NOT_JUDGED
 from shards.corpus import Corpus, DamagedSample, Sample
 from shards.device_views import table
 from shards.labels import Targets
@@ -26,7 +27,6 @@ from shards.slots import Slots
 from shards.views import ViewsConfig, make
 
 PREFETCH = 2  # batches that each worker reads ahead
-NO_MASK = 255  # class index of every pixel of a sample that has no mask, in a batch of others that have one
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
         training, replaced by the next of its lane, whose id stands here; in evaluation it keeps its place and is not valid.
     views: u8 (B, C, H, W), one tensor a view.
     target_BL, mask_BL: float32; target 0 or 1, mask 1 where the label is known; None when no label was asked for.
-    seg_BHW: u8 class indices, NO_MASK where the sample has no mask; None for two views and for data without masks.
+    seg_BHW: u8 class indices, NOT_JUDGED where the sample has no mask; None for two views and for data without masks.
     valid_B: bool, False = padding, or a damaged sample (evaluation only).
     epoch_B: int64, the epoch of each sample in its corpus; with the id it names the sample's random draws.
     draws_VBP: float32 on the host, with views.device_side only: `views` is then the whole images, and these are what
@@ -154,14 +154,14 @@ class BatchReader(Dataset[Parts | AllograftError]):
                 for view_BCHW in out:
                     view_BCHW[b] = 0
                 if out_seg is not None:
-                    out_seg[b] = NO_MASK
+                    out_seg[b] = NOT_JUDGED
                 continue
             id_B[b] = i
             views, moved = make(sample.image, sample.seg, self.views, (self.seed, epoch, i), self.rgb)
             for view_BCHW, view_HWC in zip(out, views, strict=True):
                 cv2.split(view_HWC, list(view_BCHW[b]))  # into the planes: numpy's transposed copy of colour takes six times as long
             if out_seg is not None:
-                out_seg[b] = NO_MASK if moved is None else moved
+                out_seg[b] = NOT_JUDGED if moved is None else moved
             if target_BL is not None and mask_BL is not None:
                 self.targets[self.source(i)].fill(sample.labels, sample.key, target_BL[b], mask_BL[b])
         handed, draws_VBP = pixels if slot is None else slot, self._draws(id_B, epoch_B)

@@ -24,6 +24,7 @@ SPLITS: tuple[str, ...] = ("train", "val", "test")
 Split = Literal["train", "val", "test"]
 Part = Literal["train", "val", "test", "train_val"]  # what official releases call a split; train_val is divided by patient
 OpenPoint = Annotated[str, Field(pattern="^OPEN:")]  # of a draft, see shards.open_points
+NOT_JUDGED = 255  # in a mask: neither a class nor the background; everywhere, where an image among others has no mask
 FOUND = "found"  # `labels: found`: the classes are those that the raw files name, sorted
 
 

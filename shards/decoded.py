@@ -20,7 +20,7 @@ import numpy as np
 
 from base.config import digest
 from shards import cache
-from shards.batches import NO_MASK
+from shards.card import NOT_JUDGED
 from shards.corpus import Corpus
 from shards.evaluate import in_order
 from shards.labels import targets
@@ -34,8 +34,8 @@ FILL = {"black": 0, "white": 255}
 class Decoded(NamedTuple):
     """A corpus in id order.
 
-    images: u8 (N, C, size, size). seg: u8 (N, size, size), NO_MASK where a sample has none; None for data without masks. Both are mapped,
-        shared with other processes until written to.
+    images: u8 (N, C, size, size). seg: u8 (N, size, size), NOT_JUDGED where a sample has none; None for data without masks. Both are
+        mapped, shared with other processes until written to.
     target, mask: float32 (N, L), see shards.labels.targets. raw: the labels as packed. ids: keys `<dataset>-<20 hex>`, which no packing
         changes.
     """
@@ -55,7 +55,7 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None, p
     """The whole corpus, resized for evaluation (views.resize), from the node's cache. Targets are those of `labels` (default: its own).
 
     Args:
-        pad: oblong images are first made square with that colour, the image in the middle; what is added to a mask is NO_MASK.
+        pad: oblong images are first made square with that colour, the image in the middle; what is added to a mask is NOT_JUDGED.
     Raises:
         WorkError: as eval_batches; for a damaged sample, since the result of a cell is that of its whole dataset; no space left.
     """
@@ -90,8 +90,8 @@ def _write(corpus: Corpus, size: int, pad: Pad, folder: Path) -> None:
             sample = corpus.read(i, seg=segs is not None)
             images.write(resize(_squared(sample.image, FILL[pad]) if pad else sample.image, size).transpose(2, 0, 1).tobytes())
             if segs is not None:
-                seg = sample.seg if sample.seg is None or pad is None else _squared(sample.seg, NO_MASK)
-                mask = np.full((size, size), NO_MASK, np.uint8) if seg is None else resize_mask(seg, size)
+                seg = sample.seg if sample.seg is None or pad is None else _squared(sample.seg, NOT_JUDGED)
+                mask = np.full((size, size), NOT_JUDGED, np.uint8) if seg is None else resize_mask(seg, size)
                 segs.write(mask.tobytes())
             raw.append(sample.labels)
             patients.append(sample.patient)

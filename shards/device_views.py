@@ -1,9 +1,7 @@
 """The views of shards.views made in batches on the device that trains: every image its own draw, no loop over images, no call to the host.
 
-    views = augment_on_device(image_BCHW, cfg, [(seed, epoch, i) for i in ids])              # u8 BCHW for each of cfg.sizes
-
-    draws_VBP = table(cfg, keys, height, width, rgb=False)                                   # in the workers that read, float32
-    views = apply(image_BCHW, draws_VBP)                                                     # in the loop that trains
+    draws_VBP = table(cfg, [(seed, epoch, i) for i in ids], height, width, rgb=False)        # in the workers that read, float32
+    views = apply(image_BCHW, draws_VBP)                                                     # in the loop that trains: u8 BCHW of cfg.sizes
 
 Draws are those of the CPU, made by the same function, so both have one distribution by construction, and the same key gives the same view
 up to rounding. Cropping, halving, resizing and mirroring are one matrix for the rows and one for the columns of each image, the blur
@@ -22,22 +20,12 @@ from base.errors import RequestError
 from shards.draws import Draw, Key, ViewsConfig, draw
 
 
-def augment_on_device(image_BCHW: Tensor, cfg: ViewsConfig, keys: Sequence[Key], rgb: bool = True) -> list[Tensor]:
-    """The views of a batch, on the device of the batch.
+def table(cfg: ViewsConfig, keys: Sequence[Key], height: int, width: int, rgb: bool) -> np.ndarray:
+    """The draws of a batch, float32 (V, B, P) with the fields of Draw; rgb: see shards.draws.draw.
 
-    Args:
-        image_BCHW: u8, whole images of one size; see shards.views.make for the rest.
-    Returns:
-        u8 (B, C, S, S) for each of cfg.sizes.
     Raises:
         RequestError: views for which there is no device code.
     """
-    channels, height, width = image_BCHW.shape[1:]
-    return apply(image_BCHW, table(cfg, keys, height, width, rgb and channels == 3))
-
-
-def table(cfg: ViewsConfig, keys: Sequence[Key], height: int, width: int, rgb: bool) -> np.ndarray:
-    """The draws of a batch, float32 (V, B, P) with the fields of Draw; rgb: see shards.draws.draw."""
     if cfg.kind == "eval" or cfg.library != "allograft" or cfg.rand_augment:
         raise RequestError("there is no device code for kind eval, library lightly or rand_augment", where="views")
     return np.array([draw(cfg, key, height, width, rgb) for key in keys], dtype=np.float32).transpose(1, 0, 2)

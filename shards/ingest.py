@@ -1,7 +1,7 @@
 """From the bytes of raw files to the bytes of samples: decoded and checked, nothing kept but pixels and where they lie.
 
     for frame, stored in unfold([data], card): ...        # one Stored or, of a file with several frames, several; Unusable if none
-    seg_png = mask([left_png, right_png], classes=1, of=stored)
+    seg_png = merged([mask_values(data, 1, stored.frame) for data in (left_png, right_png)], classes=1, of=stored)
 
 What a file is, its content says, never its name. A JPEG keeps its entropy-coded bytes (decoding again and saving would cost quality)
 but loses every segment that can carry text. All else becomes an 8-bit PNG, bit for bit, or with `depth: 16` a `.u16.zst`.
@@ -17,12 +17,10 @@ import cv2
 import numpy as np
 
 from shards import geometry, headerless, pixels16, raster
-from shards.card import Card, RawPixels
+from shards.card import NOT_JUDGED, Card, RawPixels
 from shards.content import DAMAGED_GZIP, HEAD, IMAGES, format_of
 from shards.planes import Measured, Planes, Unusable
 from shards.raster import png, strip_jpeg
-
-NOT_JUDGED = 255  # in a mask: neither a class nor the background
 
 
 @dataclass(frozen=True)
@@ -143,17 +141,11 @@ def image(data: bytes, channels: int, max_side: int | None = None) -> Stored:
     return Stored("png", png(small[0]), small.shape[1], small.shape[2], before)
 
 
-def mask(files: Sequence[bytes], classes: int, of: Stored, resize: bool = False) -> bytes:
-    """The union of mask files as one 8-bit index PNG of the stored image's size. Raises Unusable.
-
-    With one class every non-zero value means it; with more, values are class indices and the larger one wins where files overlap.
-    Of a file with several frames that of the image's frame counts, of a slab's the middle one.
-    """
-    return merged([mask_values(data, classes, of.frame) for data in files], classes, of, resize)
-
-
 def mask_values(data: bytes, classes: int, frame: int | None = None) -> np.ndarray:
-    """The numbers in a mask file, HW: indices of classes, or anything but zero for the only one. Raises Unusable."""
+    """The numbers in a mask file, HW: indices of classes, or anything but zero for the only one. Raises Unusable.
+
+    frame: of a file with several, that of the image; of a slab, the one in its middle.
+    """
     name = kind(data, "mask")
     if name in ("dicom", "nifti"):
         found = planes([data])
@@ -179,8 +171,9 @@ def mask_values(data: bytes, classes: int, frame: int | None = None) -> np.ndarr
 
 
 def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool = False, seen: np.ndarray | None = None) -> bytes:
-    """The union of masks (HW, see `mask`) as PNG bytes; with `resize` those of another size are brought to the image's.
+    """The union of masks (HW, see `mask_values`) as an 8-bit index PNG of the stored image's size; of two classes the larger wins.
 
+    resize: bring those of another size to the image's.
     seen: bool HW; where it is False nothing is judged, and the mask is NOT_JUDGED. Raises Unusable.
     """
     height, width = of.reduced_from or (of.height, of.width)

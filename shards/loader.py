@@ -13,16 +13,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from base.errors import RequestError, unknown
-from shards.batches import NO_MASK, Batch, BatchReader
+from shards.batches import Batch, BatchReader
 from shards.corpus import Corpus, Record, Sample
 from shards.decoded import Decoded, decode_all
 from shards.evaluate import eval_batches
 from shards.labels import Targets, targets
-from shards.order import LANES, Order
+from shards.order import Order
 from shards.views import ViewsConfig
 
 __all__ = [
-    "NO_MASK",
     "Batch",
     "Corpus",
     "Decoded",
@@ -64,7 +63,6 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        lanes: int = LANES,
         labels: Sequence[str] | None = None,
         exact_epoch: bool = False,
         quarantine_url: str | None = None,
@@ -88,7 +86,6 @@ class TrainLoader:
             seed=seed,
             global_batch=global_batch,
             weights=weights,
-            lanes=lanes,
             exact_epoch=exact_epoch,
         )
         self.reader = BatchReader(corpora, views, self.labels, seed, self.order, quarantine_url)

@@ -19,10 +19,8 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from base import storage
 from base.config import Strict, canonical_json, digest, parse
@@ -274,15 +272,14 @@ def pack(
     card: Card,
     raw: str,
     out_url: str,
-    map: Callable[..., Iterable[Any]] = map,
     secret: bytes | None = None,
     shard_samples: int = 1000,
     split_files: str | None = None,
 ) -> Manifest:
-    """Plan, write through `map` (the built-in's signature) and commit. Raises RequestError where shards of another secret lie."""
+    """Plan, write one after the other, and commit. Raises RequestError where shards of another secret lie."""
     refuse_another_secret(card, out_url, secret)
     jobs = plan(card, raw, secret, shard_samples, split_files)
-    return commit(jobs[0].card, list(map(partial(write, out_url=out_url), jobs)), out_url)
+    return commit(jobs[0].card, [write(job, out_url) for job in jobs], out_url)
 
 
 def kept(job: ShardJob, out_url: str) -> ShardEntry | None:

@@ -11,6 +11,7 @@ from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, DigitalX
 
 from base.config import parse
 from shards.card import Card
+from shards.ingest import Stored, mask_values, merged
 
 CARD: dict[str, Any] = {
     "schema": 2,
@@ -78,6 +79,11 @@ def ct_slice(pixels: np.ndarray, z: float, **values: Any) -> bytes:
     """A CT slice at height z (mm), 0.5 mm between rows and 0.25 mm between columns."""
     place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [-10, -20, z], "PixelSpacing": [0.5, 0.25]}
     return dicom(pixels, ct=True, **{"SeriesInstanceUID": "2.25.7", "RescaleSlope": 1, "RescaleIntercept": -1024} | place | values)
+
+
+def mask(data: bytes, classes: int, of: Stored) -> bytes:
+    """The packed mask of one mask file."""
+    return merged([mask_values(data, classes, of.frame)], classes, of)
 
 
 def nifti(values_XYZ: np.ndarray, affine: np.ndarray | None = None) -> bytes:

@@ -25,9 +25,10 @@ from cluster.study import Cells
 from finetune import data
 from finetune.augment import TrainingViews, enlarged
 from finetune.cell import CellConfig
-from finetune.data import NOT_JUDGED, Arrays, as_input, at_origin, centre, fraction_of, original_masks, seen
+from finetune.data import Arrays, as_input, at_origin, centre, fraction_of, original_masks, seen
 from finetune.task import Augmentation, Task, load_task
 from shards import views
+from shards.card import NOT_JUDGED
 from shards.corpus import Corpus
 from shards.decoded import decode_all
 from shards.manifest import read

@@ -129,7 +129,7 @@ def test_masks_and_cuts_by_name() -> None:
     short = truncate(encoder, "layer2")
     with pytest.raises(RequestError, match=r"truncated before 'layer4'.*stem, layer1\.0, layer2\.0"):
         grad_cam(Network(short, head_for(CHEST, short, linear=False), pyramid=False), x, [0, 0], "layer4")
-    volumes = inflate(encoder, 3)
+    volumes = inflate(encoder)
     with pytest.raises(RequestError, match="not of 3-dimensional volumes"):
         grad_cam(Network(volumes, head_for(CHEST, volumes, linear=False), pyramid=False), torch.zeros(1, 1, 3, 32, 32), [0])
 

@@ -170,7 +170,7 @@ def test_labels_get_a_logit_each_and_grades_one_less(linear: bool) -> None:
 
 
 def test_volumes_are_classified_by_the_same_head() -> None:
-    encoder = inflate(build("test_resnet", 1), 3)
+    encoder = inflate(build("test_resnet", 1))
     network = Network(encoder, head_for(CHEST, encoder, linear=False), pyramid=False)
     assert network(torch.zeros(2, 1, 5, 32, 32, dtype=torch.uint8)).shape == (2, len(CHEST.labels))
 

@@ -16,14 +16,14 @@ from base.config import parse
 from base.errors import RequestError, WorkError
 from encoders.build import build
 from encoders.weights import sha256_of
-from finetune.data import NOT_JUDGED, Arrays, batches, fraction_of, load, shuffled
+from finetune.data import Arrays, batches, fraction_of, load, shuffled
 from finetune.heads import PyramidHead
 from finetune.losses import loss_of
 from finetune.predict import measure
 from finetune.strategies import resolve
 from finetune.task import load_task
 from finetune.transplant import EncoderSpec, Transplant
-from shards.card import Card
+from shards.card import NOT_JUDGED, Card
 from shards.manifest import read
 from shards.pack import pack
 

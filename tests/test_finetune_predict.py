@@ -14,11 +14,11 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, roc_auc
 from analysis import metrics
 from base.errors import RequestError, WorkError
 from cluster import facts
-from finetune.data import NOT_JUDGED, Arrays, load, original_masks
+from finetune.data import Arrays, load, original_masks
 from finetune.measure import FEW, headline, rows_of
 from finetune.predict import measure, predictions, probabilities
 from finetune.task import METRICS, Aggregate, Task, load_task
-from shards.card import Smoothed
+from shards.card import NOT_JUDGED, Smoothed
 from shards.manifest import read
 
 CHEST, VESSELS = load_task("phantom-chest"), load_task("phantom-vessels")

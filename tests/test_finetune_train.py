@@ -26,7 +26,6 @@ from encoders.weights import sha256_of
 from finetune import data, features
 from finetune.auxiliary import attach
 from finetune.cell import CellConfig
-from finetune.data import NOT_JUDGED
 from finetune.heads import PooledHead
 from finetune.losses import bce_dice, class_weights, dice, loss_of
 from finetune.network import Network
@@ -35,6 +34,7 @@ from finetune.run import plant
 from finetune.task import LOSSES, Recipe, Task, load_task
 from finetune.train import Trainer, ahead
 from finetune.transplant import Group, Transplant
+from shards.card import NOT_JUDGED
 
 CHEST, VESSELS = load_task("phantom-chest"), load_task("phantom-vessels")
 KINDS = [(kind, loss) for kind, losses in LOSSES.items() for loss in losses]

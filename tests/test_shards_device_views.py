@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from tiny_corpus import picture, write
 
 from base.errors import RequestError
-from shards.device_views import apply, augment_on_device
+from shards.device_views import apply, table
 from shards.draws import ViewsConfig
 from shards.loader import Corpus, TrainLoader
 from shards.views import make, resize
@@ -29,13 +29,19 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {  # settings, and how far a pixe
 }
 
 
+def on_device(image_BCHW: torch.Tensor, cfg: ViewsConfig, keys: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """As workers and training do it together."""
+    channels, height, width = image_BCHW.shape[1:]
+    return apply(image_BCHW, table(cfg, keys, height, width, rgb=channels == 3))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("channels", "shape"), [(1, (64, 64)), (3, (65, 97)), (2, (256, 200))])
 def test_the_same_key_gives_the_view_of_the_cpu(case: str, channels: int, shape: tuple[int, int]) -> None:
     settings, tolerance = CASES[case]
     cfg, keys = ViewsConfig.model_validate(settings), [(1, 2, i) for i in range(12)]
     images = np.stack([picture(i, max(shape), channels)[: shape[0], : shape[1]] for i in range(12)])
-    views = augment_on_device(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), cfg, keys)
+    views = on_device(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), cfg, keys)
     assert [view.shape for view in views] == [(12, channels, side, side) for side in cfg.sizes]
     for i, key in enumerate(keys):
         for device_BCHW, cpu_HWC in zip(views, make(images[i], None, cfg, key)[0], strict=True):
@@ -48,7 +54,7 @@ def test_other_keys_give_views_of_the_same_distribution() -> None:
     cfg = ViewsConfig(kind="two", size=32, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, solarize_p=0.2, grey_p=0.2)
     images, count = np.stack([picture(i, 96, 3) for i in range(8)]), 400
     batch_BCHW = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).repeat(count // 8, 1, 1, 1)
-    device = torch.cat(augment_on_device(batch_BCHW, cfg, [(7, i) for i in range(count)])).permute(0, 2, 3, 1).numpy()
+    device = torch.cat(on_device(batch_BCHW, cfg, [(7, i) for i in range(count)])).permute(0, 2, 3, 1).numpy()
     cpu = np.concatenate([np.stack([make(images[i % 8], None, cfg, (8, i))[0][v] for i in range(count)]) for v in range(2)])
     for name, found in {name: (statistic(device), statistic(cpu)) for name, statistic in STATISTICS.items()}.items():
         assert ks_2samp(*found).pvalue > 1e-3, name
@@ -69,17 +75,17 @@ def test_a_view_hangs_on_its_key_and_not_on_its_batch() -> None:
     cfg = ViewsConfig(kind="two", size=24, solarize_p=0.5)
     batch_BCHW = torch.from_numpy(np.stack([picture(i, 40).transpose(2, 0, 1) for i in range(6)]))
     keys = [(3, i) for i in range(6)]
-    together = augment_on_device(batch_BCHW, cfg, keys)
+    together = on_device(batch_BCHW, cfg, keys)
     for part in (slice(0, 1), slice(1, 6)):
-        for whole, alone in zip(together, augment_on_device(batch_BCHW[part], cfg, keys[part]), strict=True):
+        for whole, alone in zip(together, on_device(batch_BCHW[part], cfg, keys[part]), strict=True):
             assert (whole[part].int() - alone.int()).abs().max() <= 1
 
 
 def test_autocast_does_not_touch_pixels() -> None:
     batch_BCHW, cfg = torch.from_numpy(picture(0, 40).transpose(2, 0, 1))[None], ViewsConfig(kind="one", size=24)
-    plain = augment_on_device(batch_BCHW, cfg, [(1,)])[0]
+    plain = on_device(batch_BCHW, cfg, [(1,)])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augment_on_device(batch_BCHW, cfg, [(1,)])[0], plain)
+        assert torch.equal(on_device(batch_BCHW, cfg, [(1,)])[0], plain)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -103,4 +109,4 @@ def test_what_has_no_device_code_is_refused() -> None:
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     for settings in ({"kind": "eval"}, {"library": "lightly"}, {"rand_augment": (2, 10)}):
         with pytest.raises(RequestError, match="no device code"):
-            augment_on_device(images, ViewsConfig.model_validate({"kind": "one", "size": 8} | settings), [(0,)])
+            on_device(images, ViewsConfig.model_validate({"kind": "one", "size": 8} | settings), [(0,)])

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from raw_files import card, dicom, nifti
+from raw_files import card, dicom, mask, nifti
 
 from shards import decode
-from shards.ingest import Stored, image, kind, mask, unfold
+from shards.ingest import Stored, image, kind, unfold
 from shards.manifest import read
 from shards.pack import commit, pack, plan, write
 from shards.planes import Unusable
@@ -124,11 +124,11 @@ def test_masks_of_every_kind() -> None:
         dicom((square // 255).astype(np.uint8)),
         nifti((square[::-1, ::-1].T > 0).astype(np.uint8)[:, :, None]),
     ):
-        assert (decode.mask(mask([data], 1, of)) == square // 255).all()
+        assert (decode.mask(mask(data, 1, of)) == square // 255).all()
     with pytest.raises(Unusable, match="JPEG, whose values are not exact"):
-        mask([encoded(square, "JPEG")], 1, of)
+        mask(encoded(square, "JPEG"), 1, of)
     with pytest.raises(Unusable, match="holds the value"):
-        mask([nifti(np.full((16, 12, 1), -1, np.int16))], 3, of)
+        mask(nifti(np.full((16, 12, 1), -1, np.int16)), 3, of)
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,10 +20,11 @@ from tiny_corpus import picture, write
 
 from base.errors import RequestError, WorkError
 from shards import manifest, shardfile
+from shards.card import NOT_JUDGED
 from shards.corpus import Corpus, DamagedSample
 from shards.decoded import decode_all
 from shards.evaluate import eval_batches
-from shards.loader import NO_MASK, Batch, TrainLoader, targets
+from shards.loader import Batch, TrainLoader, targets
 from shards.order import Order
 from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, resize, resize_mask
@@ -195,7 +196,7 @@ def test_masks_come_with_one_view_and_with_evaluation(masked: str) -> None:
     batch = next(TrainLoader([corpus], None, ONE.model_copy(update={"blur_p": 0.0, "jitter_p": 0.0}), 20, seed=0).batches(0))
     assert batch.seg_BHW is not None
     lacking = batch.index_B % 7 == 0
-    assert (batch.seg_BHW[lacking] == NO_MASK).all()
+    assert (batch.seg_BHW[lacking] == NOT_JUDGED).all()
     assert (batch.seg_BHW[~lacking] <= 1).all()
     assert next(TrainLoader([corpus], None, TWO, 20, seed=0).batches(0)).seg_BHW is None
 

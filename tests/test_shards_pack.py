@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+from raw_files import mask
 
 from base import storage
 from base.config import parse
@@ -24,7 +25,7 @@ from base.paths import ROOT
 from cluster.pack import pack_on_ray
 from shards import pack as packing
 from shards.card import Card, load_card
-from shards.ingest import Unusable, image, mask, strip_jpeg
+from shards.ingest import Unusable, image, strip_jpeg
 from shards.manifest import MANIFEST, Manifest, load_index, read
 from shards.pack import commit, pack, plan, write
 
@@ -300,11 +301,11 @@ def test_large_images_are_reduced_with_their_mask() -> None:
     assert (stored.height, stored.width, stored.reduced_from) == (50, 25, (200, 100))
     half = np.zeros((200, 100), np.uint8)
     half[:100] = 255
-    reduced = np.asarray(Image.open(io.BytesIO(mask([encoded(half)], 1, stored))))
+    reduced = np.asarray(Image.open(io.BytesIO(mask(encoded(half), 1, stored))))
     assert reduced.shape == (50, 25)
     assert reduced.mean() == 0.5
     with pytest.raises(Unusable, match="holds the value 255"):
-        mask([encoded(half)], 2, stored)
+        mask(encoded(half), 2, stored)
 
 
 def test_golden_manifest_still_reads() -> None:

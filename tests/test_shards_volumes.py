@@ -15,12 +15,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from raw_files import card, ct_slice, dicom, nifti
+from raw_files import card, ct_slice, dicom, mask, nifti
 
 from shards import decode, pixels16
 from shards import nifti as nifti_reader
 from shards.corpus import Corpus
-from shards.ingest import Stored, mask, unfold
+from shards.ingest import Stored, unfold
 from shards.pack import pack
 from shards.planes import Unusable
 
@@ -211,10 +211,10 @@ def test_masks_follow_their_frame() -> None:
     each = all_of(unfold([nifti(volume)], card(frames="each")))
     assert [stored.frame for stored in each] == [0, 1, 2, 3]
     for z, stored in enumerate(each):
-        seg = decode.mask(mask([nifti(marks)], 1, stored))
+        seg = decode.mask(mask(nifti(marks), 1, stored))
         assert np.argwhere(seg).tolist() == [[4, 5 - z]]
     (slab,) = all_of(unfold([nifti(volume)], card(depth=16, frames="slab", slab=4, channels=4)))
-    assert np.argwhere(decode.mask(mask([nifti(marks)], 1, slab))).tolist() == [[4, 3]]  # of the slice in the middle
+    assert np.argwhere(decode.mask(mask(nifti(marks), 1, slab))).tolist() == [[4, 3]]  # of the slice in the middle
 
 
 def test_stock_tools_read_a_shard_of_sixteen_bits(tmp_path: Path) -> None:
