@@ -208,7 +208,7 @@ def simulate(hours_of: Sequence[float], guess_of: Sequence[float], gpus: int, di
         dispatch_s: of the driver, one cell after the other.
         mtbf_h: of a node of 8 GPUs, which comes back after ten minutes; 0: none dies.
     """
-    from cluster.line import Line
+    from cluster.waiting import Line
     from finetune.cell import CellConfig
 
     draw = random.Random(seed)

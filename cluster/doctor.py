@@ -17,6 +17,7 @@ from base import storage
 from base.errors import AllograftError, RequestError
 from base.paths import is_url
 from cluster.hosts import Facts, everywhere, look
+from cluster.places import of_place, of_trainer, room_for, together
 from cluster.study import Study
 
 SKEW_REFUSED_S = 10.0  # locks in `out` count two minutes, signatures of requests to a store fifteen
@@ -201,35 +202,26 @@ def room(study: Study, nodes: Sequence[Mapping[str, float]]) -> list[Finding]:
     Args:
         nodes: `CPU` and `GPU` of each.
     """
-    held = study.resources
-    fewest, most = held.pretrain_range
-    trainer = {"CPU": float(held.threads), "GPU": held.gpus_per_pretrain_worker}
-    share = 1.0 if held.gpus_per_cell == "measured" else float(held.gpus_per_cell)
-    cell = {"CPU": float(held.threads * held.cell_ranks), "GPU": share * held.cell_ranks}
+    fewest, most = study.resources.pretrain_range
+    trainer, cell = of_trainer(study.resources), of_place(study.resources, nodes)
     total = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
     found = []
     if study.pretrain:
-        fit = places(nodes, trainer)
+        fit = room_for(nodes, [trainer])
         if fit < fewest:
-            wanted = ", ".join(f"{fewest * value:g} {name}s" for name, value in trainer.items() if value)
+            wanted = ", ".join(f"{value:g} {name}s" for name, value in together([trainer] * fewest).items())
             said = f"pretraining wants {fewest} workers of {_words(trainer)} ({wanted}), {fit} fit: the cluster has {total}"
             found.append(Finding("refused", "room", said, f"resources.pretrain_workers={fit}" if fit else "nodes with more"))
         elif fit < most:
             found.append(Finding("ok", "room", f"pretraining: {fit} of at most {most} workers fit"))
-    if study.cells and not places(nodes, cell):
-        said = f"a cell wants {_words(cell)}, which no node has: the cluster has {total}"
+    if study.cells and not room_for(nodes, cell):
+        said = f"a cell wants {_words(together(cell))}, which no node has: the cluster has {total}"
         found.append(Finding("refused", "room", said, "resources.gpus_per_cell, resources.threads"))
     return found or [Finding("ok", "room", total)]
 
 
-def places(nodes: Sequence[Mapping[str, float]], bundle: Mapping[str, float]) -> int:
-    """How many bundles the nodes hold; one is never cut over two nodes."""
-    wanted = {name: value for name, value in bundle.items() if value}
-    return sum(int(min(node.get(name, 0.0) / value for name, value in wanted.items()) + 1e-9) for node in nodes)
-
-
 def _words(bundle: Mapping[str, float]) -> str:
-    return " and ".join(f"{value:g} {name}" for name, value in bundle.items() if value)
+    return " and ".join(f"{value:g} {name}" for name, value in bundle.items())
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from base.config import canonical_json
 from base.errors import WorkError
 from cluster import observe
 from cluster.effort import estimated
-from cluster.line import Line, Waiting
-from cluster.pool import Event, Pool, StorageDown, Team
+from cluster.pool import Event, Pool, Team
 from cluster.study import Resources
+from cluster.waiting import Line, Waiting
+from cluster.worker import StorageDown
 from finetune.cell import CellConfig
 
 LOOK_S = 0.5  # how often others are asked for cells, and for what they hold back

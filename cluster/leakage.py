@@ -20,8 +20,8 @@ from base.errors import RequestError
 from cluster.events import Events
 from cluster.plan import Corpus
 from cluster.progress import Progress, minutes
+from cluster.ray_tasks import run_tasks
 from cluster.study import Study
-from cluster.tasks import run_tasks
 from finetune.task import load_task
 from shards import corpus as packed
 
@@ -96,7 +96,7 @@ def compare_one(
 
     Args:
         ready: gives the test images of a dataset as `prepared` does; asked again it gives the same.
-        room: how many tasks may run at a time, see cluster.tasks.
+        room: how many tasks may run at a time, see cluster.ray_tasks.
         look: raises where the study has ended meanwhile.
 
     Raises:

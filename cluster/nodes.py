@@ -18,6 +18,7 @@ from cluster import leakage, plan, stages
 from cluster.events import Events
 from cluster.fit import fit
 from cluster.graph import Graph, Node
+from cluster.places import of_pretraining
 from cluster.plan import Corpus, Weights
 from cluster.progress import Progress
 from cluster.searches import Searches
@@ -99,7 +100,7 @@ class Making:
             for seed in entry.seeds:
                 label = stages.pretrain_label(entry, seed)
                 act = partial(self._act, label, partial(self._pretrain, entry, seed))
-                holds = stages.pretrain_resources(study.resources)
+                holds = of_pretraining(study.resources)
                 add(Node(label, act, needs=(*needs, *self._start(entry, seed)), holds=holds))
         if matrix is not None:
             feeders = tuple(label for task in matrix.tasks for source in matrix.sources for label in self._add_feeders(task, source))

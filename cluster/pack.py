@@ -13,7 +13,7 @@ from base.config import parse
 from base.errors import RequestError
 from base.paths import absolute, is_url
 from cluster.progress import Progress, minutes
-from cluster.tasks import TICK_S, run_tasks
+from cluster.ray_tasks import TICK_S, run_tasks
 from shards.card import Card, load_card
 from shards.manifest import MANIFEST, Manifest, ShardEntry
 from shards.pack import QUARANTINE, ShardJob, commit, kept, plan, refuse_another_secret, write

@@ -14,6 +14,7 @@ from base import storage
 from base.config import canonical_json, parse
 from base.errors import AllograftError, WorkError
 from cluster.context import WorkerContext
+from cluster.places import of_trainer
 from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
@@ -40,7 +41,6 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     # One more process for each group of workers, and of use only where there is another node to go to.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(len(ray.nodes()) > 1))
     gpus, wanted = resources.gpus_per_pretrain_worker, resources.pretrain_workers
-    per_worker = {"CPU": float(resources.threads), **({"GPU": gpus} if gpus else {})}
     checkpoints = storage.join(config.out, "checkpoints")
     given = {
         "checkpoints": checkpoints,
@@ -50,7 +50,7 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
         "scaling_config": ScalingConfig(
             num_workers=tuple(wanted) if isinstance(wanted, list) else wanted,
             use_gpu=bool(gpus),
-            resources_per_worker=per_worker,
+            resources_per_worker=of_trainer(resources),
             elastic_resize_monitor_interval_s=RESIZE_S,
         ),
     }

@@ -20,7 +20,7 @@ from cluster.plan import Corpus, Setting, Weights
 from cluster.progress import Progress, minutes
 from cluster.searches import Searches
 from cluster.standing import done, shards_url
-from cluster.study import PretrainEntry, Resources, Study
+from cluster.study import PretrainEntry, Study
 from finetune.cell import CellConfig
 from pretrain.run import PretrainConfig
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # tasks and sources whose cells have become ready
 PLAN_S = 30.0  # how often plan.json is written anew while cells run
-Room = Callable[[], float]  # processors that a stage may use at a time
-Check = Callable[[], None]  # raises where the study has ended meanwhile
+Processors = Callable[[], float]  # that a stage may use at a time
+StillOn = Callable[[], None]  # raises where the study has ended meanwhile
 
 
 def refuse_other_secrets(study: Study) -> None:
@@ -44,7 +44,7 @@ def refuse_other_secrets(study: Study) -> None:
             refuse_another_secret(load_card(name), shards_url(study, name))
 
 
-def pack(study: Study, name: str, progress: Progress, events: Events, room: Room, check: Check) -> Corpus:
+def pack(study: Study, name: str, progress: Progress, events: Events, room: Processors, check: StillOn) -> Corpus:
     """A dataset packed, or kept where its shards are those of the raw files.
 
     Raises:
@@ -78,12 +78,6 @@ def pack(study: Study, name: str, progress: Progress, events: Events, room: Room
 def pretrain_label(entry: PretrainEntry, seed: int) -> str:
     """What a run is called on the screen, and as a node."""
     return f"pretrain {entry.name}" + (f" seed {seed}" if len(entry.seeds) > 1 else "")
-
-
-def pretrain_resources(resources: Resources) -> dict[str, float]:
-    """What one pretraining holds of the cluster: an elastic one begins with its fewest workers."""
-    held = {"CPU": resources.threads, "GPU": resources.gpus_per_pretrain_worker}
-    return {what: float(size * resources.pretrain_range[0]) for what, size in held.items() if size}
 
 
 def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progress, events: Events) -> tuple[Weights, int]:
@@ -153,7 +147,7 @@ def cells(
     progress: Progress,
     events: Events,
     reserved: Callable[[], Mapping[str, float]],
-    check: Check,
+    check: StillOn,
 ) -> Fanned:
     """The trials and cells that are missing, on one pool: those that can be computed do not wait for encoders that are still trained, nor
     for searches that still ask.

@@ -11,9 +11,10 @@ import tiny_study
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from cluster import doctor
+from cluster import doctor, places
 from cluster.hosts import Facts, look
 from cluster.load import load_study
 from cluster.study import Resources, Study
@@ -73,7 +74,7 @@ def test_what_fits_is_not_refused(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=4), st.integers(1, 4), st.sampled_from([0, 0.25, 0.5, 1, 2]))
 def test_a_worker_is_never_cut_over_two_nodes(sizes: list[tuple[int, int]], cpus: int, gpus: float) -> None:
     rooms = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu in sizes]
-    fit = doctor.places(rooms, {"CPU": float(cpus), "GPU": gpus})
+    fit = places.room_for(rooms, [{"CPU": float(cpus), "GPU": gpus}])
     by_hand = 0
     for cpu, gpu in sizes:
         count = 0
@@ -81,6 +82,18 @@ def test_a_worker_is_never_cut_over_two_nodes(sizes: list[tuple[int, int]], cpus
             count += 1
         by_hand += count
     assert fit == by_hand
+
+
+@pytest.mark.parametrize("gpus", [0, 0.1, 0.3, 0.5, 1, 2, "measured"])
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=3), st.integers(1, 2))
+def test_cells_are_refused_where_the_pool_has_no_place_for_one(gpus: float | str, sizes: list[tuple[int, int]], ranks: int) -> None:
+    if ranks > 1 and (gpus == "measured" or 0 < float(gpus) < 1):
+        return  # no study may ask for that
+    rooms = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu in sizes]
+    asked = Resources.model_validate({"gpus_per_cell": gpus, "cell_ranks": ranks, "threads": 2})
+    made = parse({**tiny_study.STUDY, "out": "out", "resources": asked.model_dump(), "pretrain": []}, Study, "study")
+    enough = places.fitting(rooms, asked, {"memory": 1.0}) > 0  # something is held back, so that none is none
+    assert bool(refused(doctor.room(made, rooms))) is not enough
 
 
 def test_another_version_on_a_node_is_refused() -> None:

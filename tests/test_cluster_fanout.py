@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 from base.config import canonical_json, parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from cluster import context, fanout, observe, pool
+from cluster import context, fanout, observe, places, pool, worker
 from cluster import effort as effort_of
 from cluster.effort import effort, estimated
 from cluster.fanout import Tally, run_cells
-from cluster.line import ATTEMPTS, LOSSES, Line
-from cluster.pool import fitting, of_cuda, of_place, of_storage, why
+from cluster.places import fitting, of_place
+from cluster.pool import why
 from cluster.study import Resources
+from cluster.waiting import ATTEMPTS, LOSSES, Line
+from cluster.worker import of_cuda, of_storage
 from engine.context import LocalContext
 from finetune.cell import CellConfig
 from finetune.run import run
@@ -187,7 +189,7 @@ def test_the_pool_is_as_large_as_the_cluster_holds(
 def test_a_measured_gpu_is_had_whole_with_its_share_of_the_processors() -> None:
     measured = Resources(gpus_per_cell="measured")
     assert of_place(measured, [GPU_NODE, CPU_NODE]) == [{"CPU": 4.0, "GPU": 1.0}]
-    assert of_place(measured, [{"CPU": 64.0, "GPU": 2.0}]) == [{"CPU": float(pool.MOST), "GPU": 1.0}]
+    assert of_place(measured, [{"CPU": 64.0, "GPU": 2.0}]) == [{"CPU": float(places.MOST), "GPU": 1.0}]
     assert of_place(measured, [{"CPU": 2.0, "GPU": 4.0}]) == [{"CPU": 1.0, "GPU": 1.0}]
 
 
@@ -247,12 +249,12 @@ def test_a_broken_cuda_context_does_not_hide_what_was_wrong(phantom_chest: str, 
     def broken() -> int:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(pool, "_peak_bytes", broken)
-    worker = pool.CellWorker()
-    worker.rank, worker.world = 0, 1
+    monkeypatch.setattr(worker, "_peak_bytes", broken)
+    made = worker.CellWorker()
+    made.rank, made.world = 0, 1
     config = tiny_cell.config({"phantom-chest": phantom_chest}, tmp_path, architecture="resnet17")
     with pytest.raises(RequestError, match="resnet17"):
-        worker.run(canonical_json(config))
+        made.run(canonical_json(config))
 
 
 # -- on Ray
@@ -273,18 +275,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def quick() -> type[pool.CellWorker]:
+def quick() -> type[worker.CellWorker]:
     """Workers that import no torch and have nothing to compute. Made here, so that Ray sends the class itself."""
 
-    class Quick(pool.CellWorker):
+    class Quick(worker.CellWorker):
         def __init__(self) -> None:
             pass
 
-        def start(self, rank: int, world: int, meeting: tuple[str, int] | None) -> pool.Room:
-            return pool.Room("node", 100)
+        def start(self, rank: int, world: int, meeting: tuple[str, int] | None) -> worker.Room:
+            return worker.Room("node", 100)
 
-        def run(self, config_json: str) -> pool.Spent:
-            return pool.Spent(0, 1, 1.0)
+        def run(self, config_json: str) -> worker.Spent:
+            return worker.Spent(0, 1, 1.0)
 
     return Quick
 
@@ -303,7 +305,7 @@ def test_a_poisoned_cell_fails_alone(cluster: None, tmp_path: Path, monkeypatch:
                 os.kill(os.getpid(), signal.SIGKILL)
             if name == "down" and not mark.exists():
                 mark.touch()
-                raise pool.StorageDown("the object store cannot be used")
+                raise worker.StorageDown("the object store cannot be used")
             if name == "wrong":
                 raise RequestError("unknown strategy")
             return super().run(config_json)
@@ -387,7 +389,7 @@ def test_an_outage_of_storage_fails_no_cell(cluster: None, tmp_path: Path, monke
     class Down(quick()):  # type: ignore[misc]
         def run(self, config_json: str) -> Any:
             if not (tmp_path / "up").exists() and json.loads(config_json)["key"] in ("a", "b"):
-                raise pool.StorageDown("the object store cannot be used")
+                raise worker.StorageDown("the object store cannot be used")
             return super().run(config_json)
 
     monkeypatch.setattr(pool, "CellWorker", Down)
@@ -453,7 +455,7 @@ def test_a_gpu_holds_one_cell_until_its_memory_is_known(cluster: None, tmp_path:
                 raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
             time.sleep(0.3)
             mark.write_text(json.dumps([began, time.time()]))
-            return pool.Spent(80 if config["resolution"] == 64 else 30, 1, 1.0)
+            return worker.Spent(80 if config["resolution"] == 64 else 30, 1, 1.0)
 
     monkeypatch.setattr(pool, "CellWorker", Sized)
     names = [*(f"small{i}" for i in range(4)), "greedy", *(f"small{i}" for i in range(4, 7))]
@@ -470,7 +472,7 @@ def test_a_gpu_holds_one_cell_until_its_memory_is_known(cluster: None, tmp_path:
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 def test_a_worker_that_cannot_start_ends_the_fan_out(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(pool.CellWorker):
+    class Broken(worker.CellWorker):
         def __init__(self) -> None:
             raise ImportError("no such library")
 

@@ -28,12 +28,12 @@ from cluster.load import load_study
 from cluster.nodes import Making
 from cluster.plan import Corpus, settings
 from cluster.progress import Progress
+from cluster.ray_tasks import of_task
 from cluster.run import Summary, _tried, run
 from cluster.searches import Searches
 from cluster.stages import Fanned
 from cluster.standing import standing_corpora
 from cluster.study import Study
-from cluster.tasks import of_task
 
 FOUR = {"CPU": 4.0, "GPU": 0.0}
 
