@@ -13,9 +13,10 @@ interval, which only means that 0 is inside.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from analysis import ledger, results
+from analysis import ledger, results, study_floors
 from analysis.claims import Claim
 from analysis.comparisons import Comparisons
 from analysis.findings import APART, Finding
@@ -55,6 +56,11 @@ class Evidence:
         self.tasks: dict[str, set[str]] = {}
         for cell in self.cells:
             self.tasks.setdefault(cell.dataset, set()).add(cell.task)
+
+    @cached_property
+    def floors(self) -> study_floors.StudyFloors:
+        """What trivial predictors reach on its tasks."""
+        return study_floors.of_study(self)
 
     @property
     def single(self) -> bool:

@@ -9,7 +9,6 @@ Works on storage alone (`out` may be a URL), for a study that is empty, running,
 import re
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from analysis import (
     analysis_sections,
@@ -25,16 +24,10 @@ from analysis import (
     subgroups,
     tables,
 )
-from analysis import floors as floors_of_tasks
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
-from analysis.floors import Floors
 from analysis.tables import esc, num, short
 from base import storage
-from base.config import digest
-from base.errors import AllograftError
-
-FLOORS_VERSION = 5
 
 
 def answer(out: str) -> str:
@@ -71,51 +64,6 @@ def drawings(text: str) -> dict[str, str]:
     return {one[1]: figures.alone(one[0]) for one in found}
 
 
-def floors(evidence: Evidence) -> tuple[dict[tuple[str, float], Floors], list[str]]:
-    """Floors by (task, share of the labels), computed from the shards once and kept in OUT/analyses; and notes on those that are not."""
-    found: dict[tuple[str, float], Floors] = {}
-    notes = []
-    for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
-        manifest = evidence.manifests.get(dataset)
-        kind = "segmentation" if any(c.primary() in ("dice", "iou") for c in cells) else "classification"
-        labels = list(dict.fromkeys(row["class"] for c in cells for row in c.result.get("metrics", []) if row.get("class")))
-        shares = sorted({float(c.fraction) for c in cells})
-        if not manifest:
-            notes.append(f"Floors of {task} are not known: its shards are not readable from here.")
-            continue
-        asked = {"floors": FLOORS_VERSION, "kind": kind, "labels": labels, "fractions": shares, "manifest": digest(manifest)}
-        mask_class = cells[0].mask_class() if kind == "segmentation" else None
-        asked |= {"mask_class": mask_class} if mask_class else {}
-        url = storage.join(evidence.out, "analyses", digest(asked)[:16], "floors.json")
-        held = results.read_json(url)
-        if held is None:
-            try:
-                strata = evidence.card(dataset).get("stratify_by")
-                made = floors_of_tasks.of_shards(evidence.shards[dataset], kind, labels, strata, shares, mask_class=mask_class)
-            except (AllograftError, OSError, ValueError) as error:
-                notes.append(f"Floors of {task} could not be computed: {str(error)[:200]}")
-                continue
-            held = {**asked, "values": [{"fraction": fraction, "floors": values} for fraction, values in made.items()]}
-            storage.put(url, tables_json(held))
-        found |= {(task, float(row["fraction"])): row["floors"] for row in held["values"]}
-    return found, notes
-
-
-def tables_json(value: Any) -> str:
-    """JSON with NaN as null."""
-    import json
-    import math
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {name: clean(inner) for name, inner in item.items()}
-        if isinstance(item, list):
-            return [clean(inner) for inner in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(clean(value), indent=1) + "\n"
-
-
 def best_on_validation(evidence: Evidence) -> str:
     """Which encoder and strategy lead on validation under the study's rule; own-source and exposed cells do not compete."""
     rule = evidence.study.get("champion") or {}
@@ -133,42 +81,31 @@ def best_on_validation(evidence: Evidence) -> str:
     return f"Best on validation ({task}, {unit}): <b>{esc(source)}</b>, {esc(strategy)}, {num(mean)} over {n} seed{'s' if n > 1 else ''}."
 
 
-def under_floor(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
-    """What must be known before any number is believed, in words; empty where nothing is under its floor."""
-    below, known = tables.under_floor(evidence, held)
-    if not below:
-        return ""
-    image = sum(any(name in tables.OF_IMAGES for name in names) for names in below)
-    beside = sum(any(name not in tables.OF_IMAGES for name in names) for names in below)
-    said = [f"a pixel logistic regression or a mean mask does better than {image}, so nothing was learned there"] if image else []
-    said += [f"{beside} are no better than what is written beside the image, with no image looked at"] if beside else []
-    return f"{len(below)} of {known} results are under a floor: {'; '.join(said)}"
-
-
-def _tiles(evidence: Evidence, held: dict[tuple[str, float], Floors]) -> str:
+def _tiles(evidence: Evidence) -> str:
     sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", "too short", None)]
     unfinished = [run.name for run in evidence.pretrainings if not run.result]
     state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + (f", {len(sick)} not healthy" if sick else "")
     spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
     spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
-    below, known = tables.under_floor(evidence, held)
+    floors = evidence.floors
     shown = [
         ("cells", f"{len(evidence.cells)} of {evidence.asked}", "bad" if evidence.failed else ""),
         ("encoders", str(len(evidence.sources())), ""),
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
         ("pretrainings", state, "bad" if sick else ""),
-        *([("under a floor", f"{len(below)} of {known}", "bad")] if below else []),
+        *([("under a floor", f"{len(floors.below)} of {floors.known}", "bad")] if floors.below else []),
         ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
     ]
     return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)
 
 
-def _headline(evidence: Evidence, low: str) -> str:
+def _headline(evidence: Evidence) -> str:
     """The answer, one sentence a line: the same words as `answer`."""
     lines = evidence.headlines()
     if not evidence.cells or not lines:
         return esc(evidence.answer())
+    low = evidence.floors.warning()
     warning = f'<span class="bad">{esc(low)}. </span>' if low else ""
     lead = evidence.answer().removesuffix("; ".join(sentence for _, sentence in lines))
     spans = [f'<span class="{mark}">{esc(sentence)}{";" if i < len(lines) else ""} </span>' for i, (mark, sentence) in enumerate(lines, 1)]
@@ -199,7 +136,6 @@ METHOD = (
 
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
-    held, notes = floors(evidence)
     lead = best_on_validation(evidence)
     tasks = list(dict.fromkeys(c.task for c in evidence.cells))
     pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
@@ -212,7 +148,7 @@ def page(evidence: Evidence) -> str:
         (
             "matrix",
             "Encoder × task",
-            tables.matrix(evidence, held) + (f"<p>{lead}</p>" if lead else "") + tables.classes(evidence) if tasks else "",
+            tables.matrix(evidence) + (f"<p>{lead}</p>" if lead else "") + tables.classes(evidence) if tasks else "",
         ),
         (
             "differences",
@@ -224,7 +160,7 @@ def page(evidence: Evidence) -> str:
         ("ranks", "Average ranks", statistics_sections.ranked(evidence)),
         ("secondary", "Secondary tests", statistics_sections.secondary_tests(evidence)),
         ("searches", "Searches: cuts and rates", search_section.searches(evidence)),
-        ("controls", "Controls", sections.controls(evidence, held, notes) if tasks else ""),
+        ("controls", "Controls", sections.controls(evidence) if tasks else ""),
         ("curves", "Learning curves", sections.curves(evidence)),
         *analysis_sections.sections(evidence),
         ("subgroups", "Subgroups", subgroups.section(evidence)),
@@ -247,9 +183,9 @@ def page(evidence: Evidence) -> str:
         title=esc(name),
         answer=esc(evidence.answer()),
         state=f'<p class="banner">{esc(state)}</p>' if state else "",
-        headline=_headline(evidence, under_floor(evidence, held)),
+        headline=_headline(evidence),
         scope=esc(_scope(evidence)),
-        tiles=_tiles(evidence, held),
+        tiles=_tiles(evidence),
         nav=nav,
         main=main,
     )

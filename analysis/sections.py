@@ -12,8 +12,7 @@ import yaml
 
 from analysis import figures, results
 from analysis.evidence import Evidence
-from analysis.floors import Floors
-from analysis.tables import CONFOUNDED, ROWS, cell, esc, num, short, table
+from analysis.tables import ROWS, cell, esc, num, short, table
 from base import paths, storage
 from base.config import digest
 
@@ -163,15 +162,14 @@ def _unread(evidence: Evidence) -> str:
     )
 
 
-def controls(evidence: Evidence, floors: dict[tuple[str, float], Floors], notes: list[str]) -> str:
+def controls(evidence: Evidence) -> str:
     """Floors and what they mean for this study, A/A, shuffled labels."""
     lines = []
-    for task in dict.fromkeys(task for task, _ in floors):
-        scores = [results.number(held.get("metadata", {}).get("auroc_mean")) for (of, _), held in floors.items() if of == task]
-        meta = max((score for score in scores if math.isfinite(score)), default=math.nan)
+    for task in dict.fromkeys(task for task, _ in evidence.floors.values):
+        meta = evidence.floors.confounded(task)
         dataset = next((c.dataset for c in evidence.cells if c.task == task), "")
         stratum = evidence.card(dataset).get("stratify_by")
-        if meta > CONFOUNDED:
+        if math.isfinite(meta):
             lines.append(
                 f'<li class="bad">{esc(task)} is confounded: a predictor that sees only <code>{esc(stratum)}</code> scores a plain mean'
                 f" AUROC of {num(meta)}. The headline is therefore AUROC within {esc(stratum)}, and plain AUROC is printed beside it.</li>"
@@ -189,7 +187,7 @@ def controls(evidence: Evidence, floors: dict[tuple[str, float], Floors], notes:
         lines.append(f"<li>Shuffled labels, {esc(task)}, {esc(source)}, {esc(strategy)}: {num(mean)} {unit} (n {n}).</li>")
     if not evidence.controls:
         lines.append("<li>No cell with shuffled labels in this study.</li>")
-    lines += [f"<li>{esc(note)}</li>" for note in notes]
+    lines += [f"<li>{esc(note)}</li>" for note in evidence.floors.notes]
     if any(fraction < 1 for fraction in evidence.varied["fraction"]):
         lines.append(
             "<li>Floors are fitted on the same share of the training labels as the cells beside them, on subsets of their own.</li>"

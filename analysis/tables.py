@@ -11,18 +11,9 @@ from typing import Any
 from analysis import results
 from analysis.evidence import Evidence
 from analysis.findings import Finding, digits, effect
-from analysis.floors import Floors
 from analysis.results import Cell
+from analysis.study_floors import WORDS, bar, not_reached
 
-FLOOR_WORDS = {
-    "pixels": "pixel logistic regression, 32 px",
-    "metadata": "metadata only, no image",
-    "record": "age, sex, view and what else is written beside the image, no image",
-    "mean_mask": "mean training mask",
-    "shuffled": "shuffled labels",
-}
-OF_IMAGES = ("pixels", "mean_mask")  # floors under which nothing was learned; the others say that a network saw no more than its record
-CONFOUNDED = 0.6  # plain AUROC is called confounded where metadata alone, without the image, scores more
 ROWS = 2000  # cells listed in the page; results.csv has all
 
 
@@ -72,38 +63,7 @@ def columns(evidence: Evidence) -> list[tuple[str, str, str]]:
     return found
 
 
-def confounded(floors: Floors, metric: str) -> bool:
-    return metric == "auroc_mean" and floors.get("metadata", {}).get("auroc_mean", 0.0) > CONFOUNDED
-
-
-def bar(floors: Floors, metric: str) -> tuple[float, str]:
-    """The highest floor of a metric and which predictor set it; NaN where there is none."""
-    held = [(results.number(values.get(metric)), name) for name, values in floors.items()]
-    return max(((value, name) for value, name in held if math.isfinite(value)), default=(math.nan, ""))
-
-
-def not_reached(floors: Floors, metric: str, mean: float) -> list[str]:
-    """The predictors that do better than a mean."""
-    return [name for name, values in floors.items() if mean < results.number(values.get(metric))]
-
-
-def under_floor(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> tuple[list[list[str]], int]:
-    """Of each mean of the matrix that is under a floor, each task by its headline metric, which it does not reach; and of how many means
-    a floor is known."""
-    first = {(task, dataset): metric for task, dataset, metric in reversed(columns(evidence))}
-    below: list[list[str]] = []
-    known = 0
-    groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution", "task", "dataset")
-    for (*_, fraction, _, task, dataset), cells in groups.items():
-        metric, held = first.get((task, dataset)), floors.get((task, float(fraction)), {})
-        mean, _, n = results.mean_sd(c.value(metric) for c in cells) if metric else (math.nan, math.nan, 0)
-        if metric and n and math.isfinite(bar(held, metric)[0]):
-            known += 1
-            below += [names] if (names := not_reached(held, metric, mean)) else []
-    return below, known
-
-
-def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
+def matrix(evidence: Evidence) -> str:
     """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
     shown = columns(evidence)
     groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
@@ -130,8 +90,8 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             shade = (mean - least) / (most - least) if most > least else 0.5
             here = [c for c in groups[key] if (c.task, c.dataset) == column[:2]]
             own, corpora = any(c.own_source for c in here), sorted({name for c in here for name in c.exposed_to})
-            under, which = bar(floors.get((column[0], float(key[4])), {}), column[2])
-            missed = not_reached(floors.get((column[0], float(key[4])), {}), column[2], mean)
+            floor = evidence.floors.of(column[0], key[4])
+            (under, which), missed = bar(floor, column[2]), not_reached(floor, column[2], mean)
             spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
             marks = '<span class="tag own">own source</span>' if own else ""
             marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
@@ -140,23 +100,24 @@ def matrix(evidence: Evidence, floors: dict[tuple[str, float], Floors]) -> str:
             if found is not None:
                 better = found.comparison.estimate > 0
                 marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
-            why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({FLOOR_WORDS.get(which, which)})" if which else "")
+            why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
             marks = f"<br>{marks}" if marks else ""
             text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>{marks}'
             parts.append(cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why))
         rows.append("".join(parts))
     foot = []
+    floors = evidence.floors.values
     for share in sorted({fraction for _, fraction in floors}):
         for name in dict.fromkeys(name for (_, fraction), held in floors.items() if fraction == share for name in held):
             labels = f", {results.share(share)}" if share < 1 or len(evidence.varied["fraction"]) > 1 else ""
-            parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(FLOOR_WORDS.get(name, name))}{labels}</th>']
+            parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(WORDS.get(name, name))}{labels}</th>']
             parts += [cell(num(results.number(floors.get((task, share), {}).get(name, {}).get(metric)))) for task, _, metric in shown]
             foot.append("".join(parts))
     heads = ["encoder", "strategy"] + [name for name, _ in varied]
     for task, dataset, metric in shown:
         mark = (
             ", confounded"
-            if any(confounded(held, metric) for (of, _), held in floors.items() if of == task)
+            if metric == "auroc_mean" and math.isfinite(evidence.floors.confounded(task))
             else ", plain"
             if metric == "auroc_mean" and (task, dataset, "auroc_within_mean") in shown
             else ""

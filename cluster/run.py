@@ -124,7 +124,7 @@ def _stages(
 
 def _finish(study: Study, projector: Projector, progress: Progress, failed: dict[str, str] | None = None, **counts: int) -> Summary:
     from analysis.evidence import gather
-    from analysis.report import floors, report, under_floor
+    from analysis.report import report
 
     projection, versions, champion, trouble = _registered(study, projector)
     evidence = gather(study.out)
@@ -145,7 +145,7 @@ def _finish(study: Study, projector: Projector, progress: Progress, failed: dict
         champion=champion,
         report=path,
         answer=words,
-        low=under_floor(evidence, floors(evidence)[0]),
+        low=evidence.floors.warning(),
     )
 
 

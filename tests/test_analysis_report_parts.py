@@ -116,7 +116,7 @@ def test_what_wins_where_says_certainty_and_cost(tmp_path: Path) -> None:
     assert "against random" in said
     assert '<span class="tag good">declared</span>' in said
     assert "11.2 M" in said
-    assert "▲ above random" in tables.matrix(evidence, {})
+    assert "▲ above random" in tables.matrix(evidence)
 
 
 # -- tables as in the papers

@@ -21,6 +21,7 @@ from analysis.evidence import Evidence, gather
 from analysis.loaded import Loaded
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
+from analysis.study_floors import StudyFloors
 from base.config import parse
 from base.seeds import rng
 
@@ -45,7 +46,7 @@ def test_does_not_repeat_that_pixels_do_better_where_the_floor_is_what_is_writte
 ) -> None:
     evidence = gather(str(make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=2, images=80)), QUICK)
     held = {("phantom-chest", 1.0): {name: {"auroc_mean": value} for name, value in floors.items()}}
-    words = reports.under_floor(evidence, held)
+    words = StudyFloors(evidence, held, []).warning()
     assert words.startswith("2 of 2 results are under a floor: ")
     assert said in words
     assert unsaid not in words
