@@ -12,6 +12,7 @@ Legend: B batch, C input channels, H W pixels, D pooled features.
 """
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,14 @@ from torch import Tensor, nn
 from base.errors import RequestError
 from encoders.cuts import Cut, cuts, family, is_cbr, is_vit, pyramid_cuts, registered_by, smallest
 
-# Stored pixels of no particular dataset: centred, and spread to about unit variance. Sources that know better bring their own.
-NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25
+# Mean and standard deviation of pixels scaled to 0..1. neutral: of no particular dataset, centred and spread to about unit variance.
+# chestx-ray: as the benchmark of transfer learning normalises radiographs (Hosseinzadeh Taher et al., arXiv 2108.05930).
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "neutral": ((0.5,), (0.25,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "chestx-ray": ((0.5056,), (0.252,)),
+    "none": ((0.0,), (1.0,)),
+}
 VIT_SIDE = 224
 # A side of what a family cuts images into. CLIP's towers halve maps in two ways that differ where a side is odd.
 PATCHES = {"vit": 16, "swin": 4, "clip": 32}
@@ -156,9 +163,14 @@ def channels_first(net: nn.Module, h: Tensor) -> Tensor:
     return h.permute(0, 3, 1, 2).contiguous() if _channels_last(net) else h
 
 
-def neutral(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for an encoder that starts from nothing."""
-    return (NEUTRAL_MEAN,) * in_chans, (NEUTRAL_STD,) * in_chans
+def in_channels(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for images of that many channels.
+
+    Where the number differs they are equal in every channel, or an adapted first convolution would not see what the source's saw.
+    """
+    if channels == len(mean):
+        return tuple(mean), tuple(std)
+    return (math.fsum(mean) / len(mean),) * channels, (math.fsum(std) / len(std),) * channels
 
 
 def build(
@@ -173,7 +185,7 @@ def build(
     """A freshly initialised encoder: timm's own initialisation, a function of the seed alone; the global generator is left as it was.
 
     Args:
-        mean, std: per channel, of pixels scaled to 0..1; `neutral` when not given.
+        mean, std: per channel, of pixels scaled to 0..1; the neutral ones when not given.
         image_size: side in pixels that a vision transformer's positions are for, 224 unless given; other networks take any.
         widths: of the stages of a ResNet, before the blocks' own expansion, or of the layers of a CBR; the architecture's own unless given.
 
@@ -182,7 +194,7 @@ def build(
     """
     import timm
 
-    default_mean, default_std = neutral(in_chans)
+    default_mean, default_std = in_channels(*NORMALISATIONS["neutral"], in_chans)
     size = (image_size or VIT_SIDE) if is_vit(architecture) else None
     chosen = None if widths is None else tuple(widths)
     if (module := registered_by(architecture)) is not None:

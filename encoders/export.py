@@ -16,7 +16,6 @@ The sha256 that identifies an encoder is `weights.sha256_of` its tensors; that o
 import copy
 import hashlib
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from base.config import Strict, parse
 from base.errors import RequestError, WorkError
-from encoders.build import Encoder, model_args
+from encoders.build import Encoder, in_channels, model_args
 from encoders.cuts import registered_by
 from encoders.model_card import model_card
 from encoders.truncate import Truncated, rebuilt
@@ -68,13 +67,8 @@ class ExportInfo(Strict):
         return self.cut is None and registered_by(self.architecture) is None
 
     def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation under which these weights take images of that many channels.
-
-        Where the number differs they are equal in every channel, or the adapted first convolution would not see what the source's saw.
-        """
-        if channels == self.in_chans:
-            return self.mean, self.std
-        return (math.fsum(self.mean) / len(self.mean),) * channels, (math.fsum(self.std) / len(self.std),) * channels
+        """Mean and standard deviation under which these weights take images of that many channels."""
+        return in_channels(self.mean, self.std, channels)
 
 
 def export(

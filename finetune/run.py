@@ -21,7 +21,7 @@ from base import paths, storage
 from base.config import parse, to_yaml
 from base.errors import RequestError, WorkError
 from base.seeds import seed_of
-from encoders.build import build
+from encoders.build import NORMALISATIONS, build, in_channels
 from encoders.export import read_export
 from encoders.local import local_encoder
 from encoders.weights import State, load_local, sha256_of
@@ -161,10 +161,11 @@ def plant(config: CellConfig, channels: int) -> tuple[Transplant, str, dict[str,
 
 def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     """Network and weights of the cell's source. Random weights are drawn from the source's name and the cell's seed alone."""
+    asked = config.task.normalise
     if config.source_kind == "random":
         encoder = build(config.architecture, channels, seed=seed_of("source", config.source, config.seed), image_size=config.resolution)
-        side = config.resolution
-        spec = EncoderSpec(architecture=config.architecture, in_chans=channels, image_size=side, resolution=side)
+        side, (mean, std) = config.resolution, in_channels(*NORMALISATIONS[asked or "neutral"], channels)
+        spec = EncoderSpec(architecture=config.architecture, in_chans=channels, mean=mean, std=std, image_size=side, resolution=side)
         return spec, dict(encoder.net.state_dict())
     if config.encoder_dir is None:
         raise RequestError("source_kind weights needs encoder_dir", where=f"cell {config.key}")
@@ -172,7 +173,7 @@ def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:
     info = read_export(place, verify=False)  # `plant` hashes the tensors
     if info.architecture != config.architecture:
         raise RequestError(f"'{config.source}' is a {info.architecture}, the cell asks for {config.architecture}", where=config.encoder_dir)
-    mean, std = info.normalisation(channels)
+    mean, std = in_channels(*NORMALISATIONS[asked], channels) if asked else info.normalisation(channels)
     spec = EncoderSpec(
         architecture=info.architecture,
         in_chans=channels,

@@ -137,6 +137,8 @@ class Facts(Strict):
     decoder: of a segmentation. aggregate: null measures images.
     evaluation: what validation and test see: `whole` the image resized to the resolution; `center-crop` the image resized to 256/224 of it
         and the centre kept; `ten-crop` that for validation, and for test the mean of the logits over centre, corners and mirror images.
+    normalise: mean and standard deviation by which pixels become input, for every source alike: see encoders.build.NORMALISATIONS; null for
+        each source's own, which its weights were trained with (random ones: neutral).
     pad: images are made square with that colour before they are resized; null squeezes them.
     volume: the encoder is given slices as a third axis, B windows slices H W, where the card has slabs; otherwise they are channels.
     """
@@ -158,6 +160,7 @@ class Facts(Strict):
     evaluation: Literal["whole", "center-crop", "ten-crop"] = "whole"
     pad: Literal["black", "white"] | None = None
     volume: bool = False
+    normalise: Literal["neutral", "imagenet", "chestx-ray", "none"] | None = None
 
     @model_validator(mode="before")
     @classmethod

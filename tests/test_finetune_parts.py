@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,11 +16,14 @@ from analysis.floors import of_shards
 from base.config import parse
 from base.errors import RequestError, WorkError
 from encoders.build import build
+from encoders.export import export
 from encoders.weights import sha256_of
+from finetune.cell import CellConfig
 from finetune.data import Arrays, batches, fraction_of, load, shuffled
 from finetune.heads import PyramidHead
 from finetune.losses import loss_of
 from finetune.predict import measure
+from finetune.run import plant
 from finetune.strategies import resolve
 from finetune.task import load_task
 from finetune.transplant import EncoderSpec, Transplant
@@ -47,6 +51,25 @@ def steps(transplant: Transplant, task: object, count: int = 3) -> None:
         optimizer.zero_grad()
         loss_of(task, transplant.module(x), target, torch.ones_like(target)).backward()  # type: ignore[arg-type]
         optimizer.step()
+
+
+# -- normalisation
+
+
+@pytest.mark.parametrize("of", ["random", "weights"])
+def test_a_task_may_normalise_every_source_alike(of: str, tmp_path: Path) -> None:
+    expected = {"imagenet": (0.449, 0.226), "chestx-ray": (0.5056, 0.252), "none": (0.0, 1.0), "neutral": (0.5, 0.25), None: (0.5, 0.25)}
+    fields: dict[str, Any] = {"source": "random", "source_kind": "random", "architecture": "test_resnet"}
+    if of == "weights":
+        about: dict[str, Any] = {"method": "none", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
+        export(build("test_resnet", 1, (0.3,), (0.2,)), tmp_path, name="source", **about)
+        fields, expected[None] = fields | {"source_kind": "weights", "encoder_dir": str(tmp_path)}, (0.3, 0.2)
+    for name, (mean, std) in expected.items():
+        task = CHEST.model_copy(update={"normalise": name})
+        config = {"key": "0", "strategy": {"name": "full"}, "shards": "", "manifest_digest": "", "resolution": 32, "out": ""}
+        transplant, *_ = plant(CellConfig.model_validate(config | fields | {"task": task}), 1)
+        constant = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
+        torch.testing.assert_close(transplant.module.encoder.normalise(constant), torch.full((1, 1, 4, 4), (1 - mean) / std))
 
 
 # -- pixels that nobody judged
