@@ -103,7 +103,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 def project(folder: Path, count: int, server: bool) -> tuple[float, float]:
     """Seconds to project so many finished cells into a new store, and of them the processor's in this process."""
-    from cluster.tracking import Projection
+    from cluster.projection import Projection
 
     shards = corpus(folder)
     cells(folder, count, shards)

@@ -331,8 +331,8 @@ def _tracking(given: str | None) -> str:
 
     from base.errors import RequestError
     from base.paths import absolute, is_url
+    from cluster.mlflow_store import tracking_uri
     from cluster.outs import require_study
-    from cluster.tracking import tracking_uri
 
     where = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not where:

@@ -271,7 +271,7 @@ def _credentials(study: Study, nodes: Sequence[Facts]) -> list[Finding]:
 
 
 def _tracking(study: Study) -> Finding:
-    from cluster.tracking import require_server, tracking_uri
+    from cluster.mlflow_store import require_server, tracking_uri
 
     if study.tracking == "sqlite":
         return Finding("ok", "MLflow", "a file in out")

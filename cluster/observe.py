@@ -2,7 +2,7 @@
 
     tell(cells_done=12, cells_running=4)                      # in the driver; METRICS says what there is
     tell({"run": "simclr-1a2b"}, pretrain_step=400)           # in a worker
-    look(out)                                                 # a row for every node into OUT/nodes, which cluster.tracking projects
+    look(out)                                                 # a row for every node into OUT/nodes, which cluster.projection projects
 
 Names as Prometheus has them begin with `ray_allograft_`; cluster/deploy/grafana.json draws them. Ray measures its nodes itself, so
 nothing of ours runs there.

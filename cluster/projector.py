@@ -1,7 +1,7 @@
 """The live view: one thread of the driver that projects OUT into MLflow every few seconds while the study runs, the nodes' load with it.
 
 projector = Projector(out, study, uri)
-projection = projector.finish(ok=True)          # a last, complete projection in the caller's thread
+projection = projector.finish()                 # a last, complete projection in the caller's thread
 
 An MLflow that goes away in the middle costs nothing: the next round, or the last one, makes up for it.
 """
@@ -10,9 +10,9 @@ import threading
 import time
 from contextlib import suppress
 
-from base.errors import WorkError
+from base.errors import WorkError, in_a_line
 from cluster import observe
-from cluster.tracking import Projection
+from cluster.projection import Projection
 
 PERIOD_S = 15.0
 LOOK_S = 60.0  # how often the load of the nodes is noted
@@ -77,6 +77,14 @@ class Projector:
                 return self._projection
             if pause_s is not None:
                 time.sleep(pause_s)
-        hint = f"results and report are safe; allograft sync {self._arguments[0]}"
-        said = f"MLflow could not be written: {type(failure).__name__}: {failure}"
-        raise WorkError(said, where=self._arguments[2], hint=hint) from failure
+        assert failure is not None
+        raise mlflow_trouble(failure, self._arguments[0], self._arguments[2])
+
+
+def mlflow_trouble(error: Exception, out: str, uri: str) -> WorkError:
+    """What an error of MLflow comes to: its view lacks something, and nothing is lost."""
+    made = WorkError(
+        f"MLflow could not be written: {in_a_line(error)}", where=uri, hint=f"results and report are safe; allograft sync {out}"
+    )
+    made.__cause__ = error
+    return made

@@ -15,8 +15,9 @@ from typing import Any
 from base import storage
 from base.errors import RequestError, WorkError, unknown
 from base.paths import timestamp
+from cluster.mlflow_store import connect
+from cluster.projection import KEY_TAG, Projection
 from cluster.study import Study
-from cluster.tracking import KEY_TAG, Projection, connect
 
 CHAMPION = "champion"
 SOURCE_TAG = "allograft.source"

@@ -4,27 +4,27 @@ What waits for what is in cluster.nodes. Every piece of work looks first at what
 is missing.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from base import storage
 from base.config import to_yaml
-from base.errors import WorkError, in_a_line
+from base.errors import WorkError
 from base.paths import revision
 from cluster import leakage, observe, plan, stages
 from cluster.changes import changes, held
 from cluster.claims import register_claims
 from cluster.events import Events
 from cluster.lock import DriverLock
+from cluster.mlflow_store import require_server, tracking_uri
 from cluster.outs import refuse_other_out, study_at
 from cluster.plan import Corpus
 from cluster.progress import Progress
-from cluster.projector import Projector
+from cluster.projection import Projection
+from cluster.projector import Projector, mlflow_trouble
 from cluster.searches import Searches
 from cluster.standing import foreseen, standing_corpora, standing_weights
 from cluster.study import Study
-from cluster.tracking import Projection, require_server, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _registered(study: Study, projector: Projector) -> tuple[Projection | None, 
     made: list[tuple[dict[str, str], str | None]] = []
     trouble = _tried(lambda: made.append(register(projection, study)), study.out, projection.uri)
     versions, champion = made[0] if made else ({}, None)
-    storage.put(storage.join(study.out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
+    projection.write_runs()
     return projection, versions, champion, trouble
 
 
@@ -168,10 +168,7 @@ def _tried(act: Callable[[], object], out: str, uri: str) -> WorkError | None:
     try:
         act()
     except Exception as error:  # noqa: BLE001, raised once the report is written
-        said = f"MLflow could not be written: {in_a_line(error)}"
-        trouble = WorkError(said, where=uri, hint=f"results and report are safe; allograft sync {out}")
-        trouble.__cause__ = error
-        return trouble
+        return mlflow_trouble(error, out, uri)
     return None
 
 
@@ -191,7 +188,7 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     projection = Projection(out, study.study, tracking_uri(out, tracking or study.tracking))
     projection.update()
     _, champion = register(projection, study)
-    storage.put(storage.join(out, "tracking.json"), json.dumps(projection.runs, indent=1, sort_keys=True))
+    projection.write_runs()
     projection.close(ok=True, words=answer(out))
     return len(projection.finished), champion
 

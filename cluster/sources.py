@@ -83,7 +83,7 @@ def _answered(source: str, ask: Callable[[], object]) -> None:
 def _download_run(run: str, folder: str, uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
-    from cluster.tracking import connect
+    from cluster.mlflow_store import connect
 
     client = connect(uri)
     with tempfile.TemporaryDirectory() as temporary:

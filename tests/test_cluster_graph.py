@@ -306,7 +306,7 @@ def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseExce
 def test_a_study_that_ends_early_ends_its_view_and_its_lines(
     packed: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cluster.tracking import connect
+    from cluster.mlflow_store import connect
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     progress = Progress()

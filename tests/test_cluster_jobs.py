@@ -132,7 +132,7 @@ def test_the_second_run_on_the_servers_starts_nothing(studied: Studied) -> None:
 def test_an_outage_of_the_server_costs_nothing(
     services: Services, studied: Studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cluster import projector, tracking
+    from cluster import mlflow_store, projector
 
     here = str(tmp_path / "out")
     storage.get_dir(OUT, here)
@@ -141,13 +141,13 @@ def test_an_outage_of_the_server_costs_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     door = Door(services.ports["mlflow"])
     uri = f"http://127.0.0.1:{door.port}"
-    tracking.require_server(uri)
+    mlflow_store.require_server(uri)
     view = projector.Projector(here, "outage", uri)
     door.shut()
     with pytest.raises(WorkError, match="MLflow could not be written"):
         view.finish()
     with pytest.raises(RequestError, match="no MLflow server answers"):
-        tracking.require_server(uri)
+        mlflow_store.require_server(uri)
     door.open = True
     whole = projector.Projector(here, "outage", uri).finish()
     whole.close(ok=True)

@@ -12,9 +12,10 @@ from test_cluster_tracking import GOLDEN, put
 from base.config import parse
 from base.errors import RequestError
 from cluster import cli
+from cluster.mlflow_store import connect
+from cluster.projection import Projection
 from cluster.registry import promote, register, resolve
 from cluster.study import Study
-from cluster.tracking import Projection, connect
 
 RULE = {"task": "phantom-chest", "metric": "auroc_mean"}
 

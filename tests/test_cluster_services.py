@@ -14,7 +14,7 @@ from shared import OUT, Studied
 
 from base import storage
 from base.errors import RequestError
-from cluster.tracking import require_server
+from cluster.mlflow_store import require_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

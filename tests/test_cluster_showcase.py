@@ -8,8 +8,8 @@ from analysis import report as reports
 from analysis.evidence import gather
 from analysis.replicates import Bootstrap
 from analysis.results import finished
+from cluster.mlflow_store import connect
 from cluster.showcase import show
-from cluster.tracking import connect
 
 
 def test_figures_and_tables_stand_once_on_the_study_and_on_its_encoders(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from cluster import facts, observe, pages, projector
+from cluster.mlflow_store import require_server
+from cluster.projection import Projection
 from cluster.registry import champion_score
 from cluster.study import Study
-from cluster.tracking import Projection, require_server
 
 
 def result(source: str, task: str = "t", seed: int = 0, value: float = 0.5, **changes: Any) -> dict[str, Any]:

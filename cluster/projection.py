@@ -1,6 +1,10 @@
 """The projection of OUT into MLflow. Storage is the truth; this view can be rebuilt from it at any time.
 
-Live view, replay after an outage and `allograft sync OUT` are one function, `project`, idempotent by the tag `allograft.key`.
+projection = Projection(out, study, uri)
+projection.update()                       # what is new; live view, replay after an outage and `allograft sync OUT` are this one call
+projection.close(ok=True, words=answer)   # the report, and what encoders reached
+
+Idempotent by the tag `allograft.key`.
 """
 
 import json
@@ -13,98 +17,14 @@ from typing import Any
 
 from analysis.results import planned, read_study
 from base import storage
-from base.errors import RequestError
 from base.paths import is_url
 from cluster import facts, pages, showcase
+from cluster.mlflow_store import connect
 
 KEY_TAG = "allograft.key"
 SHA_TAG = "allograft.encoder_sha256"
 LARGEST = 1000  # entries that MLflow takes in a request
 WRITERS = 8  # requests at a time, where a server takes them
-# MLflow's defaults block for minutes when a server is away; nothing is lost here when a call fails, the next round repeats it.
-SETTINGS = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the client would repeat what makes a run, too, and an answer that is late would make it two
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each run that ends, between those of the study
-}
-
-
-CREDENTIALS = "~/.mlflow/credentials"
-
-
-def tracking_uri(out: str, tracking: str) -> str:
-    """The MLflow address of a study: its embedded SQLite store, or the server it names."""
-    return f"sqlite:///{out}/mlflow.db" if tracking == "sqlite" else tracking
-
-
-def require_server(uri: str, patience_s: float = 10.0) -> None:
-    """Ask a tracking server for its experiments, without loading MLflow, so that a wrong address costs seconds and not a study.
-
-    Raises:
-        RequestError: nothing answers there, it does not know the host name or the login it is asked by, or it is no MLflow server.
-    """
-    import urllib.error
-    import urllib.request
-
-    if not uri.startswith(("http://", "https://")):
-        return
-    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=_login()), timeout=patience_s) as reply:
-            json.load(reply)
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            if os.path.exists(os.path.expanduser(CREDENTIALS)) and not _login():  # which the client reads
-                return
-            hint = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the driver runs"
-            raise RequestError(f"the MLflow server at {uri} does not know this login (401)", where="tracking", hint=hint) from error
-        if error.code == 403:
-            hint = 'mlflow server --allowed-hosts "HOST:*", HOST as the address names it'
-            raise RequestError(f"the MLflow server at {uri} refuses this address (403)", where="tracking", hint=hint) from error
-        raise RequestError(f"no MLflow server at {uri} (status {error.code})", where="tracking", hint="mlflow server") from error
-    except ValueError as error:
-        raise RequestError(f"what answers at {uri} is no MLflow server", where="tracking", hint="mlflow server") from error
-    except OSError as error:
-        hint = "mlflow server, or tracking=sqlite with a local out"
-        raise RequestError(f"no MLflow server answers at {uri} ({error})", where="tracking", hint=hint) from error
-
-
-def _login() -> dict[str, str]:
-    """The header by which MLflow's client would log in, from its variables."""
-    import base64
-
-    name, password = (os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
-    if name and password:
-        return {"Authorization": f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"}
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def connect(uri: str) -> Any:
-    """An MLflow client of the store.
-
-    Raises:
-        RequestError: no server answers there.
-    """
-    require_server(uri)
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-    try:
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        raise RequestError(f"no MLflow server answers at {uri}", where="tracking", hint="mlflow server, or tracking=sqlite") from error
-    return client
 
 
 class Projection:
@@ -149,6 +69,10 @@ class Projection:
                 self._artifact(self.parent, url, name)
         showcase.show(self.client, self.out, self.parent, self.encoders, self.cells())
         self.client.set_terminated(self.parent, "FINISHED" if ok else "FAILED")
+
+    def write_runs(self) -> None:
+        """OUT/tracking.json: the run of each key, for the report's tables."""
+        storage.put(storage.join(self.out, "tracking.json"), json.dumps(self.runs, indent=1, sort_keys=True))
 
     def cells(self) -> dict[str, dict[str, Any]]:
         """Results by key of the finished cells that the present plan asks for, each read once: on an object store each is a request."""
