@@ -3,7 +3,7 @@
     curves = curves_of(finished(out))                         # one a cell: Curve(group, label, seed, at_T, value_T)
     level = common_threshold(curves)                          # what the typical run of every source reaches
     rows = reached(curves, level)                             # a row a label: median, each run, ">max" where a run never got there
-    speedup(at_random, at_source)                             # ratio of medians with a bootstrap interval over runs
+    speedup(at_random, at_source, end_random, end_source)     # ratio of medians with a bootstrap interval over runs
     marginal(depths, steps)                                   # what each further transfused block saves
 
 A run that ends below the threshold is censored: it took longer than it ran, and nothing here gives it a number. Medians order it last;
@@ -106,8 +106,8 @@ def area(at_T: Array, value_T: Array, horizon: float) -> float:
     return float((np.diff(np.append(at, horizon)) * best).sum() / width) if width > 0 else float(best[-1])
 
 
-def common_threshold(curves: Sequence[Curve], share: float = 1.0) -> float:
-    """The lowest, over what is compared, of the median best value: a level that the typical run of every one reaches; times `share`.
+def common_threshold(curves: Sequence[Curve]) -> float:
+    """The lowest, over what is compared, of the median best value: a level that the typical run of every one reaches.
 
     Raises:
         RequestError: no curve.
@@ -117,7 +117,7 @@ def common_threshold(curves: Sequence[Curve], share: float = 1.0) -> float:
     best: dict[str, list[float]] = {}
     for curve in curves:
         best.setdefault(curve.label, []).append(float(curve.value_T.max()))
-    return share * min(float(np.quantile(values, 0.5, method="lower")) for values in best.values())
+    return min(float(np.quantile(values, 0.5, method="lower")) for values in best.values())
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def section(cells: Sequence[Cell], loss: Mapping[str, float] | None = None) -> s
     return f'<figure><img style="max-width:100%" alt="{esc(text)}" src="{address}"><figcaption>{esc(text)}.</figcaption></figure>'
 
 
-def figure(held: Mapping[str, Held], rows: int = ROWS, loss: Mapping[str, float] | None = None) -> Any:
+def figure(held: Mapping[str, Held], loss: Mapping[str, float] | None = None) -> Any:
     """A matplotlib figure: images that all have, evenly spaced, the one of the highest loss first where that is known, then the heat of
     each cell over them, the more opaque the hotter, and "none" where nothing in the image speaks for the label.
 
@@ -66,7 +66,7 @@ def figure(held: Mapping[str, Held], rows: int = ROWS, loss: Mapping[str, float]
         raise ValueError("these cells have no image in common")
     if loss and all(key in loss for key in common):
         common.sort(key=lambda key: -loss[key])
-    ids = [common[at] for at in sorted({round(q * (len(common) - 1)) for q in np.linspace(0, 1, rows)})]
+    ids = [common[at] for at in sorted({round(q * (len(common) - 1)) for q in np.linspace(0, 1, ROWS)})]
     made = Figure(figsize=(1.7 * (1 + len(held)), 1.8 * len(ids) + 0.5), layout="constrained")
     axes = made.subplots(len(ids), 1 + len(held), squeeze=False)
     for row, key in enumerate(ids):

@@ -1,7 +1,7 @@
 """Encoders compared layer by layer: the studies' figures of what training changes, and of what random weights share.
 
     found = across({"before": a, "after": b}, [("before", "after")], probe, cuts)          # Layer a cut: Fig. 3 of Transfusion, 2019
-    top = against_random(["p0", "p1"], ["r0", "r1", "r2"], pairs, "svcca")                 # Fig. 2: pretrained-random, random-random
+    top = against_random(["p0", "p1"], ["r0", "r1", "r2"], values)                         # Fig. 2: pretrained-random, random-random
     line = start_against_end(at_start, at_end, runs)                                       # Fig. 4: R squared over pairs of runs
 
 One pass over the images serves all encoders, cuts and pairs. Intervals resample runs, not pairs: pairs that share a run are not
@@ -12,15 +12,15 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.activations import walk
+from analysis.correlation import Interval, r_squared
 from analysis.moments import Spatial, Sums
 from analysis.similarity import MEASURES, THRESHOLD, Similarity, summarise
 from base.errors import RequestError
@@ -92,9 +92,9 @@ def common(encoders: Sequence[Encoder]) -> list[Cut]:
     return list(min(encoders, key=lambda encoder: len(encoder.cuts)).cuts)
 
 
-def top(encoders: Sequence[Encoder], layers: int = 2) -> list[str]:
+def top(encoders: Sequence[Encoder]) -> list[str]:
     """The last cuts of the last resolutions: the layers (CBR) or stages that Transfusion's Fig. 2 averages over."""
-    return [cut.name for cut in last_of_each(common(encoders))[-layers:]]
+    return [cut.name for cut in last_of_each(common(encoders))[-2:]]
 
 
 def _hashed(batches: Iterable[Tensor], pixels: "hashlib._Hash") -> Iterable[Tensor]:
@@ -123,19 +123,6 @@ def averaged(found: Sequence[Similarity]) -> Similarity:
 # -- groups of runs
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval; NaN bounds where runs are too few for one."""
-
-    estimate: float
-    low: float
-    high: float
-
-    def words(self, digits: int = 3) -> str:
-        bounds = f" [{self.low:.{digits}f}, {self.high:.{digits}f}]" if math.isfinite(self.low) else ""
-        return f"{self.estimate:.{digits}f}{bounds}" if math.isfinite(self.estimate) else "-"
-
-
 Values = Mapping[Names, float]
 
 
@@ -153,7 +140,7 @@ class AgainstRandom:
     difference: Interval
 
 
-def against_random(pretrained: Sequence[str], random: Sequence[str], values: Values, replicates: int = REPLICATES) -> AgainstRandom:
+def against_random(pretrained: Sequence[str], random: Sequence[str], values: Values) -> AgainstRandom:
     """Do pretrained and random weights, both trained, come to more different representations than two random ones?
 
     Args:
@@ -174,7 +161,7 @@ def against_random(pretrained: Sequence[str], random: Sequence[str], values: Val
         return float(np.mean(mixed)), float(np.mean(own)) if own else math.nan
 
     draw = rng("against random", len(pretrained), len(random))
-    drawn = [estimates(_again(pretrained, draw), _again(random, draw)) for _ in range(replicates)]
+    drawn = [estimates(_again(pretrained, draw), _again(random, draw)) for _ in range(REPLICATES)]
     mixed, own = estimates(pretrained, random)
     enough = len(pretrained) >= FEWEST and len(random) >= FEWEST
     held = np.array(drawn)
@@ -190,7 +177,7 @@ def _again(runs: Sequence[str], draw: np.random.Generator) -> list[str]:
 def _interval(estimate: float, replicates: NDArray[np.float64], enough: bool) -> Interval:
     held = replicates[np.isfinite(replicates)]
     if not enough or not len(held):
-        return Interval(estimate, math.nan, math.nan)
+        return Interval(estimate)
     low, high = np.quantile(held, (0.025, 0.975))
     return Interval(estimate, float(low), float(high))
 
@@ -204,7 +191,7 @@ class StartAgainstEnd:
     r_squared: Interval
 
 
-def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str], replicates: int = REPLICATES) -> StartAgainstEnd:
+def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str]) -> StartAgainstEnd:
     """How far similarity at initialisation foretells similarity after training: layers that hardly move keep it.
 
     Pairs that start from the same weights (one source, fine-tuned twice) are left out: a crowd of them at 1 would make R squared by itself.
@@ -224,62 +211,5 @@ def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str], rep
         return r_squared([value_of(at_start, *pair) for pair in drawn], [value_of(at_end, *pair) for pair in drawn])
 
     whole = r_squared([pair[2] for pair in pairs], [pair[3] for pair in pairs])
-    replicated = np.array([again(i) for i in range(replicates)])
+    replicated = np.array([again(i) for i in range(REPLICATES)])
     return StartAgainstEnd(pairs, len(every) - len(pairs), _interval(whole, replicated, len(runs) >= 5))
-
-
-def r_squared(x: Sequence[float], y: Sequence[float]) -> float:
-    """Square of the correlation; NaN where one of the two does not vary or fewer than three pairs are finite."""
-    held = np.array([pair for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))])
-    if len(held) < 3 or held.std(0).min() < 1e-12:
-        return math.nan
-    return float(np.corrcoef(held.T)[0, 1] ** 2)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Spearman's rank correlation with its interval, the probability of as strong a one by chance, and how many points."""
-
-    rho: Interval
-    p: float
-    n: int
-
-
-EXACT = 8  # points up to which all orders are tried
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> Rank:
-    """Do encoders that are better at what they were trained for do better at the task?
-
-    Interval by Fisher's transformation with the variance of Bonett and Wright (Psychometrika 65, 2000), (1 + rho^2 / 2) / (n - 3); p from
-    permutations, all of them up to 8 points.
-    """
-    from scipy import stats
-
-    held = np.array([pair for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))]).reshape(-1, 2)
-    n = len(held)
-    if n < 3 or held.std(0).min() == 0:
-        return Rank(Interval(math.nan, math.nan, math.nan), math.nan, n)
-    statistic: Callable[[NDArray[np.float64]], float] = partial(_rho, held[:, 1])
-    rho = statistic(held[:, 0])
-    resamples = math.factorial(n) if n <= EXACT else 10_000
-    tested = stats.permutation_test(
-        (held[:, 0],),
-        statistic,
-        permutation_type="pairings",
-        n_resamples=resamples,
-        alternative="two-sided",
-        rng=rng("spearman", n),
-    )
-    interval = Interval(rho, math.nan, math.nan)
-    if n > 3:
-        half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
-        centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
-        interval = Interval(rho, math.tanh(centre - half), math.tanh(centre + half))
-    return Rank(interval, float(tested.pvalue), n)
-
-
-def _rho(y: NDArray[np.float64], x: NDArray[np.float64]) -> float:
-    from scipy import stats
-
-    return float(stats.spearmanr(x, y).statistic)

@@ -8,15 +8,18 @@ A drawing function takes the figure last, and names its colours C0 to C6, so tha
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.convergence import Curve, Depth, Reached, first_reach
+from analysis.correlation import Interval
 from analysis.figures import DASHES, MARKERS
-from analysis.layers import Interval, StartAgainstEnd
-from analysis.similarity import Similarity
+
+if TYPE_CHECKING:
+    from analysis.layers import StartAgainstEnd
+    from analysis.similarity import Similarity
 
 # Okabe and Ito's colours without their yellow, which does not show on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
@@ -61,7 +64,7 @@ def ink() -> str:
     return str(matplotlib.rcParams["text.color"])
 
 
-def layers(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], measure: str, title: str, figure: Any) -> None:
+def layers(cuts: Sequence[str], lines: Mapping[str, Sequence["Similarity"]], measure: str, title: str, figure: Any) -> None:
     """A measure at every cut, a line a pair with its permuted baseline dashed below; with two pairs their difference dotted in grey."""
     axes = figure.subplots()
     x = np.arange(len(cuts))
@@ -83,7 +86,7 @@ def layers(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], measu
     figure.legend(loc="outside lower center", ncols=2)
 
 
-def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence[Similarity]], title: str, figure: Any) -> None:
+def coefficients(cuts: Sequence[str], lines: Mapping[str, Sequence["Similarity"]], title: str, figure: Any) -> None:
     """Boxes of the canonical correlations at every cut, a row a pair, the permuted ones in grey beside them; areas above."""
     rows = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
     x = np.arange(len(cuts))
@@ -129,7 +132,7 @@ def intervals(rows: Mapping[str, Interval], unit: str, title: str, figure: Any) 
     axes.set_title(title, loc="left")
 
 
-def pairs(found: StartAgainstEnd, unit: str, title: str, figure: Any) -> None:
+def pairs(found: "StartAgainstEnd", unit: str, title: str, figure: Any) -> None:
     """Similarity after training against similarity at initialisation, a point a pair of runs."""
     axes = figure.subplots()
     x, y = [pair[2] for pair in found.pairs], [pair[3] for pair in found.pairs]

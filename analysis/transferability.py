@@ -2,7 +2,8 @@
 
     logme(features_ND, target)       h_score(features_ND, target)       leep(source_probabilities_NZ, target)
     leep(soft_clusters(features_ND, clusters=15), target)               for an encoder that has no classes of its own (N-LEEP)
-    correlation(guesses, results).kendall                               one number a source on each side; rho is analysis.layers.spearman
+
+Whether guesses order sources as their results do is analysis.correlation.
 
 `target` is a class a row, int (N,), or labels that do not exclude each other, float (N, L) of 0, 1 and NaN for unknown: then each label is
 a task of two classes over the rows that know it, and the score is the mean over labels that have both. Higher is better; only the order
@@ -12,8 +13,7 @@ Legend: N images, D features, Z classes of the source, K classes of the task, L 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from base.errors import RequestError
 
 Array = NDArray[np.float64]
 STEPS = 10_000  # of the fixed point; it takes some ten, and many only where features say nothing
-FEWEST = 3  # sources, under which an order says nothing
 
 
 def logme(features_ND: NDArray[Any], target: NDArray[Any]) -> float:
@@ -118,7 +117,7 @@ def leep(probability_NZ: NDArray[Any], target: NDArray[Any]) -> float:
     return _over_labels(p_NZ, target, of)
 
 
-def soft_clusters(features_ND: NDArray[Any], clusters: int, seed: int = 0) -> Array:
+def soft_clusters(features_ND: NDArray[Any], clusters: int) -> Array:
     """Probabilities (N, clusters) of a Gaussian mixture over the features' leading directions, in the place of a source's classes.
 
     Li et al., Ranking Neural Checkpoints, CVPR 2021 (N-LEEP): directions that hold 80 % of the variance, five clusters a class.
@@ -132,7 +131,7 @@ def soft_clusters(features_ND: NDArray[Any], clusters: int, seed: int = 0) -> Ar
     if not x_ND.std(0).any():
         raise RequestError("features that are the same for every image have no clusters")
     reduced = PCA(n_components=0.8, svd_solver="full").fit_transform(x_ND)
-    mixture = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-3 * float(reduced.var(0).mean()), random_state=seed)
+    mixture = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-3 * float(reduced.var(0).mean()), random_state=0)
     return np.asarray(mixture.fit(reduced).predict_proba(reduced), np.float64)
 
 
@@ -163,25 +162,3 @@ def _over_labels(x_ND: Array, target: NDArray[Any], of: Callable[[Array, NDArray
     if not values:
         raise RequestError("no label has images with it and images without it")
     return float(np.mean(values))
-
-
-@dataclass(frozen=True)
-class Rank:
-    """How well guesses order `n` sources as their results do: Kendall's tau that weighs the top (Vigna 2015; You et al. use it). `why`:
-    said where it is NaN."""
-
-    kendall: float
-    n: int
-    why: str = ""
-
-
-def correlation(guesses: Sequence[float], results: Sequence[float]) -> Rank:
-    """Of sources of one task: their guesses against their real results; pairs that are not finite are left out."""
-    from scipy import stats
-
-    both = np.array([(g, r) for g, r in zip(guesses, results, strict=True) if math.isfinite(g) and math.isfinite(r)], float).reshape(-1, 2)
-    if len(both) < FEWEST:
-        return Rank(math.nan, len(both), f"{len(both)} sources: an order takes {FEWEST}")
-    if any(len(np.unique(side)) < 2 for side in both.T):
-        return Rank(math.nan, len(both), "all sources are alike on one side")
-    return Rank(float(stats.weightedtau(both[:, 0], both[:, 1]).statistic), len(both))

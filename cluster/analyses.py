@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import filters as kernels
-from analysis import layers, plots, results
+from analysis import plots, results
 from analysis import transferability as guess
 from analysis.analyses import FILE, Analysis, folder
+from analysis.correlation import correlation
 from analysis.results import Cell
 from base import storage
 from base.config import digest
@@ -188,13 +189,11 @@ def _efficiency(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf:
             mean, sd, n = results.mean_sd(cell.value(metric) for cell in own) if metric else (math.nan, math.nan, 0)
             row = of_cell[own[0].key]
             if n:
-                label = f"{strategy} {options}".strip()
+                label = results.setting(strategy, options)
                 points.append(plots.Point(source, label, row["params"], row["batch_32_median_ms"] / 32, mean, sd))
         if metric is None or not points:
             continue
-        title = f"{task}, {architecture}, {resolution} px" + (
-            f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
-        )
+        title = results.in_words(task, architecture, fraction, resolution)
         text = "; ".join(f"{p.source}, {p.strategy}: {p.value:.3f} with {p.params:,} parameters and {p.ms:.2f} ms" for p in points)
         unit = results.WORDS.get(metric, metric)
         what = f"{title}: {unit} against parameters and against milliseconds an image in batches of 32"
@@ -212,9 +211,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     ranked: list[list[str]] = []
     groups = results.by(cells, "task", "architecture", "fraction", "resolution")
     for (task, architecture, fraction, resolution), held in groups.items():
-        setting = f"{task}, {architecture}, {resolution} px" + (
-            f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
-        )
+        setting = results.in_words(task, architecture, fraction, resolution)
         guesses: dict[str, dict[str, float]] = {}
         for (source,), own in results.by(held, "source").items():
             try:
@@ -238,9 +235,9 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
             both = [source for source in reached if source in guesses]
             for name in heads[2:] if both else ():
                 sides = [guesses[s][name] for s in both], [reached[s] for s in both]
-                rank, exact = guess.correlation(*sides), layers.spearman(*sides)  # p of all orders: of three sources at best 1/3
-                numbers = [exact.rho.words(2), f"{exact.p:.3f}", f"{rank.kendall:.2f}"] if not rank.why else [rank.why, "-", "-"]
-                ranked.append([setting, f"{strategy} {options}".strip(), name, *numbers, str(rank.n)])
+                rank = correlation(*sides)  # p of all orders: of three sources at best 1/3
+                numbers = [rank.rho.words(2), f"{rank.p:.3f}", f"{rank.tau:.2f}"] if not rank.why else [rank.why, "-", "-"]
+                ranked.append([setting, results.setting(strategy, options), name, *numbers, str(rank.n)])
     shown = [
         [row["setting"], row["source"], *(f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in heads[2:])] for row in rows
     ]

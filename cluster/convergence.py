@@ -9,7 +9,8 @@ from typing import Any, cast, get_args
 import pandas as pd
 
 from analysis import convergence as speed
-from analysis import layers, plots, results
+from analysis import plots, results
+from analysis.correlation import correlation
 from base.errors import RequestError, unknown
 from base.paths import absolute, safe_name
 from cluster.leaf import Leaf
@@ -112,13 +113,7 @@ def _setting(group: Sequence[str]) -> dict[str, str]:
 
 
 def _title(group: Sequence[str]) -> str:
-    return in_words(*group[:4])
-
-
-def in_words(task: object, architecture: object, fraction: float | str, resolution: object) -> str:
-    """A setting as titles name it."""
-    share = f", {float(fraction) * 100:g} % of the labels" if float(fraction) != 1 else ""
-    return f"{task}, {architecture}, {resolution} px{share}"
+    return results.in_words(*group[:4])
 
 
 def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by: str) -> list[dict[str, Any]]:
@@ -185,7 +180,7 @@ def ranks(cells: Sequence[results.Cell], accuracy: str, leaf: Leaf) -> None:
         both = [(known[name], results.mean_sd(values)[0], name) for name, values in scores.items() if name in known]
         if len(both) < 3:
             continue
-        rank = layers.spearman([point[0] for point in both], [point[1] for point in both])
+        rank = correlation([point[0] for point in both], [point[1] for point in both])
         title = ", ".join(str(part) for part in group if part)
         rows += [{"setting": title, "source": name, "accuracy": x, str(metric): y} for x, y, name in both]
         listed.append([title, str(metric), rank.rho.words(2), f"{rank.p:.3f}", str(rank.n)])

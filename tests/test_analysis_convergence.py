@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_cluster_cli import Allograft, allograft
 
 from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, reached, shown, speedup
-from analysis.layers import against_random, r_squared, spearman, start_against_end
+from analysis.correlation import correlation, r_squared
+from analysis.layers import against_random, start_against_end
 from analysis.results import finished
 from base.errors import RequestError
 from base.seeds import rng
@@ -150,13 +151,13 @@ def test_pretrained_against_random_finds_what_was_planted_and_no_more() -> None:
 
 def test_spearman_agrees_with_all_permutations() -> None:
     x, y = [1.0, 2, 3, 4, 5], [0.70, 0.72, 0.71, 0.75, 0.78]
-    found = spearman(x, y)
+    found = correlation(x, y)
     assert found.rho.estimate == pytest.approx(0.9)
     order = [np.corrcoef(np.argsort(np.argsort(p)), np.argsort(np.argsort(y)))[0, 1] for p in itertools.permutations(x)]
     assert found.p == pytest.approx(np.mean(np.abs(order) > 0.9 - 1e-9))
     assert found.rho.low < 0.9 < found.rho.high
     assert found.n == 5
-    assert math.isnan(spearman([1, 2, math.nan], [1, 2, 3]).rho.estimate)
+    assert math.isnan(correlation([1, 2, math.nan], [1, 2, 3]).rho.estimate)
 
 
 # -- the command

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from analysis.transferability import correlation, h_score, leep, logme, soft_clusters
+from analysis.correlation import correlation
+from analysis.transferability import h_score, leep, logme, soft_clusters
 from base.errors import RequestError
 from base.seeds import rng
 
@@ -156,8 +157,8 @@ def test_the_correlation_with_real_results_is_scipys_and_few_sources_have_none()
     guesses, real = [0.1, 0.4, 0.2, 0.9, math.nan], [0.60, 0.72, 0.70, 0.71, 0.9]
     found = correlation(guesses, real)
     assert found.n == 4
-    assert found.kendall == stats.weightedtau(guesses[:4], real[:4]).statistic
-    assert correlation([1, 2, 3], [4, 5, 6]).kendall == pytest.approx(1)
-    assert math.isnan(correlation([1, 2], [2, 3]).kendall)
+    assert found.tau == stats.weightedtau(guesses[:4], real[:4]).statistic
+    assert correlation([1, 2, 3], [4, 5, 6]).tau == pytest.approx(1)
+    assert math.isnan(correlation([1, 2], [2, 3]).tau)
     assert "takes 3" in correlation([1, 2], [2, 3]).why
     assert "alike" in correlation([1, 1, 1], [2, 3, 4]).why

@@ -1,0 +1,91 @@
+"""How two rows of numbers go together, one number a source or a pair of runs on each side, with what chance alone would do.
+
+found = correlation(x, y); found.rho.words(2), found.p, found.tau, found.n        # of ranks: which source is the better one
+r_squared(x, y)                                                                   # of the numbers themselves
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base.seeds import rng
+
+FEWEST = 3  # points, under which an order says nothing
+EXACT = 8  # points up to which all orders are tried
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; NaN bounds where there is too little for one."""
+
+    estimate: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def words(self, digits: int = 3) -> str:
+        bounds = f" [{self.low:.{digits}f}, {self.high:.{digits}f}]" if math.isfinite(self.low) else ""
+        return f"{self.estimate:.{digits}f}{bounds}" if math.isfinite(self.estimate) else "-"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Of `n` points: Spearman's rank correlation with its interval, the probability of as strong a one by chance, and Kendall's tau that
+    weighs the top. `why`: said where they are NaN."""
+
+    n: int
+    rho: Interval = Interval(math.nan)
+    p: float = math.nan
+    tau: float = math.nan
+    why: str = ""
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> Rank:
+    """Do sources that are better at one thing do better at the other? Pairs that are not finite are left out.
+
+    Interval by Fisher's transformation with the variance of Bonett and Wright (Psychometrika 65, 2000), (1 + rho^2 / 2) / (n - 3); p from
+    permutations, all of them up to 8 points; tau after Vigna (2015), as You et al. (LogME, 2021) use it.
+    """
+    from scipy import stats
+
+    held = _finite(x, y)
+    n = len(held)
+    if n < FEWEST:
+        return Rank(n, why=f"{n} sources: an order takes {FEWEST}")
+    if held.std(0).min() == 0:
+        return Rank(n, why="all sources are alike on one side")
+    statistic: Callable[[NDArray[np.float64]], float] = partial(_rho, held[:, 1])
+    resamples = math.factorial(n) if n <= EXACT else 10_000
+    of = {"permutation_type": "pairings", "n_resamples": resamples, "alternative": "two-sided", "rng": rng("spearman", n)}
+    p = float(stats.permutation_test((held[:, 0],), statistic, **of).pvalue)
+    tau = float(stats.weightedtau(held[:, 0], held[:, 1]).statistic)
+    return Rank(n, _interval(statistic(held[:, 0]), n), p, tau)
+
+
+def _interval(rho: float, n: int) -> Interval:
+    if n < 4:
+        return Interval(rho)
+    half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    return Interval(rho, math.tanh(centre - half), math.tanh(centre + half))
+
+
+def _rho(y: NDArray[np.float64], x: NDArray[np.float64]) -> float:
+    from scipy import stats
+
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def r_squared(x: Sequence[float], y: Sequence[float]) -> float:
+    """Square of the correlation; NaN where one of the two does not vary or fewer than three pairs are finite."""
+    held = _finite(x, y)
+    if len(held) < FEWEST or held.std(0).min() < 1e-12:
+        return math.nan
+    return float(np.asarray(np.corrcoef(held.T))[0, 1] ** 2)
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> NDArray[np.float64]:
+    return np.array([pair for pair in zip(x, y, strict=True) if all(map(math.isfinite, pair))], float).reshape(-1, 2)
