@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from cluster import leakage, plan, stages
+from cluster.cells import CellStage, Fanned, Feed, write_plan
 from cluster.events import Events
 from cluster.fit import fit
 from cluster.graph import Graph, Node
@@ -23,7 +24,6 @@ from cluster.plan import Corpus, Weights
 from cluster.progress import Progress
 from cluster.searches import Searches
 from cluster.sources import external
-from cluster.stages import Fanned, Feed
 from cluster.standing import foreseen, outside_sources, standing_sources, start_seed
 from cluster.study import PretrainEntry, SourceEntry, Study
 from finetune.task import load_task
@@ -64,13 +64,13 @@ class Making:
             RequestError: what a node found wrong with the request.
         """
         ended = False
-        stages.write_plan(self.study.out, self.searches, ended)  # a report of a study that goes on says what is missing
+        write_plan(self.study.out, self.searches, ended)  # a report of a study that goes on says what is missing
         try:
             self.graph.run()
             ended = True
         finally:  # also where a finding ends the study
             leakage.summarise(self.study, self._packed())
-            stages.write_plan(self.study.out, self.searches, ended)
+            write_plan(self.study.out, self.searches, ended)
 
     def failed(self) -> dict[str, str]:
         """Reasons by piece of work."""
@@ -208,8 +208,8 @@ class Making:
 
     def _cells(self) -> Fanned:
         graph = self.graph
-        fanned = stages.cells(self.study, self.searches, self.feed, self.progress, self.events, graph.reserved, graph.check)
-        stages.write_plan(self.study.out, self.searches)
+        fanned = CellStage(self.study, self.searches, self.feed, self.progress, self.events, graph.check).run(graph.reserved)
+        write_plan(self.study.out, self.searches)
         return fanned
 
     def _analyse(self) -> None:

@@ -12,6 +12,7 @@ from base.config import to_yaml
 from base.errors import WorkError
 from base.paths import revision
 from cluster import leakage, observe, plan, stages
+from cluster.cells import write_plan
 from cluster.changes import changes, held
 from cluster.claims import register_claims
 from cluster.events import Events
@@ -101,7 +102,7 @@ def _stages(
         progress.say(line)
     if not (missing or searches.foreseen or searches.open or searches.ready()):
         leakage.summarise(study, corpora)
-        stages.write_plan(study.out, searches)
+        write_plan(study.out, searches)
         progress.say(f"all {searches.kept} cells stand already")
         if study.analyses:
             from cluster.analyses import run_analyses

@@ -1,35 +1,24 @@
-"""The pieces of work of a study: pack a dataset, pretrain a run, compute cells. Each skips what stands, says what it does, leaves an event.
+"""Pieces of work of a study: pack a dataset, pretrain a run. Each skips what stands, says what it does, leaves an event.
 
-They are put together in cluster.nodes. All run on Ray, and several at a time, each in a thread of the driver.
+They are put together in cluster.nodes, with that of cluster.cells. All run on Ray, and several at a time, each in a thread of the driver.
 """
 
-import json
-import queue
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from analysis.results import plan
 from base import storage
-from base.config import canonical_json
 from cluster import quarantine
-from cluster.changes import SAME
 from cluster.events import Events
-from cluster.plan import Corpus, Setting, Weights
+from cluster.plan import Corpus, Weights
 from cluster.progress import Progress, minutes
-from cluster.searches import Searches
 from cluster.standing import done, shards_url
 from cluster.study import PretrainEntry, Study
-from finetune.cell import CellConfig
 from pretrain.run import PretrainConfig
 
 if TYPE_CHECKING:
-    from cluster.fanout import Tally
     from cluster.pack import Packing
 
-SHOWN = 4  # tasks and sources whose cells have become ready
-PLAN_S = 30.0  # how often plan.json is written anew while cells run
 Processors = Callable[[], float]  # that a stage may use at a time
 StillOn = Callable[[], None]  # raises where the study has ended meanwhile
 
@@ -112,126 +101,3 @@ def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progres
             progress.say(f"{label}: {slow}")
         events.add("pretrained", name=config.name, seed=config.seed, key=config.key, restarts=restarts)
     return read_weights(storage.join(config.out, "export"), config.seed), restarts
-
-
-@dataclass
-class Feed:
-    """Settings whose data and weights have come to stand, on their way to the pool of cells."""
-
-    waiting: queue.SimpleQueue[list[Setting] | None] = field(default_factory=queue.SimpleQueue)  # None: no more will come
-    closed: bool = False
-
-    def take(self) -> list[Setting] | None:
-        """What has come since; None once all has been taken."""
-        found: list[Setting] = []
-        while not self.closed and not self.waiting.empty():
-            settings = self.waiting.get()
-            self.closed = settings is None
-            found += settings or []
-        return None if self.closed and not found else found
-
-
-@dataclass
-class Fanned:
-    """What became of the cells. failed: reasons by description."""
-
-    new: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    deaths: int = 0
-
-
-def cells(
-    study: Study,
-    searches: Searches,
-    feed: Feed,
-    progress: Progress,
-    events: Events,
-    reserved: Callable[[], Mapping[str, float]],
-    check: StillOn,
-) -> Fanned:
-    """The trials and cells that are missing, on one pool: those that can be computed do not wait for encoders that are still trained, nor
-    for searches that still ask.
-
-    Args:
-        reserved: what the pool has to leave of the cluster.
-    """
-    from cluster.fanout import run_cells
-
-    known: dict[str, CellConfig] = {}
-    made = Fanned()
-    planned_at, planned = -PLAN_S, 0  # cells that plan.json was last written with
-
-    def more() -> list[CellConfig] | None:
-        check()
-        settings = feed.take()
-        if settings is None:
-            return None
-        if not settings:
-            return []
-        kept, found = searches.kept, searches.fill(settings)
-        known.update({config.key: config for config in found})
-        begun = sum(config.role == "cell" for config in found)
-        asking = f", {len(searches.open)} searches to answer first" if searches.open else ""
-        of = list(dict.fromkeys(f"{one.task.task} {one.source}" for one in settings))
-        others = f" and {len(of) - SHOWN} more" if len(of) > SHOWN else ""
-        progress.say(f"cells: {searches.kept - kept} kept, {begun} new{asking} ({', '.join(of[:SHOWN])}{others})")
-        return found
-
-    def show(tally: "Tally") -> None:
-        nonlocal planned_at, planned
-        check()
-        if len(known) > planned and time.monotonic() - planned_at >= PLAN_S:
-            write_plan(study.out, searches, ended=False)
-            planned_at, planned = time.monotonic(), len(known)
-        if not tally.running:  # there are none yet, or they wait for a pretraining to end
-            progress.gone("cells")
-            return
-        counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
-        progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", of="cells")
-
-    def told(config: CellConfig, problem: Exception | None) -> list[CellConfig]:
-        made.new += problem is None and config.role == "cell"
-        found = searches.told(config, problem)
-        known.update({config.key: config for config in found})
-        return found
-
-    tally = run_cells((), study.resources, show, told, more, reserved)
-    reasons = {key: reason for key, reason in tally.failed.items() if not searches.excused(key)}
-    made.failed = {f"{_words(known[key])} ({key})": reason for key, reason in reasons.items()}
-    made.failed |= {f"{one.setting.words()} (cells without a {one.steps[0]})": str(one.failed) for one in searches.open}
-    for key, reason in reasons.items():
-        events.add("cell failed", key=key, reason=reason)
-    for key, tried in tally.retried.items():
-        events.add("cell tried again", key=key, reasons=tried)
-    for one in searches.chosen:
-        for key in one.answers:
-            events.add("searched", key=key, setting=one.setting.words())
-    if tally.deaths:
-        progress.say(f"cells: {tally.deaths} worker(s) died and were replaced")
-    made.deaths = tally.deaths
-    progress.say(f"cells: {tally.done} done, {len(reasons)} failed")
-    events.add("cells", done=tally.done, failed=len(made.failed), deaths=tally.deaths)
-    return made
-
-
-def _words(config: CellConfig) -> str:
-    trial = "trial of " if config.role == "trial" else ""
-    return f"{trial}{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}"
-
-
-def write_plan(out: str, searches: Searches, ended: bool = True) -> None:
-    """OUT/plan.json: every cell that the study asks for, so that a report knows what is missing and what is no longer asked for.
-
-    Args:
-        ended: False while data or encoders may yet come to stand: a cell without a key then keeps the one that an earlier driver knew.
-    """
-    rows = list(searches.rows())
-    if not ended:
-        known = {_called(row): row for row in plan(out) if row["key"]}
-        rows = [row if row["key"] else known.get(_called(row), row) for row in rows]
-    storage.put(storage.join(out, "plan.json"), json.dumps(rows, indent=1))
-
-
-def _called(row: Mapping[str, Any]) -> str:
-    """What a cell is called before and after its searches have answered."""
-    return canonical_json([row.get("asked") or row["options"], *(row[name] for name in SAME if name != "options")])

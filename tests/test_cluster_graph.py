@@ -20,7 +20,8 @@ from analysis import results
 from base import storage
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from cluster import leakage, stages
+from cluster import leakage
+from cluster.cells import Fanned, write_plan
 from cluster.cli import _closing
 from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
@@ -31,7 +32,6 @@ from cluster.progress import Progress
 from cluster.ray_tasks import of_task
 from cluster.run import Summary, _tried, run
 from cluster.searches import Searches
-from cluster.stages import Fanned
 from cluster.standing import standing_corpora
 from cluster.study import Study
 
@@ -293,7 +293,7 @@ def test_a_report_knows_what_is_asked_for_while_the_study_goes_on(packed: Study)
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RequestError("a finding")])
 def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseException) -> None:
-    stages.write_plan(packed.out, known(packed))
+    write_plan(packed.out, known(packed))
     before = storage.read_json(f"{packed.out}/plan.json")
     assert all(row["key"] for row in before)
     with pytest.raises(type(error)):
@@ -392,18 +392,18 @@ def test_test_images_are_made_ready_once_for_all_who_ask_at_once(packed: Study, 
 
 def test_what_is_filled_in_replaces_the_keys_of_an_earlier_driver(packed: Study) -> None:
     now = known(packed)
-    stages.write_plan(packed.out, now)
+    write_plan(packed.out, now)
     rows = storage.read_json(f"{packed.out}/plan.json")
     storage.put(f"{packed.out}/plan.json", json.dumps([{**row, "key": "earlier"} for row in rows]))
-    stages.write_plan(packed.out, now, ended=False)
+    write_plan(packed.out, now, ended=False)
     assert storage.read_json(f"{packed.out}/plan.json") == rows
 
 
 def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
     assert results.planned(packed.out) == set()  # a study without plan.json
-    stages.write_plan(packed.out, Searches(settings(packed, {}, {})))
+    write_plan(packed.out, Searches(settings(packed, {}, {})))
     assert results.planned(packed.out) == set()
-    stages.write_plan(packed.out, known(packed))
+    write_plan(packed.out, known(packed))
     assert results.planned(packed.out)
 
 

@@ -9,12 +9,12 @@ import tiny_study
 
 from base import storage
 from cluster import plan
+from cluster.cells import write_plan
 from cluster.estimate import Run, Seen, Speeds, devices
 from cluster.load import load_study
 from cluster.outlook import comparisons, outlook
 from cluster.plan import Corpus
 from cluster.searches import Searches
-from cluster.stages import write_plan
 from cluster.study import Resources, Study
 from engine import gpus
 from engine.context import LocalContext
