@@ -1,9 +1,9 @@
 """Images that lie in files of many: the arrays of an .npz (as MedMNIST releases them), the members of WebDataset tars.
 
     for found in npz("RAW", "chestmnist_224.npz", card): found.file, found.inside, found.labels, found.part
-    data = read("RAW", inside, stamp)                    # the bytes of one image file; a row of an array comes as PNG
+    data = read("RAW", inside, stamp)                    # the bytes of one image file; a row of an array comes as PNG, a volume as TIFF
 
-An .npz holds `train_images` (N, H, W) or (N, H, W, 3) and `train_labels` (N, 1) or (N, L), likewise val and test.
+An .npz holds `train_images` (N, H, W), (N, H, W, 3) or volumes (N, D, H, W), and `train_labels` (N, 1) or (N, L), likewise val and test.
 A tar's sample has an image and, beside it, `.cls` with the number (or name) of its class, or its path tells the label.
 """
 
@@ -25,7 +25,7 @@ from base.paths import is_url
 from shards import cells
 from shards.card import SPLITS, Card, Part
 from shards.planes import Unusable
-from shards.raster import png
+from shards.raster import pages, png
 from shards.rawfiles import inside as inside_folder
 
 PICTURES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "dcm", "webp", "ppm")
@@ -120,8 +120,10 @@ def tar(raw: str, name: str, card: Card) -> Iterator[Found]:
         yield Found(f"{name}/{path}", place, labels, None)
 
 
-def read(raw: str, inside: Inside, stamp: str) -> bytes:
-    """The bytes of an image file in a container; a row of an array as PNG. `stamp` tells a changed container.
+def read(raw: str, inside: Inside, stamp: str, slices: bool = False) -> bytes:
+    """The bytes of an image file in a container; a row of an array as PNG, with `slices` a volume's as the pages of a TIFF.
+
+    `stamp` tells a changed container.
 
     Raises:
         Unusable: this image is none.
@@ -136,11 +138,15 @@ def read(raw: str, inside: Inside, stamp: str) -> bytes:
             return data
         array = _array(url, inside.array, stamp)
         shape = array.shape[1:]
-        if array.dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
-            raise Unusable(f"a row of {array.dtype} {shape} is no image")
+        volume = len(shape) == 3 and shape[2] not in (1, 3)
+        if array.dtype not in (np.uint8, np.uint16) or len(shape) not in (2, 3) or (volume and not slices):
+            why = "is no image" + (", but perhaps slices: frames: slab, or each" if volume else "")
+            raise Unusable(f"a row of {array.dtype} {shape} {why}")
         pixels = array.row(inside.start)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise WorkError(f"cannot be read: {error}", where=url, hint="fetch the file again, then pack again") from error
+    if volume:
+        return pages(pixels)
     return png(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 

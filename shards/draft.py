@@ -267,7 +267,11 @@ def _pixels(found: Survey, remarks: Remarks) -> Draft:
     ct = [header for header in headers if header.tags.get("Modality") == "CT"]
     arrays = [shape for group in found.groups for header in group.headers for name, shape in header.tags.items() if name == "train_images"]
     if not found.images and arrays:
-        return {"channels": 3 if arrays[0].endswith(" x 3") else 1}
+        shape = [int(n) for n in arrays[0].split(" x ")[1:]]
+        if len(shape) == 3 and shape[2] not in (1, 3):
+            remarks["slab"] = "slices of a volume"
+            return {"channels": shape[0], "depth": 16, "frames": "slab", "slab": shape[0]}
+        return {"channels": 3 if len(shape) == 3 and shape[2] == 3 else 1}
     keys: Draft = {"channels": 3 if len(colour) > len(headers) / 2 else 1}
     remarks["channels"] = (
         f"check: {len(colour):,} of {len(headers):,} headers say colour (grey images are often stored so)" if colour else ""

@@ -118,6 +118,14 @@ def png(pixels: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
+def pages(pixels_DHW: np.ndarray) -> bytes:
+    """Grey planes as the pages of a TIFF, bit for bit."""
+    first, *others = (Image.fromarray(np.ascontiguousarray(plane)) for plane in pixels_DHW)
+    out = io.BytesIO()
+    first.save(out, "TIFF", save_all=True, append_images=others)
+    return out.getvalue()
+
+
 def strip_jpeg(data: bytes) -> bytes:
     """The same JPEG without metadata; the JFIF header (without thumbnail) and Adobe's colour flag stay. Raises Unusable."""
     out, position = [b"\xff\xd8"], 2

@@ -73,7 +73,7 @@ def _samples(card: Card, raw: str, records: Iterable[Record]) -> Iterator[tuple[
             yield record.key, record.file, _phantom_sample(card, record)
             continue
         try:
-            for first, stored in ingest.unfold(_files(raw, record), card):
+            for first, stored in ingest.unfold(_files(card, raw, record), card):
                 if first is None:
                     yield record.key, record.file, _file_sample(card, raw, record, stored)
                 else:
@@ -105,11 +105,11 @@ def _side(record: Record, labels: dict[str, Any], meta: dict[str, Any], facts: d
     return canonical_json(side | ({"image": facts} if facts else {})).encode()
 
 
-def _files(raw: str, record: Record) -> list[bytes]:
+def _files(card: Card, raw: str, record: Record) -> list[bytes]:
     """The bytes of an image file, in a container or not, or of all files of a folder, whose name ends in a slash."""
     name = record.file
     if record.inside is not None:
-        return [containers.read(raw, record.inside, record.stamp)]
+        return [containers.read(raw, record.inside, record.stamp, slices=card.frames != "first")]
     if not name.endswith("/"):
         return [_read(raw, name, "image")]
     return [_read(raw, storage.join(name, file), "image") for file in storage.listing(storage.join(raw, name))]

@@ -225,21 +225,33 @@ MEDMNIST = {  # channels, classes (several labels at once where they are negativ
     "organcmnist": (1, 11),
     "organsmnist": (1, 11),
 }
+VOLUMES = {  # their one channel is of 28 slices; of 64 slices three slabs are made, which begin at these
+    "organmnist3d": (28, 11),
+    "nodulemnist3d": (28, -1),
+    "adrenalmnist3d": (28, -1),
+    "fracturemnist3d": (28, 3),
+    "vesselmnist3d": (28, -1),
+    "synapsemnist3d": (28, -1),
+}
+BEGIN = {28: (0,), 64: (0, 18, 36)}
 
 
 def medmnist(folder: Path, name: str, dataset: str, labels: Sequence[str]) -> Truths:
-    """`<dataset>_<side>.npz` with arrays <split>_images (N, S, S) or (N, S, S, 3) u8 and <split>_labels (N, 1) or (N, labels)."""
-    channels, count = MEDMNIST[dataset]
+    """`<dataset>_<side>.npz`: arrays <split>_images (N, S, S), (N, S, S, 3) or (N, S, S, S) u8, <split>_labels (N, 1) or (N, labels)."""
+    volume = dataset in VOLUMES
+    channels, count = (1, VOLUMES[dataset][1]) if volume else MEDMNIST[dataset]
     side = int(name.removeprefix("px-"))
     base = f"{dataset}.npz" if side == 28 else f"{dataset}_{side}.npz"
     truths: Truths = {}
     arrays: dict[str, np.ndarray] = {}
     for part, n in (("train", 6), ("val", 3), ("test", 3)):
-        arrays[f"{part}_images"] = np.stack([pixels(i, channels, side) for i in range(n)])
+        one = [np.stack([pixels(100 * i + z, 1, side) for z in range(side)]) if volume else pixels(i, channels, side) for i in range(n)]
+        arrays[f"{part}_images"] = np.stack(one)
         values = np.arange(n * max(1, -count)).reshape(n, -1) % (2 if count < 0 else count)
         arrays[f"{part}_labels"] = values.astype(np.uint8)
         for i, row in enumerate(values):
             named = {label: int(row[k]) if count < 0 else int(row[0] == k) for k, label in enumerate(labels)}
-            truths[f"{base}/{part}/{i:07d}"] = Truth(named, f"{part}/{i}", part)
+            for begin in [f"#{first}" for first in BEGIN[side]] if volume else [""]:
+                truths[f"{base}/{part}/{i:07d}{begin}"] = Truth(named, f"{part}/{i}", part)
     np.savez(folder / base, **arrays)  # type: ignore[arg-type]
     return truths

@@ -114,7 +114,8 @@ def test_a_card_is_complete(name: str) -> None:
         parts = [n for part, n in layout.counts.items() if part != "total"]
         assert not parts or sum(parts) == layout.counts.get("total", sum(parts))
     if card.reader == "npz":
-        assert (card.channels, len(card.labels)) == (miniature_other.MEDMNIST[name][0], abs(miniature_other.MEDMNIST[name][1]))
+        channels, count = (miniature_other.MEDMNIST | miniature_other.VOLUMES)[name]
+        assert (card.channels, len(card.labels)) == (channels, abs(count))
 
 
 def test_the_miniatures_are_those_of_the_cards() -> None:

@@ -58,6 +58,7 @@ def test_a_preset_is_named_after_the_task(tmp_path: Path) -> None:
 
 
 BENCHMARK = {"batch": 32, "optimizer": "adam", "weight_decay": 0, "warmup": 0, "select": "loss"}
+DOERRICH = {"batch": 64, "optimizer": "adamw", "weight_decay": 0.01, "lr": 1e-4, "epochs": 100, "schedule": "cosine", "patience": 5}
 RECIPES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {  # study: tasks, what their paper presets say, and their views
     # Sections 3.2 and 3.3 of the reference.
     "benchmark classification": (
@@ -95,8 +96,13 @@ RECIPES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {  # stud
     # Doerrich et al. 2025, their train.py and config.yaml.
     "MedMNIST+": (
         [name for name in names("task") if name.endswith("mnist")],
-        {"batch": 64, "optimizer": "adamw", "weight_decay": 0.01, "lr": 1e-4, "epochs": 100, "schedule": "cosine", "patience": 5},
+        DOERRICH,
         {"crop_scale": (1, 1), "flip": False, "resolution": 224, "evaluation": "whole"},
+    ),
+    "MedMNIST+ volumes": (
+        [name for name in names("task") if name.endswith("mnist3d")],
+        DOERRICH,
+        {"crop_scale": (1, 1), "flip": False, "resolution": 28, "evaluation": "whole", "volume": True},
     ),
 }
 
@@ -120,10 +126,10 @@ def test_every_task_comes_from_a_study_or_is_a_phantom() -> None:
 def test_no_mirror_where_a_side_has_a_meaning() -> None:
     """The heart has a side, and so have labels that name one; what a study did all the same stays in its paper preset."""
     chests = ["dxc14", "dxc5", "txc", "bimcv", "chexpert-5", "chexpert-14", "vindr", "mimic", "ecc", "pxs", "scr-heart", "ecc-volume"]
-    chests += ["chestmnist", "pneumoniamnist", "organamnist", "organcmnist", "organsmnist"]
+    chests += ["chestmnist", "pneumoniamnist", "organamnist", "organcmnist", "organsmnist", "organmnist3d"]
     assert not [name for name in chests for preset in ("smoke", "small") if load_task(f"{name}/{preset}").recipe.views.flip]
     sided = [name for name in names("task") if any("left" in label or "right" in label for label in load_task(name).labels)]
-    assert sided == ["organamnist", "organcmnist", "organsmnist"]
+    assert sided == ["organamnist", "organcmnist", "organmnist3d", "organsmnist"]
     assert not [name for name in sided if load_task(f"{name}/paper").recipe.views.flip]
 
 
