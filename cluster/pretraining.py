@@ -35,7 +35,7 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from cluster.trainer import MAX_FAILURES, Prepare, Trainer
+    from cluster.trainer import MAX_FAILURES, Final, Prepare, Trainer, failure
     from engine.checkpoint import newest_step
 
     # One more process for each group of workers, and of use only where there is another node to go to.
@@ -58,13 +58,13 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
         # Ray Train insists on a folder for its own book-keeping; nothing of ours is in it.
         with tempfile.TemporaryDirectory(prefix="allograft-ray-train-", ignore_cleanup_errors=True) as scratch:
             run_config = RunConfig(name=config.key, storage_path=scratch, callbacks=[Prepare()])
-            outcome = _fit(Trainer(_worker, run_config=run_config, **given)).return_value
+            _fit(Trainer(_worker, run_config=run_config, **given))
     except ray.train.TrainingFailedError as error:
+        if final := failure(error, Final):
+            raise WorkError(str(final), where=f"pretrain {config.name}") from error
         hint = "run the same command again to go on from the newest checkpoint"
         deaths = f"died {MAX_FAILURES + 1} times after the checkpoint of step {newest_step(checkpoints)} without another"
         raise WorkError(f"{deaths}, at last with: {_last_line(error)}", where=f"pretrain {config.name}", hint=hint) from error
-    if "error" in outcome:
-        raise WorkError(outcome["error"], where=f"pretrain {config.name}")
     return dict(storage.read_json(storage.join(config.out, "result.json")))
 
 
@@ -97,15 +97,17 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _worker(task: dict[str, str]) -> dict[str, Any]:
-    """What every rank runs. An error of the work itself is handed back, not retried; a death is retried by Ray."""
+def _worker(task: dict[str, str]) -> None:
+    """What every rank runs. Whatever ends it before its time is raised, so that Ray takes the other ranks down at once: they wait for it in
+    a collective. Deaths, and a store that does not answer, are tried again; an error of the work itself is not."""
     import json
 
     # DeepSpeed's autotuner imports MLflow when it can: 3 s of every worker's start, for something that workers never do.
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     import ray.train
 
-    from cluster.trainer import Noticed
+    from cluster.trainer import Final, Noticed
+    from cluster.worker import of_storage
     from pretrain import run
 
     config = parse(json.loads(task["config"]), PretrainConfig, "pretraining configuration")
@@ -114,7 +116,8 @@ def _worker(task: dict[str, str]) -> dict[str, Any]:
     try:
         done = run.run(config, context)
     except AllograftError as error:
-        return {"error": str(error)}
+        if of_storage(error):
+            raise
+        raise Final(str(error)) from None
     if done is None:  # saved and stopped: an exception is what makes Ray place the run anew
         raise Noticed(context.should_stop() or "another rank was told to stop")
-    return {"key": config.key}

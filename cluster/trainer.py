@@ -34,6 +34,10 @@ class Noticed(Exception):
     """The training has saved and stopped, since a node of its own is about to go."""
 
 
+class Final(Exception):
+    """An error of the work itself, which another attempt would meet again."""
+
+
 class Trainer(TorchTrainer):
     """TorchTrainer, given the two policies below."""
 
@@ -67,7 +71,9 @@ class Patience(FailurePolicy):
                 return FailureDecision.RETRY
             if not isinstance(cause, WorkerGroupStartupFailedError):
                 return FailureDecision.RAISE
-        elif _is_preemption_failure(training_failed_error) or _noticed(training_failed_error):
+        elif failure(training_failed_error, Final):
+            return FailureDecision.RAISE
+        elif _is_preemption_failure(training_failed_error) or failure(training_failed_error, Noticed):
             return FailureDecision.RETRY
         try:
             step = newest_step(self.checkpoints)
@@ -79,8 +85,9 @@ class Patience(FailurePolicy):
         return FailureDecision.RETRY if self.deaths <= MAX_FAILURES else FailureDecision.RAISE
 
 
-def _noticed(error: Any) -> bool:
-    return any(isinstance(failure, Noticed) for failure in getattr(error, "worker_failures", {}).values())
+def failure(error: Any, kind: type[Exception]) -> Exception | None:
+    """The first of the workers' errors that is of that kind."""
+    return next((one for one in getattr(error, "worker_failures", {}).values() if isinstance(one, kind)), None)
 
 
 class Divisors(ElasticScalingPolicy):

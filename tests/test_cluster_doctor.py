@@ -229,13 +229,14 @@ class TestPatience:
         from ray.train.v2._internal.execution.failure_handling import FailureDecision
         from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-        from cluster.trainer import MAX_FAILURES, Noticed, Patience
+        from cluster.trainer import MAX_FAILURES, Final, Noticed, Patience
 
         patience = Patience(str(tmp_path))
         free = [ControllerError(WorkerGroupStartupTimeoutError(num_workers=3)), WorkerGroupError("", {1: Noticed("SIGTERM")})]
         for error in free * 10:
             assert patience.make_decision(error) == FailureDecision.RETRY
         assert patience.make_decision(ControllerError(ValueError("a bug"))) == FailureDecision.RAISE
+        assert patience.make_decision(WorkerGroupError("", {1: Final("a batch that does not divide")})) == FailureDecision.RAISE
         failed = ControllerError(WorkerGroupStartupFailedError("no module named cluster"))
         decisions = [patience.make_decision(failed) for _ in range(MAX_FAILURES + 1)]
         assert decisions[-2:] == [FailureDecision.RETRY, FailureDecision.RAISE]
