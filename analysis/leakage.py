@@ -11,60 +11,17 @@ that look like one picture is marked `same_patient`: follow-ups of a patient can
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
+from analysis.compared import Check, Match, Side
 from analysis.near_duplicates import NEAR_DUPLICATES_VERSION, Pixels, Reference, duplicates, look, mean_image
-from base.config import Strict, digest
+from base.config import digest
 from shards.corpus import Corpus, DamagedSample
 from shards.manifest import Manifest
 
 LEAKAGE_VERSION = 1  # part of the name under which a check is kept
 MEAN_IMAGES = 512  # of a dataset, evenly spaced over its splits: what its mean image is taken of
-Kind = Literal["patient", "file", "pixels", "near-duplicate"]
-
-
-class Match(Strict):
-    """A sample of the corpus and a test image. `correlation`: of near-duplicates, after alignment. `corpus_id`: of the whole split."""
-
-    kind: Kind
-    corpus_id: int
-    corpus: str
-    test: str
-    correlation: float | None = None
-    inverted: bool = False
-    same_patient: bool = False
-
-
-class Side(Strict):
-    """A split of a packed dataset; `unread`: samples of it that could not be read, and so not compared."""
-
-    dataset: str
-    split: str
-    digest: str
-    images: int
-    unread: int = 0
-
-
-class Check(Strict):
-    """A corpus held against test images: leakage.json. `patients`: whether patients could be told equal."""
-
-    schema_: Literal[1] = Field(1, alias="schema")
-    corpus: Side
-    test: Side
-    patients: Literal["compared", "other namespace", "other secret"]
-    matches: list[Match]
-
-    @property
-    def leaked(self) -> list[int]:
-        """Ids of the corpus's samples that match, sorted."""
-        return sorted({match.corpus_id for match in self.matches})
-
-    def count(self, *kinds: Kind) -> int:
-        """Samples of the corpus that match in one of these ways."""
-        return len({match.corpus_id for match in self.matches if match.kind in kinds})
 
 
 @dataclass(frozen=True)

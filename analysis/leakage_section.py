@@ -1,11 +1,13 @@
 """The section of the report on leakage: what was compared, what was found and left out, which cells stay out of ranks and why."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from analysis import results
+from analysis.compared import Row, Summary
 from analysis.evidence import Evidence
 from analysis.tables import cell, esc, table
 from base import storage
+from base.config import parse
 
 PATIENTS = {
     "compared": "compared",
@@ -16,10 +18,11 @@ PATIENTS = {
 
 def leakage(evidence: Evidence) -> str:
     """HTML, or an empty string where nothing was compared and no cell is exposed."""
-    held = results.read_json(storage.join(evidence.out, "leakage.json")) or {}
-    checks = held.get("checks") or []
-    parts = [_comparisons(checks, str(held.get("setting")))] if checks else []
-    parts += [_own(held["own"])] if held.get("own") else []
+    where, parts = storage.join(evidence.out, "leakage.json"), []
+    if (held := results.read_json(where)) is not None:
+        summary = parse(held, Summary, where)
+        parts += [_comparisons(summary.checks, summary.setting)] if summary.checks else []
+        parts += [_own(summary.own)] if summary.own else []
     exposed: dict[tuple[str, str], int] = {}
     for c in evidence.cells:
         if c.exposed_to:
@@ -32,40 +35,39 @@ def leakage(evidence: Evidence) -> str:
     return "".join(parts)
 
 
-def _own(checks: list[dict[str, Any]]) -> str:
+def _own(checks: Sequence[Row]) -> str:
     """Each task's training images against its own test images: the same for every encoder, so it moves no rank, and stops nothing."""
     rows = []
     for check in checks:
-        corpus, test = check["corpus"], check["test"]
-        parts = [f'<th scope="row">{esc(test["dataset"])}</th>', *(cell(f"{side['images']:,}") for side in (corpus, test))]
-        parts += [cell(str(check[name])) for name in ("same_pixels", "near_duplicate")]
-        rows.append("".join([*parts, cell(str(corpus["unread"] + test["unread"]))]))
+        parts = [f'<th scope="row">{esc(check.test.dataset)}</th>', *(cell(f"{side.images:,}") for side in (check.corpus, check.test))]
+        parts += [cell(str(check.same_pixels)), cell(str(check.near_duplicate))]
+        rows.append("".join([*parts, cell(str(check.corpus.unread + check.test.unread))]))
     heads = ["task's dataset", "training images", "test images", "same pixels", "near-duplicate", "not read"]
     shown = table(heads, rows, "Training images of a task that match its own test images.", cls="numbers")
-    if not any(check["leaked"] for check in checks):
+    if not any(check.leaked for check in checks):
         return shown
     note = "The dataset itself holds these images on both sides: results on it are too good, for every encoder alike. Nothing was left out."
     return f'{shown}<p class="bad">{note}</p>'
 
 
-def _comparisons(checks: list[dict[str, Any]], setting: str) -> str:
+def _comparisons(checks: Sequence[Row], setting: str) -> str:
     rows, notes = [], []
     for check in checks:
-        corpus, test = check["corpus"], check["test"]
-        left_out = check["leaked"] if setting == "exclude" else 0
-        parts = [f'<th scope="row">{esc(corpus["dataset"])} {esc(corpus["split"])} ({corpus["images"]:,})</th>']
-        parts += [cell(f"{esc(test['dataset'])} ({test['images']:,})"), cell(esc(PATIENTS[check["patients"]]))]
-        parts += [cell(str(check[name])) for name in ("same_patient", "same_pixels", "near_duplicate", "follow_up")]
-        rows.append("".join([*parts, cell(str(left_out))]))
-        notes += [f"Known overlap: {note}." for note in check["known"]]
-        unread, names = corpus["unread"] + test["unread"], f"{corpus['dataset']} and {test['dataset']}"
+        corpus, test = check.corpus, check.test
+        left_out = check.leaked if setting == "exclude" else 0
+        parts = [f'<th scope="row">{esc(corpus.dataset)} {esc(corpus.split)} ({corpus.images:,})</th>']
+        parts += [cell(f"{esc(test.dataset)} ({test.images:,})"), cell(esc(PATIENTS[check.patients]))]
+        counts = (check.same_patient, check.same_pixels, check.near_duplicate, check.follow_up, left_out)
+        rows.append("".join([*parts, *(cell(str(count)) for count in counts)]))
+        notes += [f"Known overlap: {note}." for note in check.known]
+        unread, names = corpus.unread + test.unread, f"{corpus.dataset} and {test.dataset}"
         notes += [f"{unread} images of {names} could not be read and were not compared."] if unread else []
-        if check["known"] and check["patients"] != "compared":
+        if check.known and check.patients != "compared":
             notes.append(f"Other pictures of one patient in {names} cannot be told, since the two name patients differently.")
     heads = ["pretraining corpus (images)", "test images of", "patients", "same patient", "same pixels", "near-duplicate"]
     heads += ["of them one patient's", "left out of training"]
     shown = table(heads, rows, "Pretraining images that match a test image.", cls="numbers")
-    found = any(check["leaked"] or check["known"] for check in checks)
+    found = any(check.leaked or check.known for check in checks)
     what = "The study excludes what matches: those images were left out of pretraining." if setting == "exclude" and found else ""
     lines = "".join(f"<li>{esc(note)}</li>" for note in notes)
     return shown + (f'<p class="bad">{what}</p>' if what else "") + (f"<ul>{lines}</ul>" if lines else "")

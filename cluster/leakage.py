@@ -6,14 +6,14 @@ match are left out of training. A dataset's own training images are held against
 every encoder shares, so the report lists it and nothing stops.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from analysis.compared import Check, Match, Row, Summary
 from analysis.exposure import overlap_notes
-from analysis.leakage import Check, Match, by_index, by_pixels, check_key, conclude, patients_in_two_splits, prepare
+from analysis.leakage import by_index, by_pixels, check_key, conclude, patients_in_two_splits, prepare
 from base import storage
 from base.config import canonical_json, parse
 from base.errors import RequestError
@@ -187,23 +187,24 @@ def summarise(study: Study, corpora: Mapping[str, Corpus]) -> None:
     there = [[pair for pair in asked if pair[0] in corpora and pair[2] in corpora] for asked in (pairs(study), own_pairs(study))]
     checks, own = (_rows(study, corpora, asked) for asked in there)
     if checks or own:
-        storage.put(storage.join(study.out, SUMMARY), json.dumps({"setting": study.leakage, "checks": checks, "own": own}, indent=1))
+        whole = Summary(setting=study.leakage, checks=checks, own=own)
+        storage.put(storage.join(study.out, SUMMARY), whole.model_dump_json(by_alias=True, indent=1))
 
 
-def _rows(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]) -> list[dict[str, Any]]:
+def _rows(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]) -> list[Row]:
     return [
-        {
-            "corpus": check.corpus.model_dump(),
-            "test": check.test.model_dump(),
-            "key": check_key(corpora[check.corpus.dataset].manifest, check.corpus.split, corpora[check.test.dataset].manifest),
-            "patients": check.patients,
-            "same_patient": check.count("patient"),
-            "same_pixels": check.count("file", "pixels"),
-            "near_duplicate": check.count("near-duplicate"),
-            "follow_up": len({match.corpus_id for match in check.matches if match.kind == "near-duplicate" and match.same_patient}),
-            "leaked": len(check.leaked),
-            "known": overlap_notes(check.corpus.dataset, check.test.dataset),
-        }
+        Row(
+            corpus=check.corpus,
+            test=check.test,
+            key=check_key(corpora[check.corpus.dataset].manifest, check.corpus.split, corpora[check.test.dataset].manifest),
+            patients=check.patients,
+            same_patient=check.count("patient"),
+            same_pixels=check.count("file", "pixels"),
+            near_duplicate=check.count("near-duplicate"),
+            follow_up=len({match.corpus_id for match in check.matches if match.kind == "near-duplicate" and match.same_patient}),
+            leaked=len(check.leaked),
+            known=overlap_notes(check.corpus.dataset, check.test.dataset),
+        )
         for check in _standing(study, corpora, asked)
         if check
     ]

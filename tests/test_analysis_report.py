@@ -142,7 +142,8 @@ def test_the_report_says_what_was_compared_and_left_out(tmp_path: Path) -> None:
         "key": "k",
         "patients": "other namespace",
     }
-    held = {"setting": "exclude", "checks": [check | counts | {"known": ["siim-acr and nih-cxr14 share images: annotated again"]}]}
+    known = {"known": ["siim-acr and nih-cxr14 share images: annotated again"]}
+    held = {"setting": "exclude", "checks": [check | counts | known], "own": []}
     (out / "leakage.json").write_text(json.dumps(held))
     said = leakage_section.leakage(gather(str(out), QUICK))
     for words in (
@@ -158,7 +159,9 @@ def test_the_report_says_what_was_compared_and_left_out(tmp_path: Path) -> None:
 def test_the_report_says_which_training_images_are_test_images_too(tmp_path: Path) -> None:
     out = make(tmp_path, {"random": 0.0}, seeds=2, images=100)
     sides = {"dataset": "shenzhen", "split": "train", "digest": "d", "images": 463, "unread": 0}
-    check = {"corpus": sides, "test": sides | {"split": "test", "images": 134}, "same_pixels": 1, "near_duplicate": 2, "leaked": 3}
+    counts = {"same_patient": 0, "same_pixels": 1, "near_duplicate": 2, "follow_up": 0, "leaked": 3}
+    test = sides | {"split": "test", "images": 134}
+    check = {"corpus": sides, "test": test, "key": "k", "patients": "compared", **counts, "known": []}
     (out / "leakage.json").write_text(json.dumps({"setting": "stop", "checks": [], "own": [check]}))
     said = leakage_section.leakage(gather(str(out), QUICK))
     assert "Training images of a task that match its own test images." in said
