@@ -114,6 +114,8 @@ def test_relative_paths_are_refused_inside_a_ray_job(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
 def test_the_ready_studies_are_valid(name: str) -> None:
     assert load_study(name).study == name
+    for preset in yaml.safe_load((ROOT / "studies" / f"{name}.yaml").read_text()).get("presets", {}):
+        assert load_study(name, [f"preset={preset}"]).study == name
 
 
 def test_json_schema_is_committed() -> None:
