@@ -4,9 +4,9 @@ with DriverLock(out) as lock:
     ...                                     # ends by Ctrl-C of its own, and then WorkError, if another driver takes the lock over
 """
 
-import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -88,7 +88,9 @@ class DriverLock:
                     storage.put(self.url, self._content())
                 elif owner or not storage.create(self.url, self._content()):  # removed by hand, it is made anew
                     self.lost = True
-                    _thread.interrupt_main()
+                    # Ctrl-C, which a job in the background of a shell ignores.
+                    stop = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+                    signal.pthread_kill(threading.main_thread().ident or 0, stop)
                     return
 
 

@@ -197,10 +197,12 @@ def test_a_driver_that_slept_stops_and_leaves_the_lock_to_who_took_it_over(tmp_p
 
     def sleep() -> None:
         storage.put(url, json.dumps({"owner": "elsewhere:1:1", "beat": time.time()}))
-        time.sleep(5)
+        time.sleep(30)
 
+    began = time.monotonic()
     with pytest.raises(WorkError, match=r"another driver \(elsewhere:1:1\) has taken over"), DriverLock(str(tmp_path)):
         sleep()
+    assert time.monotonic() - began < 20
     assert storage.read_json(url)["owner"] == "elsewhere:1:1"
 
 
