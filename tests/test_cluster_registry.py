@@ -23,10 +23,10 @@ RULE = {"task": "phantom-chest", "metric": "auroc_mean"}
 class Registered:
     """A study's folder with encoders `a` and `b`, version 1 and 2, and cells of both."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rule: dict[str, str] | None = RULE) -> None:
         self.out = folder / "out"
         data = {"phantom-chest": {"raw": "phantom:60"}}
-        self.study = parse({"study": "tiny", "out": str(self.out), "data": data, "champion": RULE}, Study, "study")
+        self.study = parse({"study": "tiny", "out": str(self.out), "data": data, "champion": rule}, Study, "study")
         put(self.out, {"study.yaml": "study: tiny"})
         for name in "ab":
             self._encoder(name)
@@ -55,9 +55,10 @@ class Registered:
         return register(projection, self.study)
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Registered:
-    held = Registered(tmp_path)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    """For tests that change nothing."""
+    held = Registered(tmp_path_factory.mktemp("registered"))
     assert held.register() == ({f"a-{'a' * 16}": "1", f"b-{'b' * 16}": "2"}, "a")
     return held
 
@@ -70,8 +71,10 @@ def allograft(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_a_champion_by_hand_stays_whatever_the_rule_says_later(
-    tiny: Registered, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny = Registered(tmp_path)
+    assert tiny.register()[1] == "a"
     tiny.cell("b", 1, 0.9)
     assert tiny.register()[1] == "b"  # by the rule it moves
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "dr-x")
@@ -102,11 +105,11 @@ def test_a_champion_by_hand_stays_whatever_the_rule_says_later(
     ],
 )
 def test_a_wrong_promotion_changes_nothing_and_says_what_there_is(
-    tiny: Registered, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: Registered, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert allograft(monkeypatch, "promote", *words, "--tracking", str(tiny.out)) == 2
+    assert allograft(monkeypatch, "promote", *words, "--tracking", str(shared.out)) == 2
     assert says in capsys.readouterr().err
-    assert resolve(connect(tiny.uri), "tiny").version == 1
+    assert resolve(connect(shared.uri), "tiny").version == 1
 
 
 def test_a_promotion_wants_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,10 +117,10 @@ def test_a_promotion_wants_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "--reason" in capsys.readouterr().err
 
 
-def test_nothing_to_choose_by_leaves_the_champion_to_hands(tiny: Registered) -> None:
-    tiny.study = tiny.study.model_copy(update={"champion": None})
-    assert tiny.register()[1] is None
-    with pytest.raises(RequestError, match="no '7' of 'tiny'"):
-        promote("tiny", "7", "r", tiny.uri)
-    promote("tiny", "2", "the only one with a licence", tiny.uri)
-    assert tiny.register()[1] == "b, promoted by hand: the only one with a licence"
+def test_without_a_rule_the_champion_is_left_to_hands(tmp_path: Path) -> None:
+    ward = Registered(tmp_path, rule=None)
+    assert ward.register()[1] is None
+    with pytest.raises(RequestError, match="no 'champion' of 'tiny'"):
+        resolve(connect(ward.uri), "tiny")
+    assert promote("tiny", "2", "the only one with a licence", ward.uri) == "tiny@champion is version 2 (b)"
+    assert ward.register()[1] == "b, promoted by hand: the only one with a licence"
