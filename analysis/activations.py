@@ -3,19 +3,18 @@
     probe = Probe("OUT/shards/nih-cxr14", images=2000, size=224)      # the same images in the same order whoever asks; probe.sha256
     for maps in walk([before, after], probe, ["stem", "layer1.0"]):   # maps[encoder][cut]: f32 B,C,h,w
         ...
-    with evaluating(encoder): ...                                     # evaluation mode, no gradients, all as before afterwards
 
 Maps are taken on the way through the chain of the network's own modules (encoders.build.steps), so no hook is set and none has to go.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from analysis.evaluating import evaluating
 from base.config import digest
 from base.errors import RequestError
 from base.seeds import seed_of
@@ -25,21 +24,6 @@ from shards.loader import Corpus
 from shards.views import VIEWS_VERSION, resize
 
 BATCH = 32
-
-
-@contextmanager
-def evaluating(module: Callable[..., Any]) -> Iterator[None]:
-    """Evaluation mode and no gradients; each part goes back to the mode that it was in."""
-    parts = list(module.modules()) if isinstance(module, nn.Module) else []
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = False
-        with torch.inference_mode():
-            yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
 
 
 class Probe:

@@ -122,7 +122,7 @@ def effect(c: Comparison, unit: str) -> str:
     return f"{c.estimate:+.{places}f} {unit} [{decimal(c.low, places)}, {decimal(c.high, places)}]"
 
 
-def significance(evidence: Evidence) -> pd.DataFrame:
+def significance(evidence: "Evidence") -> pd.DataFrame:
     """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions)."""
     rows = []
     for f in evidence.findings:

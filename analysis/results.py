@@ -55,7 +55,7 @@ class Cell:
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.result[name]
+            return self.__dict__["result"][name]  # which is not there yet while a cell is unpickled
         except KeyError:
             raise AttributeError(name) from None
 

@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.activations import evaluating
+from analysis.evaluating import evaluating
 from analysis.moments import Basis, Pair, Spatial, Sums
 from base.errors import RequestError
 from base.seeds import rng

@@ -14,6 +14,7 @@ published, 2.5 and 97.5 % of joint draws; `Welch`: over seeds alone, patients ta
 import argparse
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,9 +26,12 @@ from scipy import stats
 
 from analysis import power
 from analysis.replicates import Array, Bootstrap, Scores
-from analysis.simulated import World, shared_out, study
 from analysis.statistics import Comparison, compare, holm
+from base.paths import ROOT
 from base.seeds import rng
+
+sys.path.insert(0, str(ROOT / "tests"))
+from simulated import World, study
 
 SHARES = ((0.6, 0.2, 0.2), (0.2, 0.6, 0.2), (0.2, 0.2, 0.6))
 DESIGNS = {"paired": (True, False), "unpaired": (False, False), "several pretraining seeds": (True, True)}
@@ -43,6 +47,32 @@ def world(metric: str, design: str, seeds: int, shares: tuple[float, float, floa
         positives = base.prevalence[0] * base.patients
         variance = power.auroc_variance(base.level, positives, base.patients - positives)
     return shared_out(base, shares, variance)
+
+
+def shared_out(world: World, shares: tuple[float, float, float], variance: float) -> World:
+    """The world in which seeds, patients and their interaction have these shares of the estimate's variance.
+
+    Args:
+        variance: of one cell's metric from its patients, in the world as it is.
+    """
+    seeds, patients, interaction = shares
+    cells = world.seeds * world.pretraining_seeds
+    # A cell's own mistakes have half of what is not common; from there the others follow.
+    own, source = interaction * cells, patients
+    several = world.pretraining_seeds > 1
+    checkpoint = interaction * world.pretraining_seeds / 2 if several else 0.0
+    own = own / 2 if several else own
+    scale = 0.5 / (own + source + checkpoint)
+    of_seeds = seeds * scale * variance
+    tuning, pretraining = (of_seeds / 3, of_seeds / 3) if several else (of_seeds, 0.0)
+    return replace(
+        world,
+        mistakes=(0.5, source * scale, checkpoint * scale, own * scale),
+        tuning_sd=math.sqrt(tuning * world.seeds),
+        pretraining_sd=math.sqrt(pretraining * world.pretraining_seeds),
+        both_sd=math.sqrt(of_seeds / 3 * cells) if several else 0.0,
+        shared_sd=math.sqrt(of_seeds * world.seeds) if world.paired else 0.0,
+    )
 
 
 def tables(cells: Sequence[Scores], metric: str, bootstrap: Bootstrap) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ same studies would have found, the planted one moved. The last line is promised 
 
 import argparse
 import math
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,9 +19,12 @@ import numpy as np
 
 from analysis.power import ALPHA, WANTED_POWER, Spread, power
 from analysis.replicates import Bootstrap, metric_B
-from analysis.simulated import World, study
 from analysis.statistics import compare
+from base.paths import ROOT
 from base.seeds import rng
+
+sys.path.insert(0, str(ROOT / "tests"))
+from simulated import World, study
 
 REPLICATES = 500
 MISTAKES = (0.5, 0.0, 0.2, 0.3)

@@ -17,13 +17,8 @@ import time
 import numpy as np
 import torch
 
-from analysis.activations import Probe
-from analysis.layers import across
 from analysis.similarity import svcca
 from base.seeds import rng
-from encoders.build import build
-from shards.card import load_card
-from shards.pack import pack
 
 
 def numpy_svcca(x: np.ndarray, y: np.ndarray) -> float:
@@ -47,26 +42,36 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=0, metavar="IMAGES", help="also all cuts of a ResNet-50 at 224 px on so many images")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def layers(images: int) -> None:
+    """All cuts of two ResNet-50 but the stem's, of generated images at 224 px, in one pass."""
+    from analysis.activations import Probe
+    from analysis.layers import across
+    from encoders.build import build
+    from shards.card import load_card
+    from shards.pack import pack
+
+    with tempfile.TemporaryDirectory() as folder:
+        pack(load_card("phantom-chest"), f"phantom:{images * 2}", folder)
+        probe = Probe(folder, split="train", images=images, size=224)
+        encoders = {str(seed): build("resnet50", 1, seed=seed) for seed in (0, 1)}
+        began = time.perf_counter()
+        found = across(encoders, [("0", "1")], probe, [cut.name for cut in encoders["0"].cuts[1:]])
+        print(f"{len(found.cuts)} layers, {found.images} images: {time.perf_counter() - began:.0f} s, peak of the process {peak():.2f} GB")
+
+
+def against_numpy(rows: int, channels: int, rounds: int) -> None:
     draw = rng("similarity benchmark")
-    shape = (options.rows, options.channels)
+    shape = (rows, channels)
     x, y = draw.normal(size=shape), draw.normal(size=shape)
-    x *= np.geomspace(1, 0.1, options.channels)
+    x *= np.geomspace(1, 0.1, channels)
     y *= 0.3
-    for start in range(0, options.rows, 1000):  # in place and in parts: the peak is to be that of the work
+    for start in range(0, rows, 1000):  # in place and in parts: the peak is to be that of the work
         y[start : start + 1000] += 0.7 * x[start : start + 1000, ::-1]
     svcca(x, y)
     memory = peak()
     seconds: dict[str, list[float]] = {"ours": [], "NumPy": []}
     values = {}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name in seconds:
             began = time.process_time()
             values[name] = svcca(x, y) if name == "ours" else numpy_svcca(x.T, y.T)
@@ -75,15 +80,23 @@ def main() -> None:
     print(f"SVCCA of {shape[0]:,} x {shape[1]} twice, one thread: ours {ours:.2f} s, NumPy {peer:.2f} s")
     held = 2 * x.nbytes / 1e9
     print(f"values differ by {abs(values['ours'] - values['NumPy']):.1e}; peak of the process {memory:.2f} GB, {held:.2f} of it the arrays")
-    if options.layers:
-        with tempfile.TemporaryDirectory() as folder:
-            pack(load_card("phantom-chest"), f"phantom:{options.layers * 2}", folder)
-            probe = Probe(folder, split="train", images=options.layers, size=224)
-            encoders = {str(seed): build("resnet50", 1, seed=seed) for seed in (0, 1)}
-            before, began = peak(), time.perf_counter()
-            found = across(encoders, [("0", "1")], probe, [cut.name for cut in encoders["0"].cuts[1:]])
-            print(f"{len(found.cuts)} layers, {found.images} images: {time.perf_counter() - began:.0f} s, {peak() - before:.2f} GB")
     print(f"ratio {peer / ours:.1f} (goal 5)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--layers", type=int, default=0, metavar="IMAGES", help="instead: all cuts of a ResNet-50 at 224 px on so many images"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.layers:
+        layers(options.layers)
+    else:
+        against_numpy(options.rows, options.channels, options.rounds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_cluster_cli import Allograft, allograft
 
-from analysis.activations import Probe, evaluating, maps_at
+from analysis.activations import Probe, maps_at
+from analysis.evaluating import evaluating
 from analysis.layers import across, averaged, top
 from base.config import to_yaml
 from base.errors import RequestError

@@ -18,6 +18,7 @@ from analysis.evidence import gather
 from analysis.findings import significance
 from analysis.replicates import Bootstrap
 from analysis.results import finished
+from analysis.study_floors import StudyFloors
 from base import storage
 from cluster import quarantine
 from shards.corpus import Corpus
@@ -197,11 +198,11 @@ def test_what_a_chain_forgot_of_earlier_corpora_is_a_table(tmp_path: Path) -> No
     assert re.findall(r"0\.810|0\.740|-0\.070|none", table)[:4] == ["none", "0.810", "0.740", "-0.070"]
 
 
-def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path) -> None:
     out = make(tmp_path, {"random": 0.0, "simclr": 0.2}, seeds=2, images=150, strata=3)
     evidence = gather(str(out), QUICK)
     held = {"pixels": {"auroc_mean": 0.9, "auroc_within_mean": 0.9}, "metadata": {"auroc_mean": 0.756, "auroc_within_mean": 0.5}}
-    monkeypatch.setattr(reports, "floors", lambda _: ({("phantom-chest", 1.0): held}, []))
+    evidence.floors = StudyFloors(evidence, {("phantom-chest", 1.0): held}, [])
     page = reports.page(evidence)
     assert "under floor 0.900" in page
     assert "AUROC, confounded" in page

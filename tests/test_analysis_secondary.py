@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated import World, study
 
 from analysis.ranks import critical_difference, ranks
 from analysis.replicates import Scores, metric_B
 from analysis.secondary import delong_difference, hedges, influence, secondary, stars
-from analysis.simulated import World, study
 from base.seeds import rng
 
 

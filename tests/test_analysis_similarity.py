@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from analysis import similarity as sim
-from analysis.activations import evaluating
+from analysis.evaluating import evaluating
 from analysis.moments import Sums
 from base.errors import RequestError, WorkError
 from base.seeds import rng

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated import World
+from simulated import study as simulated
 
 from analysis import metrics
 from analysis.components import Parts
 from analysis.replicates import Bootstrap, Scores, metric_B, resample
-from analysis.simulated import World
-from analysis.simulated import study as simulated
 from analysis.statistics import Comparison, compare, holm
 from base.seeds import rng
 

@@ -1,4 +1,4 @@
-"""Studies with a known truth, to measure what the statistics hold: benchmarks/coverage.py, benchmarks/power.py and their tests.
+"""Studies with a known truth, to measure what the statistics hold: benchmarks/coverage.py, benchmarks/power.py and tests.
 
 a, b = study(World(metric="dice", seeds=5, lift=0.02), rng("any", 0)); compare(a, b, "dice")
 
@@ -9,7 +9,7 @@ checkpoint and the cell. AUROC: scores of two normal classes of variance 1, so t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
@@ -98,29 +98,3 @@ def study(world: World, draw: np.random.Generator) -> tuple[list[Scores], list[S
                     cells.append(Scores(seed, names, patient_N, target_NL, apart_NL + noise_NL, source_seed=r))
         sides.append(cells)
     return sides[0], sides[1]
-
-
-def shared_out(world: World, shares: tuple[float, float, float], variance: float) -> World:
-    """The world in which seeds, patients and their interaction have these shares of the estimate's variance.
-
-    Args:
-        variance: of one cell's metric from its patients, in the world as it is.
-    """
-    seeds, patients, interaction = shares
-    cells = world.seeds * world.pretraining_seeds
-    # A cell's own mistakes have half of what is not common; from there the others follow.
-    own, source = interaction * cells, patients
-    several = world.pretraining_seeds > 1
-    checkpoint = interaction * world.pretraining_seeds / 2 if several else 0.0
-    own = own / 2 if several else own
-    scale = 0.5 / (own + source + checkpoint)
-    of_seeds = seeds * scale * variance
-    tuning, pretraining = (of_seeds / 3, of_seeds / 3) if several else (of_seeds, 0.0)
-    return replace(
-        world,
-        mistakes=(0.5, source * scale, checkpoint * scale, own * scale),
-        tuning_sd=math.sqrt(tuning * world.seeds),
-        pretraining_sd=math.sqrt(pretraining * world.pretraining_seeds),
-        both_sd=math.sqrt(of_seeds / 3 * cells) if several else 0.0,
-        shared_sd=math.sqrt(of_seeds * world.seeds) if world.paired else 0.0,
-    )
