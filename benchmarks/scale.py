@@ -4,8 +4,8 @@ nice .venv/bin/python benchmarks/scale.py                           # about 3 mi
 
 data        manifests of 1,000, 10,000 and 100,000 shards of 10,000 images each: bytes, seconds and memory to read one, to draw the first
             batch and one from the middle of an epoch, each in a process of its own; bytes of the indices
-requests    what is asked of an object store, counted in an fsspec store in memory, at 30 ms a request: a cell, its projection, what a
-            driver that starts again looks at, a checkpoint of 8, 64 and 512 ranks
+requests    what is asked of an object store, counted in an fsspec store in memory that takes 30 ms for each: a cell, its projection,
+            what a driver that starts again looks at, a checkpoint of 8, 64 and 512 ranks
 cells       10,000 cells on 8, 64 and 512 GPUs against a clock that is not real: the line of the fan-out itself, in the order of the
             plan and longest first, cells that stop early, nodes of 8 GPUs that die, and a driver that takes its time for each cell
 checkpoint  how fast one is written on this disk, and what that means for larger networks
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ def data(counts: Sequence[int]) -> None:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Requests to an object store inside, by what is asked; each would take LATENCY_S."""
+    """Requests to an object store inside, by what is asked; each takes LATENCY_S."""
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -110,51 +110,67 @@ def counted() -> Iterator[Counter[str]]:
 
     asked: Counter[str] = Counter()
 
+    def ask(what: str, keys: int = 1) -> None:
+        pages = max(1, -(-keys // 1000))  # of a listing of S3, each with 1,000 keys
+        asked[what] += pages
+        time.sleep(LATENCY_S * pages)
+
     class Counting(MemoryFileSystem):
         def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
             found = super().ls(path, detail, **kwargs)
-            asked["list"] += max(1, -(-len(found) // 1000))  # a page of S3 has 1,000 keys
+            ask("list", len(found))
+            return found
+
+        def find(self, path: str, *_: Any, **kwargs: Any) -> list[str]:
+            found = [key for key in self.store if key.startswith(f"{path}/")]  # as s3fs does: all keys below, folders are none
+            ask("list", len(found))
             return found
 
         def exists(self, path: str, **kwargs: Any) -> bool:
-            asked["head"] += 1
+            ask("head")
             return bool(super().exists(path, **kwargs))
 
         def cat_file(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
-            asked["get"] += 1
+            ask("get")
             return super().cat_file(path, *arguments, **kwargs)
 
         def get_file(self, *arguments: Any, **kwargs: Any) -> None:
-            asked["get"] += 1
+            ask("get")
             super().get_file(*arguments, **kwargs)
 
         def pipe_file(self, *arguments: Any, **kwargs: Any) -> None:
-            asked["put"] += 1
+            ask("put")
             super().pipe_file(*arguments, **kwargs)
 
         def put_file(self, *arguments: Any, **kwargs: Any) -> None:
-            asked["put"] += 1
+            ask("put")
             super().put_file(*arguments, **kwargs)
 
     fsspec.register_implementation("counted", Counting, clobber=True)
     Counting.protocol = "counted"
-    known, storage._fs = storage._fs, lambda url: (Counting(), url.partition("://")[2])  # type: ignore[assignment]
+    known, storage._fs = storage._fs, lambda url: (Counting(), "/" + url.partition("://")[2])  # type: ignore[assignment]
     try:
         yield asked
     finally:
         storage._fs = known
 
 
-def told(what: str, asked: Counter[str], times: int = 1) -> None:
-    every = sum(asked.values())
-    kinds = ", ".join(f"{count / times:,.1f} {kind}" for kind, count in sorted(asked.items()))
-    print(f"    {what:66s}{every / times:10,.1f} requests, {every * LATENCY_S / times:8.1f} s one after the other  ({kinds})", flush=True)
+def told(what: str, asked: Counter[str], act: Callable[[], object]) -> None:
     asked.clear()
+    began = time.perf_counter()
+    act()
+    seconds, every = time.perf_counter() - began, sum(asked.values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(asked.items()))
+    print(
+        f"    {what:66s}{every:8,d} requests, {every * LATENCY_S:6.1f} s one after the other, took {seconds:5.1f} s  ({kinds})", flush=True
+    )
 
 
 def requests(cells: int) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
     from base import storage
-    from cluster.standing import done
+    from cluster.standing import finished
     from engine import checkpoint
 
     golden = Path(__file__).parent.parent / "tests" / "golden"
@@ -163,28 +179,32 @@ def requests(cells: int) -> None:
         for file in ("config.yaml", "metrics.jsonl", "predictions.parquet", "heat.npz"):
             (local / file).write_bytes(b"0" * 1000)
         (local / "result.json").write_bytes((golden / "cell_result.json").read_bytes())
-        storage.exists("counted://out/cells/0/result.json")
-        storage.put_dir(local, "counted://out/cells/0", last=("result.json",))
-        told("a cell leaves its files", asked)
-        for file in ("result.json", "config.yaml", "metrics.jsonl"):
-            storage.read_bytes(f"counted://out/cells/0/{file}")
-        told("its projection into MLflow reads them", asked)
+        cell = "counted://out/cells/0"
+
+        def leave() -> None:
+            storage.exists(f"{cell}/result.json")
+            storage.put_dir(local, cell, last=("result.json",))
+
+        told("a cell leaves its files", asked, leave)
+        read = ("result.json", "config.yaml", "metrics.jsonl")
+        told("its projection into MLflow reads them", asked, lambda: [storage.read_bytes(f"{cell}/{file}") for file in read])
+        files = [path.name for path in local.iterdir()]
+        plain = MemoryFileSystem()  # the same store, which takes no time
         for i in range(cells):
-            storage.put(f"counted://many/cells/{i:016x}/result.json", "{}")
-        asked.clear()
-        storage.listing("counted://many/cells")
-        told(f"a driver that starts again lists {cells:,} cells", asked)
-        for i in range(cells):
-            done(f"counted://many/cells/{i:016x}")
-        told(f"and asks for the result of each of {cells:,}", asked)
+            for file in files:
+                plain.pipe_file(f"/many/cells/{i:016x}/{file}", b"{}")
+        told(f"which of {cells:,} cells stand, for a driver that starts again", asked, lambda: finished("counted://many/cells"))
         for world in (8, 64, 512):
             place, snapshot = f"counted://run/{world}/step-00000001", checkpoint.Snapshot(1, {}, {}, {})
-            for rank in range(1, world):
-                checkpoint._write_files(place, snapshot, rank, world)
-            asked.clear()
-            checkpoint._write_files(place, snapshot, 0, world)
-            checkpoint._commit(place, snapshot, world)
-            told(f"rank 0 commits a checkpoint of {world} ranks", asked)
+            done = [(f"/run/{world}/step-00000001/rank{rank}.done", json.dumps({f"rank{rank}.safetensors": ""})) for rank in range(world)]
+            for path, hashes in done[1:]:
+                plain.pipe_file(path, hashes.encode())
+
+            def commit(place: str = place, snapshot: checkpoint.Snapshot = snapshot, world: int = world) -> None:
+                checkpoint._write_files(place, snapshot, 0, world)
+                checkpoint._commit(place, snapshot, world)
+
+            told(f"rank 0 commits a checkpoint of {world} ranks", asked, commit)
 
 
 # -- cells against a clock that is not real
