@@ -20,7 +20,7 @@ from base.errors import RequestError
 from base.seeds import seed_of
 from encoders.build import Encoder, channels_first, end, steps
 from encoders.cuts import find
-from shards.loader import Corpus
+from shards.corpus import Corpus
 from shards.views import VIEWS_VERSION, resize
 
 BATCH = 32

@@ -96,7 +96,7 @@ def _legend() -> str:
 
 
 def _corpus(evidence: Evidence, dataset: str) -> Any:
-    from shards.loader import Corpus
+    from shards.corpus import Corpus
 
     return Corpus(evidence.shards[dataset], ("test",))
 

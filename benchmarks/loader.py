@@ -37,7 +37,8 @@ import xrays
 from lightly.transforms import SimCLRTransform
 
 from shards.batches import BatchReader, Parts
-from shards.loader import Corpus, TrainLoader
+from shards.corpus import Corpus
+from shards.loader import TrainLoader
 from shards.views import ViewsConfig
 
 VIEW, BATCH, SHARDS = 224, 64, 8

@@ -41,7 +41,9 @@ def write(folder: Path, shards: int) -> None:
 
 def use(folder: str, workers: int, steps: int) -> None:
     """The process that is measured: prints seconds to the first batch, gigabytes then, and gigabytes after the steps."""
-    from shards.loader import Corpus, TrainLoader, ViewsConfig
+    from shards.corpus import Corpus
+    from shards.loader import TrainLoader
+    from shards.views import ViewsConfig
 
     started = time.perf_counter()
     loader = TrainLoader([Corpus(folder)], None, ViewsConfig(kind="two", size=32), 256, seed=0, workers=workers, labels=[])

@@ -32,9 +32,10 @@ import webdataset
 import xrays
 from isal import isal_zlib
 
-from shards.loader import Corpus, ViewsConfig, decode_all
+from shards.corpus import Corpus
+from shards.decoded import decode_all
 from shards.shardfile import opened
-from shards.views import make
+from shards.views import ViewsConfig, make
 
 VIEWS = ViewsConfig(kind="two", size=224, crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8)
 SHARDS = 8

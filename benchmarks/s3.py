@@ -28,8 +28,8 @@ import xrays
 from base import storage
 from base.paths import ROOT
 from shards import shardfile
+from shards.corpus import Corpus
 from shards.evaluate import in_order
-from shards.loader import Corpus
 
 sys.path.insert(0, str(ROOT / "tests"))
 from faulty_s3 import store

@@ -26,8 +26,9 @@ from base.errors import RequestError, WorkError
 from base.seeds import rng
 from finetune.task import Task
 from shards.card import NOT_JUDGED
-from shards.decoded import Pad
-from shards.loader import Corpus, Decoded, Targets, decode_all
+from shards.corpus import Corpus
+from shards.decoded import Decoded, Pad, decode_all
+from shards.labels import Targets
 
 
 @dataclass(frozen=True)

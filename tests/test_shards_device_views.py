@@ -10,9 +10,10 @@ from scipy.stats import ks_2samp
 from tiny_corpus import picture, write
 
 from base.errors import RequestError
+from shards.corpus import Corpus
 from shards.device_views import apply, table
 from shards.draws import ViewsConfig
-from shards.loader import Corpus, TrainLoader
+from shards.loader import TrainLoader
 from shards.views import make, resize
 
 PLAIN: dict[str, Any] = {"kind": "one", "size": 32, "jitter_p": 0.0, "blur_p": 0.0}

@@ -16,8 +16,9 @@ from base.errors import WorkError
 from shards import in_place, shardfile
 from shards.card import Card
 from shards.corpus import Corpus
-from shards.loader import TrainLoader, ViewsConfig
+from shards.loader import TrainLoader
 from shards.pack import pack
+from shards.views import ViewsConfig
 
 CARD = Card.model_validate(
     {

@@ -20,11 +20,13 @@ from tiny_corpus import picture, write
 
 from base.errors import RequestError, WorkError
 from shards import manifest, shardfile
+from shards.batches import Batch
 from shards.card import NOT_JUDGED
 from shards.corpus import Corpus, DamagedSample
 from shards.decoded import decode_all
 from shards.evaluate import eval_batches
-from shards.loader import Batch, TrainLoader, targets
+from shards.labels import targets
+from shards.loader import TrainLoader
 from shards.order import Order
 from shards.quarantine import Quarantine
 from shards.views import ViewsConfig, resize, resize_mask

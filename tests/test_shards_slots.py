@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from tiny_corpus import write
 
-from shards.loader import Corpus, TrainLoader, ViewsConfig
+from shards.corpus import Corpus
+from shards.loader import TrainLoader
 from shards.slots import Slots
+from shards.views import ViewsConfig
 
 
 def test_a_slot_is_free_when_the_last_view_of_it_is_gone() -> None:

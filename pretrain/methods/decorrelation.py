@@ -33,7 +33,7 @@ from engine import ranks
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class BarlowTwinsOptions(Strict):

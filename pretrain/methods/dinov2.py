@@ -36,7 +36,7 @@ from pretrain.methods import Facts, Method, Output
 from pretrain.methods.dino import DINOHead, DINOOptions, check_crops, frozen, teacher_temperature
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 ITERATIONS = 3  # of Sinkhorn, as in the official code

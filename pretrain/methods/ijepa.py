@@ -38,7 +38,7 @@ from pretrain import masking
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 Shape = tuple[int, int]
 MOST_TRIES = 1000  # one in some hundred images needs a second

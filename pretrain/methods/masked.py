@@ -35,7 +35,7 @@ from pretrain import masking
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class MAEOptions(Strict):

@@ -29,7 +29,7 @@ from pretrain.methods import Embed, Facts, Output
 from pretrain.methods.moco import MoCo, MoCoOptions, MoCoV2, MoCoV2Options
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 CLUSTERS = (25_000, 50_000, 100_000)
 ITERATIONS = 20

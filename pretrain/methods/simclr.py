@@ -28,7 +28,7 @@ from base.config import Strict
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class SimCLROptions(Strict):

@@ -24,7 +24,7 @@ from engine.losses import label_loss, least_constant
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class SupervisedOptions(Strict):
