@@ -162,7 +162,7 @@ def told(what: str, asked: Counter[str], act: Callable[[], object]) -> None:
     seconds, every = time.perf_counter() - began, sum(asked.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(asked.items()))
     print(
-        f"    {what:66s}{every:8,d} requests, {every * LATENCY_S:6.1f} s one after the other, took {seconds:5.1f} s  ({kinds})", flush=True
+        f"    {what:62s}{every:6,d} requests, {every * LATENCY_S:5.1f} s one after the other, took {seconds:4.1f} s ({kinds})", flush=True
     )
 
 
@@ -193,7 +193,11 @@ def requests(cells: int) -> None:
         for i in range(cells):
             for file in files:
                 plain.pipe_file(f"/many/cells/{i:016x}/{file}", b"{}")
-        told(f"which of {cells:,} cells stand, for a driver that starts again", asked, lambda: finished("counted://many/cells"))
+
+        def stand() -> None:
+            assert len(finished("counted://many/cells")) == cells
+
+        told(f"which of {cells:,} cells stand, for a driver that starts again", asked, stand)
         for world in (8, 64, 512):
             place, snapshot = f"counted://run/{world}/step-00000001", checkpoint.Snapshot(1, {}, {}, {})
             done = [(f"/run/{world}/step-00000001/rank{rank}.done", json.dumps({f"rank{rank}.safetensors": ""})) for rank in range(world)]
