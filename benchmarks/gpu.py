@@ -6,7 +6,7 @@
 Each row is a pretraining as `pretrain.run` runs it, in a process of its own: real shards of grey 512 px JPEGs (benchmarks/xrays.py) through
 the real loader, the paper's preset at the batch below, bf16, channels last. Columns: views a second; of the roofline (the larger of
 operations over speed and bytes over bandwidth, pretrain/explain.py); of the operations alone (MFU); time waiting for data; peak memory, and
-what `allograft explain` expects of it. The first twenty steps are left out.
+what `allograft explain` expects of it. The first twenty steps are left out. Compiled rows (`compile: true`) are the first two again.
 
 Goals on one H100: ResNet-50 at 75 % of its roofline (50 to 60 % is what good code reaches), ViT-B/16 at 45 % MFU, data wait under 5 %.
 """
@@ -31,12 +31,15 @@ class Row(NamedTuple):
     recipe: str
     architecture: str
     batch: int
+    compiled: bool = False
 
 
 ROWS = {
     "ResNet-50 SimCLR": Row("simclr/paper", "resnet50", 256),
     "ViT-B/16 DINO": Row("dino/paper", "vit_base_patch16_224", 128),
     "ViT-B/16 MAE": Row("mae/paper", "vit_base_patch16_224", 512),
+    "ResNet-50 compiled": Row("simclr/paper", "resnet50", 256, True),
+    "ViT-B/16 compiled": Row("dino/paper", "vit_base_patch16_224", 128, True),
 }
 TINY = {
     "ResNet-50 SimCLR": Row("simclr/smoke", "test_resnet", 8),
@@ -52,11 +55,12 @@ def measure(row: Row, shards: str, out: str, workers: int, steps: int, logged: i
     from pretrain.explain import explain
     from pretrain.recipe import load_recipe
     from pretrain.run import DataRef, PretrainConfig, run
-    from shards.loader import Corpus
+    from shards.corpus import Corpus
 
     corpus = Corpus(shards)
-    changes = {"global_batch": row.batch, "epochs": 1e6, "max_steps": steps, "log_every_steps": logged, "precision": "bf16"}
-    recipe = load_recipe(row.recipe, changes | {"checkpoint_every_steps": 0, "stop_when_collapsed": False})
+    changes: dict[str, Any] = {"global_batch": row.batch, "epochs": 1e6, "max_steps": steps, "log_every_steps": logged, "precision": "bf16"}
+    changes |= {"checkpoint_every_steps": 0, "stop_when_collapsed": False, "compile": row.compiled}
+    recipe = load_recipe(row.recipe, changes)
     config = PretrainConfig(
         name="gpu",
         key="0",

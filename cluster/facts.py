@@ -58,6 +58,7 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
         "start_from": config.get("start_from_name") or "random",
         "data": " + ".join(f"{entry['dataset']} {entry['split']}" for entry in config["data"]),
         "replay": config.get("replay"),
+        "labels": ", ".join(config.get("labels") or []) or None,
         "seed": config["seed"],
         **{f"recipe.{key}": value for key, value in recipe.items() if key not in UNTOLD},
         **{f"digest.{entry['dataset']}": entry["digest"] for entry in config["data"]},

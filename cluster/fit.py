@@ -6,7 +6,7 @@ fits(study, corpora)        # RequestError naming the run, or nothing
 from collections.abc import Mapping
 
 from base.errors import RequestError
-from cluster.plan import Corpus, pretrain_data
+from cluster.plan import Corpus, pretrain_data, pretrain_labels
 from cluster.study import PretrainEntry, Study
 from pretrain import methods
 from pretrain.recipe import load_recipe
@@ -39,7 +39,9 @@ def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> N
     kind = methods.method_class(recipe.method)
     refs = pretrain_data(study, entry, corpora)
     sizes = [corpora[ref.dataset].manifest.counts[ref.split] - len(ref.without) for ref in refs]
-    labels = dict.fromkeys(label for ref in refs for label in corpora[ref.dataset].manifest.card.labels)
+    cards = [corpora[ref.dataset].manifest.card for ref in refs]
+    limited = pretrain_labels(entry, recipe.method, cards, "labels")
+    labels = limited or list(dict.fromkeys(label for card in cards for label in card.labels))
     facts = methods.Facts(
         seed=entry.seeds[0],
         samples=sum(sizes),

@@ -12,8 +12,8 @@ from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, unknown
 from base.paths import absolute, is_url, named, names, with_preset
-from cluster.study import PretrainEntry, Study
-from finetune.task import METRICS, load_task
+from cluster.study import Cells, PretrainEntry, Study
+from finetune.task import METRICS, Task, load_task
 
 if TYPE_CHECKING:
     from shards.card import Card
@@ -122,109 +122,131 @@ def check_claims(study: Study, where: str) -> None:
 
 def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
-    from cluster.claims import Asked
-    from encoders.cuts import family
-    from engine.step import rank_batch
-    from finetune.search import asked
-    from finetune.strategies import check, resolve
-    from pretrain import methods
-    from pretrain.recipe import load_recipe
     from shards.card import load_card
 
     cards = {name: load_card(name) for name in study.data}
     earlier: dict[str, PretrainEntry] = {}
     for i, entry in enumerate(study.pretrain):
-        key = f"{where}: pretrain[{i}]"
-        if entry.name in earlier:
-            raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
-        recipe = load_recipe(entry.recipe, entry.settings)
-        methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
-        for count in study.resources.pretrain_range:
-            rank_batch(recipe.global_batch, count)
-        for dataset in entry.data:
-            if dataset not in study.data:
-                raise unknown("dataset", dataset, study.data, where=f"{key}.data")
-        if entry.architecture:
-            family(entry.architecture)
-        if len(set(entry.seeds)) < len(entry.seeds):
-            raise RequestError("a seed stands twice", where=f"{key}.seeds")
-        channels = {dataset: cards[dataset].channels for dataset in entry.data}
-        if len(set(channels.values())) > 1:
-            raise RequestError(f"grey and colour corpora in one run: {channels}", where=f"{key}.data", hint="one run for each")
-        _check_source(entry.start_from, earlier, f"{key}.start_from")
-        start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
-        if entry.architecture and start and entry.architecture != start:
-            where = f"{key}.architecture"
-            raise RequestError(f"weights of {start} do not fit {entry.architecture}", where=where, hint=f"architecture: {start}")
-        if entry.architecture is None and entry.start_from == "random":
-            raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
+        _check_run(study, entry, earlier, cards, f"{where}: pretrain[{i}]")
         earlier[entry.name] = entry
-        if entry.replay is not None:
-            _check_replay(study, entry, cards, key)
     if study.cells is None:
         return
-    for i, source in enumerate(study.cells.sources):
-        _check_source(source.source, earlier, f"{where}: cells.sources[{i}]")
-    sources = [source.name for source in study.cells.sources]
-    for architecture in study.cells.architectures:
-        family(architecture)
-    foreign = any(not source.source.startswith("pretrain:") and source.source != "random" for source in study.cells.sources)
-    if not study.cells.architectures and not study.pretrain and not foreign:
-        raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")
-    for i, strategy in enumerate(study.cells.strategies):
-        resolve(asked(strategy, f"{where}: cells.strategies[{i}]")[1], f"{where}: cells.strategies[{i}]")
-    wanted = Asked(study)
-    for i, task in enumerate(study.cells.tasks):
-        found = load_task(task, study.cells.task_settings.get(task, {}))
-        if found.dataset not in cards:
-            hint = f"data.{found.dataset}.raw=PATH"
-            raise RequestError(f"task '{task}' needs the dataset '{found.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
-        for j, strategy in enumerate(study.cells.strategies):
-            for architecture in _architectures(study):
-                if wanted.strategy(found.task, architecture, strategy):
-                    check(asked(strategy)[1], architecture, found, f"{where}: cells.strategies[{j}]")
-        for axis in ("fractions", "resolutions"):
-            values = getattr(study.cells, axis)
-            for name in values if isinstance(values, dict) else ():
-                if name not in study.cells.tasks:
-                    raise unknown("task", name, study.cells.tasks, where=f"{where}: cells.{axis}")
-    for name in study.cells.task_settings:
-        if name not in study.cells.tasks:
-            raise unknown("task", name, study.cells.tasks, where=f"{where}: cells.task_settings")
-    for name in study.cells.shuffled_labels:
-        if name not in sources:
-            raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
-    tested = {load_task(task, study.cells.task_settings.get(task, {})).dataset for task in study.cells.tasks}
+    tasks = {name: load_task(name, study.cells.task_settings.get(name, {})) for name in study.cells.tasks}
+    _check_sources(study, study.cells, earlier, where)
+    _check_tasks(study, study.cells, tasks, where)
+    tested = {task.dataset for task in tasks.values()}
     for i, entry in enumerate(study.pretrain):
         for dataset, split in entry.data.items():
             if split == "test" and dataset in tested:
                 key, hint = f"{where}: pretrain[{i}].data.{dataset}", f"pretrain.{i}.data.{dataset}=train"
                 raise RequestError("pretraining on the test images of a task of this study", where=key, hint=hint)
-    tasks = [with_preset(task)[0] for task in study.cells.tasks]
     check_claims(study, where)
-    if study.champion and study.champion.task not in tasks:
-        raise unknown("task", study.champion.task, tasks, where=f"{where}: champion.task")
-    if study.champion and study.champion.metric not in METRICS[load_task(study.champion.task).kind]:
-        raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
+    if study.champion:
+        held = {with_preset(name)[0]: task for name, task in tasks.items()}
+        if study.champion.task not in held:
+            raise unknown("task", study.champion.task, held, where=f"{where}: champion.task")
+        if study.champion.metric not in METRICS[held[study.champion.task].kind]:
+            raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
+
+
+def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, PretrainEntry], cards: Mapping[str, "Card"], key: str) -> None:
+    """A pretraining, with the runs that stand before it in the file."""
+    from cluster.plan import pretrain_labels
+    from encoders.cuts import family
+    from engine.step import rank_batch
+    from pretrain import methods
+    from pretrain.recipe import load_recipe
+
+    if entry.name in earlier:
+        raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
+    recipe = load_recipe(entry.recipe, entry.settings)
+    methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
+    for count in study.resources.pretrain_range:
+        rank_batch(recipe.global_batch, count)
+    for dataset in entry.data:
+        if dataset not in study.data:
+            raise unknown("dataset", dataset, study.data, where=f"{key}.data")
+    if entry.architecture:
+        family(entry.architecture)
+    if len(set(entry.seeds)) < len(entry.seeds):
+        raise RequestError("a seed stands twice", where=f"{key}.seeds")
+    _one_kind([*entry.data], cards, f"{key}.data", "one run for each")
+    read = [cards[dataset] for dataset in [*entry.data, *(dataset for dataset, _ in study.replayed(entry))]]
+    if not any(card.labels_found for card in read):
+        pretrain_labels(entry, recipe.method, read, f"{key}.labels")
+    _check_source(entry.start_from, earlier, f"{key}.start_from")
+    start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
+    if entry.architecture and start and entry.architecture != start:
+        raise RequestError(
+            f"weights of {start} do not fit {entry.architecture}", where=f"{key}.architecture", hint=f"architecture: {start}"
+        )
+    if entry.architecture is None and entry.start_from == "random":
+        raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
+    if entry.replay is not None:
+        _check_replay(study, entry, cards, f"{key}.replay")
+
+
+def _check_sources(study: Study, cells: Cells, earlier: Mapping[str, PretrainEntry], where: str) -> None:
+    """Sources and architectures of the matrix, and what names them."""
+    from encoders.cuts import family
+
+    for i, source in enumerate(cells.sources):
+        _check_source(source.source, earlier, f"{where}: cells.sources[{i}]")
+    for architecture in cells.architectures:
+        family(architecture)
+    outside = any(not source.source.startswith("pretrain:") and source.source != "random" for source in cells.sources)
+    if not cells.architectures and not study.pretrain and not outside:
+        raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")
+    sources = [source.name for source in cells.sources]
+    for name in cells.shuffled_labels:
+        if name not in sources:
+            raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
+
+
+def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: str) -> None:
+    """Strategies and tasks of the matrix, with each other and with the architectures, and what names tasks."""
+    from cluster.claims import Asked
+    from finetune.search import asked
+    from finetune.strategies import check, resolve
+
+    for i, strategy in enumerate(cells.strategies):
+        resolve(asked(strategy, f"{where}: cells.strategies[{i}]")[1], f"{where}: cells.strategies[{i}]")
+    wanted = Asked(study)
+    for i, (name, task) in enumerate(tasks.items()):
+        if task.dataset not in study.data:
+            hint = f"data.{task.dataset}.raw=PATH"
+            raise RequestError(f"task '{name}' needs the dataset '{task.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
+        for j, strategy in enumerate(cells.strategies):
+            for architecture in _architectures(study):
+                if wanted.strategy(task.task, architecture, strategy):
+                    check(asked(strategy)[1], architecture, task, f"{where}: cells.strategies[{j}]")
+    for axis in ("fractions", "resolutions", "task_settings"):
+        values = getattr(cells, axis)
+        for name in values if isinstance(values, dict) else ():
+            if name not in cells.tasks:
+                raise unknown("task", name, cells.tasks, where=f"{where}: cells.{axis}")
+
+
+def _one_kind(datasets: Sequence[str], cards: Mapping[str, "Card"], where: str, hint: str | None = None) -> None:
+    channels = {dataset: cards[dataset].channels for dataset in datasets}
+    if len(set(channels.values())) > 1:
+        raise RequestError(f"grey and colour corpora in one run: {channels}", where=where, hint=hint)
 
 
 def _is_path(source: str) -> bool:
     return source.partition(":")[0] not in KINDS and not is_url(source) and ("/" in source or source.startswith("."))
 
 
-def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"], key: str) -> None:
+def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"], where: str) -> None:
     from pretrain import methods
     from pretrain.recipe import load_recipe
 
-    where = f"{key}.replay"
     if not study.before(entry):
         raise RequestError("there is nothing to replay: it starts from no run of this study", where=where, hint="start_from: pretrain:NAME")
     replayed = study.replayed(entry)
     if not replayed:
         raise RequestError("there is nothing to replay: the runs before it read the same data", where=where, hint="leave replay out")
-    channels = {dataset: cards[dataset].channels for dataset in [*entry.data, *(dataset for dataset, _ in replayed)]}
-    if len(set(channels.values())) > 1:
-        raise RequestError(f"grey and colour corpora in one run: {channels}", where=where)
+    _one_kind([*entry.data, *(dataset for dataset, _ in replayed)], cards, where)
     method = load_recipe(entry.recipe, entry.settings).method
     if methods.method_class(method).exact_epochs:
         raise RequestError(f"{method} needs every sample once an epoch, and replay mixes by shares", where=where, hint="leave replay out")
@@ -239,7 +261,7 @@ def _architectures(study: Study) -> list[str]:
     return list(dict.fromkeys(architecture for architecture in named if architecture is not None))
 
 
-def _check_source(source: str, earlier: dict[str, PretrainEntry], where: str) -> None:
+def _check_source(source: str, earlier: Mapping[str, PretrainEntry], where: str) -> None:
     kind, _, rest = source.partition(":")
     if kind == "pretrain" and rest not in earlier:
         raise unknown("pretraining run", rest, earlier, where=where)

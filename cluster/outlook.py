@@ -196,7 +196,8 @@ def _of_runs(
             hours = total.add(one, todo, held)
             total.bytes += run.bytes * todo
             state += f", {run.explained.steps:,} steps, {_hours(hours, unit)} {one.basis}, {_size(run.bytes * todo)}"
-        yield node, f"{state}  ({entry.recipe} from {entry.start_from})"
+        labels = entry.labels if isinstance(entry.labels, str) else f"{len(entry.labels)} labels" if entry.labels else ""
+        yield node, f"{state}  ({entry.recipe} from {entry.start_from}{labels and f', {labels}'})"
 
 
 # -- cells
@@ -276,7 +277,7 @@ def _like(one: Chosen) -> CellConfig:
         task=one.task,
         fraction=one.setting.fraction,
         resolution=one.setting.resolution,
-        dtype=study.resources.dtype,
+        dtype=study.resources.cell_dtype,
         keep=study.cells.keep if study.cells else "nothing",
         role="cell",
     )

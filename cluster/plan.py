@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from analysis.exposure import Seen, exposed_to
 from base.config import digest
-from base.errors import RequestError
+from base.errors import RequestError, unknown
 from base.storage import join
 from cluster.claims import Asked
 from cluster.study import PretrainEntry, Study
@@ -19,6 +19,7 @@ from finetune.cell import CELL_VERSION, CellConfig
 from finetune.task import Task, load_task
 from pretrain.recipe import load_recipe
 from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig, without_name
+from shards.card import Card
 from shards.manifest import Manifest
 from shards.views import VIEWS_VERSION
 
@@ -65,18 +66,19 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         raise RequestError("no architecture", where=f"pretrain.{entry.name}")
     data = pretrain_data(study, entry, corpora)
     in_chans = corpora[data[0].dataset].manifest.card.channels
+    labels = pretrain_labels(entry, recipe.method, [corpora[ref.dataset].manifest.card for ref in data], f"pretrain.{entry.name}.labels")
     labelled = {name: (name, split) for name, split in study.earlier(entry) if _can_be_probed(corpora[name], in_chans)}
     identity = {
         "name": entry.name,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "architecture": architecture,
-        # What is left out is named only where something is, so that other runs keep their keys.
+        # What is left out, and labels, are named only where something is, so that other runs keep their keys.
         "data": [ref.model_dump(exclude={"shards"} if ref.without else {"shards", "without"}) for ref in data],
         "start_from_sha256": start.sha256 if start else None,
         "seed": seed,
         "threads": study.resources.threads,
         "version": PRETRAIN_VERSION,
-    }
+    } | ({"labels": labels} if labels else {})
     key = digest(identity)[:KEY_DIGITS]
     return PretrainConfig(
         name=entry.name,
@@ -89,6 +91,7 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         start_from_sha256=start.sha256 if start else None,
         start_from_name=entry.start_from if start else None,
         replay=entry.replay,
+        labels=labels,
         earlier=_refs(corpora, labelled.values(), None),
         seed=seed,
         out=join(study.out, "pretrain", f"{entry.name}-{key}"),
@@ -101,6 +104,31 @@ def pretrain_data(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corp
     """What a run reads: its own data, then what it replays of the runs before it."""
     own = _refs(corpora, entry.data.items(), None if entry.replay is None else 1 - entry.replay)
     return own + _refs(corpora, study.replayed(entry), entry.replay)
+
+
+def pretrain_labels(entry: PretrainEntry, method: str, cards: Sequence[Card], where: str) -> list[str] | None:
+    """The labels that a run is limited to, in the order of the cards; None where it is not.
+
+    Raises:
+        RequestError: labels or a view that no card has, or a method that reads none.
+    """
+    from pretrain import methods
+
+    if entry.labels is None:
+        return None
+    if not methods.method_class(method).labelled:
+        raise RequestError(f"{method} reads no labels", where=where, hint="leave labels out")
+    wanted = entry.labels
+    if isinstance(wanted, str):
+        views = {name: view for card in cards for name, view in card.views.items() if isinstance(view, list)}
+        if wanted not in views:
+            raise unknown("view of labels", wanted, views, where)
+        wanted = views[wanted]
+    known = list(dict.fromkeys(label for card in cards for label in card.labels))
+    for label in wanted:
+        if label not in known:
+            raise unknown("label", label, known, where)
+    return [label for label in known if label in wanted]
 
 
 def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], share: float | None) -> list[DataRef]:

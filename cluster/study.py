@@ -45,6 +45,9 @@ class PretrainEntry(Strict):
     start_from: str = "random"
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     replay: float | None = Field(None, gt=0, lt=1, description="share of the samples that come from the data of the runs before it")
+    labels: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="of a supervised run: the labels that it learns, or a view of the dataset's card that names them; default: all"
+    )
     settings: dict[str, Any] = Field({}, description="keys of the recipe that this run sets otherwise")
 
 

@@ -5,8 +5,6 @@ run(config, LocalContext(dir="runs/x"))
 
 import json
 import os
-import signal
-from types import FrameType
 from typing import Any, Protocol
 
 from base.paths import is_url
@@ -35,16 +33,10 @@ class Context(Protocol):
 
 
 class LocalContext:
-    """One process, or one of several under torchrun: rank 0 appends rows to `<dir>/metrics.jsonl`; the first SIGTERM asks to stop."""
+    """One process, or one of several under torchrun: rank 0 appends rows to `<dir>/metrics.jsonl`. Nobody asks it to stop."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, dir: str = ".", *, signals: bool = False) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, dir: str = ".") -> None:
         self.rank, self.world_size, self.dir = rank, world_size, dir
-        self._reason: str | None = None
-        if signals:
-            signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
 
     def report(self, row: dict[str, Any]) -> None:
         """Append the row to `<dir>/metrics.jsonl` (rank 0 only; object stores cannot append, so a URL gets nothing here)."""
@@ -54,5 +46,5 @@ class LocalContext:
                 file.write(json.dumps(row) + "\n")
 
     def should_stop(self) -> str | None:
-        """The signal's name after one has come."""
-        return self._reason
+        """Never."""
+        return None

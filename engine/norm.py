@@ -135,6 +135,12 @@ def batch_norms(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
+def statistics(module: nn.Module) -> list[Tensor]:
+    """Running means and variances of all its batch norms: the very tensors."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    return [value for layer in norms for value in (layer.running_mean, layer.running_var) if value is not None]
+
+
 def _convert(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GlobalBatchNorm):
         kind = GlobalBatchNorm1d if isinstance(module, nn.BatchNorm1d) else GlobalBatchNorm2d

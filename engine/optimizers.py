@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from encoders.cuts import depths
 from engine.config import OptimizerConfig
 
+TRUST, LARS_EPS, LAMB_EPS = 1e-3, 1e-8, 1e-6
+
 
 class _Foreach(torch.optim.Optimizer):
     """Base of optimisers that update all tensors of a group at once."""
@@ -45,19 +47,19 @@ class _Foreach(torch.optim.Optimizer):
 class LARS(_Foreach):
     """SGD with momentum whose step is scaled to each tensor's norm (You et al. 2017, arXiv 1708.03888).
 
-        step = trust * |w| / (|g| + decay * |w|) * (g + decay * w);   v = momentum * v + step;   w = w - lr * v
+        step = 0.001 * |w| / (|g| + decay * |w|) * (g + decay * w);   v = momentum * v + step;   w = w - lr * v
 
     As in SimCLR and BYOL, groups without weight decay (biases, norms) take the plain gradient.
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 1e-3, eps: float = 1e-8) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "trust": trust, "eps": eps})
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         decay = group["weight_decay"]
         if decay:
             weight_norm, grad_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            scale = group["trust"] * weight_norm / (grad_norm + decay * weight_norm + group["eps"])
+            scale = TRUST * weight_norm / (grad_norm + decay * weight_norm + LARS_EPS)
             scale = torch.where((weight_norm > 0) & (grad_norm > 0), scale, torch.ones_like(scale))
             grads = list(torch._foreach_add(grads, params, alpha=decay))
             torch._foreach_mul_(grads, list(scale.unbind()))
@@ -75,8 +77,8 @@ class LAMB(_Foreach):
     Groups without weight decay take the step unscaled.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.0, "eps": eps})
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         first, second = group["betas"]
@@ -89,7 +91,7 @@ class LAMB(_Foreach):
         torch._foreach_addcmul_(squares, grads, grads, 1 - second)
         spread = torch._foreach_sqrt(squares)
         torch._foreach_div_(spread, (1 - second**count) ** 0.5)
-        torch._foreach_add_(spread, group["eps"])
+        torch._foreach_add_(spread, LAMB_EPS)
         step = torch._foreach_div(means, spread)
         torch._foreach_div_(step, 1 - first**count)
         if group["weight_decay"]:

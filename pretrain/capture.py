@@ -1,6 +1,6 @@
 """What a run leaves when a loss is not finite: the batch and the state of that step, so that it can be computed again.
 
-place = dump("OUT/pretrain/x/not-finite", step=120, batch=batch, state=method.state_dict())     # every rank its own batch
+place = dump("OUT/pretrain/x/not-finite", step=120, batch=batch, state=state, loss=loss)     # every rank its own batch
 
 <place>/step-00000120/rank<r>.safetensors  (views, ids, draws)   model.safetensors   rank<r>.json
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base import storage
 from engine import ranks
-from shards.loader import Batch
+from shards.batches import Batch
 
 
 def dump(url: str, step: int, batch: Batch, state: dict[str, Tensor] | None, loss: float) -> str:

@@ -2,7 +2,7 @@
 
 corpora = opened(config)
 labels = all_labels(corpora)
-facts = facts_of(corpora, labels, config)
+facts = facts_of(corpora, labels, config, labelled=True)
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import numpy as np
 from base.errors import RequestError
 from pretrain.methods import Facts
 from pretrain.run import PretrainConfig
-from shards.loader import Corpus, Targets
+from shards.corpus import Corpus
+from shards.labels import Targets
 
 
 def opened(config: PretrainConfig) -> list[Corpus]:
@@ -54,9 +55,11 @@ def facts_of(corpora: Sequence[Corpus], labels: Sequence[str], config: PretrainC
 
 
 def exclusive(corpora: Sequence[Corpus], labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Sets of classes of which exactly one holds: those of multi-class datasets, unless another dataset has one of them by itself."""
-    found = {tuple(labels.index(name) for name in corpus.labels) for corpus in corpora if corpus.card.kind == "multiclass"}
-    others = [{labels.index(name) for name in corpus.labels} for corpus in corpora]
+    """Sets of classes of which exactly one holds: those of multi-class datasets, unless another dataset has one of them by itself, or
+    not all of them are among the labels."""
+    whole = [corpus for corpus in corpora if corpus.card.kind == "multiclass" and set(corpus.labels) <= set(labels)]
+    found = {tuple(labels.index(name) for name in corpus.labels) for corpus in whole}
+    others = [{labels.index(name) for name in corpus.labels if name in labels} for corpus in corpora]
     return tuple(sorted(group for group in found if all(not other & set(group) or other == set(group) for other in others)))
 
 

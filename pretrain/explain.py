@@ -25,7 +25,7 @@ from engine.work import Work, pretend
 from pretrain import methods
 from pretrain.economy import economise
 from pretrain.recipe import Recipe
-from shards.loader import Batch
+from shards.batches import Batch
 
 STATES = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}  # numbers that an optimiser keeps of a parameter
 FLOAT = 4  # bytes: parameters, gradients and states are float32 at every precision
@@ -158,6 +158,12 @@ def cost(recipe: Recipe, method: methods.Method, channels: int, gpu_count: int) 
         activations=work.kept + chunked.kept + sum(view.numel() for view in views),
     )
     return Cost(images, flops, moved, *embedded, memory)
+
+
+def least_step(gpu: Gpu, recipe: Recipe, architecture: str, channels: int, facts: methods.Facts, epoch_steps: int, gpu_count: int) -> float:
+    """Seconds of a step at the roofline of one of so many GPUs."""
+    found = cost(recipe, sketch(recipe, architecture, channels, facts, epoch_steps), channels, gpu_count)
+    return least_seconds(gpu, recipe.precision, found.flops, found.moved)
 
 
 class _Encoded(NamedTuple):

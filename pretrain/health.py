@@ -7,11 +7,11 @@ The first rule that holds decides, the gravest first. What the thresholds were c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from scipy.stats import binom
 
-COLLAPSED_STD, COLLAPSED_COSINE, COLLAPSED_RANK_SHARE, LEAST_RANK = 0.1, 0.95, 0.02, 1.5
+COLLAPSED_STD, COLLAPSED_COSINE, COLLAPSED_RANK_SHARE, LEAST_RANK = 0.1, 0.98, 0.02, 1.5
 CONSTANT_RANK = 1.001
 AT_CHANCE, PAIRS_P = 0.99, 0.01
 FEWEST_ROWS, FEWEST_STEPS, FEWEST_EPOCHS = 3, 50, 2.0
@@ -32,7 +32,6 @@ Health = Literal[
     "input-bound",
     "too short",
 ]
-VERDICTS: tuple[str, ...] = get_args(Health)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from encoders.vit import PATCH, at
 from pretrain.methods import Facts
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 Stream = np.random.Generator
+ASPECT, LEAST_BLOCK = (0.3, 1 / 0.3), 4  # height / width and patches of a block
 
 
 def draw(seed: int, batch: "Batch", one: Callable[[Stream], np.ndarray]) -> Tensor:
@@ -55,11 +56,11 @@ def units(stream: Stream, side: int, unit: int, ratio: float) -> np.ndarray:
     return masked.reshape(squares, squares).repeat(unit, axis=0).repeat(unit, axis=1).ravel()
 
 
-def blocks(stream: Stream, side: int, count: int, aspect: tuple[float, float] = (0.3, 1 / 0.3), least: int = 4) -> np.ndarray:
-    """masked_N bool: rectangles of at least `least` patches, one over the other, until exactly `count` patches are masked."""
+def blocks(stream: Stream, side: int, count: int) -> np.ndarray:
+    """masked_N bool: rectangles of at least four patches, one over the other, until exactly `count` patches are masked."""
     masked = np.zeros((side, side), dtype=bool)
     while (left := count - int(masked.sum())) > 0:
-        height, width = shape_of(stream.uniform(min(least, left), left), math.exp(stream.uniform(*np.log(aspect))), side)
+        height, width = shape_of(stream.uniform(min(LEAST_BLOCK, left), left), math.exp(stream.uniform(*np.log(ASPECT))), side)
         top, start = place(stream, side, height, width)
         fresh = np.zeros_like(masked)
         fresh[top : top + height, start : start + width] = True

@@ -11,10 +11,12 @@ pooled ReLU features all point into one corner and look collapsed when they are 
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from analysis.metrics import auroc
 from engine import ranks
 
 WINDOW = 1024  # samples; a singular value decomposition of more would cost seconds
@@ -99,23 +101,17 @@ def contrastive_top1(first_Nd: Tensor, second_Nd: Tensor) -> float:
     return float((own > rivals).double().mean())
 
 
-def auroc(score_N: Tensor, target_N: Tensor) -> float | None:
-    """Area under the ROC curve by ranks, ties halved; None where a class has too few samples to say."""
-    positives = int(target_N.sum())
-    if min(positives, len(target_N) - positives) < FEWEST_OF_A_CLASS:
-        return None
-    _, at_N, count = torch.unique(score_N, return_inverse=True, return_counts=True)
-    last = count.cumsum(0)
-    rank_N = (last - (count - 1) / 2).double()[at_N]
-    return float((rank_N[target_N > 0].sum() - positives * (positives + 1) / 2) / (positives * (len(target_N) - positives)))
-
-
 def _macro(score_NL: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:
-    """Mean AUROC over the labels that both classes are known of (balanced: every label counts alike, however rare)."""
-    columns = [(mask_NL[:, label] > 0, label) for label in range(target_NL.shape[1])]
-    found = [auroc(score_NL[known, label], target_NL[known, label]) for known, label in columns]
-    kept = [value for value in found if value is not None]
-    return sum(kept) / len(kept) if kept else None
+    """Mean AUROC over the labels that enough of both classes are known of (balanced: every label counts alike, however rare).
+
+    Targets that an uncertain label was smoothed to count as the nearer of 0 and 1. Labels without finite scores do not count.
+    """
+    found = []
+    for score_N, target_N, known_N in zip(*(of_NL.T.cpu().numpy() for of_NL in (score_NL, target_NL > 0.5, mask_NL > 0)), strict=True):
+        score, target = score_N[known_N], target_N[known_N]
+        if min(target.sum(), (~target).sum()) >= FEWEST_OF_A_CLASS and np.isfinite(score).all():
+            found.append(auroc(score, target))
+    return sum(found) / len(found) if found else None
 
 
 def knn_auroc(z_ND: Tensor, index_N: Tensor, target_NL: Tensor, mask_NL: Tensor) -> float | None:

@@ -61,6 +61,7 @@ class PretrainConfig(Strict):
     start_from_sha256: str | None = None
     start_from_name: str | None = None
     replay: float | None = Field(default=None, gt=0, lt=1)  # share of the samples that come from corpora of earlier runs; in the weights
+    labels: list[str] | None = None  # of a labelled method: those of the corpora that it learns; all by default
     earlier: list[DataRef] = Field(default=[])  # labelled corpora of the runs before this one: what it may forget
     seed: int = 0
     out: str
@@ -92,6 +93,7 @@ class Step(Strict):
     """One run of an encoder's lineage. `labelled`: the datasets whose labels it read. `sha256`: of the encoder it exported.
 
     key, seed and steps: of runs, not of published weights, which have file_sha256, the hash of the file that they came in.
+    labels: those it was limited to; empty where it learned all of its datasets.
     replay: share of the samples that came from the corpora of earlier runs; then `shares` says what each dataset and split gave.
     """
 
@@ -100,6 +102,7 @@ class Step(Strict):
     method: str
     datasets: list[str]
     labelled: list[str]
+    labels: list[str] = Field(default=[])
     seed: int | None = None
     steps: int | None = None
     file_sha256: str | None = None

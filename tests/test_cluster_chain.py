@@ -139,7 +139,7 @@ def test_a_run_that_replays_says_so_in_its_lineage_and_what_it_kept(tmp_path: Pa
 
 def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
     """A chain from three channels to one and back: the encoder of a run that has not stepped yet gives the outputs of its source."""
-    from pretrain import publish
+    from pretrain import ends
 
     colour = build("test_resnet", 3, (0.4,) * 3, (0.2,) * 3, seed=1)
     facts_of: dict[str, Any] = {"method": "timm", "lineage": [], "data": [], "revision": "abc", "image_size": 32}
@@ -148,7 +148,7 @@ def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path
     start = Weights(url=str(tmp_path / "colour"), sha256=sha256, architecture="test_resnet")
     config = plan.pretrain_config(study, study.pretrain[0], 0, corpora, start)
     assert config.in_chans == 1
-    grey, _ = publish.begin(config)
+    grey, _ = ends.begin(config)
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
     wanted = colour.eval()(images.repeat(1, 3, 1, 1))
     assert torch.allclose(grey.eval()(images), wanted, atol=1e-5)
@@ -158,7 +158,7 @@ def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path
         PretrainConfig,
         "test",
     )
-    again, _ = publish.begin(back)
+    again, _ = ends.begin(back)
     assert torch.allclose(again.eval()(images.repeat(1, 3, 1, 1)), wanted, atol=1e-5)
     result = run(config, LocalContext(dir=str(tmp_path)))
     assert result is not None
@@ -215,7 +215,7 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
     """Published weights -> one corpus -> the next: planned, begun with those very tensors, and run to a result with the whole lineage."""
     from cluster.standing import standing_weights, start_of
     from encoders.weights import load_local, sha256_of
-    from pretrain import publish
+    from pretrain import ends
 
     source = give(kind, weights_here, monkeypatch)
     study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": source}, B | {"architecture": None})
@@ -224,7 +224,7 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
     assert start is not None
     assert start.architecture == "test_resnet"
     config = plan.pretrain_config(study, study.pretrain[0], 0, corpora, start)
-    encoder, parent = publish.begin(config)
+    encoder, parent = ends.begin(config)
     assert parent is not None
     published = load_local(start.url.removeprefix("file://"))
     assert torch.equal(encoder.net.state_dict()["conv1.0.weight"], published["conv1.0.weight"].sum(dim=1, keepdim=True))

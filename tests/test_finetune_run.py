@@ -258,10 +258,13 @@ def test_a_dataset_without_the_stratum_has_no_metric_within_it(cell: Make, tmp_p
 
 
 def test_a_cell_stops_when_asked_and_leaves_nothing(cell: Make, tmp_path: Path) -> None:
-    asked = context(tmp_path)
-    asked._reason = "SIGTERM"
+
+    class Asked(LocalContext):
+        def should_stop(self) -> str | None:
+            return "SIGTERM"
+
     with pytest.raises(WorkError, match="SIGTERM"):
-        run(cell(), asked)
+        run(cell(), Asked(dir=str(tmp_path)))
     assert not Path(cell().out).exists()
 
 

@@ -150,6 +150,7 @@ def test_self_labelling_is_cross_entropy_to_the_labels_of_each_head(name: str) -
         for v in views:
             expected -= log_softmax(unit(v) @ c.double().numpy().T / 0.1)[np.arange(BATCH), y].mean() / 9
     assert method(batch).loss.item() == pytest.approx(expected, rel=1e-4)
+    method.on_step_end()
     np.testing.assert_allclose(method.bank[:, 10 : 10 + BATCH].numpy(), np.stack([unit(v) for v in views[:2]]), rtol=1e-5, atol=1e-6)
 
 
@@ -171,6 +172,7 @@ def test_labels_are_made_again_each_epoch_from_the_bank_alone() -> None:
     assert not torch.equal(method.labels, first)  # another epoch draws other first centroids
     batch.index_B = torch.tensor([3, 4, 3, 5, 4, 3])  # where two epochs meet
     method(batch)
+    method.on_step_end()
     z_Bd = nn.functional.normalize(batch.views[0].flatten(1))
     torch.testing.assert_close(method.bank[0, [3, 4, 5]], z_Bd[[5, 4, 3]])
 

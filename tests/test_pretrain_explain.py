@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +19,9 @@ from engine import gpus, ranks
 from engine.throughput import Meter
 from engine.work import Work, pretend
 from pretrain import methods
-from pretrain.explain import STATES, Explained, cost, explain
-from pretrain.loop import Run
+from pretrain.explain import STATES, Explained, cost, explain, least_step
 from pretrain.recipe import Recipe, load_recipe
-from shards.loader import Batch
+from shards.batches import Batch
 
 IMAGENET = 1_281_167
 
@@ -237,23 +235,13 @@ def test_the_share_of_the_roofline_is_the_least_time_over_the_time_taken(monkeyp
     assert meter.read() == {"img_per_s": 16.0, "s_per_step": 0.5, "data_wait": 0.0, "roofline": 0.5}
 
 
-def test_a_run_knows_its_roofline_on_a_gpu_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = simclr()
+def test_the_least_time_of_a_run_is_that_of_its_explanation() -> None:
+    found, h200 = simclr(), gpus.get("h200")
     facts = methods.Facts(seed=0, samples=500, global_batch=32, sizes=(32, 32))
-    run: Any = SimpleNamespace(
-        engine=SimpleNamespace(device=torch.device("cuda")),
-        first=True,
-        recipe=found.recipe,
-        config=SimpleNamespace(architecture="test_resnet", in_chans=1),
-        method=SimpleNamespace(facts=facts),
-        epoch_steps=found.epoch_steps,
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert Run._least_seconds(run) == gpus.least_seconds(gpus.get("h200"), "fp32", found.cost.flops, found.cost.moved)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce 256")
-    assert Run._least_seconds(run) is None
-    run.engine.device = torch.device("cpu")
-    assert Run._least_seconds(run) is None
+    expected = gpus.least_seconds(h200, "fp32", found.cost.flops, found.cost.moved)
+    assert least_step(h200, found.recipe, "test_resnet", 1, facts, found.epoch_steps, 1) == expected
+    assert gpus.find("NVIDIA H200") == h200
+    assert gpus.find("GeForce 256") is None
 
 
 def test_the_share_of_the_roofline_is_on_the_progress_line_where_it_is_known() -> None:

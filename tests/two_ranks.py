@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +232,46 @@ def pretrain_job(rank: int, world: int, folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(facts))
 
 
+def spoil(put: Callable[[Any, str, Any], None], steps: Mapping[int, str], rank: int = 0) -> None:
+    """Makes runs meet a NaN on that rank, where they stand at such a step: in the `images`, in the `loss`, or in a `gradient` alone."""
+    from engine import ranks
+    from pretrain import methods
+
+    build = methods.build
+
+    def built(*args: Any, **named: Any) -> Any:
+        method = build(*args, **named)
+        met = lambda kind: steps.get(method.clock.step) == kind and ranks.rank() == rank  # noqa: E731
+        first = next(layer for layer in method.encoder.net.modules() if isinstance(layer, nn.Conv2d))
+        first.register_forward_pre_hook(lambda _, x: (x[0] * float("nan"),) if met("images") else None)
+        method.register_forward_hook(lambda _, x, out: out._replace(loss=out.loss * float("nan")) if met("loss") else None)
+        for parameter in method.encoder.net.parameters():
+            parameter.register_hook(lambda gradient: gradient * float("nan") if met("gradient") else None)
+        return method
+
+    put(methods, "build", built)
+
+
+def spoiled_job(rank: int, world: int, folder: Path) -> None:
+    """Two runs: rank 1's loss is not finite at the third step, and from the third step on."""
+    from base.config import parse
+    from base.errors import WorkError
+    from pretrain import methods
+    from pretrain.run import PretrainConfig, run
+
+    told: list[Any] = []
+    build = methods.build
+    for tree, steps in zip(json.loads((folder / "configs.json").read_text()), ([2], range(2, 99)), strict=True):
+        methods.build = build
+        spoil(setattr, dict.fromkeys(steps, "loss"), rank=1)
+        config = parse(tree | {"out": str(folder / tree["name"])}, PretrainConfig, "test")
+        try:
+            told.append(run(config, StopAt(rank, world, folder, None)))
+        except WorkError as error:
+            told.append(str(error))
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
+
+
 def two_ranks(job: str, folder: Path, timeout: float = 240) -> None:
     """Run a job in two processes; raises with their output when one fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
@@ -249,7 +289,7 @@ def main() -> None:
     job, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{job}", rank=rank, world_size=2)
-    {"engine": engine_job, "methods": methods_job, "pretrain": pretrain_job}[job](rank, 2, folder)
+    {"engine": engine_job, "methods": methods_job, "pretrain": pretrain_job, "spoiled": spoiled_job}[job](rank, 2, folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -30,8 +30,8 @@ from base.seeds import seed_of
 from engine import ema
 
 if TYPE_CHECKING:
+    from shards.batches import Batch
     from shards.draws import ViewsConfig
-    from shards.loader import Batch
 
 
 class Entry(NamedTuple):
@@ -154,6 +154,13 @@ class Method(nn.Module):
 
     def on_step_end(self) -> None:
         """After each update; `clock.step` is still that of the update (a momentum encoder moves here)."""
+
+    def on_step_skipped(self) -> None:
+        """After a forward pass that no update follows: what it left for `on_step_end` goes."""
+
+    def moved_by_forward(self) -> list[Tensor]:
+        """Buffers, beside batch norm's, that `forward` itself changes: such a step takes them back. Small ones, copied at every step."""
+        return []
 
     def on_epoch_start(self, embed: Embed) -> None:
         """Before the first step of each epoch, `clock` set (clustering happens here)."""

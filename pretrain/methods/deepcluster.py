@@ -37,7 +37,7 @@ from pretrain.methods import Embed, Facts, Method, Output
 from pretrain.methods.swav import ASSIGNED, PROTOTYPES, Prototypes, check_views
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class DeepClusterOptions(Strict):
@@ -76,6 +76,7 @@ class _SelfLabelled(Method):
         self.labels: Tensor
         self.register_buffer("bank", torch.zeros(ASSIGNED, facts.samples, options.output_dim))
         self.register_buffer("labels", torch.zeros(options.heads, facts.samples, dtype=torch.int64))
+        self.pending: list[tuple[Tensor, Tensor]] = []  # ids and projections of this update
 
     def scores(self, head: int, z_Bd: Tensor) -> Tensor:
         """Cosines to the head's prototypes, B,K."""
@@ -106,15 +107,22 @@ class _SelfLabelled(Method):
             label_HB = self.labels[:, batch.index_B]
             loss = torch.stack([F.cross_entropy(found, label_HB[h].repeat(count)) for h, found in enumerate(logits)]).mean()
         first_Bd, second_Bd = z_Nd.detach().chunk(count)[:2]
-        self._remember(batch.index_B, torch.stack([first_Bd, second_Bd]))
+        self.pending.append((batch.index_B, torch.stack([first_Bd, second_Bd], dim=1)))
         features = {"backbone": z_views[0].detach().float(), "projector_0": first_Bd, "projector_1": second_Bd}
         return Output(loss, features | {"prototypes": logits[0].detach().chunk(count)[0].softmax(dim=1)}, {})
 
-    def _remember(self, index_B: Tensor, z_2Bd: Tensor) -> None:
-        index_B, z_B2d = ranks.all_gather(index_B), ranks.all_gather(z_2Bd.transpose(0, 1))
-        # Where two epochs meet in a batch a sample may come twice: both rows write the later one, so that all ranks keep the same.
-        last_B = len(index_B) - 1 - (index_B[:, None] == index_B.flip(0)).int().argmax(dim=1)
-        self.bank[:, index_B] = z_B2d[last_B].transpose(0, 1)
+    def on_step_end(self) -> None:
+        """The bank takes the projections."""
+        for mine_B, z_B2d in self.pending:
+            index_B, z_B2d = ranks.all_gather(mine_B), ranks.all_gather(z_B2d)
+            # Where two epochs meet in a batch a sample may come twice: both rows write the later one, so that all ranks keep the same.
+            last_B = len(index_B) - 1 - (index_B[:, None] == index_B.flip(0)).int().argmax(dim=1)
+            self.bank[:, index_B] = z_B2d[last_B].transpose(0, 1)
+        self.pending.clear()
+
+    def on_step_skipped(self) -> None:
+        """The bank stays."""
+        self.pending.clear()
 
     def chance_loss(self, global_batch: int) -> float | None:
         """log K: when every prototype is as likely."""
@@ -174,7 +182,8 @@ class SeLa(_SelfLabelled):
             return sinkhorn_labels(z_Nd, weight_Kd, self.options.epsilon, self.options.iterations)
 
     def on_step_end(self) -> None:
-        """Prototypes keep their length."""
+        """The bank too; prototypes keep their length."""
+        super().on_step_end()
         for prototypes in self.prototypes:
             prototypes.shorten()  # type: ignore[operator]
 

@@ -24,7 +24,7 @@ from pretrain.methods import Facts, Output
 from pretrain.methods.moco import MoCoV2, MoCoV2Options
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class DenseCLOptions(MoCoV2Options):
@@ -89,6 +89,11 @@ class DenseCL(MoCoV2):
         super().on_step_end()
         for t_Bd in self.pending_dense:
             self.dense_queue.push(t_Bd)
+        self.pending_dense.clear()
+
+    def on_step_skipped(self) -> None:
+        """Neither queue gets them."""
+        super().on_step_skipped()
         self.pending_dense.clear()
 
 

@@ -32,7 +32,7 @@ from engine import ema
 from pretrain.methods import Clock, Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class DINOOptions(Strict):
@@ -111,6 +111,10 @@ class DINO(Method):
         first_Bd, second_Bd = unit_Rd.detach().chunk(len(views_BD))[:2]
         features = {"backbone": views_BD[0].detach().float(), "projector_0": first_Bd, "projector_1": second_Bd}
         return Output(loss, features | {"prototypes": prototypes_BK}, {})
+
+    def moved_by_forward(self) -> list[Tensor]:
+        """The centre."""
+        return [self.loss.center]
 
     def on_step_end(self) -> None:
         """The teacher follows."""

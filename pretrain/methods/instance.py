@@ -35,7 +35,7 @@ from pretrain.memory import Bank
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 NEGATIVES = 65536
 PATCHES = 9
@@ -115,6 +115,10 @@ class InsDis(Method):
         """The bank moves."""
         for v_Bd, index_B in self.pending:
             self.bank.update(v_Bd, index_B, self.options.bank_momentum)
+        self.pending.clear()
+
+    def on_step_skipped(self) -> None:
+        """The bank stays."""
         self.pending.clear()
 
     def chance_loss(self, global_batch: int) -> float | None:

@@ -34,7 +34,7 @@ from pretrain.methods import Facts, Method, Output
 from pretrain.methods.instance import PATCHES, PatchHead, require_wholes
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 
 class MoCoOptions(Strict):
@@ -113,6 +113,10 @@ class MoCo(Method):
             self.queue.push(k_Bd)
         self.pending.clear()
         ema.follow(self.teachers["key"], self.followed("key"), self.options.momentum)
+
+    def on_step_skipped(self) -> None:
+        """The queue does not get them."""
+        self.pending.clear()
 
     def chance_loss(self, global_batch: int) -> float | None:
         """log of the number of candidates: the key and the queue."""

@@ -32,7 +32,7 @@ from pretrain.memory import check_queue
 from pretrain.methods import Facts, Method, Output
 
 if TYPE_CHECKING:
-    from shards.loader import Batch
+    from shards.batches import Batch
 
 ASSIGNED = 2  # views, the first ones, that are assigned to clusters
 PROTOTYPES, QUEUE = 3000, 3840  # official, for ImageNet
@@ -122,6 +122,10 @@ class SwAV(Method):
         if length and waited >= 0:
             self.queue[view] = torch.cat([ranks.all_gather(z_Bd), self.queue[view]])[:length]
         return q_BK
+
+    def moved_by_forward(self) -> list[Tensor]:
+        """The queue."""
+        return [self.queue]
 
     def on_step_end(self) -> None:
         """Prototypes keep their length."""

@@ -42,7 +42,7 @@ def begin(config: PretrainConfig) -> tuple[Encoder, ExportInfo | None]:
     return encoder, info
 
 
-def publish(
+def finish(
     config: PretrainConfig, method: Method, parent: ExportInfo | None, state: dict[str, Tensor], licences: list[str], steps: int
 ) -> dict[str, Any]:
     """Write `<out>/export` and return what result.json says about the encoder.
@@ -59,6 +59,8 @@ def publish(
     datasets = [ref.dataset for ref in config.data]
     step: dict[str, Any] = {"name": config.name, "key": config.key, "method": recipe.method, "datasets": datasets}
     step |= {"labelled": datasets if method.labelled else [], "seed": config.seed, "steps": steps}
+    if config.labels:
+        step["labels"] = config.labels
     if config.replay is not None:
         step |= {"replay": config.replay, "shares": {f"{ref.dataset} {ref.split}": round(ref.weight, 6) for ref in config.data}}
     lineage = list(parent.lineage) if parent else []

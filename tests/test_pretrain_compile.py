@@ -1,0 +1,39 @@
+"""`compile: true`: the losses of eager execution, the names of its tensors, and a resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain_run import metrics, tree
+from tiny_corpus import write
+from two_ranks import StopAt
+
+from base.config import parse
+from encoders.export import read_export
+from encoders.weights import load_local
+from engine.context import LocalContext
+from pretrain.run import PretrainConfig, run
+
+ALONE = {"start_from": None, "start_from_sha256": None, "start_from_name": None}
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+def test_a_compiled_run_is_the_eager_one(architecture: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    shards, short = write(tmp_path / "shards"), {"epochs": 4, "global_batch": 20, "max_steps": 6, "checkpoint_every_steps": 3}
+    configs = {}
+    for name in ("eager", "compiled"):
+        plan = tree("simclr", shards, name, **short, log_every_steps=1, compile=name == "compiled") | ALONE
+        configs[name] = parse(plan | {"architecture": architecture, "out": str(tmp_path / name)}, PretrainConfig, "test")
+    assert run(configs["eager"], LocalContext(dir=str(tmp_path / "log"))) is not None
+    assert run(configs["compiled"], StopAt(0, 1, tmp_path, 2)) is None  # stopped after its checkpoint of step 3
+    assert run(configs["compiled"], LocalContext(dir=str(tmp_path / "log"))) is not None
+    eager, compiled = (metrics(tmp_path / name) for name in ("eager", "compiled"))
+    assert [row["step"] for row in compiled] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=1e-3)
+    names = [str(tmp_path / name / "checkpoints" / "step-00000006" / "model.safetensors") for name in ("eager", "compiled")]
+    first, second = (load_local(name) for name in names)
+    assert {name: value.shape for name, value in first.items()} == {name: value.shape for name, value in second.items()}
+    exports = [load_local(tmp_path / name / "export") for name in ("eager", "compiled")]
+    assert exports[0].keys() == exports[1].keys()
+    assert read_export(tmp_path / "compiled" / "export").architecture == architecture
