@@ -58,10 +58,14 @@ def svg(name: str, title: str, text: str, width: float, height: float, draw: Cal
     with matplotlib.rc_context(settings):
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure, layout = Figure(figsize=(width, height)), ConstrainedLayoutEngine()
         FigureCanvasSVG(figure)
+        figure.set_layout_engine(layout)
         draw(figure)
+        layout.execute(figure)
+        figure.set_layout_engine("none")  # laid out once: saving would draw everything a second time for it
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     raw = buffer.getvalue()

@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import statistics
 from analysis.metadata import regression
 from analysis.metrics import dice_per_image, stratified
+from analysis.replicates import Scores, metric_B
 from base.seeds import rng
 
 Array = NDArray[np.float64]
@@ -34,8 +34,8 @@ MINIMUM = 8  # training images below which a regression is not fitted
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W) of indices, NO_MASK where
-    nobody judged, N rows of metadata."""
+    """One split as plain arrays: images u8 (N, C, H, W), target (N, L) of 0, 1 or NaN, N strata, masks (N, H, W) of indices, NOT_JUDGED
+    where nobody judged, N rows of metadata."""
 
     images: NDArray[np.uint8]
     target_NL: Array | None = None
@@ -57,14 +57,14 @@ def scores_metrics(score_NL: Array, split: Arrays) -> dict[str, float]:
     strata = None
     if split.strata is not None and stratified(split.strata):
         strata = np.array([None if value is None else str(value) for value in split.strata], object)
-    held = statistics.Scores(0, np.arange(count).astype(str), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
+    held = Scores(0, np.arange(count).astype(str), np.arange(count).astype(object), split.target_NL, score_NL, None, strata)
     names = ["auroc_mean"] + (["auroc_within_mean"] if strata is not None else [])
-    return {name: float(statistics.metric_B(held, name, np.ones((1, count)))[0]) for name in names}
+    return {name: float(metric_B(held, name, np.ones((1, count)))[0]) for name in names}
 
 
-def small_pixels(images: NDArray[np.uint8], side: int = SIDE) -> Array:
-    """(N, C, H, W) u8 to (N, C * side * side) in 0..1, by area."""
-    rows = [cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), (side, side), interpolation=cv2.INTER_AREA) for image in images]
+def small_pixels(images: NDArray[np.uint8]) -> Array:
+    """(N, C, H, W) u8 to (N, C * SIDE * SIDE) in 0..1, by area."""
+    rows = [cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for image in images]
     return np.stack(rows).reshape(len(rows), -1).astype(float) / 255
 
 
@@ -135,8 +135,8 @@ def classification(train: Arrays, val: Arrays | None, test: Arrays) -> Floors:
 def segmentation(train: Arrays, test: Arrays) -> Floors:
     """The mean training mask, thresholded where its mean training Dice is best, as the prediction for every test image.
 
-    Images without a mask (NO_MASK everywhere) and pixels that nobody judged are left out, as the cells leave them out; empty where a split
-    has no others.
+    Images without a mask (NOT_JUDGED everywhere) and pixels that nobody judged are left out, as the cells leave them out; empty where a
+    split has no others.
     """
     (truth, known), (target, judged) = _masks(train), _masks(test)
     if not len(truth) or not len(target):
@@ -152,10 +152,10 @@ def segmentation(train: Arrays, test: Arrays) -> Floors:
 
 def _masks(split: Arrays) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """What is outlined, and what was judged, of the images that have a mask."""
-    from shards.loader import NO_MASK
+    from shards.card import NOT_JUDGED
 
     assert split.masks is not None
-    judged = split.masks != NO_MASK
+    judged = split.masks != NOT_JUDGED
     there = judged.reshape(len(judged), -1).any(axis=1)
     return (split.masks[there] > 0) & judged[there], judged[there]
 
@@ -198,7 +198,9 @@ def of_shards(
         labels: names of the labels, in the order of the targets. stratify_by: a metadata column, or None.
         size: square pixels at which images and masks are decoded. mask_class: the only class of the masks that counts.
     """
-    from shards.loader import NO_MASK, Corpus, decode_all
+    from shards.card import NOT_JUDGED
+    from shards.corpus import Corpus
+    from shards.decoded import decode_all
 
     splits: dict[str, Arrays] = {}
     patients: list[str] = []
@@ -214,7 +216,7 @@ def of_shards(
         seg = None if held.seg is None else np.asarray(held.seg)
         if seg is not None and mask_class is not None:
             index = corpus.card.mask_index(mask_class, url)
-            seg = np.where(seg == NO_MASK, seg, seg == index).astype(np.uint8)
+            seg = np.where(seg == NOT_JUDGED, seg, seg == index).astype(np.uint8)
         splits[split] = Arrays(np.asarray(held.images), target, strata, seg, held.meta)
         if split == "train":
             patients = [patient or f"image {i}" for i, patient in enumerate(held.patients)]

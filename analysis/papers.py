@@ -27,6 +27,7 @@ from base import storage
 from base.paths import safe_name
 
 STRATEGIES = {"full": "FTL", "slim": "TF", "lwft": "LWFT", "truncated": "TTL", "fat": "FAT"}  # as Peng et al. name them
+SHOWN = 24  # tables in the page
 AUCS = ("auroc_mean", "auroc_within_mean")
 
 
@@ -96,21 +97,16 @@ def layouts(evidence: Evidence) -> list[Layout]:
     return [*_transfusion(evidence), *_truncated(evidence), *_benchmark(evidence)]
 
 
-def write(evidence: Evidence) -> list[str]:
-    """Write OUT/report/tables/<name>.md and .tex; their names without extension."""
-    made = layouts(evidence)
-    for one in made:
-        for extension, text in (("md", one.markdown()), ("tex", one.latex())):
-            storage.put(storage.join(evidence.out, "report", "tables", f"{one.name}.{extension}"), text)
-    return [one.name for one in made]
-
-
 def section(evidence: Evidence) -> str:
-    """The tables as text to copy."""
+    """The tables as text to copy; also written to OUT/report/tables/<name>.md and .tex."""
     parts = []
-    for one in layouts(evidence)[:24]:
-        both = f"<pre>{esc(one.markdown())}</pre><pre>{esc(one.latex())}</pre>"
-        parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
+    for at, one in enumerate(layouts(evidence)):
+        texts = {"md": one.markdown(), "tex": one.latex()}
+        for extension, text in texts.items():
+            storage.put(storage.join(evidence.out, "report", "tables", f"{one.name}.{extension}"), text)
+        if at < SHOWN:
+            both = "".join(f"<pre>{esc(text)}</pre>" for text in texts.values())
+            parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
     note = (
         "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over seeds, uncorrected, which"
         " takes the test patients as given and declares nothing here. Numbers with † or ‡ are never bold and have no stars."

@@ -50,7 +50,6 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     results.write_results(out, evidence.finished)
     storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
     evidence.comparisons.write()
-    papers.write(evidence)
     url, text = storage.join(out, "report", "index.html"), page(evidence)
     storage.put(url, text)
     for name, drawn in drawings(text).items():

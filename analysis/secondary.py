@@ -88,10 +88,15 @@ def unpaired(a_S: Array, b_S: Array) -> dict[str, float | str]:
         return dict.fromkeys(("p_welch", "p_student"), "refused: one seed")
     if np.ptp(a_S) == 0 and np.ptp(b_S) == 0:
         return dict.fromkeys(("p_welch", "p_student"), "refused: no spread between seeds")
+    # In closed form, as scipy.stats.ttest_ind gives them in a hundred times as long: the papers' tables of a large study hold thousands.
+    counts, variances = np.array([len(a_S), len(b_S)]), np.array([a_S.var(ddof=1), b_S.var(ddof=1)])
+    of_means, df = variances / counts, float(counts.sum() - 2)
+    pooled = float((counts - 1) @ variances) / df * float((1 / counts).sum())
+    welch_df = float(of_means.sum() ** 2 / (of_means**2 / (counts - 1)).sum())
     found: dict[str, float | str] = {}
-    for name, equal in (("welch", False), ("student", True)):
-        test = stats.ttest_ind(a_S, b_S, equal_var=equal)
-        found |= {f"t_{name}": float(test.statistic), f"p_{name}": float(test.pvalue)}
+    for name, variance, free in (("welch", float(of_means.sum()), welch_df), ("student", pooled, df)):
+        t = float(a_S.mean() - b_S.mean()) / math.sqrt(variance)
+        found |= {f"t_{name}": t, f"p_{name}": float(2 * special.stdtr(free, -abs(t)))}
     found["cohen_d"], found["hedges_g"] = hedges(a_S, b_S)
     return {**found, "stars": stars(float(found["p_student"]))}
 

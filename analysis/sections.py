@@ -17,6 +17,7 @@ from base import paths, storage
 from base.config import digest
 
 PANELS = 24  # learning-curve figures in a page; more would not be read
+LINES = 8  # sources of a figure: there are seven colours
 
 
 def colours(evidence: Evidence) -> dict[str, int]:
@@ -40,7 +41,8 @@ def curves(evidence: Evidence) -> str:
     """Validation metric by epoch for each task and setting, and the metric against the share of labels where that varies."""
     parts, order = [], colours(evidence)
     groups = results.in_groups(evidence.cells)
-    for i, (group, held) in enumerate(list(groups.items())[:PANELS]):
+    for i, (group, every) in enumerate(list(groups.items())[:PANELS]):
+        held = _leading(evidence, every)
         series: dict[str, tuple[int, list[list[float]]]] = {}
         label = ""
         for c in held:
@@ -57,8 +59,19 @@ def curves(evidence: Evidence) -> str:
             words += [f"{resolution} px"] if len(evidence.varied["resolution"]) > 1 else []
             words += [architecture] if len(evidence.varied["architecture"]) > 1 else []
             parts.append(figures.learning(f"learn{i}", ", ".join(words), series, f"validation {label}"))
-    more = f'<p class="faint">The first {PANELS} of {len(groups)} settings.</p>' if len(groups) > PANELS else ""
+    many = f" Of {len(order)} encoders the first and those that lead on validation." if len(order) > LINES else ""
+    more = f"The first {PANELS} of {len(groups)} settings." if len(groups) > PANELS else ""
+    more = f'<p class="faint">{more}{many}</p>' if more or many else ""
     return f'<div class="panels">{"".join(parts + _by_fraction(evidence, order))}</div>{more}' if parts else ""
+
+
+def _leading(evidence: Evidence, cells: list[results.Cell]) -> list[results.Cell]:
+    """Cells of one setting: those of the study's first source and of as many that do best on validation as a figure can tell apart."""
+    held, metric = results.by(cells, "source"), results.headline(cells)
+    means = {source: results.mean_sd(c.value(metric or "", "val") for c in own)[0] for (source,), own in held.items()}
+    known = [source for source in evidence.sources() if source in means]
+    best = sorted(known[1:], key=lambda source: -means[source] if math.isfinite(means[source]) else math.inf)[: LINES - 1]
+    return [c for c in cells if c.source in {*known[:1], *best}]
 
 
 def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:

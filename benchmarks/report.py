@@ -126,7 +126,7 @@ def main() -> None:
                 pstats.Stats(profile).sort_stats(order).print_stats(45)
             continue
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "cluster.cli", "report", str(out)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "cluster", "report", str(out)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         took, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         size, load = (out / "report" / "index.html").stat().st_size / 1e6, os.getloadavg()[0]
