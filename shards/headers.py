@@ -1,6 +1,6 @@
 """What a file is, by its first bytes and its header; no pixel is decoded and no name is believed.
 
-found = header(Path("RAW/a.dcm"))      # Header(format="dicom", size="512 x 512", pixels="MONOCHROME2, 12 bits", tags={"Modality": "CT"})
+found = header(Path("RAW/a.dcm"), "a.dcm")      # Header(format="dicom", size="512 x 512", pixels="MONOCHROME2, 12 bits", tags={...})
 """
 
 import gzip

@@ -5,7 +5,7 @@
         one_BCHW, two_BCHW = batch.views             # u8
 
 The id sequence comes from shards.order; rank r of W takes positions [r GB / W, (r + 1) GB / W) of each global batch. To resume, keep one
-integer: the number of steps done. This module also offers the other names that users of the data plane need.
+integer: the number of steps done.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,26 +14,9 @@ import numpy as np
 
 from base.errors import RequestError, unknown
 from shards.batches import Batch, BatchReader
-from shards.corpus import Corpus, Record, Sample
-from shards.decoded import Decoded, decode_all
-from shards.evaluate import eval_batches
-from shards.labels import Targets, targets
+from shards.corpus import Corpus
 from shards.order import Order
 from shards.views import ViewsConfig
-
-__all__ = [
-    "Batch",
-    "Corpus",
-    "Decoded",
-    "Record",
-    "Sample",
-    "Targets",
-    "TrainLoader",
-    "ViewsConfig",
-    "decode_all",
-    "eval_batches",
-    "targets",
-]
 
 
 class TrainLoader:
