@@ -12,9 +12,9 @@ import tiny_cell
 import tiny_corpus
 import torch
 
-from analysis.evidence import scores
+from analysis.loaded import scores
+from analysis.replicates import metric_B
 from analysis.results import Cell
-from analysis.statistics import metric_B
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from encoders.weights import load_local, sha256_of
@@ -258,7 +258,6 @@ def test_a_dataset_without_the_stratum_has_no_metric_within_it(cell: Make, tmp_p
 
 
 def test_a_cell_stops_when_asked_and_leaves_nothing(cell: Make, tmp_path: Path) -> None:
-
     class Asked(LocalContext):
         def should_stop(self) -> str | None:
             return "SIGTERM"
