@@ -121,8 +121,8 @@ class Speeds:
                 speed = sum(done for done, _ in held) / sum(seconds for _, seconds in held)
                 return Estimate(work / speed, f"measured on {len(held)} finished cells")
         if devices(self.resources)[0] == "GPU":
-            peak = getattr(self.gpu, self.resources.dtype) * 1e12
-            return Estimate(work / (peak * CELL_SHARE), f"by operations, at {CELL_SHARE:.0%} of the GPU in {self.resources.dtype}")
+            peak = getattr(self.gpu, self.resources.cell_dtype) * 1e12
+            return Estimate(work / (peak * CELL_SHARE), f"by operations, at {CELL_SHARE:.0%} of the GPU in {self.resources.cell_dtype}")
         return Estimate(work / (PROCESSOR * self.resources.threads), f"by operations, {PROCESSOR / 1e9:g} GFLOP/s a processor")
 
     def operations(self, config: CellConfig, seen: Seen) -> float:

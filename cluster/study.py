@@ -140,7 +140,17 @@ class Resources(Strict):
     )
     loader_workers: int = Field(0, ge=0, description="processes that read and augment beside each pretraining worker; 0: it does so itself")
     threads: int = Field(1, ge=1, description="intra-operation threads of every worker")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="numbers in which cells compute; weights, losses and logits are fp32")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="in which cells compute; auto: bf16 where they hold a GPU, else fp32; weights, losses and logits are fp32",
+    )
+
+    @property
+    def cell_dtype(self) -> Literal["fp32", "bf16"]:
+        """`dtype` as it stands in the keys of cells."""
+        if self.dtype == "auto":
+            return "bf16" if self.gpus_per_cell else "fp32"
+        return self.dtype
 
     @property
     def pretrain_range(self) -> tuple[int, int]:
