@@ -48,7 +48,7 @@ def study(folder: Path, nih: str, montgomery: str, quick: bool) -> Any:
     corpora = {}
     for name, raw in (("nih-cxr14", nih), ("montgomery", montgomery)):
         url = str(folder / "shards" / name)
-        corpora[name] = plan.Corpus(url, pack(load_card(name), raw, url))
+        corpora[name] = plan.Packed(url, pack(load_card(name), raw, url))
     encoder = build("resnet18", 1, seed=7)
     export(encoder, folder / "made", name="made", method="none", lineage=[], data=[], revision=revision(), image_size=96)
     settings = {

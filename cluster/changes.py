@@ -14,7 +14,7 @@ from base import storage
 from base.config import canonical_json
 from base.errors import RequestError
 from cluster.outs import study_at
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.searches import Searches
 from cluster.standing import finished, pretrainings
 from cluster.study import Study
@@ -32,7 +32,7 @@ def held(out: str) -> Study | None:
         return None
 
 
-def changes(study: Study, before: Study | None, corpora: Mapping[str, Corpus] | None, searches: Searches) -> list[str]:
+def changes(study: Study, before: Study | None, corpora: Mapping[str, Packed] | None, searches: Searches) -> list[str]:
     """Lines for a person; none where nothing has been computed yet.
 
     Args:
@@ -54,7 +54,7 @@ def changes(study: Study, before: Study | None, corpora: Mapping[str, Corpus] | 
     return lines
 
 
-def _runs(study: Study, corpora: Mapping[str, Corpus] | None) -> Counter[str]:
+def _runs(study: Study, corpora: Mapping[str, Packed] | None) -> Counter[str]:
     """Pretrainings by what becomes of them; empty where none has finished."""
     stand = finished(storage.join(study.out, "pretrain"))
     if not stand or corpora is None:

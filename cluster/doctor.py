@@ -16,7 +16,7 @@ from typing import Literal
 from base import storage
 from base.errors import AllograftError, RequestError
 from base.paths import is_url
-from cluster.hosts import Facts, everywhere, look
+from cluster.hosts import Host, everywhere, look
 from cluster.places import of_place, of_trainer, room_for, together
 from cluster.study import Study
 
@@ -93,9 +93,9 @@ def require(study: Study) -> None:
 
 def _findings(
     study: Study | None,
-    nodes: Sequence[Facts],
+    nodes: Sequence[Host],
     silent: Sequence[str],
-    here: Facts,
+    here: Host,
     token: Mapping[str, str] | None = None,
     ceiling: Mapping[str, float] | None = None,
 ) -> list[Finding]:
@@ -106,7 +106,7 @@ def _findings(
     return found
 
 
-def _here(study: Study | None) -> Facts:
+def _here(study: Study | None) -> Host:
     import dataclasses
 
     facts = look([study.out] if study else [], "127.0.0.1")
@@ -122,14 +122,14 @@ def _ceiling() -> dict[str, float] | None:
     return {name: float(value) for name, value in most.items()} if most else None
 
 
-def _nodes(nodes: Sequence[Facts], silent: Sequence[str]) -> Finding:
+def _nodes(nodes: Sequence[Host], silent: Sequence[str]) -> Finding:
     if silent:
         hint = "the same environment on every node (docs/deploy.md, Several hosts); ray drain-node takes a sick one out"
         return Finding("refused", "nodes", "; ".join(silent), hint)
     return Finding("ok", "nodes", f"{len(nodes)}: {', '.join(node.name for node in nodes)}")
 
 
-def versions(nodes: Sequence[Facts], here: Facts) -> Finding:
+def versions(nodes: Sequence[Host], here: Host) -> Finding:
     """Every node has the packages of the driver."""
     apart = [
         f"{node.name} has {name} {version}, the driver {here.versions[name]}"
@@ -142,7 +142,7 @@ def versions(nodes: Sequence[Facts], here: Facts) -> Finding:
     return Finding("ok", "versions", ", ".join(f"{name} {version}" for name, version in here.versions.items()))
 
 
-def _clocks(nodes: Sequence[Facts]) -> Finding:
+def _clocks(nodes: Sequence[Host]) -> Finding:
     worst = max(nodes, key=lambda node: abs(node.skew_s) - node.skew_error_s, default=None)
     away = abs(worst.skew_s) - worst.skew_error_s if worst else 0.0
     if worst is None or away <= SKEW_SOUND_S:
@@ -151,7 +151,7 @@ def _clocks(nodes: Sequence[Facts]) -> Finding:
     return Finding(level, "clocks", f"{worst.name} is {worst.skew_s:+.0f} s away from the driver", "timedatectl set-ntp true, there")
 
 
-def _machines(nodes: Sequence[Facts]) -> Iterator[Finding]:
+def _machines(nodes: Sequence[Host]) -> Iterator[Finding]:
     """Shared memory and disks."""
     small = [node for node in nodes if node.shm < min(SHM_SOUND, node.memory // 4)]
     if small:
@@ -165,7 +165,7 @@ def _machines(nodes: Sequence[Facts]) -> Iterator[Finding]:
         yield Finding("ok", "machines", "shared memory and disks are large enough")
 
 
-def _network(nodes: Sequence[Facts]) -> Iterator[Finding]:
+def _network(nodes: Sequence[Host]) -> Iterator[Finding]:
     """What NCCL will find between nodes with GPUs."""
     training = [node for node in nodes if node.gpus]
     idle = [node.name for node in training if not node.resources.get("GPU")]
@@ -244,7 +244,7 @@ def _local_data(study: Study) -> list[str]:
     return [path for path in paths if not is_url(path) and not path.startswith("phantom:")]
 
 
-def shared(study: Study, nodes: Sequence[Facts], token: Mapping[str, str]) -> list[Finding]:
+def shared(study: Study, nodes: Sequence[Host], token: Mapping[str, str]) -> list[Finding]:
     """Whether every node sees what the driver has written, and the local files that the study reads."""
     found = []
     for path, word in token.items():
@@ -260,7 +260,7 @@ def shared(study: Study, nodes: Sequence[Facts], token: Mapping[str, str]) -> li
     return found or [Finding("ok", "storage", f"{study.out} is seen by every node" if token else study.out)]
 
 
-def _credentials(study: Study, nodes: Sequence[Facts]) -> list[Finding]:
+def _credentials(study: Study, nodes: Sequence[Host]) -> list[Finding]:
     if not study.out.startswith("s3://"):
         return []
     without = [node.name for node in nodes if node.credentials is None]

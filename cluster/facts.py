@@ -23,7 +23,7 @@ PLACES = ("step", "steps", "epoch", "seconds")  # where a row stands, not what i
 
 
 @dataclass(frozen=True)
-class Facts:
+class Tracked:
     """One run as MLflow is told."""
 
     params: dict[str, str]
@@ -48,7 +48,7 @@ def kind(folder: str, config: dict[str, Any]) -> str:
     return "control" if config.get("shuffle_labels") else "cell"
 
 
-def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
+def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
     """A finished pretraining; what its cells reached is added by `downstream` as they finish."""
     recipe = config["recipe"]
     params = {
@@ -68,10 +68,10 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Facts:
     }
     for probe in result.get("source_probes", []):  # what was forgotten of an earlier corpus
         metrics |= {f"source_task/{probe['dataset']}/{name}_{probe['when']}": probe[name] for name in ("linear_auroc", "knn_auroc")}
-    return Facts(_flat(params), _numbers(metrics), _tags(config["name"], result))
+    return Tracked(_flat(params), _numbers(metrics), _tags(config["name"], result))
 
 
-def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
+def cell(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
     """A finished cell. Metrics of single labels stay in result.json: fourteen labels in two splits would hide the rest."""
     recipe = config["task"][STRATEGIES[config["strategy"]["name"]].trains_by or "recipe"]
     options = {f"strategy.{key}": value for key, value in config["strategy"].items() if key != "name"}
@@ -98,7 +98,7 @@ def cell(config: dict[str, Any], result: dict[str, Any]) -> Facts:
     tags = _tags(config["source"], result) | {"allograft.own_source": str(config.get("own_source", False)).lower()}
     if config.get("exposed_to"):
         tags["allograft.exposed_to"] = ", ".join(config["exposed_to"])
-    return Facts(_flat(params), _numbers(metrics), tags)
+    return Tracked(_flat(params), _numbers(metrics), tags)
 
 
 def headline(result: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ fits(study, corpora)        # RequestError naming the run, or nothing
 from collections.abc import Mapping
 
 from base.errors import RequestError
-from cluster.plan import Corpus, pretrain_data, pretrain_labels
+from cluster.plan import Packed, pretrain_data, pretrain_labels
 from cluster.study import PretrainEntry, Study
 from pretrain import methods
 from pretrain.recipe import load_recipe
@@ -14,13 +14,13 @@ from shards.order import Order, Source
 from shards.phantoms import parse_raw
 
 
-def fits(study: Study, corpora: Mapping[str, Corpus]) -> None:
+def fits(study: Study, corpora: Mapping[str, Packed]) -> None:
     """Check every pretraining of a study whose datasets are packed. Raises RequestError as `fit` does."""
     for entry in study.pretrain:
         fit(study, entry, corpora)
 
 
-def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> None:
+def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> None:
     """Check one pretraining.
 
     Raises:
@@ -34,7 +34,7 @@ def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> No
         raise RequestError(error.what, where=where, hint=error.hint) from error
 
 
-def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> None:
+def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> None:
     recipe = load_recipe(entry.recipe, entry.settings)
     kind = methods.method_class(recipe.method)
     refs = pretrain_data(study, entry, corpora)
@@ -63,7 +63,7 @@ def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> N
             )
 
 
-def _largest_side(study: Study, dataset: str, corpus: Corpus) -> int | None:
+def _largest_side(study: Study, dataset: str, corpus: Packed) -> int | None:
     """The side in pixels that no image of it exceeds, where that is known without reading one."""
     card, raw = corpus.manifest.card, study.data[dataset].raw
     if card.phantom is not None:

@@ -26,7 +26,7 @@ PACKAGES = ("ray", "torch", "deepspeed", "timm", "webdataset")
 
 
 @dataclass(frozen=True)
-class Facts:
+class Host:
     """Of one host. Bytes for sizes; `seen` by path: its content, or why it cannot be read; `skew_s`: its clock against the driver's."""
 
     host: str
@@ -52,7 +52,7 @@ class Facts:
         return f"{self.host} ({self.address})"
 
 
-def look(paths: Sequence[str], address: str) -> Facts:
+def look(paths: Sequence[str], address: str) -> Host:
     """The facts of the host that this runs on.
 
     Args:
@@ -64,7 +64,7 @@ def look(paths: Sequence[str], address: str) -> Facts:
     cache = os.environ.get("ALLOGRAFT_CACHE", "")
     places = {"TMPDIR": tempfile.gettempdir(), "ALLOGRAFT_CACHE": cache if os.path.isdir(cache) else os.path.expanduser("~")}
     held = [(name, one.address) for name, all_ in psutil.net_if_addrs().items() for one in all_ if one.family == socket.AF_INET]
-    return Facts(
+    return Host(
         host=socket.gethostname(),
         address=address,
         versions=versions(),
@@ -120,8 +120,8 @@ def _credentials() -> str | None:
     return str(found.method) if found else None
 
 
-def everywhere(paths: Sequence[str]) -> tuple[list[Facts], list[str]]:
-    """Facts of every living node of the cluster, and those that gave none, each with the reason."""
+def everywhere(paths: Sequence[str]) -> tuple[list[Host], list[str]]:
+    """Host of every living node of the cluster, and those that gave none, each with the reason."""
     import dataclasses
 
     import ray

@@ -18,7 +18,7 @@ from base import storage
 from base.config import canonical_json, parse
 from base.errors import RequestError
 from cluster.events import Events
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.progress import Progress, minutes
 from cluster.ray_tasks import run_tasks
 from cluster.study import Study
@@ -49,7 +49,7 @@ def _tested(study: Study) -> list[str]:
     return list(dict.fromkeys(load_task(task, settings.get(task, {})).dataset for task in tasks))
 
 
-def standing(study: Study, corpora: Mapping[str, Corpus]) -> dict[str, Corpus] | None:
+def standing(study: Study, corpora: Mapping[str, Packed]) -> dict[str, Packed] | None:
     """The corpora as they will be trained on, where every comparison stands in OUT already; None where one is missing.
 
     Raises:
@@ -61,7 +61,7 @@ def standing(study: Study, corpora: Mapping[str, Corpus]) -> dict[str, Corpus] |
     return None if any(check is None for check in checks) else _concluded(study, corpora, [check for check in checks if check])
 
 
-def _standing(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]) -> list[Check | None]:
+def _standing(study: Study, corpora: Mapping[str, Packed], asked: Sequence[Pair]) -> list[Check | None]:
     found: list[Check | None] = []
     for dataset, split, test in asked:
         url = _url(study, corpora, dataset, split, test)
@@ -69,7 +69,7 @@ def _standing(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]
     return found
 
 
-def _url(study: Study, corpora: Mapping[str, Corpus], dataset: str, split: str, test: str) -> str:
+def _url(study: Study, corpora: Mapping[str, Packed], dataset: str, split: str, test: str) -> str:
     key = check_key(corpora[dataset].manifest, split, corpora[test].manifest)
     return storage.join(study.out, "analyses", key, "leakage.json")
 
@@ -84,7 +84,7 @@ def by_corpus(study: Study) -> dict[tuple[str, str], list[str]]:
 
 def compare_one(
     study: Study,
-    corpora: Mapping[str, Corpus],
+    corpora: Mapping[str, Packed],
     corpus: tuple[str, str],
     ready: Callable[[str], Any],
     progress: Progress,
@@ -133,14 +133,14 @@ def compare_one(
     _concluded(study, corpora, checks)
 
 
-def prepared(corpus: Corpus) -> Any:
+def prepared(corpus: Packed) -> Any:
     """A reference to the test images of a dataset, made ready for comparison by a task of Ray's."""
     import ray
 
     return ray.remote(num_cpus=1)(prepare).remote(corpus.url)
 
 
-def trained_on(study: Study, corpora: Mapping[str, Corpus], names: Collection[str] | None = None) -> dict[str, Corpus]:
+def trained_on(study: Study, corpora: Mapping[str, Packed], names: Collection[str] | None = None) -> dict[str, Packed]:
     """The corpora, or those of these names, without the images that the comparisons which stand found.
 
     Raises:
@@ -157,7 +157,7 @@ def _by_pixels(url: str, split: str, shard: int, *tests: Any) -> Any:
     return by_pixels(url, split, shard, tests)
 
 
-def refuse_shared_patients(corpora: Mapping[str, Corpus]) -> None:
+def refuse_shared_patients(corpora: Mapping[str, Packed]) -> None:
     """Raises RequestError where a packed dataset has a patient in two splits."""
     for name, corpus in corpora.items():
         shared = patients_in_two_splits(corpus.url, list(corpus.manifest.counts))
@@ -165,7 +165,7 @@ def refuse_shared_patients(corpora: Mapping[str, Corpus]) -> None:
             raise RequestError(f"{shared} patients of '{name}' stand in two splits", where=corpus.url, hint="pack the dataset again")
 
 
-def _concluded(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Check]) -> dict[str, Corpus]:
+def _concluded(study: Study, corpora: Mapping[str, Packed], checks: Sequence[Check]) -> dict[str, Packed]:
     """Refuse findings, or leave out what matches."""
     if study.leakage == "stop":
         _refuse(study, corpora, checks)
@@ -182,7 +182,7 @@ def _concluded(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Che
     return found
 
 
-def summarise(study: Study, corpora: Mapping[str, Corpus]) -> None:
+def summarise(study: Study, corpora: Mapping[str, Packed]) -> None:
     """OUT/leakage.json: what was compared and found, and what the study does with it. Nothing is written where nothing is compared."""
     there = [[pair for pair in asked if pair[0] in corpora and pair[2] in corpora] for asked in (pairs(study), own_pairs(study))]
     checks, own = (_rows(study, corpora, asked) for asked in there)
@@ -191,7 +191,7 @@ def summarise(study: Study, corpora: Mapping[str, Corpus]) -> None:
         storage.put(storage.join(study.out, SUMMARY), whole.model_dump_json(by_alias=True, indent=1))
 
 
-def _rows(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]) -> list[Row]:
+def _rows(study: Study, corpora: Mapping[str, Packed], asked: Sequence[Pair]) -> list[Row]:
     return [
         Row(
             corpus=check.corpus,
@@ -210,7 +210,7 @@ def _rows(study: Study, corpora: Mapping[str, Corpus], asked: Sequence[Pair]) ->
     ]
 
 
-def _refuse(study: Study, corpora: Mapping[str, Corpus], checks: Sequence[Check]) -> None:
+def _refuse(study: Study, corpora: Mapping[str, Packed], checks: Sequence[Check]) -> None:
     lines = []
     for check in checks:
         of, place = f"{check.corpus.dataset} {check.corpus.split}", f"the test images of {check.test.dataset}"
@@ -231,7 +231,7 @@ def words(match: Match) -> str:
     return f"{', '.join(parts)}: {match.corpus} and {match.test}"
 
 
-def foretold(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[str, str, bool]]:
+def foretold(study: Study, corpora: Mapping[str, Packed]) -> list[tuple[str, str, bool]]:
     """What a plan can say without decoding an image: (which comparison, what is known, whether it would stop the study)."""
     rows = []
     for (dataset, split, test), check in zip(pairs(study), _standing_or_none(study, corpora), strict=True):
@@ -247,5 +247,5 @@ def foretold(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[str, str
     return rows
 
 
-def _standing_or_none(study: Study, corpora: Mapping[str, Corpus]) -> list[Check | None]:
+def _standing_or_none(study: Study, corpora: Mapping[str, Packed]) -> list[Check | None]:
     return _standing(study, corpora, pairs(study)) if set(corpora) == set(study.data) else [None] * len(pairs(study))

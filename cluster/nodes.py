@@ -20,7 +20,7 @@ from cluster.events import Events
 from cluster.fit import fit
 from cluster.graph import Graph, Node
 from cluster.places import of_pretraining
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.progress import Progress
 from cluster.searches import Searches
 from cluster.sources import external
@@ -156,7 +156,7 @@ class Making:
     def _room(self) -> float:
         return self.graph.left().get("CPU", 1.0)
 
-    def _pack(self, name: str) -> Corpus:
+    def _pack(self, name: str) -> Packed:
         return stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
 
     def _compare(self, corpus: tuple[str, str]) -> None:
@@ -169,16 +169,16 @@ class Making:
                 self._prepared[test] = leakage.prepared(self._packed()[test])
             return self._prepared[test]
 
-    def _packed(self) -> dict[str, Corpus]:
+    def _packed(self) -> dict[str, Packed]:
         """Datasets that are packed, as they were packed."""
         results = dict(self.graph.results)
         return {name: results[f"pack {name}"] for name in self.study.data if f"pack {name}" in results}
 
-    def _corpora(self, read: Sequence[tuple[str, str]]) -> dict[str, Corpus]:
+    def _corpora(self, read: Sequence[tuple[str, str]]) -> dict[str, Packed]:
         """Datasets as they are trained on; all of those in `read` are compared."""
         return leakage.trained_on(self.study, self._packed(), {name for name, _ in read})
 
-    def _fit(self, entry: PretrainEntry) -> dict[str, Corpus]:
+    def _fit(self, entry: PretrainEntry) -> dict[str, Packed]:
         corpora = self._corpora([*entry.data.items(), *self.study.earlier(entry)])
         fit(self.study, entry, corpora)
         return corpora

@@ -21,7 +21,7 @@ from cluster.claims import axes_of_matrix
 from cluster.estimate import Estimate, Run, Seen, Speeds, cell_bytes, devices
 from cluster.fit import fit
 from cluster.outs import refuse_other_out
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.progress import minutes
 from cluster.screen import table
 from cluster.searches import Chosen, Searches, most
@@ -106,11 +106,11 @@ def outlook(study: Study, *, rate: float | None = None, gpu: str = "h100-sxm", w
 # -- data and weights
 
 
-def _data(study: Study, problems: dict[str, str]) -> tuple[dict[str, Corpus], dict[str, Seen]]:
+def _data(study: Study, problems: dict[str, str]) -> tuple[dict[str, Packed], dict[str, Seen]]:
     """Datasets that are packed, and what is known of all whose raw files are as they should be."""
     from cluster.standing import jobs_of, standing_corpus
 
-    corpora: dict[str, Corpus] = {}
+    corpora: dict[str, Packed] = {}
     seen: dict[str, Seen] = {}
     for name in study.data:
         try:
@@ -127,7 +127,7 @@ def _data(study: Study, problems: dict[str, str]) -> tuple[dict[str, Corpus], di
 
 
 def _of_data(
-    study: Study, corpora: Mapping[str, Corpus], seen: Mapping[str, Seen], problems: Mapping[str, str], total: Total
+    study: Study, corpora: Mapping[str, Packed], seen: Mapping[str, Seen], problems: Mapping[str, str], total: Total
 ) -> Iterator[Row]:
     for name, entry in study.data.items():
         counts = ", ".join(f"{split} {count:,}" for split, count in seen[name].images.items()) if name in seen else ""

@@ -27,7 +27,7 @@ KEY_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Packed:
     """A packed dataset: where its shards are, its manifest, and by split the ids that pretraining leaves out."""
 
     url: str
@@ -58,7 +58,7 @@ class Weights:
         return bool(self.sha256)
 
 
-def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Corpus], start: Weights | None) -> PretrainConfig:
+def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapping[str, Packed], start: Weights | None) -> PretrainConfig:
     """The configuration of one pretraining run. `start` is where it starts from, None for random weights."""
     recipe = load_recipe(entry.recipe, entry.settings)
     architecture = entry.architecture or (start.architecture if start else None)
@@ -100,7 +100,7 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     )
 
 
-def pretrain_data(study: Study, entry: PretrainEntry, corpora: Mapping[str, Corpus]) -> list[DataRef]:
+def pretrain_data(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> list[DataRef]:
     """What a run reads: its own data, then what it replays of the runs before it."""
     own = _refs(corpora, entry.data.items(), None if entry.replay is None else 1 - entry.replay)
     return own + _refs(corpora, study.replayed(entry), entry.replay)
@@ -131,7 +131,7 @@ def pretrain_labels(entry: PretrainEntry, method: str, cards: Sequence[Card], wh
     return [label for label in known if label in wanted]
 
 
-def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], share: float | None) -> list[DataRef]:
+def _refs(corpora: Mapping[str, Packed], splits: Iterable[tuple[str, str]], share: float | None) -> list[DataRef]:
     """Splits of datasets as a run reads them; where they have a share of its samples, each by its size."""
     found = [(corpora[name], name, split) for name, split in splits]
     sizes = [corpus.manifest.counts[split] - len(corpus.without.get(split, ())) for corpus, _, split in found]
@@ -148,11 +148,11 @@ def _refs(corpora: Mapping[str, Corpus], splits: Iterable[tuple[str, str]], shar
     ]
 
 
-def _can_be_probed(corpus: Corpus, in_chans: int) -> bool:
+def _can_be_probed(corpus: Packed, in_chans: int) -> bool:
     return bool(corpus.manifest.card.labels) and corpus.manifest.card.channels == in_chans
 
 
-def compared_corpora(study: Study, corpora: Mapping[str, Corpus]) -> set[Seen]:
+def compared_corpora(study: Study, corpora: Mapping[str, Packed]) -> set[Seen]:
     """What the pretraining runs of this study read: held against every task's test images before they started."""
     read = {(name, split) for entry in study.pretrain for name, split in entry.data.items() if name in corpora}
     return {(name, split, corpora[name].digest, without_name(corpora[name].without.get(split, ()))) for name, split in read}
@@ -171,7 +171,7 @@ class Setting:
     weights: Weights | None
     strategy: dict[str, Any]
     task: Task
-    corpus: Corpus | None
+    corpus: Packed | None
     fraction: float
     resolution: int
     shuffled: bool
@@ -183,7 +183,7 @@ class Setting:
         return self.corpus is not None and bool(self.architecture) and (self.weights is None or self.weights.stand)
 
     @property
-    def packed(self) -> Corpus:
+    def packed(self) -> Packed:
         """The dataset, of a setting that stands."""
         assert self.corpus is not None
         return self.corpus
@@ -213,7 +213,7 @@ def architectures(study: Study, weights: Mapping[str, Sequence[Weights]]) -> lis
 
 
 def settings(
-    study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]], only: tuple[str, str] | None = None
+    study: Study, corpora: Mapping[str, Packed], weights: Mapping[str, Sequence[Weights]], only: tuple[str, str] | None = None
 ) -> Iterator[Setting]:
     """Every setting of the matrix, in a fixed order.
 
@@ -279,11 +279,11 @@ def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Tas
             "seed": seed,
             "shuffle_labels": setting.shuffled,
         },
-        # Named only where they are asked for, so that other cells keep their keys.
-        "task": task.model_dump(mode="json", by_alias=True, exclude={n for n in ("mask_class", "normalise") if getattr(task, n) is None}),
+        # Named only where one is asked for, so that other cells keep their keys.
+        "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
         "encoder_sha256": found.sha256 if found else None,
         "manifests": [setting.packed.digest],
-        "dtype": setting.study.resources.cell_dtype,
+        "dtype": setting.study.resources.dtype,
         "threads": setting.study.resources.threads,
         "version": [CELL_VERSION, VIEWS_VERSION],
     }
@@ -325,7 +325,7 @@ def cell(
         resolution=setting.resolution,
         seed=seed,
         shuffle_labels=setting.shuffled,
-        dtype=setting.study.resources.cell_dtype,
+        dtype=setting.study.resources.dtype,
         keep=setting.study.cells.keep if setting.study.cells and role == "cell" else "nothing",
         threads=setting.study.resources.threads,
         own_source=bool(found and task.dataset in found.labelled),

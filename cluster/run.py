@@ -19,7 +19,7 @@ from cluster.events import Events
 from cluster.lock import DriverLock
 from cluster.mlflow_store import require_server, tracking_uri
 from cluster.outs import refuse_other_out, study_at
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.progress import Progress
 from cluster.projection import Projection
 from cluster.projector import Projector, mlflow_trouble
@@ -82,7 +82,7 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
 def _stages(
     study: Study,
     before: Study | None,
-    corpora: dict[str, Corpus],
+    corpora: dict[str, Packed],
     progress: Progress,
     events: Events,
     projector: Projector,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from base import storage
 from cluster import quarantine
 from cluster.events import Events
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.progress import Progress, minutes
 from cluster.standing import done, shards_url
 from cluster.study import PretrainEntry, Study
@@ -33,7 +33,7 @@ def refuse_other_secrets(study: Study) -> None:
             refuse_another_secret(load_card(name), shards_url(study, name))
 
 
-def pack(study: Study, name: str, progress: Progress, events: Events, room: Processors, check: StillOn) -> Corpus:
+def pack(study: Study, name: str, progress: Progress, events: Events, room: Processors, check: StillOn) -> Packed:
     """A dataset packed, or kept where its shards are those of the raw files.
 
     Raises:
@@ -47,7 +47,7 @@ def pack(study: Study, name: str, progress: Progress, events: Events, room: Proc
 
     entry, url = study.data[name], shards_url(study, name)
     if entry.raw is None:
-        corpus = Corpus(url, manifest.read(url))
+        corpus = Packed(url, manifest.read(url))
     else:
 
         def show(so_far: "Packing") -> None:
@@ -55,7 +55,7 @@ def pack(study: Study, name: str, progress: Progress, events: Events, room: Proc
             progress.line(f"pack {name}: {so_far.line()}", of=f"pack {name}")
 
         made, packing = pack_on_ray(load_card(name), entry.raw, url, show, entry.split_files, room)
-        corpus = Corpus(url, made)
+        corpus = Packed(url, made)
         counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
         quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""
         progress.say(f"pack {name}: {counts}{quarantined}; {packing.summary()}")

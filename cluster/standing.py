@@ -11,7 +11,7 @@ from base.errors import RequestError
 from base.paths import safe_name
 from cluster import plan
 from cluster.claims import architecture_of
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.study import PretrainEntry, Study
 from pretrain.run import PretrainConfig
 
@@ -35,7 +35,7 @@ def encoders(out: str) -> list[tuple[str, str]]:
     return [(storage.join(run, "export"), storage.read_json(storage.join(run, "result.json"))["health"]) for run in runs if done(run)]
 
 
-def standing_corpora(study: Study) -> dict[str, Corpus]:
+def standing_corpora(study: Study) -> dict[str, Packed]:
     """The datasets whose shards are complete already and were packed from the very raw files that the study names.
 
     Raises:
@@ -54,7 +54,7 @@ def jobs_of(study: Study, name: str) -> "list[ShardJob]":
     return pack.plan(load_card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
 
 
-def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Corpus | None:
+def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Packed | None:
     """A dataset that is packed from these raw files, or comes packed; None where it is still to be.
 
     Raises:
@@ -68,7 +68,7 @@ def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Corp
         hint = f"allograft pack {name} RAW --out {url}"
         raise RequestError("no packed dataset here", where=f"data.{name}.shards = {url}", hint=hint)
     read = manifest.read(url) if stands else None
-    return Corpus(url, read) if read and (entry.shards or read.raw_digest == jobs[0].origin.raw_digest) else None
+    return Packed(url, read) if read and (entry.shards or read.raw_digest == jobs[0].origin.raw_digest) else None
 
 
 def shards_url(study: Study, dataset: str) -> str:
@@ -76,7 +76,7 @@ def shards_url(study: Study, dataset: str) -> str:
     return study.data[dataset].shards or storage.join(study.out, "shards", dataset)
 
 
-def pretrainings(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]]:
+def pretrainings(study: Study, corpora: Mapping[str, Packed]) -> list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]]:
     """Every run and seed in the order of the study: its configuration, None while what it starts from is not there, and its encoder,
     None while it is not finished."""
     from cluster.sources import read_weights
@@ -96,7 +96,7 @@ def pretrainings(study: Study, corpora: Mapping[str, Corpus]) -> list[tuple[Pret
     return found
 
 
-def standing_weights(study: Study, corpora: Mapping[str, Corpus]) -> tuple[dict[str, list[Weights]], list[str]]:
+def standing_weights(study: Study, corpora: Mapping[str, Packed]) -> tuple[dict[str, list[Weights]], list[str]]:
     """Weights by the names that cells give their sources, see `foreseen`, and the names of the runs that are missing, each as often as
     seeds of it are. Fetches nothing."""
     made: dict[str, list[Weights]] = {}

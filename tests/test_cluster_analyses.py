@@ -23,7 +23,7 @@ from cluster import analyses
 from cluster.analyses import NODES, analyse, run_analyses
 from cluster.events import Events
 from cluster.load import load_study
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.progress import Progress
 from cluster.sources import cell_config, read_weights
 from cluster.study import Study
@@ -55,7 +55,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, phantom_chest: str) -> Study
     cells |= {"task_settings": {"phantom-chest": {"recipe.epochs": 2}}, "architectures": ["test_resnet"]}
     made = load_study(tiny_study.write(folder, {**tree, "cells": cells}))
     weights = {name: [read_weights(place)] for name, place in places.items()}
-    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    corpora = {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}
     for config in tiny_study.cells(made, corpora, weights):
         run(config, LocalContext(dir=str(folder / "work")))
     (folder / "out" / "study.yaml").write_text((folder / "study.yaml").read_text())

@@ -13,7 +13,7 @@ from base.config import parse
 from base.errors import RequestError
 from cluster import facts, plan
 from cluster.load import load_study
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.study import Study
 from encoders.build import build
 from encoders.export import export, read_export
@@ -28,14 +28,14 @@ SIZES = {"phantom-chest": 60, "procedural": 30, "nih-cxr14": 90}
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Packed]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("shards")
     urls = {name: write(folder / name, (size,), dataset=name) for name, size in SIZES.items()}
-    return {name: Corpus(url, manifest.read(url)) for name, url in urls.items()}
+    return {name: Packed(url, manifest.read(url)) for name, url in urls.items()}
 
 
-def chain(folder: Path, corpora: dict[str, Corpus], *entries: dict[str, Any]) -> Study:
+def chain(folder: Path, corpora: dict[str, Packed], *entries: dict[str, Any]) -> Study:
     base = {"recipe": "supervised/smoke", "architecture": "test_resnet", "settings": {"max_steps": 2, "checkpoint_every_steps": 0}}
     data = {name: {"shards": corpus.url} for name, corpus in corpora.items()}
     path = folder / "study.yaml"
@@ -48,12 +48,12 @@ B = {"name": "b", "data": {"procedural": "train"}, "start_from": "pretrain:a"}
 C = {"name": "c", "data": {"nih-cxr14": "train"}, "start_from": "pretrain:b"}
 
 
-def config_of(study: Study, number: int, corpora: dict[str, Corpus], start: Weights | None = None) -> PretrainConfig:
+def config_of(study: Study, number: int, corpora: dict[str, Packed], start: Weights | None = None) -> PretrainConfig:
     start = start or Weights(url="/before", sha256="0" * 64, architecture="test_resnet")
     return plan.pretrain_config(study, study.pretrain[number], 0, corpora, start if number else None)
 
 
-def test_a_chain_of_three_replays_all_before_it_in_proportion_to_their_sizes(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_a_chain_of_three_replays_all_before_it_in_proportion_to_their_sizes(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     study = chain(tmp_path, corpora, A, B, C | {"replay": 0.3})
     config = config_of(study, 2, corpora)
     assert {ref.dataset: ref.weight for ref in config.data} == pytest.approx({"nih-cxr14": 0.7, "phantom-chest": 0.2, "procedural": 0.1})
@@ -63,7 +63,7 @@ def test_a_chain_of_three_replays_all_before_it_in_proportion_to_their_sizes(tmp
     assert {ref.dataset for ref in config.earlier} == {"phantom-chest", "procedural"}
 
 
-def test_an_epoch_of_a_run_that_replays_is_one_pass_over_its_own_data(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_an_epoch_of_a_run_that_replays_is_one_pass_over_its_own_data(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     config = config_of(chain(tmp_path, corpora, A, B | {"replay": 0.4, "settings": {"global_batch": 10}}), 1, corpora)
     one = Run(config.model_copy(update={"start_from": None, "start_from_sha256": None}), LocalContext(dir=config.out))
     one._build()
@@ -72,7 +72,7 @@ def test_an_epoch_of_a_run_that_replays_is_one_pass_over_its_own_data(tmp_path: 
     assert sorted(i for i in ids if i < 30) == list(range(30))
 
 
-def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     keys = [config_of(chain(tmp_path, corpora, A, B | extra), 1, corpora).key for extra in ({}, {"replay": 0.3}, {"replay": 0.5})]
     assert len(set(keys)) == 3
     alone = config_of(chain(tmp_path, corpora, A), 0, corpora)
@@ -81,10 +81,10 @@ def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, co
     assert alone.earlier == []
 
 
-def test_left_out_samples_do_not_count(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_left_out_samples_do_not_count(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     less = {
         **corpora,
-        "phantom-chest": Corpus(corpora["phantom-chest"].url, corpora["phantom-chest"].manifest, {"train": tuple(range(30))}),
+        "phantom-chest": Packed(corpora["phantom-chest"].url, corpora["phantom-chest"].manifest, {"train": tuple(range(30))}),
     }
     config = config_of(chain(tmp_path, corpora, A, B, C | {"replay": 0.5}), 2, less)
     assert [ref.weight for ref in config.data] == pytest.approx([0.5, 0.25, 0.25])
@@ -102,22 +102,22 @@ def test_left_out_samples_do_not_count(tmp_path: Path, corpora: dict[str, Corpus
     ],
 )
 def test_replay_that_means_nothing_is_refused(
-    entries: list[dict[str, Any]], message: str, tmp_path: Path, corpora: dict[str, Corpus]
+    entries: list[dict[str, Any]], message: str, tmp_path: Path, corpora: dict[str, Packed]
 ) -> None:
     with pytest.raises(RequestError, match=message):
         chain(tmp_path, corpora, *entries)
 
 
-def test_replay_of_colour_in_a_grey_run_is_refused(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_replay_of_colour_in_a_grey_run_is_refused(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     fundus = write(tmp_path / "fundus", (20,), dataset="phantom-fundus", channels=3)
-    more = {**corpora, "phantom-fundus": Corpus(fundus, manifest.read(fundus))}
+    more = {**corpora, "phantom-fundus": Packed(fundus, manifest.read(fundus))}
     first = A | {"data": {"phantom-fundus": "train"}}
     with pytest.raises(RequestError, match="grey and colour corpora in one run"):
         chain(tmp_path, more, first, B | {"replay": 0.3})
     assert config_of(chain(tmp_path, more, first, B), 1, more).earlier == []  # what a grey encoder cannot see is not probed
 
 
-def test_a_run_that_replays_says_so_in_its_lineage_and_what_it_kept(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_a_run_that_replays_says_so_in_its_lineage_and_what_it_kept(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     study = chain(tmp_path, corpora, A, B | {"replay": 0.25})
     first = run(config_of(study, 0, corpora), LocalContext(dir=str(tmp_path)))
     assert first is not None
@@ -137,7 +137,7 @@ def test_a_run_that_replays_says_so_in_its_lineage_and_what_it_kept(tmp_path: Pa
     assert told.params["replay"] == "0.25"
 
 
-def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path: Path, corpora: dict[str, Corpus]) -> None:
+def test_grey_data_goes_on_from_weights_of_colour_with_the_same_outputs(tmp_path: Path, corpora: dict[str, Packed]) -> None:
     """A chain from three channels to one and back: the encoder of a run that has not stepped yet gives the outputs of its source."""
     from pretrain import ends
 
@@ -210,7 +210,7 @@ def give(kind: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("kind", ["timm", "zoo", "models", "run", "path", "absolute", "url"])
 def test_a_chain_starts_from_published_registered_and_exported_weights(
-    kind: str, tmp_path: Path, corpora: dict[str, Corpus], weights_here: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, corpora: dict[str, Packed], weights_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Published weights -> one corpus -> the next: planned, begun with those very tensors, and run to a result with the whole lineage."""
     from cluster.standing import standing_weights, start_of
@@ -239,7 +239,7 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
     assert standing_weights(study, corpora)[1] == ["b"]
 
 
-def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Corpus], weights_here: Path) -> None:
+def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Packed], weights_here: Path) -> None:
     with pytest.raises(RequestError, match="did you mean 'moco-v2'"):
         chain(tmp_path, corpora, A | {"start_from": "zoo:moco-2"})
     with pytest.raises(RequestError, match="did you mean 'random'"):

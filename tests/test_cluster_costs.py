@@ -11,7 +11,7 @@ import torch
 
 from cluster.costs import efficiency
 from cluster.load import load_study
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.sources import read_weights
 from encoders.build import build
 from encoders.export import export
@@ -40,7 +40,7 @@ def test_networks_of_truncated_and_slim_sources_are_their_own(
     study = load_study(tiny_study.write(tmp_path, {**tree, "cells": cells}))
     weights = {name: [read_weights(str(tmp_path / name))] for name in encoders}
     params = {}
-    for config in tiny_study.cells(study, {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}, weights):
+    for config in tiny_study.cells(study, {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}, weights):
         params[config.source] = run(config, LocalContext(dir=str(tmp_path / "work")))["params"]
     shutil.copy(tmp_path / "study.yaml", Path(study.out) / "study.yaml")
     efficiency([study.out], 1, str(tmp_path / "table"))

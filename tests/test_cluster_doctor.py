@@ -15,15 +15,15 @@ from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from cluster import doctor, places
-from cluster.hosts import Facts, look
+from cluster.hosts import Host, look
 from cluster.load import load_study
 from cluster.study import Resources, Study
 
 SHM = 8 << 30
 
 
-def node(name: str = "a", **changes: Any) -> Facts:
-    facts = Facts(
+def node(name: str = "a", **changes: Any) -> Host:
+    facts = Host(
         host=name,
         address=f"10.0.0.{len(name)}",
         versions={"Python": "3.11.2", "ray": "2.60.0"},

@@ -11,7 +11,7 @@ from base.errors import RequestError
 from cluster.fit import fits
 from cluster.load import load_study
 from cluster.outlook import outlook
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.study import Study
 from shards import manifest
 
@@ -29,8 +29,8 @@ def study_of(folder: Path, data: dict[str, str], *entries: dict[str, Any], **mor
     return load_study(str(path))
 
 
-def corpora(shards: str) -> dict[str, Corpus]:
-    return {"phantom-chest": Corpus(shards, manifest.read(shards))}
+def corpora(shards: str) -> dict[str, Packed]:
+    return {"phantom-chest": Packed(shards, manifest.read(shards))}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_images_reduced_when_packed_are_as_small_as_the_card_says(shards: str, t
     packed = manifest.read(shards)
     card = packed.card.model_copy(update={"phantom": None, "max_side": 31})
     with pytest.raises(RequestError, match=r"views of 32 px .* at most 31 px"):
-        fits(study, {"phantom-chest": Corpus(shards, packed.model_copy(update={"card": card}))})
+        fits(study, {"phantom-chest": Packed(shards, packed.model_copy(update={"card": card}))})
 
 
 @pytest.mark.parametrize(

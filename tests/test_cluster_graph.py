@@ -27,7 +27,7 @@ from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
 from cluster.load import load_study
 from cluster.nodes import Making
-from cluster.plan import Corpus, settings
+from cluster.plan import Packed, settings
 from cluster.progress import Progress
 from cluster.ray_tasks import of_task
 from cluster.run import Summary, _tried, run
@@ -377,7 +377,7 @@ def test_a_thread_that_outlives_the_session_starts_no_cluster_of_its_own() -> No
 def test_test_images_are_made_ready_once_for_all_who_ask_at_once(packed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def slow(corpus: Corpus) -> str:
+    def slow(corpus: Packed) -> str:
         asked.append(corpus.url)
         time.sleep(0.1)
         return "reference"

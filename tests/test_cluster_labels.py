@@ -12,7 +12,7 @@ from tiny_corpus import card, write
 from base.errors import RequestError
 from cluster import facts, plan
 from cluster.load import load_study
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.study import PretrainEntry, Study
 from encoders.export import read_export
 from engine.context import LocalContext
@@ -42,12 +42,12 @@ def keys(folder: Path, shards: str, **entry: Any) -> str:
     packed = manifest.read(shards)
     packed = packed.model_copy(update={"card": packed.card.model_copy(update={"views": CHEXPERT.views})})
     made = study(folder, shards, **entry)
-    return plan.pretrain_config(made, made.pretrain[0], 0, {"chexpert": Corpus(shards, packed)}, None).key
+    return plan.pretrain_config(made, made.pretrain[0], 0, {"chexpert": Packed(shards, packed)}, None).key
 
 
 def test_a_run_of_some_labels_learns_those_and_says_so(tmp_path: Path, shards: str) -> None:
     made = study(tmp_path, shards, labels=["Fracture", "Edema"])
-    config = plan.pretrain_config(made, made.pretrain[0], 0, {"chexpert": Corpus(shards, manifest.read(shards))}, None)
+    config = plan.pretrain_config(made, made.pretrain[0], 0, {"chexpert": Packed(shards, manifest.read(shards))}, None)
     assert config.labels == ["Edema", "Fracture"]  # in the card's order
     result = run(config, LocalContext(dir=str(tmp_path)))
     assert result is not None

@@ -16,7 +16,7 @@ from cluster import leakage, plan
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.outlook import outlook
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.progress import Progress
 from cluster.run import run
 from cluster.session import session
@@ -52,7 +52,7 @@ def test_a_plan_tells_without_decoding(leaky: Study, capsys: pytest.CaptureFixtu
     assert storage.listing(leaky.out) == []
 
 
-def compare(study: Study) -> dict[str, Corpus]:
+def compare(study: Study) -> dict[str, Packed]:
     """As the nodes of a study do, one corpus after the other."""
     corpora, ready = standing_corpora(study), cache(lambda test: leakage.prepared(standing_corpora(study)[test]))
     for corpus in leakage.by_corpus(study):
@@ -142,7 +142,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path, monkeypatch: pytest.
     both = first.model_copy(update={"shards": [*first.shards, *second.shards], "counts": counts, "patients": counts})
     (tmp_path / "one" / "manifest.json").write_text(Manifest.model_validate(both.model_dump(by_alias=True)).text())
     with pytest.raises(RequestError, match="12 patients of 'tiny' stand in two splits"):
-        leakage.refuse_shared_patients({"tiny": Corpus(one, read(one))})
+        leakage.refuse_shared_patients({"tiny": Packed(one, read(one))})
 
 
 def test_weights_from_outside_are_exposed_by_their_lineage(leaky: Study) -> None:

@@ -13,7 +13,7 @@ from cluster.cells import write_plan
 from cluster.estimate import Run, Seen, Speeds, devices
 from cluster.load import load_study
 from cluster.outlook import comparisons, outlook
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.searches import Searches
 from cluster.study import Resources, Study
 from engine import gpus
@@ -45,7 +45,7 @@ def written(folder: Path, shards: str, cells: dict[str, Any] | None = None, **ch
 
 
 def searches_of(study: Study, shards: str) -> Searches:
-    return Searches(plan.settings(study, {"phantom-chest": Corpus(shards, manifest.read(shards))}, {}), keep=False)
+    return Searches(plan.settings(study, {"phantom-chest": Packed(shards, manifest.read(shards))}, {}), keep=False)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

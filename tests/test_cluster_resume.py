@@ -9,7 +9,7 @@ from tiny_corpus import write
 from base.config import to_yaml
 from base.errors import RequestError
 from cluster import plan
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.resume import resumed
 from cluster.single import pretrain_study
 from shards import manifest
@@ -20,7 +20,7 @@ def begun(tmp_path: Path) -> Path:
     """The folder of a pretraining that was begun: its configuration, and the study beside it."""
     shards = write(tmp_path / "shards", (60,), dataset="phantom-chest")
     study = pretrain_study("simclr/smoke", [f"data.phantom-chest.shards={shards}", "architecture=test_resnet", f"out={tmp_path}/out"])
-    config = plan.pretrain_config(study, study.pretrain[0], 0, {"phantom-chest": Corpus(shards, manifest.read(shards))}, None)
+    config = plan.pretrain_config(study, study.pretrain[0], 0, {"phantom-chest": Packed(shards, manifest.read(shards))}, None)
     Path(config.out).mkdir(parents=True)
     (Path(config.out) / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "out" / "study.yaml").write_text(to_yaml(study))

@@ -19,7 +19,7 @@ from cluster import plan
 from cluster.fanout import Tally, run_cells
 from cluster.load import load_study
 from cluster.outlook import outlook
-from cluster.plan import Corpus
+from cluster.plan import Packed
 from cluster.run import run
 from cluster.searches import Searches, most
 from cluster.single import finetune_study
@@ -58,7 +58,7 @@ def written(folder: Path, shards: str, **cells: object) -> Study:
 
 
 def planned(study: Study, shards: str, **changes: Any) -> Searches:
-    return Searches(plan.settings(study, {"phantom-chest": Corpus(shards, manifest.read(shards))}, {}), **changes)
+    return Searches(plan.settings(study, {"phantom-chest": Packed(shards, manifest.read(shards))}, {}), **changes)
 
 
 def result_of(config: CellConfig, value: float | None) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def test_a_truncated_source_is_searched_at_the_cuts_that_it_has(tmp_path: Path, 
     export(truncate(build("test_resnet", 1, seed=0), "layer3.0"), short, image_size=32, **facts)
     ways = [{"name": "truncated", "cut": "auto", "search": way} for way in ("two-stage", "halving", "exhaustive")]
     study = written(tmp_path, phantom_chest, strategies=ways, sources=[{"name": "short", "source": str(short)}], tune=None)
-    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    corpora = {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}
     searches = Searches(plan.settings(study, corpora, {"short": [read_weights(str(short))]}))
     ran = drive(searches, likes)
     assert {config.strategy["cut"] for config in ran} == {"stem", "layer1.0", "layer2.0", "layer3.0"}
@@ -238,25 +238,14 @@ def test_a_strategy_is_the_same_cell_whether_its_defaults_are_typed_or_not(tmp_p
 
 
 def test_cells_compute_in_the_numbers_that_the_study_asks_for(tmp_path: Path, phantom_chest: str) -> None:
-    keys: dict[str, set[str]] = {"fp32": set(), "bf16": set()}
-    gpu = [{"gpus_per_cell": share} for share in (0.25, 1, "measured")]
-    for asked in ({}, {"dtype": "fp32"}, {"dtype": "bf16"}, *gpu, *(resources | {"dtype": "fp32"} for resources in gpu)):
+    keys = set()
+    for dtype in ("fp32", "bf16"):
         study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
-        study = study.model_copy(update={"resources": parse(asked, Resources, "resources")})
+        study = study.model_copy(update={"resources": parse({"dtype": dtype}, Resources, "resources")})
         (config,) = planned(study, phantom_chest).cells
-        assert config.dtype == asked.get("dtype", "bf16" if asked else "fp32")
-        keys[config.dtype].add(config.key)
-    assert [len(of_dtype) for of_dtype in keys.values()] == [1, 1]
-
-
-def test_a_normalisation_is_part_of_the_key_where_one_is_asked_for(tmp_path: Path, phantom_chest: str) -> None:
-    study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
-    setting = next(iter(planned(study, phantom_chest).chosen)).setting
-    plain, asked = (
-        plan.identity(setting, 0, setting.strategy, setting.task.model_copy(update={"normalise": name}))["task"] for name in (None, "none")
-    )
-    assert asked == plain | {"normalise": "none"}
-    assert "normalise" not in plain
+        assert config.dtype == dtype
+        keys.add(config.key)
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("keep", ["nothing", "encoder"])
@@ -289,7 +278,7 @@ def test_other_cells_keep_their_keys(tmp_path: Path, phantom_chest: str) -> None
     """A study in which nothing is searched has the keys it had."""
     study = written(tmp_path, phantom_chest, strategies=["linear"], tune=None)
     searches = planned(study, phantom_chest)
-    corpora = {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}
+    corpora = {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}
     assert [config.key for config in searches.cells] == [config.key for config in tiny_study.cells(study, corpora, {})]
     assert all("role" not in plan.identity(one.setting, 0, one.strategy, one.task) for one in searches.chosen)
 
@@ -322,7 +311,7 @@ def test_the_plan_says_how_many_trials_and_what_is_untuned(tmp_path: Path, phant
     said = " ".join(capsys.readouterr().out.split())
     assert "untuned: one fixed rate" in said
     assert "counted once data and weights stand" in said
-    assert most(plan.settings(study, {"phantom-chest": Corpus(phantom_chest, manifest.read(phantom_chest))}, {}))[0] == 6
+    assert most(plan.settings(study, {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}, {}))[0] == 6
 
 
 def test_one_cell_searches_as_well(phantom_chest: str) -> None:

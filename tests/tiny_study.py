@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from cluster import plan
-from cluster.plan import Corpus, Weights
+from cluster.plan import Packed, Weights
 from cluster.study import Study
 from finetune.cell import CellConfig
 
@@ -45,7 +45,7 @@ def write(folder: Path, tree: dict[str, Any], **changes: object) -> str:
     return str(path)
 
 
-def cells(study: Study, corpora: Mapping[str, Corpus], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
+def cells(study: Study, corpora: Mapping[str, Packed], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
     """Every cell of a study in which nothing is searched."""
     for setting in plan.settings(study, corpora, weights):
         for seed in setting.seeds:
