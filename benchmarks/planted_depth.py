@@ -3,7 +3,7 @@
     nice .venv/bin/python benchmarks/planted_depth.py --out runs/planted-depth      # goes on where it stopped
 
 Scales phantoms have three labels, of which each is a relation at a scale of its own (shards/phantom_scales.py): `texture` in 4 pixels of
-96, `count` in 18, `arrangement` in 36. Each is the one label of a task here. A cut sees as many pixels as are printed (its receptive
+96, `count` in 13, `arrangement` in 36. Each is the one label of a task here. A cut sees as many pixels as are printed (its receptive
 field); what sees less than a label's scale is at chance, whatever it is trained for. The source is a narrow ResNet-26 (nine cuts), trained
 on all three labels of other phantoms; the strategy is `truncated`: the network up to the cut with a head on its means, trained in full.
 What is asked for: an early, a middle and a late cut, by fewer trials than trying every one, on validation alone. The study runs as any

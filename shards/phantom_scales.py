@@ -2,7 +2,7 @@
 
     phantom = scales(seed=0, index=7, size=128)      # image_HW u8, labels, no mask
 
-`texture`: fine lines run along one axis or the other, 4 pixels apart. `count`: six pairs of dots lie a fifth of the side apart, and few of
+`texture`: fine lines run along one axis or the other, 4 pixels apart. `count`: six pairs of dots lie a seventh of the side apart, and few of
 them (0 or 2) or many (4 or 6) are of two dots alike; always six dots are bright and six dark, so that what sees less than a pair sees
 nothing. `arrangement`: on a board of nine marks, two fifths of the side apart, rows take turns in being bright and dark, or columns do;
 every mark is bright in half of the images whatever the label, so that what sees less than two neighbours sees nothing.
@@ -20,7 +20,7 @@ import numpy as np
 from shards.phantom_parts import Phantom, grey_values, grid, smooth_field, specify, streams, texture
 
 GREYS = [(0.0, 0.05), (0.1, 0.35), (0.9, 0.65), (1.0, 0.95)]
-CELLS, PAIRS, APART = 4, 6, 0.19  # cells a side; distance of the dots of a pair, in sides
+CELLS, PAIRS, APART = 4, 6, 0.14  # cells a side; distance of the dots of a pair, in sides
 BOARD, STEP = 3, 0.38  # marks a side; distance of neighbours, in sides
 DOT, MARK, JITTER = 0.016, 0.03, 0.01  # standard deviations of a dot and of a mark's core; how far a thing strays: in sides
 LINES, SLOW, NOISE = 0.14, 0.06, 0.05
