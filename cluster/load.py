@@ -151,6 +151,7 @@ def check_names(study: Study, where: str) -> None:
 
 def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, PretrainEntry], cards: Mapping[str, "Card"], key: str) -> None:
     """A pretraining, with the runs that stand before it in the file."""
+    from cluster.plan import pretrain_labels
     from encoders.cuts import family
     from engine.step import rank_batch
     from pretrain import methods
@@ -170,6 +171,9 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     if len(set(entry.seeds)) < len(entry.seeds):
         raise RequestError("a seed stands twice", where=f"{key}.seeds")
     _one_kind([*entry.data], cards, f"{key}.data", "one run for each")
+    read = [cards[dataset] for dataset in [*entry.data, *(dataset for dataset, _ in study.replayed(entry))]]
+    if not any(card.labels_found for card in read):
+        pretrain_labels(entry, recipe.method, read, f"{key}.labels")
     _check_source(entry.start_from, earlier, f"{key}.start_from")
     start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
     if entry.architecture and start and entry.architecture != start:

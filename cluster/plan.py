@@ -279,11 +279,11 @@ def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Tas
             "seed": seed,
             "shuffle_labels": setting.shuffled,
         },
-        # Named only where one is asked for, so that other cells keep their keys.
-        "task": task.model_dump(mode="json", by_alias=True, exclude={"mask_class"} if task.mask_class is None else None),
+        # Named only where they are asked for, so that other cells keep their keys.
+        "task": task.model_dump(mode="json", by_alias=True, exclude={n for n in ("mask_class", "normalise") if getattr(task, n) is None}),
         "encoder_sha256": found.sha256 if found else None,
         "manifests": [setting.packed.digest],
-        "dtype": setting.study.resources.dtype,
+        "dtype": setting.study.resources.cell_dtype,
         "threads": setting.study.resources.threads,
         "version": [CELL_VERSION, VIEWS_VERSION],
     }
@@ -325,7 +325,7 @@ def cell(
         resolution=setting.resolution,
         seed=seed,
         shuffle_labels=setting.shuffled,
-        dtype=setting.study.resources.dtype,
+        dtype=setting.study.resources.cell_dtype,
         keep=setting.study.cells.keep if setting.study.cells and role == "cell" else "nothing",
         threads=setting.study.resources.threads,
         own_source=bool(found and task.dataset in found.labelled),

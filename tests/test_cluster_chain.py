@@ -21,7 +21,7 @@ from engine.context import LocalContext
 from pretrain.loop import Run
 from pretrain.run import PretrainConfig, run
 from shards import manifest
-from shards.loader import Corpus as Samples
+from shards.corpus import Corpus as Samples
 from shards.loader import TrainLoader
 
 SIZES = {"phantom-chest": 60, "procedural": 30, "nih-cxr14": 90}

@@ -238,14 +238,25 @@ def test_a_strategy_is_the_same_cell_whether_its_defaults_are_typed_or_not(tmp_p
 
 
 def test_cells_compute_in_the_numbers_that_the_study_asks_for(tmp_path: Path, phantom_chest: str) -> None:
-    keys = set()
-    for dtype in ("fp32", "bf16"):
+    keys: dict[str, set[str]] = {"fp32": set(), "bf16": set()}
+    gpu = [{"gpus_per_cell": share} for share in (0.25, 1, "measured")]
+    for asked in ({}, {"dtype": "fp32"}, {"dtype": "bf16"}, *gpu, *(resources | {"dtype": "fp32"} for resources in gpu)):
         study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
-        study = study.model_copy(update={"resources": parse({"dtype": dtype}, Resources, "resources")})
+        study = study.model_copy(update={"resources": parse(asked, Resources, "resources")})
         (config,) = planned(study, phantom_chest).cells
-        assert config.dtype == dtype
-        keys.add(config.key)
-    assert len(keys) == 2
+        assert config.dtype == asked.get("dtype", "bf16" if asked else "fp32")
+        keys[config.dtype].add(config.key)
+    assert [len(of_dtype) for of_dtype in keys.values()] == [1, 1]
+
+
+def test_a_normalisation_is_part_of_the_key_where_one_is_asked_for(tmp_path: Path, phantom_chest: str) -> None:
+    study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
+    setting = next(iter(planned(study, phantom_chest).chosen)).setting
+    plain, asked = (
+        plan.identity(setting, 0, setting.strategy, setting.task.model_copy(update={"normalise": name}))["task"] for name in (None, "none")
+    )
+    assert asked == plain | {"normalise": "none"}
+    assert "normalise" not in plain
 
 
 @pytest.mark.parametrize("keep", ["nothing", "encoder"])
