@@ -81,5 +81,7 @@ def test_runs_are_listed_and_compared_in_the_browser(as_user: Services, studied:
         page.screenshot(tmp_path / "compared.png")
         assert all(run.info.run_name in shown for run in cells[:2])
         assert page.logins >= 1
+        assert len(page.requests) > 10
+        assert [url for url in page.requests if not url.startswith((f"{services.tracking}/", "data:"))] == []  # nobody else is told of it
         # The browser's warnings are among them; those of MLflow's table about its own age are nobody's error.
         assert [error for error in page.errors if not error.startswith("AG Grid: ")] == []
