@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from analysis.ledger import Entry
     from cluster.plan import Setting
 
-READY = "claims"  # the study of the ready claims
-
 
 # -- before the run
 

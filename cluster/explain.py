@@ -51,16 +51,16 @@ def _work(found: Explained) -> list[tuple[str, str]]:
 
 
 def _memory(found: Explained, gpu: Gpu, gpu_name: str, gpu_count: int) -> list[tuple[str, str]]:
-    memory, recipe = found.cost.memory, found.recipe
+    memory = found.cost.memory
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory._asdict().items() if size > GIB / 200)
     total = sum(memory) / GIB
     rows = [(f"memory, {found.cost.images} images a GPU", f"{total:.1f} GiB: {parts}")]
     if total > gpu.memory:
-        rows.append(("", f"more than the {gpu.memory} GiB of {gpu_name}: {_advice(memory, gpu, gpu_count, recipe.method)}"))
+        rows.append(("", f"more than the {gpu.memory} GiB of {gpu_name}: {_advice(memory, gpu, gpu_count)}"))
     return rows
 
 
-def _advice(memory: Memory, gpu: Gpu, gpu_count: int, method: str) -> str:
+def _advice(memory: Memory, gpu: Gpu, gpu_count: int) -> str:
     left = gpu.memory * GIB - (sum(memory) - memory.activations)
     if left <= 0:
         return "zero_stage=1 to 3 over several GPUs"

@@ -24,6 +24,8 @@ from encoders.build import Encoder
 from encoders.export import read_export
 from finetune.run import plant
 
+BASE = "random"  # what every other source is held against
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -72,24 +74,26 @@ def of_cells(
     measure: str,
     how: dict[str, Any],
     leaf: Leaf,
-    base: str = "random",
 ) -> int:
     """The same of these cells; how many settings had kept encoders."""
     probes: dict[int, Probe] = {}
     seen = 0
     for group, held in results.by(cells, "task", "architecture", "strategy", "options", "fraction", "resolution").items():
-        probe = probes.setdefault(side := size or int(group[-1]), Probe(shards, split=split, images=images, size=side))
+        side = size or int(group[-1])
+        if side not in probes:
+            probes[side] = Probe(shards, split=split, images=images, size=side)
+        probe = probes[side]
         runs = kept(held, probe.channels)
         if not runs:
             continue
         seen += 1
         title = ", ".join(str(part) for part in group[:4] if part)
         leaf.say(f"{'' if seen == 1 else chr(10)}{title}: {len(runs)} runs")
-        _figures(runs, probe, measure, how, leaf.under(safe_name(*group)), title, base)
+        _figures(runs, probe, measure, how, leaf.under(safe_name(*group)), title)
     return seen
 
 
-def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], leaf: Leaf, title: str, base: str) -> None:
+def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, Any], leaf: Leaf, title: str) -> None:
     ends = {run.name: run.after for run in runs}
     starts = {f"{run.name} before": run.before for run in runs}
     moved = layers.across(ends | starts, [(f"{name} before", name) for name in ends], probe, **how)
@@ -114,16 +118,16 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
     names = {source: [run.name for run in runs if run.cell.source == source] for source in sources}
     listed = []
     for source in sources:
-        if source == base or len(names.get(base, [])) < 2:
+        if source == BASE or len(names.get(BASE, [])) < 2:
             continue
-        found = layers.against_random(names[source], names[base], values)
-        rows = {f"{source} and {base}": found.pretrained_random, f"{base} and {base}": found.random_random, "difference": found.difference}
+        found = layers.against_random(names[source], names[BASE], values)
+        rows = {f"{source} and {BASE}": found.pretrained_random, f"{BASE} and {BASE}": found.random_random, "difference": found.difference}
         said = [(what, one.words()) for what, one in rows.items()]
         listed += said
         unit = f"{measure} at {' and '.join(highest)}"
         text = f"Mean {unit}, with 95 % intervals. " + "; ".join(f"{what}: {numbers}" for what, numbers in said)
         drawn = partial(plots.intervals, rows, unit, title)
-        leaf.draw(f"top-{safe_name(source)}", f"{title}: top layers, {source} against {base}", text, drawn, 6.0, 2.2)
+        leaf.draw(f"top-{safe_name(source)}", f"{title}: top layers, {source} against {BASE}", text, drawn, 6.0, 2.2)
     if len(runs) >= 3:
         before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
         at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}

@@ -19,6 +19,7 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each run that ends, between those of the study
 }
+PATIENCE_S = 10.0
 CREDENTIALS = "~/.mlflow/credentials"
 
 
@@ -27,7 +28,7 @@ def tracking_uri(out: str, tracking: str) -> str:
     return f"sqlite:///{out}/mlflow.db" if tracking == "sqlite" else tracking
 
 
-def require_server(uri: str, patience_s: float = 10.0) -> None:
+def require_server(uri: str) -> None:
     """Ask a tracking server for its experiments, without loading MLflow, so that a wrong address costs seconds and not a study.
 
     Raises:
@@ -40,7 +41,7 @@ def require_server(uri: str, patience_s: float = 10.0) -> None:
         return
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=_login()), timeout=patience_s) as reply:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=_login()), timeout=PATIENCE_S) as reply:
             json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code == 401:
