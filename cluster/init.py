@@ -44,8 +44,9 @@ pretrain:                         # runs that make encoders; pretrain: [] where 
     seeds: [0]                    # a run for each
     #settings: {epochs: 30}       # keys of the recipe that this run sets otherwise
   #- name: next
-    #recipe: simclr/smoke
-    #data: {montgomery: train}
+    #recipe: supervised/smoke
+    #data: {nih-cxr14: train}
+    #labels: [Mass, Nodule]       # those that a supervised run learns, or a view of them in the card; left out: all
     #start_from: pretrain:simclr
     #replay: 0.3                  # share of its samples that comes from the data of the runs before it
 
@@ -87,7 +88,7 @@ resources:                        # what a piece of work is given (docs/cluster.
   #cell_workers: 2                # cells at a time; left out: as many as the cluster holds
   #cell_ranks: 1                  # processes that train one cell together
   #gpus_per_cell: 0.25            # four cells on a GPU; measured: as many as fit; left out: 0
-  #dtype: bf16                    # numbers in which cells compute; left out: fp32
+  #dtype: fp32                    # numbers in which cells compute; left out: bf16 with a GPU, else fp32
 
 #presets: {quick: {cells.seeds: [0]}}  # settings under a name: allograft run $study.yaml preset=quick
 #preset: quick                    # the one that applies

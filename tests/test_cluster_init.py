@@ -34,7 +34,7 @@ def test_every_resting_key_can_be_woken(file: Path) -> None:
     assert study.cells is not None
     assert study.cells.asked_by == "claims"
     assert study.cells.seeds == [0]  # by its preset
-    assert study.pretrain[1].replay == 0.3
+    assert (study.pretrain[1].labels, study.pretrain[1].replay) == (["Mass", "Nodule"], 0.3)
     assert study.data["nih-cxr14"].shards == "/data/shards/nih"
     assert study.exposed == "ranked"
 
