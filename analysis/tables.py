@@ -64,51 +64,43 @@ def columns(evidence: Evidence) -> list[tuple[str, str, str]]:
 
 
 def matrix(evidence: Evidence) -> str:
-    """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor."""
-    shown = columns(evidence)
-    groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", "fraction", "resolution")
+    """Encoder x task on the test split: mean, standard deviation over seeds, n; floors below, red when the mean is under its floor.
+
+    Shares of the labels and resolutions are rows where a task has several, and stand in the heads where each task has its own.
+    """
+    shown, tasks = columns(evidence), results.by(evidence.cells, "task")
+    within = [name for name in ("fraction", "resolution") if any(len({getattr(c, name) for c in held}) > 1 for held in tasks.values())]
+    groups = results.by(evidence.cells, "source", "architecture", "strategy", "options", *within)
     order = {source: i for i, source in enumerate(evidence.sources())}
-    keys = sorted(groups, key=lambda key: (str(key[2]), str(key[3]), float(key[4]), int(key[5]), str(key[1]), order[key[0]]))
-    stats = {}
-    for key in keys:
-        tasks = results.by(groups[key], "task", "dataset")
-        for column in shown:
-            stats[key, column] = results.mean_sd(c.value(column[2]) for c in tasks.get(column[:2], []))
-    means = {column: [mean for key in keys if math.isfinite(mean := stats[key, column][0])] for column in shown}
+    keys = sorted(groups, key=lambda key: (str(key[2]), str(key[3]), *map(float, key[4:]), str(key[1]), order[key[0]]))
+    held = {(key, *where): cells for key in keys for where, cells in results.by(groups[key], "task", "dataset").items()}
+    means = {
+        column: {
+            key: mean
+            for key in keys
+            if math.isfinite(mean := results.mean_sd(c.value(column[2]) for c in held.get((key, *column[:2]), []))[0])
+        }
+        for column in shown
+    }
     declared = {(f.a, *_setting(f)): f for f in evidence.findings if f.kind in ("gain", "chain") and f.declared}
+    varied = [("architecture", 1)] if len(evidence.varied["architecture"]) > 1 else []
+    varied += [(name, at) for at, name in enumerate(within, 4)]
     rows = []
-    varied = [(name, at) for name, at in (("architecture", 1), ("fraction", 4), ("resolution", 5)) if len(evidence.varied[name]) > 1]
     for key in keys:
         parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(results.setting(key[2], key[3])))]
         parts += [cell(f"{key[at] * 100:g} %" if name == "fraction" else esc(key[at]), sort=key[at]) for name, at in varied]
         for column in shown:
-            mean, sd, n = stats[key, column]
-            if not n:
+            if key in means[column]:
+                least, most = min(means[column].values()), max(means[column].values())
+                shade = (means[column][key] - least) / (most - least) if most > least else 0.5
+                parts.append(_mean(evidence, held[(key, *column[:2])], column[2], shade, declared))
+            else:
                 parts.append(cell('<span class="faint">–</span>', sort="-1"))
-                continue
-            least, most = min(means[column]), max(means[column])
-            shade = (mean - least) / (most - least) if most > least else 0.5
-            here = [c for c in groups[key] if (c.task, c.dataset) == column[:2]]
-            own, corpora = any(c.own_source for c in here), sorted({name for c in here for name in c.exposed_to})
-            floor = evidence.floors.of(column[0], key[4])
-            (under, which), missed = bar(floor, column[2]), not_reached(floor, column[2], mean)
-            spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
-            marks = '<span class="tag own">own source</span>' if own else ""
-            marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
-            marks += f'<span class="tag bad">under floor {num(under)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
-            found = declared.get((key[0], key[1], key[2], key[3], column[0], float(key[4]), int(key[5]), column[2]))
-            if found is not None:
-                better = found.comparison.estimate > 0
-                marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
-            why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
-            marks = f"<br>{marks}" if marks else ""
-            text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>{marks}'
-            parts.append(cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why))
         rows.append("".join(parts))
     foot = []
     floors = evidence.floors.values
     for share in sorted({fraction for _, fraction in floors}):
-        for name in dict.fromkeys(name for (_, fraction), held in floors.items() if fraction == share for name in held):
+        for name in dict.fromkeys(name for (_, fraction), found in floors.items() if fraction == share for name in found):
             labels = f", {results.share(share)}" if share < 1 or len(evidence.varied["fraction"]) > 1 else ""
             parts = [f'<th scope="row" colspan="{2 + len(varied)}">floor: {esc(WORDS.get(name, name))}{labels}</th>']
             parts += [cell(num(results.number(floors.get((task, share), {}).get(name, {}).get(metric)))) for task, _, metric in shown]
@@ -122,7 +114,10 @@ def matrix(evidence: Evidence) -> str:
             if metric == "auroc_mean" and (task, dataset, "auroc_within_mean") in shown
             else ""
         )
-        heads.append(f"{task}: {evidence.unit(metric, dataset)}{mark}")
+        one = tasks[(task,)][0]
+        its_own = [results.share(float(one.fraction))] if "fraction" not in within and len(evidence.varied["fraction"]) > 1 else []
+        its_own += [f"{one.resolution} px"] if "resolution" not in within and len(evidence.varied["resolution"]) > 1 else []
+        heads.append(f"{', '.join([task, *its_own])}: {evidence.unit(metric, dataset)}{mark}")
     return table(
         heads,
         rows,
@@ -130,6 +125,27 @@ def matrix(evidence: Evidence) -> str:
         foot,
         "matrix",
     )
+
+
+def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, declared: dict[tuple[object, ...], Finding]) -> str:
+    """One <td> of the matrix: the mean of one setting's cells, with what must be known of it."""
+    mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
+    first = cells[0]
+    own, corpora = any(c.own_source for c in cells), sorted({name for c in cells for name in c.exposed_to})
+    floor = evidence.floors.of(first.task, first.fraction)
+    (under, which), missed = bar(floor, metric), not_reached(floor, metric, mean)
+    spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
+    marks = '<span class="tag own">own source</span>' if own else ""
+    marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
+    marks += f'<span class="tag bad">under floor {num(under)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
+    setting = (first.architecture, first.strategy, first.options, first.task, float(first.fraction), int(first.resolution), metric)
+    found = declared.get((first.source, *setting))
+    if found is not None:
+        better = found.comparison.estimate > 0
+        marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
+    why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
+    text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>' + (f"<br>{marks}" if marks else "")
+    return cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why)
 
 
 def _setting(f: Finding) -> tuple[object, ...]:

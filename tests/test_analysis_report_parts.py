@@ -119,6 +119,19 @@ def test_what_wins_where_says_certainty_and_cost(tmp_path: Path) -> None:
     assert "▲ above random" in tables.matrix(evidence)
 
 
+def test_a_share_and_a_size_of_each_task_by_itself_stand_in_its_head_and_split_no_row(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, tasks={"one": "classification", "two": "classification"}, seeds=2, images=60)
+    few = [cell for cell in finished(str(out)) if cell.task == "two"]
+    for cell in few:
+        (Path(cell.url) / "result.json").write_text(json.dumps({**cell.result, "fraction": 0.1, "resolution": 64}))
+    said = tables.matrix(gather(str(out), QUICK))
+    assert "one, 100 % of the labels, 48 px: AUROC" in said
+    assert "two, 10 % of the labels, 64 px: AUROC" in said
+    assert said.count("<tr>") - said[said.find("<tfoot") :].count("<tr>") * ("<tfoot" in said) == 3  # the heads, and a row a source
+    (Path(few[0].url) / "result.json").write_text(json.dumps({**few[0].result, "fraction": 1.0, "resolution": 64}))
+    assert "two, 64 px: AUROC" in tables.matrix(gather(str(out), QUICK))
+
+
 # -- tables as in the papers
 
 
@@ -253,6 +266,16 @@ def test_a_running_study_says_what_is_not_there_yet(tmp_path: Path) -> None:
 
 
 # -- a second report
+
+
+def test_comparisons_shared_out_over_processes_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {"chest": "classification", "lungs": "segmentation"}
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.4, "random-b": 0.0}, tasks=tasks, seeds=3, images=60)
+    alone = gather(str(out), QUICK)
+    monkeypatch.setattr("analysis.comparisons.FEW", 1)
+    together = gather(str(out), QUICK)
+    assert together.comparisons.computed == alone.comparisons.computed == 4
+    assert repr(together.findings) == repr(alone.findings)
 
 
 def test_comparisons_are_kept_until_their_cells_or_numbers_change(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from simulated import study as simulated
 
 from analysis import metrics
 from analysis.components import Parts
-from analysis.replicates import Bootstrap, Scores, metric_B, resample
+from analysis.replicates import EXACT, Bootstrap, Scores, metric_B, resample
 from analysis.statistics import Comparison, compare, holm
 from base.seeds import rng
 
@@ -72,6 +72,17 @@ def test_every_weighted_metric_equals_the_metric_on_repeated_images(seed: int) -
             assert metric_B(held, name, once)[0] == pytest.approx(float(said[name]), abs=1e-12)
         assert metric_B(held, "iou", once)[0] == pytest.approx(iou[at].mean())
         assert metric_B(held, "auprc_mean", once)[0] == pytest.approx(np.mean([metrics.auprc(score[at, j], target[at, j]) for j in (0, 1)]))
+
+
+def test_replicates_of_many_images_are_as_exact_as_those_of_few() -> None:
+    """Sums of more than 24 bits: pairs are counted in 32 bits only where they are held exactly."""
+    draw = rng("exact")
+    target = (draw.random((300, 1)) < 0.5).astype(float)
+    held = made(0, draw.integers(0, 200, (300, 1)).astype(float), target, np.arange(300))
+    weight = draw.integers(1, 5, (20, 300))
+    few, many = (metric_B(held, "auroc_mean", weight * times) for times in (1, 10_001))
+    assert weight.sum(1).max() * 10_001 > EXACT > weight.sum(1).max()
+    np.testing.assert_allclose(few, many, rtol=1e-15)
 
 
 def test_unknown_targets_and_labels_of_one_class_are_left_out() -> None:
