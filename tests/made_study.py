@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from analysis import metrics
+from analysis.claims import Claim
 from base.seeds import rng
 
 LABELS = ("texture", "count", "arrangement")
@@ -156,6 +157,15 @@ def make(
     for name in (s for s in sources if s in SHA and pretrain):
         _pretraining(out, name)
     return out
+
+
+def write_claims(out: Path, claims: Sequence[Claim], late: Sequence[str] = ()) -> None:
+    """Claims in a made study's file, written into its diary before its results but for those in `late`."""
+    tree = yaml.safe_load((out / "study.yaml").read_text())
+    tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in claims]
+    (out / "study.yaml").write_text(yaml.safe_dump(tree))
+    rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": int(one.name in late)} for one in claims]
+    (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _cell(

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from made_study import make
+from made_study import make, write_claims
 
 from analysis import analysis_sections, papers, statistics_sections, subgroups
 from analysis import report as reports
@@ -129,12 +128,7 @@ CLAIM: dict[str, Any] = {
 
 def claimed(out: Path, *claims: dict[str, Any], late: tuple[str, ...] = ()) -> Evidence:
     """A made study with claims, registered before its results but for those in `late`."""
-    made = [parse({**CLAIM, **one}, Claim, "claim") for one in claims]
-    tree = yaml.safe_load((out / "study.yaml").read_text())
-    tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in made]
-    (out / "study.yaml").write_text(yaml.safe_dump(tree))
-    rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": int(one.name in late)} for one in made]
-    (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_claims(out, [parse({**CLAIM, **one}, Claim, "claim") for one in claims], late)
     return gather(str(out), QUICK)
 
 

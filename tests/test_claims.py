@@ -26,7 +26,7 @@ from cluster.claims import Asked, axes_of_matrix, register_claims, show
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.study import Study
-from tests.made_study import make
+from tests.made_study import make, write_claims
 
 CLAIM: dict[str, Any] = {
     "name": "pretraining-helps",
@@ -43,13 +43,8 @@ def claim(**changes: Any) -> Claim:
 
 
 def with_claims(out: Path, *claims: Claim, registered: bool = True) -> Evidence:
-    """A made study whose file holds claims, written into its diary before its results or not at all."""
-    tree = yaml.safe_load((out / "study.yaml").read_text())
-    tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in claims]
-    (out / "study.yaml").write_text(yaml.safe_dump(tree))
-    if registered:
-        rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": 0} for one in claims]
-        (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """A made study whose file holds claims, written into its diary before its results or after them."""
+    write_claims(out, claims, () if registered else [one.name for one in claims])
     return gather(str(out), Bootstrap(300))
 
 
