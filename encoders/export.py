@@ -170,6 +170,9 @@ def write_program(encoder: Encoder, file: Path, image_size: int) -> None:
 
     network = copy.deepcopy(encoder).eval()
     network.normalise = nn.Identity()  # type: ignore[assignment]
+    for module in network.modules():
+        if isinstance(module, nn.ConstantPad2d):
+            module.value = 1e-30  # onnxruntime takes a padding by 0 into the pooling after it, whose own padding is by -inf
     x = torch.zeros(2, encoder.in_chans, image_size, image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself

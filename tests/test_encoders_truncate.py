@@ -87,7 +87,7 @@ def test_every_cut_is_a_prefix_of_the_whole_network(name: str) -> None:
         elif point.name != "stem" and "denselayer" not in point.name:  # pooling follows; a block's layers are gathered
             at = outputs[point.module]
             expected = at[:, 1:].mean(1) if at.ndim == 3 else at.mean((1, 2)) if "swin" in name else at.mean((2, 3))
-            if not name.startswith("inception"):
+            if not name.startswith(("inception", "alexnet")):  # after some of whose cuts there is pooling
                 torch.testing.assert_close(z, expected)
         count = parameters(small.net)
         assert count > before or point == whole.cuts[-1]
