@@ -32,12 +32,13 @@ from finetune.cell import CELL_VERSION, CellConfig, Result
 from finetune.efficiency import cost
 from finetune.explain import heat_maps
 from finetune.jackknife import error_row
-from finetune.measure import rows_of
+from finetune.measure import Row, rows_of
 from finetune.strategies import resolve
 from finetune.train import Trainer
 from finetune.transplant import EncoderSpec, Transplant, verify
 
 RESULT = "result.json"
+OF_CONFIG = set(CellConfig.model_fields) & set(Result.model_fields) - {"schema_", "strategy", "task", "encoder_sha256"}
 
 
 def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
@@ -49,19 +50,13 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             such encoder, another cell's result at `out`.
         WorkError: shards or weights are not those planned, loss or output not finite, or the context asked to stop.
     """
-    where = storage.join(config.out, RESULT)
     if config.workers != ctx.world_size:
         asked = f"the cell asks for {config.workers} workers, {ctx.world_size} run"
         raise RequestError(asked, where=f"cell {config.key}: workers")
     if config.workers > 1:
         ranks.start()
-    kept = config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
-    if ranks.share(storage.exists(where)):
-        standing = parse(storage.read_json(where), Result, where)
-        if standing.key != config.key:
-            raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
-        if ranks.share(kept):
-            return _plain(standing)
+    if standing := _standing(config):
+        return standing
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
     task = config.task
@@ -77,41 +72,14 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
         selection, train_images = trainer.fit(ctx, local / "metrics.jsonl")
-        splits = ["val"] if config.role == "trial" else ["val", "test"]
-        tables: list[pd.DataFrame] = []
-        errors = []
-        for split in splits:
-            # The test split is read here for the first time, with the chosen epoch's weights in place.
-            arrays = trainer.arrays(split)
-            logits = trainer.logits(split)
-            tables.append(predict.predictions(task, arrays, logits, tables[0] if tables else None))
-            if config.role == "trial":
-                errors.append(error_row(task, tables[-1]))
-            if split == "test" and corpus.manifest.card.share_images:
-                if task.kind == "segmentation":
-                    np.savez_compressed(local / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
-                if not task.volume:
-                    np.savez_compressed(local / "heat.npz", **heat_maps(trainer.module, task, arrays))  # type: ignore[arg-type]
-        table = pd.concat(tables, ignore_index=True)
+        rows = _measured(trainer, local, share_images=corpus.manifest.card.share_images)
         params, macs = cost(transplant.module, data.as_input(trainer.arrays("val").image[:1], trainer.arrays("val").slices).shape[1:])
         result = Result(
-            key=config.key,
-            architecture=config.architecture,
-            source=config.source,
-            source_seed=config.source_seed,
+            **config.model_dump(include=OF_CONFIG),
+            **task.model_dump(include={"task", "preset", "dataset", "metric"}),
             strategy=str(config.strategy["name"]),
             options=options,
-            task=task.task,
-            preset=task.preset,
-            dataset=task.dataset,
-            fraction=config.fraction,
-            resolution=config.resolution,
-            seed=config.seed,
-            own_source=config.own_source,
-            exposed_to=config.exposed_to,
-            shuffle_labels=config.shuffle_labels,
-            metric=task.metric,
-            metrics=rows_of(task, table) + errors,
+            metrics=rows,
             selection=selection,
             probe=trainer.probe,
             train_images=train_images,
@@ -120,15 +88,11 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
             seconds=round(time.perf_counter() - started, 3),
             encoder_sha256=encoder_sha256,
             transplanted_sha256=transplant.sha256,
-            manifest_digest=config.manifest_digest,
             cell_version=CELL_VERSION,
             revision=paths.revision(),
             host=platform.node(),
             device=trainer.device_name,
-            dtype=config.dtype,
-            role=config.role,
         )
-        table.to_parquet(local / "predictions.parquet", index=False)
         (local / "config.yaml").write_text(to_yaml(config))
         (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
         if ctx.rank == 0:
@@ -136,6 +100,39 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
                 keep.keep(config, transplant.module.encoder, corpus, local / "encoder")
             storage.put_dir(local, config.out, last=(RESULT,))
     return dict(ranks.share(_plain(result)))  # which no worker has before it is written
+
+
+def _standing(config: CellConfig) -> dict[str, Any] | None:
+    """The result that stands at its place, with all that the cell keeps; None where there is none. Raises RequestError: another cell's."""
+    where = storage.join(config.out, RESULT)
+    kept = config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
+    if not ranks.share(storage.exists(where)):
+        return None
+    standing = parse(storage.read_json(where), Result, where)
+    if standing.key != config.key:
+        raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
+    return _plain(standing) if ranks.share(kept) else None
+
+
+def _measured(trainer: Trainer, folder: Path, share_images: bool) -> list[Row]:
+    """The rows of validation and, but for a trial, of the test split; what they are made of is written to the folder.
+
+    The test split is read here for the first time, with the chosen epoch's weights in place.
+    """
+    task, trial = trainer.task, trainer.config.role == "trial"
+    tables: list[pd.DataFrame] = []
+    for split in ["val"] if trial else ["val", "test"]:
+        arrays = trainer.arrays(split)
+        logits = trainer.logits(split)
+        tables.append(predict.predictions(task, arrays, logits, tables[0] if tables else None))
+        if split == "test" and share_images:
+            if task.kind == "segmentation":
+                np.savez_compressed(folder / "samples.npz", **predict.shown(arrays, logits))  # type: ignore[arg-type]
+            if not task.volume:
+                np.savez_compressed(folder / "heat.npz", **heat_maps(trainer.module, task, arrays))  # type: ignore[arg-type]
+    table = pd.concat(tables, ignore_index=True)
+    table.to_parquet(folder / "predictions.parquet", index=False)
+    return rows_of(task, table) + ([error_row(task, table)] if trial else [])
 
 
 def _plain(result: Result) -> dict[str, Any]:
