@@ -2,8 +2,8 @@
 
     phantom = scales(seed=0, index=7, size=128)      # image_HW u8, labels, no mask
 
-`texture`: fine lines run along one axis or the other, 4 pixels apart. `count`: six pairs of dots lie a seventh of the side apart, and few of
-them (0 or 2) or many (4 or 6) are of two dots alike; always six dots are bright and six dark, so that what sees less than a pair sees
+`texture`: fine lines run along one axis or the other, 4 pixels apart. `count`: the dots of six pairs lie a seventh of the side apart, and
+few pairs (0 or 2) or many (4 or 6) are of two dots alike; always six dots are bright and six dark, so that what sees less than a pair sees
 nothing. `arrangement`: on a board of nine marks, two fifths of the side apart, rows take turns in being bright and dark, or columns do;
 every mark is bright in half of the images whatever the label, so that what sees less than two neighbours sees nothing.
 
