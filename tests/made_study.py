@@ -159,13 +159,14 @@ def make(
     return out
 
 
-def write_claims(out: Path, claims: Sequence[Claim], late: Sequence[str] = ()) -> None:
-    """Claims in a made study's file, written into its diary before its results but for those in `late`."""
+def write_claims(out: Path, claims: Sequence[Claim], late: Sequence[str] | None = ()) -> None:
+    """Claims in a made study's file, written into its diary before its results but for those in `late`; None leaves the diary as it is."""
     tree = yaml.safe_load((out / "study.yaml").read_text())
     tree["claims"] = [one.model_dump(mode="json", by_alias=True) for one in claims]
     (out / "study.yaml").write_text(yaml.safe_dump(tree))
-    rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": int(one.name in late)} for one in claims]
-    (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if late is not None:
+        rows = [{"event": "claim", "claim": one.name, "sha256": one.sha256, "standing": int(one.name in late)} for one in claims]
+        (out / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _cell(

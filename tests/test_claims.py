@@ -43,8 +43,8 @@ def claim(**changes: Any) -> Claim:
 
 
 def with_claims(out: Path, *claims: Claim, registered: bool = True) -> Evidence:
-    """A made study whose file holds claims, written into its diary before its results or after them."""
-    write_claims(out, claims, () if registered else [one.name for one in claims])
+    """A made study whose file holds claims, written into its diary before its results or not at all."""
+    write_claims(out, claims, () if registered else None)
     return gather(str(out), Bootstrap(300))
 
 

@@ -48,18 +48,6 @@ def test_nothing_is_wrong_with_it(page: Page) -> None:
     assert wrong(page) == []
 
 
-def test_what_is_wrong_with_a_page_is_found(browser: Browser, out: Path, tmp_path: Path) -> None:
-    text = (out / "report" / "index.html").read_text()
-    spoilt = text.replace("return down ? -order : order", "return order").replace('href="#cells"', 'href="#nowhere"')
-    spoilt = spoilt.replace("<main>", '<main><img src="http://127.0.0.1:1/x.png"><div style="width:2000px">wide</div>', 1)
-    (tmp_path / "index.html").write_text(spoilt.replace("    return down", "    console.error('oh'); return down"))
-    said = "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
-    for word in ("console: ", "request: http://127.0.0.1:1/x.png", "without words: <img", "reference to nothing: nowhere", "px wide in"):
-        assert word in said
-    (tmp_path / "index.html").write_text(text.replace("a, b) {", "a, b) { return 0;"))
-    assert "does not sort: table" in "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
-
-
 def test_tables_sort_by_a_click_up_and_down(page: Page) -> None:
     seconds = page.run(
         "Array.from(document.querySelectorAll('#cells thead th')).findIndex(function (h) { return h.textContent == 'seconds'; })"
@@ -94,3 +82,15 @@ def test_two_studies_beside_each_other(browser: Browser, out: Path, tmp_path: Pa
     assert page.run("document.querySelectorAll('#results tbody tr').length") == 2
     assert "cells.seeds" in page.run("document.querySelector('#settings').textContent")
     assert page.run("document.querySelectorAll('#alone tbody tr').length") == 4
+
+
+def test_what_is_wrong_with_a_page_is_found(browser: Browser, out: Path, tmp_path: Path) -> None:
+    text = (out / "report" / "index.html").read_text()
+    spoilt = text.replace("return down ? -order : order", "return order").replace('href="#cells"', 'href="#nowhere"')
+    spoilt = spoilt.replace("<main>", '<main><img src="http://127.0.0.1:1/x.png"><div style="width:2000px">wide</div>', 1)
+    (tmp_path / "index.html").write_text(spoilt.replace("    return down", "    console.error('oh'); return down"))
+    said = "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
+    for word in ("console: ", "request: http://127.0.0.1:1/x.png", "without words: <img", "reference to nothing: nowhere", "px wide in"):
+        assert word in said
+    (tmp_path / "index.html").write_text(text.replace("a, b) {", "a, b) { return 0;"))
+    assert "does not sort: table" in "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
