@@ -13,6 +13,7 @@ import socket
 import threading
 from typing import Any
 
+from ray._private.state import state
 from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -91,14 +92,17 @@ def failure(error: Any, kind: type[Exception]) -> Exception | None:
 
 
 class Divisors(ElasticScalingPolicy):
-    """Ray's elastic policy, rounded down to a number of workers that divides the global batch."""
+    """Ray's elastic policy, without nodes that drain, rounded down to a number of workers that divides the global batch."""
 
     def __init__(self, scaling_config: Any, global_batch: int) -> None:
         super().__init__(scaling_config)
         self.global_batch = global_batch
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        return divisor(self.global_batch, super()._count_possible_workers(reserved_resources))
+        # Ray counts a node that drains and places nothing on it: a run would wait for its room until it is gone.
+        draining = state.get_draining_nodes()
+        staying = {node: held for node, held in reserved_resources.items() if node not in draining}
+        return divisor(self.global_batch, super()._count_possible_workers(staying))
 
 
 def divisor(number: int, most: int) -> int:

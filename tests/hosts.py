@@ -14,6 +14,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from pathlib import Path
 from base.paths import ROOT
 
 PATIENCE_S = 120.0
+_LETTERS = iter(string.ascii_lowercase)  # one process may have several networks
 # How soon the head gives a node up that says nothing: 15 s where Ray's own settings take a minute (docs/deploy.md).
 HEAD = {
     "RAY_health_check_initial_delay_ms": "3000",
@@ -57,7 +59,7 @@ class Hosts:
     count: int
     cpus: int = 1
     environment: dict[str, str] = field(default_factory=dict)
-    tag: str = field(default_factory=lambda: f"ag{os.getpid() % 10000}")
+    tag: str = field(default_factory=lambda: f"ag{os.getpid() % 10000}{next(_LETTERS)}")
     private: dict[int, str] = field(default_factory=dict)
 
     def address(self, host: int) -> str:

@@ -34,6 +34,21 @@ with session():
 """
 
 
+def test_a_node_that_drains_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray counts it and places nothing on it: a run that was noticed asked for three workers again and again while two fitted."""
+    from ray._private.state import state
+    from ray.train import ScalingConfig
+
+    from cluster.trainer import Divisors
+
+    policy = Divisors(ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}), 24)
+    rooms = {node: {"CPU": 1.0} for node in ("a", "b", "c")}
+    monkeypatch.setattr(state, "get_draining_nodes", dict)
+    assert policy._count_possible_workers(rooms) == 3
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: {"b": 1})
+    assert policy._count_possible_workers(rooms) == 2
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_follows_the_nodes_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
-"""Three hosts on one machine, each a network namespace with its own address and name: Ray meets on them, the doctor knows them apart.
-
-A whole study over them, one host's network cut and another host killed, takes minutes: benchmarks/hosts.py.
+"""Three hosts on one machine, each a network namespace with its own address and name: Ray meets on them, the doctor knows them apart, and a
+study over them ends complete though one loses its network and another its power. The same at length: benchmarks/hosts.py.
 """
 
 import json
@@ -12,9 +11,11 @@ from pathlib import Path
 import pytest
 import tiny_study
 from hosts import Hosts, hosts, why_not
+from three_hosts import disturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
+STEPS = 200  # that not all are made before the cable is pulled
 ALIVE = """
 import json, os, ray
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -52,6 +53,15 @@ def alive(three: Hosts) -> list[str]:
     said = three.run(0, [sys.executable, "-c", ALIVE]).stdout
     (line,) = [line for line in said.splitlines() if line.startswith("ALIVE ")]
     return list(json.loads(line.removeprefix("ALIVE ")))
+
+
+@pytest.mark.timeout(900)
+def test_a_study_ends_complete_though_one_host_is_cut_off_and_another_killed(tmp_path: Path) -> None:
+    """Comes first: the other tests' hosts are up until the last of them has ended."""
+    ended = disturbed(tmp_path, steps=STEPS, every=20, cells=4, killed_after=1)
+    assert (ended.code, ended.stand, ended.computed) == (0, 4, 4)
+    assert [workers for _, workers in ended.resumes] == [2]
+    assert 0 < ended.resumes[0][0] <= ended.logged < STEPS
 
 
 def test_the_doctor_sees_three_hosts_and_storage_that_they_share(three: Hosts) -> None:
