@@ -1,4 +1,4 @@
-# make demo: the main job on generated images.  make test: all tests.  Both make .venv first.
+# make demo: the main job on generated images.  make test: all tests but those of some minutes each (make test-long).  Each makes .venv first.
 PY := .venv/bin/python
 STAMP := .venv/.allograft-setup
 ROOMS := base shards encoders engine analysis finetune pretrain cluster
@@ -7,7 +7,7 @@ JOBS ?= 2
 # Without compiled modules every worker of every run compiles some 900 files again: 5 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo demo-chaos test lint lock format
+.PHONY: setup demo demo-chaos test test-long lint lock format
 
 setup: $(STAMP)
 
@@ -25,7 +25,10 @@ demo-chaos: setup
 	@$(PY) benchmarks/chaos_demo.py
 
 test: setup
-	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: setup
+	@$(PY) -m pytest tests -m long
 
 lint: setup
 	@.venv/bin/ruff check $(ROOMS) tests benchmarks

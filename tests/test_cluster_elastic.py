@@ -49,6 +49,7 @@ def test_a_node_that_drains_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy._count_possible_workers(rooms) == 2
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_follows_the_nodes_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

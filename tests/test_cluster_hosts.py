@@ -55,6 +55,7 @@ def alive(three: Hosts) -> list[str]:
     return list(json.loads(line.removeprefix("ALIVE ")))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_study_ends_complete_though_one_host_is_cut_off_and_another_killed(tmp_path: Path) -> None:
     """Comes first: the other tests' hosts are up until the last of them has ended."""

@@ -103,7 +103,7 @@ def test_an_estimate_by_measurement_is_what_was_measured(begun: Study) -> None:
     other = done[0].model_copy(update={"architecture": "resnet18"})
     assert speeds.of(other, seen["phantom-chest"]).basis.startswith("by operations")
     on_gpu = Speeds(Resources(gpus_per_cell=0.5), H100)
-    assert on_gpu.of(other, seen["phantom-chest"]).basis == "by operations, at 25% of the GPU in fp32"
+    assert on_gpu.of(other, seen["phantom-chest"]).basis == "by operations, at 25% of the GPU in bf16"
     assert devices(on_gpu.resources) == ("GPU", 0.0, 0.5)
 
 

@@ -1,6 +1,7 @@
 """Studies: what is checked before anything starts."""
 
 import json
+import signal
 import threading
 import time
 from pathlib import Path
@@ -200,8 +201,12 @@ def test_a_driver_that_slept_stops_and_leaves_the_lock_to_who_took_it_over(tmp_p
         time.sleep(30)
 
     began = time.monotonic()
-    with pytest.raises(WorkError, match=r"another driver \(elsewhere:1:1\) has taken over"), DriverLock(str(tmp_path)):
-        sleep()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test runner in the background ignores
+    try:
+        with pytest.raises(WorkError, match=r"another driver \(elsewhere:1:1\) has taken over"), DriverLock(str(tmp_path)):
+            sleep()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 20
     assert storage.read_json(url)["owner"] == "elsewhere:1:1"
 
