@@ -13,6 +13,7 @@ from shared import TREE, Studied
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
+@pytest.mark.long
 def test_a_disturbed_study_ends_as_the_undisturbed_one(as_user: Services, studied: Studied) -> None:
     cluster = Cluster(as_user)
     calm = cluster.look("tiny", [studied.ended.returncode])
