@@ -2,7 +2,7 @@
 
     OPENBLAS_NUM_THREADS=1 nice .venv/bin/python benchmarks/similarity.py        # a minute or two; --layers IMAGES takes longer
 
-Rows: SVCCA of 50,000 x 512 against 50,000 x 512, given in single precision as networks give them and computed in double (99 % of the energy),
+Rows: SVCCA of 50,000 x 512 against 50,000 x 512, in single precision as of networks, computed in double (99 % of the energy),
 by analysis.similarity, and by NumPy as the published tutorial describes it: singular vectors of each side, then the covariance of both,
 eigenvectors and pseudo-inverses. Processor seconds of one thread, which other work on the machine does not stretch much; rounds are
 interleaved; medians. Memory is the process's peak after ours and before NumPy's, with everything that is loaded.
