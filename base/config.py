@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from base import storage
-from base.errors import RequestError, nearest
+from base.errors import RequestError
+from base.problems import problems
 
 
 class Strict(BaseModel):
@@ -51,8 +51,10 @@ def load_tree(path: str | Path, overrides: Settings = ()) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text()
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise RequestError("no such file", where=str(path)) from error
+    except IsADirectoryError as error:
+        raise RequestError("this is a folder, not a file", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise RequestError("not UTF-8 text", where=str(path)) from error
     try:
@@ -155,42 +157,8 @@ def parse(data: Any, model: type[M], where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(detail, model) for detail in error.errors()]
-    raise RequestError("; ".join(problems), where=where)
-
-
-def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    location = [part for part in detail["loc"] if not (isinstance(part, str) and ("[" in part or part[:1].isupper()))]
-    key = ".".join(str(part) for part in location)
-    if detail["type"] == "extra_forbidden":
-        close = nearest(str(location[-1]), _field_names(model))
-        return f"unknown key '{key}'" + (f", did you mean '{close}'?" if close else "")
-    if detail["type"] == "missing":
-        return f"missing key '{key}'"
-    message = detail["msg"].removeprefix("Value error, ")
-    shown = json.dumps(detail["input"], default=str)
-    return f"{key}: {message}" if len(shown) > 80 or detail["type"] == "value_error" else f"{key}: {message}, got {shown}"
-
-
-def _field_names(model: type[BaseModel]) -> set[str]:
-    """Names of all keys in the model and in the models below it."""
-    names: set[str] = set()
-    pending, seen = [model], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for name, field in current.model_fields.items():
-            names.add(field.alias or name)
-            pending += _models_in(field.annotation)
-    return names
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+        found = problems(error, model, data)
+    raise RequestError("; ".join(found), where=where)
 
 
 def canonical_json(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Errors that reach a user: one line that says what is wrong, where (file and key), and what to type next."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AllograftError(Exception):
@@ -45,6 +46,18 @@ class WorkError(AllograftError):
     exit_code = 1
 
 
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Requests refused inside name this place too, `study.yaml: cells.tasks[0]`, before the file and key that they name themselves."""
+    try:
+        yield
+    except RequestError as error:
+        if error.where and error.where.startswith(where):
+            raise
+        place = ": ".join(part for part in (where, error.where) if part)
+        raise RequestError(error.what, where=place, hint=error.hint) from error
+
+
 class Diverged(WorkError):
     """A training's loss or output is not finite: the same command would end there again."""
 
@@ -64,5 +77,5 @@ def unknown(kind: str, name: str, names: Iterable[str], where: str | None = None
     """The error for a name that is not in the list, with the nearest right one."""
     known = sorted(names)
     close = nearest(name, known)
-    hint = f"did you mean '{close}'?" if close else f"known: {', '.join(known)}"
+    hint = f"did you mean '{close}'?" if close else f"known: {', '.join(known)}" if known else "there is none"
     return RequestError(f"unknown {kind} '{name}'", where=where, hint=hint)

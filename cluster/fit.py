@@ -5,7 +5,7 @@ fits(study, corpora)        # RequestError naming the run, or nothing
 
 from collections.abc import Mapping
 
-from base.errors import RequestError
+from base.errors import RequestError, at
 from cluster.plan import Packed, pretrain_data, pretrain_labels
 from cluster.study import PretrainEntry, Study
 from pretrain import methods
@@ -27,11 +27,8 @@ def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> No
         RequestError: options of a method that do not fit the number of images (prototypes, queues, negatives), a batch larger than an
             epoch, images smaller than the views.
     """
-    try:
+    with at(f"pretrain {entry.name}"):
         _fit(study, entry, corpora)
-    except RequestError as error:
-        where = ": ".join(part for part in (f"pretrain {entry.name}", error.where) if part)
-        raise RequestError(error.what, where=where, hint=error.hint) from error
 
 
 def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
-from base.errors import RequestError, unknown
+from base.errors import RequestError, at, unknown
 from base.paths import absolute, is_url, named, names, with_preset
 from cluster.study import Cells, PretrainEntry, Study
 from finetune.task import METRICS, Task, load_task
@@ -26,17 +26,14 @@ def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) ->
     """The study file with its settings applied, paths absolute against the caller's directory, every name in it checked.
 
     Args:
-        path: the file, or the name of one in studies/.
+        path: see `study_file`.
         settings: `key=value` words.
         job: as if inside a Ray job, where relative paths are refused.
 
     Raises:
         RequestError: naming file and key, with the nearest right name.
     """
-    if "/" not in path and not path.endswith((".yaml", ".yml")):
-        if path not in names("study"):
-            raise unknown("study", path, names("study"))
-        path = str(named("study", path))
+    path = study_file(path)
     tree = load_tree(path, settings)
     if tree.get("preset"):
         presets = tree.get("presets") or {}
@@ -45,17 +42,45 @@ def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) ->
         for key, value in presets[tree["preset"]].items():
             assign(tree, key, value)
         apply(tree, settings)  # what the user typed wins over the preset
-    tree["claims"] = _claims(tree.get("claims"))
-    study = resolve_paths(parse(tree, Study, path), Path.cwd(), job=job)
+    tree["claims"] = _claims(tree.get("claims"), path)
+    with at(path):
+        study = resolve_paths(parse(tree, Study, path), Path.cwd(), job=job)
     check_names(study, path)
     return study
 
 
-def _claims(entries: Any) -> Any:
+def study_file(name: str) -> str:
+    """The file that a word of the command line means: a path, the name of one in studies/, or of one here without its .yaml.
+
+    Raises:
+        RequestError: a folder, a file of another kind, or no such name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return name
+    if name in names("study"):
+        return str(named("study", name))
+    if os.path.isfile(f"{name}.yaml"):
+        return f"{name}.yaml"
+    if os.path.isdir(name):
+        held = sorted(file for file in os.listdir(name) if file.endswith((".yaml", ".yml")))
+        hint = f"in it: {', '.join(held)}" if held else "allograft init NAME writes one"
+        raise RequestError("this is a folder, and a study is a YAML file", where=name, hint=hint)
+    if os.path.exists(name):
+        raise RequestError("this is no study: its name would end in .yaml", where=name)
+    if "/" in name:
+        raise RequestError("no such file", where=f"{name}.yaml")
+    raise unknown("study", name, names("study"))
+
+
+def _claims(entries: Any, where: str) -> Any:
     """Names of ready claims put out in full, so that OUT/study.yaml holds what each of them said."""
     if not isinstance(entries, list):
         return entries or []
-    return [load_claim(entry).model_dump(mode="json", by_alias=True) if isinstance(entry, str) else entry for entry in entries]
+    found = []
+    for i, entry in enumerate(entries):
+        with at(f"{where}: claims[{i}]"):
+            found.append(load_claim(entry).model_dump(mode="json", by_alias=True) if isinstance(entry, str) else entry)
+    return found
 
 
 def resolve_paths(study: Study, base: Path, *, job: bool = False) -> Study:
@@ -124,14 +149,22 @@ def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
     from shards.card import load_card
 
-    cards = {name: load_card(name) for name in study.data}
+    cards: dict[str, Card] = {}
+    for name in study.data:
+        with at(f"{where}: data.{name}"):
+            cards[name] = load_card(name)
     earlier: dict[str, PretrainEntry] = {}
     for i, entry in enumerate(study.pretrain):
-        _check_run(study, entry, earlier, cards, f"{where}: pretrain[{i}]")
+        with at(f"{where}: pretrain[{i}]"):
+            _check_run(study, entry, earlier, cards, f"{where}: pretrain[{i}]")
         earlier[entry.name] = entry
     if study.cells is None:
         return
-    tasks = {name: load_task(name, study.cells.task_settings.get(name, {})) for name in study.cells.tasks}
+    tasks: dict[str, Task] = {}
+    for i, name in enumerate(study.cells.tasks):
+        own = study.cells.task_settings.get(name, {})
+        with at(f"{where}: cells.task_settings.{name}" if own else f"{where}: cells.tasks[{i}]"):
+            tasks[name] = load_task(name, own)
     _check_sources(study, study.cells, earlier, where)
     _check_tasks(study, study.cells, tasks, where)
     tested = {task.dataset for task in tasks.values()}
@@ -159,6 +192,11 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
 
     if entry.name in earlier:
         raise RequestError(f"two pretraining runs are named '{entry.name}'", where=key)
+    with at(f"{key}.recipe"):
+        named("recipe", entry.recipe)
+    with at(f"{key}.architecture"):
+        if entry.architecture:
+            family(entry.architecture)
     recipe = load_recipe(entry.recipe, entry.settings)
     methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
     for count in study.resources.pretrain_range:
@@ -166,8 +204,6 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     for dataset in entry.data:
         if dataset not in study.data:
             raise unknown("dataset", dataset, study.data, where=f"{key}.data")
-    if entry.architecture:
-        family(entry.architecture)
     if len(set(entry.seeds)) < len(entry.seeds):
         raise RequestError("a seed stands twice", where=f"{key}.seeds")
     _one_kind([*entry.data], cards, f"{key}.data", "one run for each")
@@ -192,8 +228,9 @@ def _check_sources(study: Study, cells: Cells, earlier: Mapping[str, PretrainEnt
 
     for i, source in enumerate(cells.sources):
         _check_source(source.source, earlier, f"{where}: cells.sources[{i}]")
-    for architecture in cells.architectures:
-        family(architecture)
+    for i, architecture in enumerate(cells.architectures):
+        with at(f"{where}: cells.architectures[{i}]"):
+            family(architecture)
     outside = any(not source.source.startswith("pretrain:") and source.source != "random" for source in cells.sources)
     if not cells.architectures and not study.pretrain and not outside:
         raise RequestError("random weights of which architecture?", where=f"{where}: cells.architectures", hint="architecture=resnet18")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from base.config import Strict, apply, parse
 from base.errors import RequestError
-from base.paths import with_preset
+from base.paths import named, with_preset
 from cluster.load import check_names, resolve_paths
 from cluster.study import DataEntry, Resources, Study
 from finetune.search import Tune
@@ -48,6 +48,7 @@ class OneCell(Strict):
 
 def pretrain_study(recipe: str, settings: Sequence[str]) -> Study:
     """A study with one pretraining and no cells."""
+    named("recipe", recipe)  # a name that is not there is refused by itself
     where = f"allograft pretrain {recipe}"
     one = parse(_with_data(settings, where, "DATASET"), OnePretraining, where)
     name = recipe.removesuffix(".yaml").replace("/", "-")

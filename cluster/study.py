@@ -99,12 +99,14 @@ class Cells(Strict):
     @classmethod
     def _named(cls, value: Any) -> Any:
         short = lambda text: text.partition(":")[2] if text.startswith("pretrain:") else text  # noqa: E731
-        return [{"name": short(item), "source": item} if isinstance(item, str) else item for item in value or []]
+        if not isinstance(value, list):
+            return value
+        return [{"name": short(item), "source": item} if isinstance(item, str) else item for item in value]
 
     @field_validator("strategies", mode="before")
     @classmethod
     def _optioned(cls, value: Any) -> Any:
-        return [{"name": item} if isinstance(item, str) else item for item in value or []]
+        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
     def of_task(self, axis: Literal["fractions", "resolutions"], task: str) -> list[Any]:
         """The values of an axis for a task."""

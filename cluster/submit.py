@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from base.errors import RequestError, WorkError, unknown
-from base.paths import ROOT, revision, with_preset
+from base.paths import ROOT, names, revision, with_preset
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -143,8 +143,9 @@ def submit(path: str, settings: Sequence[str], address: str) -> str:
     Raises:
         RequestError: the study is wrong, cannot run as a job (relative paths), holds a credential; or see `connect`.
     """
-    from cluster.load import load_study
+    from cluster.load import load_study, study_file
 
+    path = path if path in names("study") else study_file(path)
     study = load_study(path, settings, job=True)
     for url in _texts(study.model_dump()):
         _without_credentials(url, path)

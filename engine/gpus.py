@@ -46,7 +46,7 @@ def get(name: str) -> Gpu:
     """
     if name not in GPUS:
         kinds = [known for known in GPUS if known.startswith(name)]
-        if kinds:
+        if len(kinds) > 1:
             raise RequestError(f"there are several kinds of GPU '{name}'", where="--gpu", hint=", ".join(kinds))
         raise unknown("GPU", name, GPUS, "--gpu")
     return GPUS[name]

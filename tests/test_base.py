@@ -2,18 +2,21 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from base import paths, storage
 from base.config import Strict, apply, canonical_json, digest, load, parse
-from base.errors import RequestError, WorkError, nearest, unknown
+from base.errors import RequestError, WorkError, at, nearest, unknown
 from base.seeds import rng, seed_of
 
 
@@ -29,8 +32,108 @@ class Outer(Strict):
 def test_unknown_key_is_named_with_the_nearest_right_one(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("epochs: 1\ninner: {warmup_epoch: 2}\n")
-    with pytest.raises(RequestError, match=r"x\.yaml: unknown key 'inner\.warmup_epoch', did you mean 'warmup_epochs'\?"):
+    with pytest.raises(RequestError, match=r"x\.yaml: unknown key 'inner\.warmup_epoch', did you mean 'inner\.warmup_epochs'\?"):
         load(path, Outer)
+
+
+class Entry(Strict):
+    name: str = Field(pattern="^[a-z]+$")
+    rate: float = Field(0.5, gt=0, le=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+
+
+class Forms(Strict):
+    """Values of every kind and form that the project's files have."""
+
+    shares: list[Annotated[float, Field(gt=0, le=1)]] | dict[str, list[Annotated[float, Field(gt=0, le=1)]]] = Field([1.0])
+    workers: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] = 1
+    of_gpu: Annotated[float, Field(ge=0)] | Literal["measured"] = 0.0
+    split: dict[str, Literal["train", "val", "test"]] = Field({})
+    votes: Literal["majority"] | Annotated[str, Field(pattern="^OPEN:")] | None = None
+    runs: list[Entry] = Field([])
+    groups: dict[str, Entry] | list[str] = Field([])
+    fast: bool = False
+    range: tuple[float, float] | None = None
+    labels: dict[str, Any] = Field({"a": 1}, min_length=1)
+    presets: dict[Literal["small", "paper"], Entry] = Field({})
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"shares": [1.5]}, "shares.0: 1.5 is more than 1"),
+        ({"shares": ["10%"]}, 'shares.0: expected a number, got "10%"'),
+        ({"shares": "10%"}, 'shares: expected a list or a mapping of keys to values, got "10%"'),
+        ({"shares": {"a": [0]}}, "shares.a.0: 0 is not more than 0"),
+        ({"shares": {"Mass": 0.1}}, "shares.Mass: expected a list, got 0.1"),
+        ({"workers": 0}, "workers: 0 is less than 1"),
+        ({"workers": [1]}, "workers: has 1 entry, at least 2 are wanted"),
+        ({"workers": []}, "workers: is empty"),
+        ({"workers": [1, 2, 3]}, "workers: has 3 entries, at most 2 are wanted"),
+        ({"workers": [0, "a"]}, 'workers.0: 0 is less than 1; workers.1: expected a whole number, got "a"'),
+        ({"workers": "all"}, 'workers: expected a whole number or a list, got "all"'),
+        ({"of_gpu": -1}, "of_gpu: -1 is less than 0"),
+        ({"of_gpu": "mesured"}, "of_gpu: expected a number or 'measured', got \"mesured\", did you mean 'measured'?"),
+        ({"split": {"x": "trian"}}, "split.x: expected 'train', 'val' or 'test', got \"trian\", did you mean 'train'?"),
+        ({"split": ["x"]}, 'split: expected a mapping of keys to values, got ["x"]'),
+        ({"votes": "all"}, "votes: expected 'majority' or text of the pattern ^OPEN:, got \"all\""),
+        ({"runs": "a"}, 'runs: expected a list, got "a"'),
+        ({"runs": ["a"]}, 'runs.0: expected a mapping of keys to values, got "a"'),
+        ({"runs": [{"name": "A"}]}, 'runs.0.name: expected text of the pattern ^[a-z]+$, got "A"'),
+        ({"runs": [{"name": 3, "seeds": []}]}, "runs.0.name: expected text, got 3; runs.0.seeds: is empty"),
+        ({"runs": [{}]}, "missing key 'runs.0.name'"),
+        ({"runs": [{"name": "a", "seeds": [1.5]}]}, "runs.0.seeds.0: expected a whole number, got 1.5"),
+        ({"runs": None}, "runs: expected a list, got null"),
+        ({"groups": {"a": {"name": "b", "rat": 1}}}, "unknown key 'groups.a.rat', did you mean 'groups.a.rate'?"),
+        ({"fast": "maybe"}, 'fast: expected true or false, got "maybe"'),
+        ({"range": 3}, "range: expected a list, got 3"),
+        ({"range": [1, 2, 3]}, "range: has 3 entries, at most 2 are wanted"),
+        ({"labels": {}}, "labels: is empty"),
+        ({"presets": {"smal": {"name": "a"}}}, "presets.smal: expected 'small' or 'paper', got \"smal\", did you mean 'small'?"),
+        ({"shares": "x" * 200}, "shares: expected a list or a mapping of keys to values"),
+        ([], "expected a mapping of keys to values, got []"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_one_sentence(tree: Any, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(tree, Forms, "file")
+    assert str(caught.value) == f"file: {said}"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("runs.0.sedes", "runs.0.seeds"),
+        ("shars", "shares"),
+        ("seeds", "runs.N.seeds"),  # two steps too high, and right otherwise
+        ("runs.0.share", "shares"),
+        ("zzzz", None),
+    ],
+)
+def test_an_unknown_key_is_told_where_the_likeliest_one_stands(key: str, meant: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(apply({"runs": [{"name": "a"}]}, [f"{key}=1"]), Forms, "file")
+    assert caught.value.what == f"unknown key '{key}'" + (f", did you mean '{meant}'?" if meant else "")
+    with pytest.raises(RequestError, match=r"^file: unknown key 'x'$"):
+        parse({"x": 1}, Strict, "file")
+
+
+@pytest.mark.parametrize("value", [None, True, 0.5, -1, "x", "OPEN:", [], ["x"], [[]], {}, {"small": []}, {"a": {"name": "a", "b": 1}}])
+def test_no_value_is_answered_in_the_words_of_pydantic(value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(dict.fromkeys(Forms.model_fields, value), Forms, "file")
+    assert not re.search(r"Input|should|valid|[a-z]-[a-z]+:|\[key", caught.value.what)
+
+
+def test_a_place_is_named_from_the_outside_in_and_once() -> None:
+    with pytest.raises(RequestError) as caught, at("study.yaml: cells.tasks[0]"):
+        raise RequestError("unknown key 'x'", where="task.yaml", hint="leave it out")
+    assert str(caught.value) == "study.yaml: cells.tasks[0]: task.yaml: unknown key 'x' (leave it out)"
+    with pytest.raises(RequestError) as caught, at("study.yaml: cells"):
+        raise RequestError("no", where="study.yaml: cells.tasks[0]")
+    assert caught.value.where == "study.yaml: cells.tasks[0]"
+    with pytest.raises(WorkError, match=r"^no$"), at("study.yaml"):
+        raise WorkError("no")
 
 
 def test_every_problem_is_reported_at_once() -> None:
@@ -123,6 +226,7 @@ def test_nearest_names() -> None:
     assert nearest("simcrl", ["simclr", "supervised"]) == "simclr"
     assert "did you mean 'simclr'?" in str(unknown("method", "simcrl", ["simclr"]))
     assert "known: simclr" in str(unknown("method", "zzzzzz", ["simclr"]))
+    assert str(unknown("preset", "x", [])) == "unknown preset 'x' (there is none)"
 
 
 @pytest.fixture(params=["local", "memory"])

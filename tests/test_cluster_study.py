@@ -50,11 +50,28 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("changes", "message"),
     [
         ({"celsl": {}}, "did you mean 'cells'"),
-        ({"data": {"phantom-chets": {"raw": "phantom:60"}}}, "did you mean 'phantom-chest'"),
+        ({"cells": {**TINY["cells"], "fraction": [0.1]}}, "unknown key 'cells.fraction', did you mean 'cells.fractions'?"),
+        ({"cells": {**TINY["cells"], "sedes": [0]}}, "unknown key 'cells.sedes', did you mean 'cells.seeds'?"),
+        ({"sources": ["random"]}, "unknown key 'sources', did you mean 'cells.sources'?"),
+        ({"data": {"phantom-chest": {"rwa": "phantom:60"}}}, "did you mean 'data.phantom-chest.raw'"),
+        (
+            {"data": {"phantom-chets": {"raw": "phantom:60"}}},
+            ": data.phantom-chets: unknown card 'phantom-chets' (did you mean 'phantom-chest'",
+        ),
         ({"data": {"phantom-chest": {"raw": "x", "shards": "y"}}}, "exactly one of raw and shards"),
-        ({"cells": {**TINY["cells"], "tasks": ["phantom-chets"]}}, "did you mean 'phantom-chest'"),
+        (
+            {"cells": {**TINY["cells"], "tasks": ["phantom-chets"]}},
+            ": cells.tasks[0]: unknown task 'phantom-chets' (did you mean 'phantom-chest'",
+        ),
+        (
+            {"cells": {**TINY["cells"], "task_settings": {"phantom-chest": {"recipe.epohcs": 1}}}},
+            "unknown key 'recipe.epohcs', did you mean 'recipe.epochs'",
+        ),
         ({"cells": {**TINY["cells"], "tasks": ["dxc14"]}}, "data.nih-cxr14.raw=PATH"),
-        ({"cells": {**TINY["cells"], "strategies": ["ful"]}}, "did you mean 'full'"),
+        ({"cells": {**TINY["cells"], "strategies": ["liner"]}}, ": cells.strategies[0]: unknown strategy 'liner' (did you mean 'linear'"),
+        ({"cells": {**TINY["cells"], "strategies": "full"}}, 'cells.strategies: expected a list, got "full"'),
+        ({"cells": {**TINY["cells"], "sources": "random"}}, 'cells.sources: expected a list, got "random"'),
+        ({"claims": ["transfer-on-few-dat"]}, ": claims[0]: unknown claim 'transfer-on-few-dat' (did you mean 'transfer-on-few-data'"),
         (
             {"cells": {**TINY["cells"], "strategies": ["full", {"name": "lwft", "cut": "layer9"}]}},
             "cells.strategies[1]: test_resnet has no cut 'layer9'",
@@ -63,26 +80,40 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "sources": ["randon"]}}, "did you mean 'random'"),
         ({"cells": {**TINY["cells"], "sources": ["pretrain:simcrl"]}}, "did you mean 'simclr'"),
         ({"cells": {**TINY["cells"], "sources": ["random", "random"]}}, "sources: random stands twice"),
-        ({"pretrain": [{**TINY["pretrain"][0], "recipe": "simcrl/smoke"}]}, "did you mean 'simclr/smoke'"),
-        ({"pretrain": [{**TINY["pretrain"][0], "settings": {"epohcs": 1}}]}, "did you mean 'epochs'"),
+        (
+            {"pretrain": [{**TINY["pretrain"][0], "recipe": "simcrl/smoke"}]},
+            ": pretrain[0].recipe: unknown recipe 'simcrl/smoke' (did you mean 'simclr/smoke'",
+        ),
+        (
+            {"pretrain": [{**TINY["pretrain"][0], "settings": {"epohcs": 1}}]},
+            ": pretrain[0]: recipe simclr/smoke: unknown key 'epohcs', did you mean 'epochs'",
+        ),
         ({"pretrain": [{**TINY["pretrain"][0], "architecture": None}]}, "needs an architecture"),
         ({"out": "s3://bucket/x"}, "tracking must be a server"),
-        ({"preset": "smok"}, "unknown preset 'smok'"),
+        ({"preset": "smok"}, ": preset: unknown preset 'smok' (there is none)"),
         ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
         ({"champion": {"task": "phantom-chest", "metric": "auroc_maen"}}, "champion.metric"),
         ({"champion": {"task": "phantom-chest", "metric": "dice"}}, "does not measure phantom-chest"),
         ({"tracking": "foo"}, "tracking"),
-        ({"cells": {**TINY["cells"], "seeds": [-1]}}, "cells.seeds"),
-        ({"cells": {**TINY["cells"], "fractions": [-1.0]}}, "cells.fractions"),
-        ({"cells": {**TINY["cells"], "fractions": [10]}}, "cells.fractions"),
-        ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions"),
+        ({"cells": {**TINY["cells"], "seeds": [-1]}}, "cells.seeds.0: -1 is less than 0"),
+        ({"cells": {**TINY["cells"], "fractions": [-1.0]}}, "cells.fractions.0: -1.0 is not more than 0"),
+        ({"cells": {**TINY["cells"], "fractions": [10]}}, "yaml: cells.fractions.0: 10 is more than 1"),
+        ({"cells": {**TINY["cells"], "fractions": "10%"}}, 'cells.fractions: expected a list or a mapping of keys to values, got "10%"'),
+        ({"cells": {**TINY["cells"], "tasks": []}}, "cells.tasks: is empty"),
+        ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions.0: 7 is less than 16"),
         ({"cells": {**TINY["cells"], "seeds": [0, 0]}}, "seeds: 0 stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest"] * 2}}, "tasks: phantom-chest stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest", "phantom-chest/paper"]}}, "tasks: phantom-chest stands twice"),
         ({"champion": {"task": "phantom-chest/paper", "metric": "iou"}}, "does not measure phantom-chest"),
         ({"cells": {**TINY["cells"], "task_settings": {"dxc14": {}}}}, "unknown task 'dxc14'"),
-        ({"cells": {**TINY["cells"], "architectures": ["resnet19"]}}, "did you mean 'resnet18'"),
-        ({"pretrain": [{**TINY["pretrain"][0], "architecture": "resnet19"}]}, "did you mean 'resnet18'"),
+        (
+            {"cells": {**TINY["cells"], "architectures": ["resnet19"]}},
+            ": cells.architectures[0]: unknown architecture 'resnet19' (did you mean 'resnet18'",
+        ),
+        (
+            {"pretrain": [{**TINY["pretrain"][0], "architecture": "resnet19"}]},
+            ": pretrain[0].architecture: unknown architecture 'resnet19' (did you mean 'resnet18'",
+        ),
         (
             {
                 "data": {"phantom-chest": {"raw": "phantom:60"}, "phantom-fundus": {"raw": "phantom:60"}},
@@ -96,6 +127,25 @@ def test_a_wrong_study_is_refused_with_the_nearest_right_name(changes: dict[str,
     with pytest.raises(RequestError) as caught:
         load_study(written(tmp_path, **changes))
     assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/study.yaml: ")
+
+
+def test_a_study_is_found_by_its_name_where_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path)
+    assert load_study("study").study == "tiny"
+    (tmp_path / "README.md").write_text("# Words\n")
+    (tmp_path / "empty").mkdir()
+    for word, says in (
+        (str(tmp_path), f"{tmp_path}: this is a folder, and a study is a YAML file (in it: study.yaml)"),
+        ("empty", "empty: this is a folder, and a study is a YAML file (allograft init NAME writes one)"),
+        ("README.md", "README.md: this is no study: its name would end in .yaml"),
+        ("below/study", "below/study.yaml: no such file"),
+        ("dmeo", "unknown study 'dmeo' (did you mean 'demo'?)"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            load_study(word)
+        assert str(caught.value) == says
 
 
 def test_presets_apply_and_what_is_typed_wins(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_fraction_is_of_one_patient_at_least_and_of_all_at_most() -> None:
     assert len(fraction_of(whole, 1.0, 0)) == 5
     assert len(fraction_of(whole, 3.0, 0)) == 5
     for model, key in ((CellConfig, "fraction"), (Cells, "fractions")):  # what asks for more than there is does not come so far
-        with pytest.raises(RequestError, match=rf"{key}.*less than or equal to 1"):
+        with pytest.raises(RequestError, match=rf"{key}.*1\.5 is more than 1"):
             parse({key: 1.5 if model is CellConfig else [1.5]}, model, "here")
 
 

@@ -53,7 +53,7 @@ def test_a_preset_is_named_after_the_task(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="unknown preset 'paper'"):
         load_task(f"{own}/paper")
     own.write_text(text.replace("patience: 20", "patienec: 20"))
-    with pytest.raises(RequestError, match=r"presets.paper.recipe.patienec.*did you mean 'patience'"):
+    with pytest.raises(RequestError, match=r"presets.paper.recipe.patienec.*did you mean 'presets.paper.recipe.patience'"):
         load_task(str(own))
 
 
@@ -149,7 +149,7 @@ def test_a_kind_has_its_losses_and_metrics_and_no_others(kind: str) -> None:
 def test_errors_name_file_key_and_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"unknown task 'dxc114'.*did you mean 'dxc14'"):
         load_task("dxc114")
-    with pytest.raises(RequestError, match=r"recipe\.epoch.*did you mean 'epochs'"):
+    with pytest.raises(RequestError, match=r"recipe\.epoch.*did you mean 'recipe\.epochs'"):
         load_task("dxc14", ["recipe.epoch=3"])
     assert load_task("dxc14", ["recipe.epochs=3"]).recipe.epochs == 3
     with pytest.raises(RequestError, match="'dice' does not measure a multilabel task"):

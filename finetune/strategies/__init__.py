@@ -30,10 +30,10 @@ class Strategy(Protocol):
     def transplant(self, spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Strict, seed: int) -> Transplant: ...
 
 
-def get(name: str) -> Strategy:
+def get(name: str, where: str | None = None) -> Strategy:
     """The strategy's module. Raises RequestError with the nearest name."""
     if name not in STRATEGIES:
-        raise unknown("strategy", name, STRATEGIES)
+        raise unknown("strategy", name, STRATEGIES, where)
     return cast(Strategy, importlib.import_module(f"finetune.strategies.{name.replace('-', '_')}"))
 
 
@@ -47,7 +47,7 @@ def resolve(strategy: str | Mapping[str, Any], where: str = "strategy") -> tuple
     if "name" not in entry:
         raise RequestError("a strategy needs a name", where=where, hint=f"known: {', '.join(STRATEGIES)}")
     name = str(entry.pop("name"))
-    make = get(name)
+    make = get(name, where)
     return make, parse(entry, make.Config, f"{where} {name}")
 
 
