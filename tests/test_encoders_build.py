@@ -1,5 +1,7 @@
 """Encoders: one contract for every architecture."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -12,8 +14,9 @@ CONTRASTIVE = ["resnet50_clip_gap", "resnetv2_50x1_bit"]
 SMALL = ["test_resnet", "resnet10t", "resnet18"]
 
 
+@cache
 def on_meta(name: str, in_chans: int = 1) -> Encoder:
-    """Shapes and counts of the largest network cost nothing there."""
+    """Shapes and counts of the largest network cost nothing there, but for its making: once for all tests, which leave it alone."""
     with torch.device("meta"):
         return build(name, in_chans).to("meta").eval()
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,21 +17,36 @@ from encoders.published import export_timm
 from encoders.truncate import truncate
 from encoders.weights import load_local, sha256_of
 
+# What a consumer does; one process for several exports, since its imports take seconds.
 CONSUMER = """
-import sys, timm, torch
+import json, sys, timm, torch
 from safetensors.torch import load_file
 torch.set_num_threads(1)
-place = sys.argv[1]
-golden = load_file(place + "/golden.safetensors")
-encoder = timm.create_model("local-dir:" + place, pretrained=True).eval()
-print((encoder(golden["preprocessed"]) - golden["features"]).abs().max().item())
-cfg = encoder.pretrained_cfg
-mine = (golden["pixels"].float() / 255 - torch.tensor(cfg["mean"]).view(1, -1, 1, 1)) / torch.tensor(cfg["std"]).view(1, -1, 1, 1)
-print((mine - golden["preprocessed"]).abs().max().item())
 ours = ("base", "shards", "encoders", "engine", "analysis", "finetune", "pretrain", "cluster")
-print([name for name in sys.modules if name.split(".")[0] in ours])
-print(timm.create_model("local-dir:" + place, pretrained=True, num_classes=5).eval()(golden["preprocessed"]).shape[1])
+for place in sys.argv[1:]:
+    golden = load_file(place + "/golden.safetensors")
+    encoder = timm.create_model("local-dir:" + place, pretrained=True).eval()
+    difference = (encoder(golden["preprocessed"]) - golden["features"]).abs().max().item()
+    cfg = encoder.pretrained_cfg
+    mine = (golden["pixels"].float() / 255 - torch.tensor(cfg["mean"]).view(1, -1, 1, 1)) / torch.tensor(cfg["std"]).view(1, -1, 1, 1)
+    preprocessing = (mine - golden["preprocessed"]).abs().max().item()
+    classes = timm.create_model("local-dir:" + place, pretrained=True, num_classes=5).eval()(golden["preprocessed"]).shape[1]
+    print(json.dumps([difference, preprocessing, [name for name in sys.modules if name.split(".")[0] in ours], classes]))
 """
+
+
+def seen_by(program: str, names: list[str], folder: Path) -> dict[str, list[Any]]:
+    """What that program prints of the export `folder/NAME`, by name."""
+    places = [str(folder / name) for name in names]
+    # -I: no environment, no current directory, no user site; a checkout that is installed editable is shut out by the check of modules.
+    out = subprocess.run([sys.executable, "-I", "-c", program, *places], cwd=folder, capture_output=True, text=True, check=True)
+    return dict(zip(names, map(json.loads, out.stdout.splitlines()), strict=True))
+
+
+def asked_for(request: pytest.FixtureRequest, among: list[str], parameter: str) -> list[str]:
+    """Those that this session tests: `-k swin` costs what swin costs."""
+    calls = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    return [name for name in among if any(params.get(parameter) == name for params in calls)]
 
 
 def trained(in_chans: int) -> torch.nn.Module:
@@ -57,19 +73,6 @@ def write(encoder: torch.nn.Module, place: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_plain_timm_reproduces_the_golden_features_to_the_bit(tmp_path: Path, in_chans: int) -> None:
-    place = tmp_path / "export"
-    write(trained(in_chans), place)
-    # -I: no environment, no current directory, no user site; a checkout that is installed editable is shut out by the check of modules.
-    out = subprocess.run([sys.executable, "-I", "-c", CONSUMER, str(place)], cwd=tmp_path, capture_output=True, text=True, check=True)
-    difference, preprocessing, ours, classes = out.stdout.splitlines()
-    assert float(difference) == 0.0
-    assert float(preprocessing) < 1e-6
-    assert ours == "[]"
-    assert classes == "5"
-
-
 def test_the_export_holds_the_encoder_and_says_where_it_comes_from(tmp_path: Path) -> None:
     encoder = trained(1)
     sha256 = write(encoder, tmp_path)
@@ -90,22 +93,25 @@ def test_the_export_holds_the_encoder_and_says_where_it_comes_from(tmp_path: Pat
 
 
 PROGRAM = """
-import sys, numpy, onnxruntime
+import json, sys, numpy, onnxruntime
 from safetensors.numpy import load_file
-place = sys.argv[1]
-golden = load_file(place + "/golden.safetensors")
-encoder = onnxruntime.InferenceSession(place + "/encoder.onnx")
-run = lambda images: encoder.run(None, {"preprocessed": images})[0]
-print(abs(run(golden["preprocessed"]) - golden["features"]).max() / abs(golden["features"]).max())
-twice = run(numpy.concatenate([golden["preprocessed"], golden["preprocessed"] * 0.5]))
-print(abs(twice[:1] - golden["features"]).max() / abs(golden["features"]).max(), twice.shape[0])
-print([name for name in ("torch", "timm", "base", "encoders") if name in sys.modules])
+for place in sys.argv[1:]:
+    golden = load_file(place + "/golden.safetensors")
+    encoder = onnxruntime.InferenceSession(place + "/encoder.onnx")
+    run = lambda images: encoder.run(None, {"preprocessed": images})[0]
+    apart = lambda features: float(abs(features - golden["features"]).max() / abs(golden["features"]).max())
+    twice = run(numpy.concatenate([golden["preprocessed"], golden["preprocessed"] * 0.5]))
+    ours = [name for name in ("torch", "timm", "base", "encoders") if name in sys.modules]
+    print(json.dumps([apart(run(golden["preprocessed"])), apart(twice[:1]), twice.shape[0], ours]))
 """
+
+
+SLIM = (32, 48, 24, 16)
 
 
 def made(kind: str) -> Encoder:
     if kind == "slim":
-        return build("test_resnet", 1, seed=1, widths=(32, 48, 24, 16))
+        return build("test_resnet", 1, seed=1, widths=SLIM)
     if kind == "cbr":
         return build("cbr_tiny", 3, seed=1)
     if kind == "flat":
@@ -120,25 +126,34 @@ PROGRAMS = ["cbr", "alexnet", "flat", "test_resnet layer3", "test_vit block3", "
 PROGRAMS += ["alexnet conv2", "resnet50_clip_gap stages.0", "resnetv2_50x1_bit stages.0"]
 
 
+@pytest.fixture(scope="module")
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+    """The exports of `PROGRAMS` in their folder, and what a consumer sees of each."""
+    folder, kinds = tmp_path_factory.mktemp("programs"), asked_for(request, PROGRAMS, "kind")
+    for kind in kinds:
+        write(made(kind), folder / kind)
+    return folder, seen_by(PROGRAM, kinds, folder)
+
+
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_what_timm_cannot_rebuild_is_a_program_with_the_same_golden_check(tmp_path: Path, kind: str) -> None:
-    encoder = made(kind)
-    sha256 = write(encoder, tmp_path)
-    out = subprocess.run([sys.executable, "-I", "-c", PROGRAM, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True)
-    alone, pair, ours = out.stdout.splitlines()
-    assert float(alone) < 1e-5
-    assert float(pair.split()[0]) < 1e-5
-    assert pair.split()[1] == "2"
-    assert ours == "[]"
-    assert not (tmp_path / "config.json").exists()  # which would promise that timm makes it
-    info = read_export(tmp_path)
-    assert info.sha256 == sha256 == sha256_of(encoder.net.state_dict())
+def test_what_timm_cannot_rebuild_is_a_program_with_the_same_golden_check(
+    programs: tuple[Path, dict[str, list[Any]]], kind: str, tmp_path: Path
+) -> None:
+    place, encoder = programs[0] / kind, made(kind)
+    alone, pair, count, ours = programs[1][kind]
+    assert alone < 1e-5
+    assert pair < 1e-5
+    assert count == 2
+    assert ours == []
+    assert not (place / "config.json").exists()  # which would promise that timm makes it
+    info = read_export(place)
+    assert info.sha256 == sha256_of(encoder.net.state_dict())
     assert info.cut == getattr(encoder, "cut", None)
-    program = (tmp_path / "encoder.onnx").read_bytes()
+    program = (place / "encoder.onnx").read_bytes()
     assert b"/work" not in program
     assert str(Path.home()).encode() not in program
     assert b".py" not in program
-    write(encoder, tmp_path)
+    assert write(encoder, tmp_path) == info.sha256
     assert (tmp_path / "encoder.onnx").read_bytes() == program
     card = (tmp_path / "README.md").read_text()
     assert "onnxruntime" in card
@@ -154,16 +169,33 @@ def test_the_cards_own_check_of_a_program_runs(tmp_path: Path) -> None:
 
 
 FAMILIES = ["slim", "swin_tiny_patch4_window7_224", "densenet121", "efficientnet_b0", "convnext_tiny"]
+FAMILIES += ["resnet50_clip_gap", "resnetv2_50x1_bit"]
+TRAINED = ["1", "3"]  # channels
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "resnet50_clip_gap", "resnetv2_50x1_bit"])
-def test_slim_networks_and_the_other_families_are_timms(tmp_path: Path, name: str) -> None:
-    encoder = made("slim") if name == "slim" else build(name, 1, seed=1)
-    write(encoder, tmp_path)
-    out = subprocess.run([sys.executable, "-I", "-c", CONSUMER, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert float(out.stdout.splitlines()[0]) == 0.0
-    assert read_export(tmp_path).widths == encoder.widths
-    assert not (tmp_path / "encoder.onnx").exists()
+@pytest.fixture(scope="module")
+def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+    """Exports that timm rebuilds in their folder, and what a consumer sees of each."""
+    folder, names = tmp_path_factory.mktemp("exports"), asked_for(request, TRAINED + FAMILIES, "name")
+    for name in names:
+        write(trained(int(name)) if name in TRAINED else made("slim") if name == "slim" else build(name, 1, seed=1), folder / name)
+    return folder, seen_by(CONSUMER, names, folder)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_plain_timm_reproduces_the_golden_features_to_the_bit(exports: tuple[Path, dict[str, list[Any]]], name: str) -> None:
+    difference, preprocessing, ours, classes = exports[1][name]
+    assert difference == 0.0
+    assert preprocessing < 1e-6
+    assert ours == []
+    assert classes == 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slim_networks_and_the_other_families_are_timms(exports: tuple[Path, dict[str, list[Any]]], name: str) -> None:
+    assert exports[1][name][0] == 0.0
+    assert read_export(exports[0] / name).widths == (SLIM if name == "slim" else None)
+    assert not (exports[0] / name / "encoder.onnx").exists()
 
 
 def test_same_encoder_same_files(tmp_path: Path) -> None:

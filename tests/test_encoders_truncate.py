@@ -68,14 +68,15 @@ def test_every_cut_is_a_prefix_of_the_whole_network(name: str) -> None:
     with torch.no_grad():
         features = whole(x)
         maps = whole.pyramid(x)
+    tensors = whole.net.state_dict()
     points = whole.cuts if len(whole.cuts) < 10 else whole.cuts[:: len(whole.cuts) // 4]
     before = 0
     for point in (*points, whole.cuts[-1]):
         small = truncate(whole, point.name)
         with torch.no_grad():
             z, pyramid = small(x), small.pyramid(x)
-        names = small.net.state_dict().keys()
-        assert all(torch.equal(small.net.state_dict()[key], whole.net.state_dict()[key]) for key in names)
+        state = small.net.state_dict()
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in state.items())
         assert z.shape == (2, small.num_features)
         assert tuple(m.shape[1] for m in pyramid) == small.pyramid_channels
         assert len(pyramid) == len(small.pyramid_reductions)
@@ -83,7 +84,7 @@ def test_every_cut_is_a_prefix_of_the_whole_network(name: str) -> None:
             torch.testing.assert_close(ours, theirs)
         if point == whole.cuts[-1]:
             torch.testing.assert_close(z, features)
-            assert names == whole.net.state_dict().keys()
+            assert state.keys() == tensors.keys()
         elif point.name != "stem" and "denselayer" not in point.name:  # pooling follows; a block's layers are gathered
             at = outputs[point.module]
             expected = at[:, 1:].mean(1) if at.ndim == 3 else at.mean((1, 2)) if "swin" in name else at.mean((2, 3))
