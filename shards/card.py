@@ -125,8 +125,9 @@ Reader = Literal["csv", "folders", "pairs", "npz", "tars", "tars-in-place", "pha
 class Layout(Strict):
     """One arrangement of the raw files.
 
-    With `table` or `split_tables`, each row is a sample; without, each file that matches `images`. The image of a row is found by its
-    relative path, by the end of its path, or by its name with or without the extension, among the files that match `images`.
+    With `table` or `split_tables`, each row is a sample; without, each file that matches `images`; of reader `folders` both, the files that
+    no row names being samples too. The image of a row is found by its relative path, by the end of its path, or by its name with or without
+    the extension, among the files that match `images`.
     All patterns are regular expressions, searched in the relative path without its extension where nothing else is said.
     """
 
@@ -150,7 +151,8 @@ class Layout(Strict):
     separator: str = "|"
     no_finding: list[str] = Field(default_factory=list)  # names of findings that mean "none of the labels"
     label_columns: dict[str, str] = Field(default_factory=dict)  # label -> column holding 1, 0, -1 (uncertain) or nothing (unknown)
-    label_pattern: str | None = None  # a named group per label catches 1 or 0, or else group 1 is what a findings column would hold
+    # A named group per label catches 1 or 0 in the path. Or group 1 is what a findings column would hold, and where there is one, does.
+    label_pattern: str | None = None
     values: dict[str, str] = Field(default_factory=dict)  # what cells, folders and pattern groups say -> label name, or 1, 0, -1, nothing
 
     masks: list[str] | dict[str, list[str]] = Field(default_factory=list)  # templates of {stem}, {dir}, {id} and *; by class, or united
@@ -183,6 +185,14 @@ class Layout(Strict):
     def has_table(self) -> bool:
         """Whether the samples are rows of a table; else they are files."""
         return self.table is not None or bool(self.split_tables)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is read of the tables."""
+        single = (self.image_column, self.mask_column, self.findings_column, self.patient_column, self.study_column, self.split_column)
+        by_list = None if self.split_lists_by in ("image", "patient") else self.split_lists_by
+        one = [name for name in (*single, by_list, self.rle.column if self.rle else None) if name]
+        return list(dict.fromkeys([*one, *self.label_columns.values(), *self.metadata.values(), *self.keep]))
 
     @property
     def templates(self) -> list[tuple[str | None, str]]:
@@ -344,8 +354,10 @@ class Card(Strict):
         reader = self.reader_of(layout)
         if reader == "csv" and not layout.has_table:
             raise ValueError(f"layout {layout.name}: reader csv needs a table")
-        if reader in ("folders", "npz", "tars", "tars-in-place") and layout.has_table:
+        if reader in ("npz", "tars", "tars-in-place") and layout.has_table:
             raise ValueError(f"layout {layout.name}: reader {reader} reads no table")
+        if reader == "folders" and layout.has_table and {*layout.columns} - {layout.image_column, layout.findings_column}:
+            raise ValueError(f"layout {layout.name}: reader folders takes images and their classes from a table, nothing else")
         if reader == "tars-in-place" and (not self.public or self.has_masks or self.depth != 8 or self.max_side):
             raise ValueError(
                 f"layout {layout.name}: images that stay where they lie are neither de-identified nor reduced: public ones alone, without "

@@ -24,7 +24,13 @@ CELLS: dict[str, Label] = {"1": 1, "0": 0, "-1": -1, "": None, "nan": None, "tru
 def of_row(card: Card, layout: Layout, row: Mapping[str, str], where: str) -> dict[str, Label]:
     """The labels of a row of a table. Raises RequestError for a value that is none of the card's."""
     if layout.findings_column is not None:
-        return named(card, layout, row[layout.findings_column], f"{where}, column {layout.findings_column}")
+        text, place = row[layout.findings_column], f"{where}, column {layout.findings_column}"
+        if layout.label_pattern is not None:
+            match = re.search(layout.label_pattern, text)
+            if match is None:
+                raise RequestError(f"'{text}' names no label: no match of {layout.label_pattern}", where=place)
+            text = match.group(1)
+        return named(card, layout, text, place)
     known = {label: _cell(layout, row[column], f"{where}, column {column}") for label, column in layout.label_columns.items()}
     return _whole(card, known, where)
 

@@ -53,10 +53,14 @@ def read_rows(card: Card, raw: str, found: dict[str, str]) -> tuple[list[Row], i
     left_out = 0
     if reader in ("npz", "tars", "tars-in-place"):
         rows = list(_contained(card, raw, found))
-    elif layout.has_table:
-        rows, left_out = _table_rows(card, raw, found)
     else:
-        rows = [Row(file, file, file, cells.of_path(card, layout, file, folders=reader == "folders")) for file in found]
+        rows, left_out = _table_rows(card, raw, found) if layout.has_table else ([], 0)
+        named = {row.file for row in rows}
+        others = [file for file in found if file not in named]
+        if reader == "folders" or not layout.has_table:
+            rows += [Row(file, file, file, cells.of_path(card, layout, file, folders=reader == "folders")) for file in others]
+        else:
+            left_out += len(others)
     patients = _Patients(layout, raw, found)
     masks = _Masks(card, raw) if card.has_masks else None
     for row in rows:
@@ -76,17 +80,9 @@ def _contained(card: Card, raw: str, found: dict[str, str]) -> Iterator[Row]:
             yield Row(image.file, image.file, image.file, labels, inside=image.inside, part=image.part)
 
 
-def _columns(layout: Layout) -> list[str]:
-    """Every column that a layout reads."""
-    single = (layout.image_column, layout.mask_column, layout.findings_column, layout.patient_column, layout.study_column)
-    by_list = None if layout.split_lists_by in ("image", "patient") else layout.split_lists_by
-    one = [name for name in (*single, layout.split_column, by_list, layout.rle.column if layout.rle else None) if name]
-    return list(dict.fromkeys([*one, *layout.label_columns.values(), *layout.metadata.values(), *layout.keep]))
-
-
 def _tables(layout: Layout, raw: str) -> Iterator[tuple[Part | None, Table]]:
     """The layout's tables, joined, each with the part that it is the table of."""
-    columns = _columns(layout)
+    columns = layout.columns
     keeps = {*columns, *(join.by for join in layout.join)}
     whole: list[tuple[Part | None, str]] = [(None, layout.table)] if layout.table is not None else list(layout.split_tables.items())
 
@@ -106,9 +102,10 @@ def _tables(layout: Layout, raw: str) -> Iterator[tuple[Part | None, Table]]:
 
 
 def _table_rows(card: Card, raw: str, found: dict[str, str]) -> tuple[list[Row], int]:
+    """The rows of the layout's tables, and how many of them the card leaves out."""
     layout = card.layouts[0]
     assert layout.image_column is not None
-    finder, named, left_out = Finder(found), set(), 0
+    finder, left_out = Finder(found), 0
     rows: list[Row] = []
     for part, table in _tables(layout, raw):
         groups: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -123,9 +120,8 @@ def _table_rows(card: Card, raw: str, found: dict[str, str]) -> tuple[list[Row],
         for group in groups.values():
             row = _table_row(card, layout, finder, table, group)
             row.part = part
-            named.add(row.file)
             rows.append(row)
-    return rows, left_out + len(found.keys() - named)
+    return rows, left_out
 
 
 def _table_row(card: Card, layout: Layout, finder: Finder, table: Table, group: list[dict[str, str]]) -> Row:
@@ -141,7 +137,7 @@ def _table_row(card: Card, layout: Layout, finder: Finder, table: Table, group: 
         path = match.group(1)
     file = finder.find(path, where) or path
     labels = cells.of_row(card, layout, first, where)
-    if layout.label_pattern is not None:
+    if layout.label_pattern is not None and layout.findings_column is None:
         labels = cells.of_path(card, layout, file)
     elif layout.repeated is not None:
         labels = cells.majority([cells.of_row(card, layout, row, table.place(row)) for row in group])

@@ -146,14 +146,21 @@ WNIDS = {0: "n01440764", 1: "n01443537", 2: "n01484850", 999: "n15075141"}  # nu
 SPECIES = ["00000_Animalia_Annelida_Clitellata", "05000_Animalia_Chordata_Aves", "09999_Plantae_Tracheophyta"]
 
 
-@layout("imagenet-1k", "official", "kaggle", "tars")
+@layout("imagenet-1k", "official", "flat", "kaggle-flat", "kaggle", "tars")
 def imagenet(folder: Path, name: str) -> Truths:
     if name == "tars":
         names = {"train": "imagenet1k-train-{:04d}.tar", "val": "imagenet1k-validation-{:02d}.tar"}
         return tars(folder, {str(k): wnid for k, wnid in WNIDS.items()}, names)
-    root = "ILSVRC/Data/CLS-LOC/" if name == "kaggle" else ""
-    names = {"train": root + "train/{0}/{0}_{1}.JPEG", "val": root + "val/{0}/ILSVRC2012_val_{1:08d}.JPEG"}
-    return class_folders(folder, list(WNIDS.values()), names)
+    root = "ILSVRC/Data/CLS-LOC/" if name.startswith("kaggle") else ""
+    flat = name.endswith("flat")
+    val = "val/" if flat else "val/{0}/"
+    names = {"train": root + "train/{0}/{0}_{1}.JPEG", "val": root + val + "ILSVRC2012_val_{1:08d}.JPEG"}
+    truths = class_folders(folder, list(WNIDS.values()), names)
+    if flat:
+        boxes = {Path(file).stem: [f"{wnid} 1 2 30 4" for wnid in truth.labels] for file, truth in truths.items() if truth.split == "test"}
+        rows = [{"ImageId": stem, "PredictionString": " ".join(found * (1 + n % 2)) + " "} for n, (stem, found) in enumerate(boxes.items())]
+        table(folder, "LOC_val_solution.csv", rows[::-1])  # not in the order of the names
+    return truths
 
 
 @layout("inat2021", "official", "mini", "tars")

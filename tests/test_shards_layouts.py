@@ -100,6 +100,27 @@ def packed(a_card: Card, raw: Path, out: Path) -> tuple[Manifest, dict[str, dict
 # Tables
 
 
+def test_a_table_beside_class_folders(raw: Path) -> None:
+    """The images that it names have their class from a word of its cell, the others from their folder."""
+    for n in range(6):
+        (raw / "images" / ["wet", "dry"][n % 2]).mkdir(exist_ok=True)
+        (raw / "images" / f"{n}.png").rename(raw / "images" / ["wet", "dry"][n % 2] / f"{n}.png")
+    write(raw, "t.csv", "\n".join(["image,said", *(f"{n},{['dry', 'wet'][n % 2]} 1 2 3 4" for n in range(6, 12))]))
+    both = layout(images=["images/*.png", "images/*/*.png"], label_columns=None, findings_column="said", label_pattern="(dry|wet)")
+    classes: dict[str, Any] = {"reader": "folders", "kind": "multiclass", "labels": ["dry", "wet"]}
+    found = find(card(both, **classes), raw)
+    assert [labels(found)[f"images/{name}.png"] for name in ("wet/2", "dry/3", "6", "7")] == [
+        {"wet": 1},
+        {"dry": 1},
+        {"dry": 1},
+        {"wet": 1},
+    ]
+    assert (len(found.records), found.left_out) == (12, 0)
+    write(raw, "t.csv", "image,said\n6,moist 1 2 3 4\n")
+    with pytest.raises(RequestError, match=r"t\.csv, row 2, column said: 'moist 1 2 3 4' names no label: no match of"):
+        find(card(both, **classes), raw)
+
+
 def test_joined_tables(raw: Path) -> None:
     write(raw, "t.csv", "\n".join(["image,study", *(f"images/{n}.png,s{n // 2}" for n in range(12))]))
     write(raw, "studies.csv", "\n".join(["study,edema,mass,who", *(f"s{n},{n % 2},1,p{n // 2}" for n in range(6))]))
