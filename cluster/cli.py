@@ -51,10 +51,10 @@ def _example(text: str) -> str:
 
 @app.command(epilog=_example("allograft survey /data/unknown --out unknown.yaml"))
 def survey(
-    raw: Annotated[str, typer.Argument(help="a local folder of files that no card describes yet; not a URL")],
+    raw: Annotated[str, typer.Argument(help="a folder or URL of files that no card describes yet")],
     out: Annotated[str | None, typer.Option(help="file for the draft of its card; printed by default")] = None,
 ) -> None:
-    """Describe an unknown local folder: formats, sizes, tables, who the patients may be. And draft its card."""
+    """Describe an unknown folder: formats, sizes, tables, who the patients may be. And draft its card."""
     from base.paths import absolute
     from cluster.survey import show
 

@@ -1,11 +1,12 @@
 """What the columns of an unknown table seem to be: image, patient, split, labels, metadata. Guesses by content first, by name second.
 
-facts = survey_table("RAW/labels.csv", "labels.csv", files)     # None if it is not a table
+facts = survey_table("RAW", "labels.csv", files)     # None if it is not a table
 facts.having("patient"), facts.having("label")
 """
 
 import csv
 import gzip
+import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -14,8 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
+from base import storage
 from shards.cells import CELLS
-from shards.rawfiles import stem
+from shards.rawfiles import opened, stem
 from shards.splitting import SPLIT_WORDS
 
 Role = Literal["image", "mask", "patient", "split", "label", "findings", "class", "view", "sex", "age", "other"]
@@ -84,14 +86,12 @@ class FileNames:
         return cell in self.paths or base in self.bases or base in self.stems
 
 
-def read_rows(path: str) -> tuple[str, list[dict[str, str]]] | None:
+def read_rows(url: str) -> tuple[str, list[dict[str, str]]] | None:
     """Separator and the first rows of a text table; None where the text is not one (no second column, ragged rows, another encoding)."""
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.endswith(".gz")
-            else open(path, encoding="utf-8-sig", newline="") as stream
-        ):
+        with opened(url) as file:
+            plain = gzip.GzipFile(fileobj=file) if url.endswith(".gz") else file
+            stream = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
             first = stream.readline()
             separator = max((",", ";", "\t"), key=first.count)
             if separator not in first:
@@ -104,9 +104,9 @@ def read_rows(path: str) -> tuple[str, list[dict[str, str]]] | None:
     return (separator, rows) if rows and len(set(names)) == len(names) else None
 
 
-def survey_table(path: str, file: str, files: FileNames) -> TableFacts | None:
-    """The facts of one table, or None."""
-    read = read_rows(path)
+def survey_table(raw: str, file: str, files: FileNames) -> TableFacts | None:
+    """The facts of one table of a raw folder, or None."""
+    read = read_rows(storage.join(raw, file))
     if read is None:
         return None
     separator, rows = read

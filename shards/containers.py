@@ -15,18 +15,17 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from base import storage
 from base.errors import RequestError, WorkError
-from base.paths import is_url
 from shards import cells
 from shards.card import SPLITS, Card, Part
 from shards.planes import Unusable
 from shards.raster import pages, png
 from shards.rawfiles import inside as inside_folder
+from shards.rawfiles import opened
 
 PICTURES = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "dcm", "webp", "ppm")
 
@@ -55,7 +54,7 @@ def npz(raw: str, name: str, card: Card) -> Iterator[Found]:
     """The images of an .npz, split by split. Raises RequestError for a damaged file, other arrays, labels out of range."""
     url = storage.join(raw, name)
     try:
-        with _open(url) as stream, np.load(stream, allow_pickle=False) as arrays:
+        with opened(url) as stream, np.load(stream, allow_pickle=False) as arrays:
             splits = [split for split in SPLITS if f"{split}_images" in arrays.files]
             if not splits:
                 raise RequestError(
@@ -91,7 +90,7 @@ def tar(raw: str, name: str, card: Card) -> Iterator[Found]:
     pictures: dict[str, tuple[str, Inside]] = {}
     classes: dict[str, str] = {}
     try:
-        with _open(url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with opened(url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 path = inside_folder(member.name.removeprefix("./"), url)
                 if member.isdir():
@@ -132,7 +131,7 @@ def read(raw: str, inside: Inside, stamp: str, slices: bool = False) -> bytes:
     url = storage.join(raw, inside.container)
     try:
         if inside.array is None:
-            with _open(url) as stream:
+            with opened(url) as stream:
                 stream.seek(inside.start)
                 data: bytes = stream.read(inside.length)
             return data
@@ -150,19 +149,11 @@ def read(raw: str, inside: Inside, stamp: str, slices: bool = False) -> bytes:
     return png(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
-def _open(url: str) -> Any:
-    if not is_url(url):
-        return open(url, "rb")
-    import fsspec
-
-    return fsspec.open(url, "rb").open()
-
-
 class _Array:
     """An array of an .npz read row by row: unpacking the largest whole takes 14 GB. Rows in rising order are read once through."""
 
     def __init__(self, url: str, name: str) -> None:
-        self._zip = zipfile.ZipFile(_open(url))
+        self._zip = zipfile.ZipFile(opened(url))
         self._stream = self._zip.open(f"{name}.npy")
         version = np.lib.format.read_magic(self._stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

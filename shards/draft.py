@@ -10,9 +10,11 @@ import re
 from collections import Counter
 from typing import Any
 
+from base import storage
 from base.errors import RequestError
 from shards.columns import Column, TableFacts
 from shards.open_points import OPEN
+from shards.rawfiles import opened
 from shards.splitting import SPLIT_WORDS, count
 from shards.survey import PatientKey, Survey
 
@@ -201,7 +203,7 @@ def _packed_labels(found: Survey, remarks: Remarks) -> Draft:
         columns = int(shape.split(" x ")[1]) if " x " in shape else 1
         if columns > 1:
             return {"labels": [f"label-{n}" for n in range(columns)], "multiclass": False}
-        with np.load(os.path.join(found.raw, header.file), allow_pickle=False) as arrays:
+        with opened(storage.join(found.raw, header.file)) as stream, np.load(stream, allow_pickle=False) as arrays:
             classes = int(arrays["train_labels"].max()) + 1
         return {"labels": [f"class-{n}" for n in range(classes)], "multiclass": True}
     remarks["labels"] = "check: the classes that the files name"

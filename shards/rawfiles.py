@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from base import storage
 from base.config import digest
@@ -57,6 +57,37 @@ def _remote(raw: str, pattern: str) -> Iterable[tuple[str, str | None]]:
         folder = info.get("type") == "directory"
         if folder == pattern.endswith("/"):
             yield (f"{path[start:].rstrip('/')}/", None) if folder else (path[start:], _remote_stamp(info))
+
+
+def sizes(raw: str) -> dict[str, int]:
+    """Every file below the raw folder by relative path, with its bytes; what begins with a dot is left out, with all below it."""
+    found: dict[str, int] = {}
+    if is_url(raw):
+        import fsspec
+
+        fs, root = fsspec.core.url_to_fs(raw)
+        start = len(root.rstrip("/")) + 1
+        for path, info in fs.find(root, detail=True).items():
+            if info.get("type") == "file" and not any(part.startswith(".") for part in path[start:].split("/")):
+                found[path[start:]] = int(info["size"])
+        return found
+    for folder, folders, names in os.walk(raw):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                found[os.path.relpath(path, raw).replace(os.sep, "/")] = os.path.getsize(path)
+    return found
+
+
+def opened(url: str, block: int | None = None) -> BinaryIO:
+    """A file to read from, local or not, which can seek. `block`: bytes that a store is asked for at once, where few of many are wanted."""
+    if not is_url(url):
+        return open(url, "rb")
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url)
+    return cast(BinaryIO, fs.open(path, "rb", block_size=block))
 
 
 def stamp(raw: str, relative: str) -> str:

@@ -11,14 +11,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from base import storage
 from base.errors import RequestError
-from base.paths import is_url
 from shards.columns import FileNames, TableFacts, survey_table
 from shards.content import IMAGES
 from shards.headers import Header, header
-from shards.rawfiles import extension, stem
+from shards.rawfiles import extension, sizes, stem
 from shards.splitting import SPLIT_WORDS
 
 HEADERS = 400  # files of a group whose header is read
@@ -85,36 +84,34 @@ class Survey:
 
 
 def survey(raw: str) -> Survey:
-    """Look at a local folder.
+    """Look at a folder, local or in a store.
 
     Raises:
         RequestError: no such folder, a file instead of one, or no file in it.
     """
-    if is_url(raw):
-        raise RequestError("a URL; survey looks at local folders only", where=raw, hint="copy some of its folders here, tables included")
-    if os.path.isfile(raw):
-        raise RequestError("this is a file; survey takes the folder in which images and tables lie", where=raw)
-    if not os.path.isdir(raw):
+    if not storage.exists(raw):
         raise RequestError("no such folder", where=raw)
-    sizes = dict(_walk(raw))
-    if not sizes:
+    found = sizes(raw)
+    if os.path.isfile(raw) or list(found) == [""]:
+        raise RequestError("this is a file; survey takes the folder in which images and tables lie", where=raw)
+    if not found:
         raise RequestError("the folder holds no file", where=raw)
-    groups = [Group(glob, files, _headers(raw, files)) for glob, files in globs(sorted(sizes)).items()]
+    groups = [Group(glob, files, _headers(raw, files)) for glob, files in globs(sorted(found)).items()]
     groups.sort(key=lambda group: (-len(group.files), group.glob))
     pictures = [file for group in groups if group.format in IMAGES for file in group.files]
     names = FileNames(pictures)
-    texts = [file for file in sizes if file.lower().endswith(TABLES) and sizes[file] < LARGEST_TABLE]
-    tables = [found for file in sorted(texts) if (found := survey_table(os.path.join(raw, file), file, names))]
-    tables.sort(key=lambda found: (-found.images, found.file))
+    texts = [file for file, size in found.items() if file.lower().endswith(TABLES) and size < LARGEST_TABLE]
+    tables = [table for file in sorted(texts) if (table := survey_table(raw, file, names))]
+    tables.sort(key=lambda table: (-table.images, table.file))
     images = [file for file in pictures if not is_mask(file)] or pictures
     return Survey(
         raw=raw,
-        files=len(sizes),
-        bytes=sum(sizes.values()),
+        files=len(found),
+        bytes=sum(found.values()),
         images=images,
         groups=groups,
         tables=tables,
-        lists=_split_lists(raw, [file for file in texts if file not in {found.file for found in tables}], names),
+        lists=_split_lists(raw, [file for file in texts if file not in {table.file for table in tables}], names),
         patients=_patient_keys(images, groups, tables),
         masks=mask_templates(images, sorted(set(pictures) - set(images))),
         class_folders=class_folders(images),
@@ -122,20 +119,9 @@ def survey(raw: str) -> Survey:
     )
 
 
-def _walk(raw: str) -> list[tuple[str, int]]:
-    found = []
-    for folder, folders, files in os.walk(raw):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            path = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                found.append((os.path.relpath(path, raw).replace(os.sep, "/"), os.path.getsize(path)))
-    return found
-
-
 def _headers(raw: str, files: Sequence[str]) -> list[Header]:
     step = max(1, -(-len(files) // HEADERS))
-    return [header(Path(raw, file), file) for file in files[::step]]
+    return [header(raw, file) for file in files[::step]]
 
 
 def globs(files: Sequence[str]) -> dict[str, list[str]]:
@@ -215,7 +201,7 @@ def _split_lists(raw: str, texts: Sequence[str], names: FileNames) -> dict[str, 
     found: dict[str, str] = {}
     for file in texts:
         try:
-            lines = Path(raw, file).read_text().split()
+            lines = storage.read_bytes(storage.join(raw, file)).decode().split()
         except (UnicodeDecodeError, OSError):
             continue
         if not lines or sum(names.knows(line) for line in lines) < 0.5 * len(lines):

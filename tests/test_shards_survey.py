@@ -1,6 +1,8 @@
 """The survey: what files are by content, what columns mean, and a draft that packs once its open points are settled."""
 
 import csv
+import dataclasses
+import gzip
 import io
 import re
 import tarfile
@@ -11,10 +13,12 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from faulty_s3 import store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from base import storage
 from base.errors import RequestError, WorkError
 from shards.card import Card, load_card
 from shards.columns import FileNames, survey_table
@@ -73,7 +77,7 @@ def test_formats_are_known_by_content(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         for name in ("0.jpg", "0.cls"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    found = {path.name: header(path, path.name) for path in tmp_path.iterdir()}
+    found = {path.name: header(str(tmp_path), path.name) for path in tmp_path.iterdir()}
     assert {name: one.format for name, one in found.items()} == {
         "a.jpg": "png",
         "text.dcm": "text",
@@ -100,7 +104,7 @@ def test_formats_are_known_by_content(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not DICOM.exists(), reason="needs the shared DICOM files")
 def test_odd_dicom_files_are_surveyed_without_a_fall() -> None:
-    found = {path.name: header(path, path.name) for path in DICOM.iterdir()}
+    found = {path.name: header(str(DICOM), path.name) for path in DICOM.iterdir()}
     assert sum(one.format == "dicom" for one in found.values()) >= 50
     assert found["broken_text.dcm"].format == "text"
     assert found["pd_rtplan.dcm"].problem == "DICOM without an image"
@@ -145,7 +149,7 @@ def test_columns_are_known_by_content_and_name(tmp_path: Path) -> None:
         for n in range(24)
     ]
     write_table(tmp_path / "t.tsv", rows, "\t")
-    facts = survey_table(str(tmp_path / "t.tsv"), "t.tsv", FileNames(f"x/{n:03}.png" for n in range(24)))
+    facts = survey_table(str(tmp_path), "t.tsv", FileNames(f"x/{n:03}.png" for n in range(24)))
     assert facts is not None
     assert {column.name: column.role for column in facts.columns} == {
         "Image Index": "image",
@@ -319,6 +323,25 @@ def test_a_folder_without_images_or_files_is_refused(tmp_path: Path) -> None:
         survey(str(tmp_path / "absent"))
 
 
-def test_a_url_is_refused_by_name() -> None:
-    with pytest.raises(RequestError, match="s3://bucket/raw: a URL; survey looks at local folders only"):
-        survey("s3://bucket/raw")
+def test_a_folder_in_a_store_is_surveyed_as_one_on_a_disk(tmp_path: Path) -> None:
+    raw, url = tmp_path / "raw", "s3://allograft/raw"
+    with_arrays(raw)
+    for n in range(4):
+        dicom(raw / "scans" / f"1.2.840.{n}", f"patient {n // 2}")
+        picture(raw / "outlines" / f"1.2.840.{n}_mask.png", n, "1", (9, 8))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 8, 3), np.int16), np.eye(4)), raw / "volume.nii.gz")
+    write_table(raw / "labels.csv", [{"file": f"1.2.840.{n}", "opacity": n % 2} for n in range(4)])
+    (raw / "labels.csv.gz").write_bytes(gzip.compress((raw / "labels.csv").read_bytes()))
+    (raw / "test_list.txt").write_text("1.2.840.1\n1.2.840.2\n")
+    (raw / ".hidden").write_text("not looked at")
+    with store(tmp_path):
+        storage.put_dir(raw, url)
+        there = survey(url)
+        with pytest.raises(RequestError, match="s3://allograft/absent: no such folder"):
+            survey("s3://allograft/absent")
+        with pytest.raises(RequestError, match="this is a file; survey takes the folder"):
+            survey(f"{url}/labels.csv")
+        here = survey(str(raw))
+        assert dataclasses.replace(there, raw=here.raw) == here
+        assert (len(there.tables), there.lists, there.files) == (2, {"test": "test_list.txt"}, 13)
+        assert draft(there) == draft(here)
