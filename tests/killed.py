@@ -1,4 +1,7 @@
-"""A pretraining that ends by SIGKILL once it has logged a step: `python tests/killed.py CONFIG.json STEP`."""
+"""Pretrainings that end by SIGKILL once they have logged a step: `python tests/killed.py STEP CONFIG.json...` prints how each ended.
+
+Each is a process of its own, forked from one that has paid for the imports.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 from base.config import parse
+from engine.ranks import import_deepspeed
 from pretrain.run import PretrainConfig, run
 
 
@@ -29,7 +33,17 @@ class KillAt:
         return None
 
 
+def killed(path: str, step: int) -> int:
+    """How the process that runs this configuration ended: minus the signal."""
+    pid = os.fork()
+    if pid == 0:
+        config = parse(json.loads(Path(path).read_text()), PretrainConfig, "test")
+        run(config, KillAt(config.out, step))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config = parse(json.loads(Path(sys.argv[1]).read_text()), PretrainConfig, "test")
-    run(config, KillAt(config.out, int(sys.argv[2])))
+    import_deepspeed()
+    print(json.dumps([killed(path, int(sys.argv[1])) for path in sys.argv[2:]]))

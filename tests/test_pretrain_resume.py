@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from test_pretrain_run import metrics, tree
 from tiny_corpus import write
-from two_ranks import ROOT, two_ranks
+from two_ranks import ROOT, standing_at, two_ranks
 
 from base.config import parse
 from base.errors import RequestError
@@ -34,16 +35,28 @@ def config(plan: dict[str, Any], out: Path) -> PretrainConfig:
     return parse(plan | {"out": str(out)}, PretrainConfig, "test")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_killed_run_ends_as_an_undisturbed_one(family: str, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    plan = tree(FAMILIES[family], write(tmp_path / "shards"), family, **SHORT) | ALONE
-    whole = run(config(plan, tmp_path / "whole"), LocalContext(dir=str(tmp_path / "a")))
-    (tmp_path / "config.json").write_text(json.dumps(plan | {"out": str(tmp_path / "killed")}))
-    command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(tmp_path / "config.json"), "8"]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each family that ended by SIGKILL after step 8, and the configurations."""
+    folder = tmp_path_factory.mktemp("killed")
+    shards, files = write(folder / "shards"), [str(folder / f"{family}.json") for family in FAMILIES]
+    for file, (family, method) in zip(files, FAMILIES.items(), strict=True):
+        plan = tree(method, shards, family, **SHORT) | ALONE | {"out": str(folder / family)}
+        Path(file).write_text(json.dumps(plan))
+    command = [sys.executable, str(ROOT / "tests" / "killed.py"), "8", *files]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(FAMILIES), ended.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, family: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    plan = json.loads((killed / f"{family}.json").read_text())
+    shutil.copytree(killed / family, tmp_path / "killed")
     assert not (tmp_path / "killed" / "result.json").exists()
+    whole = run(config(plan, tmp_path / "whole"), LocalContext(dir=str(tmp_path / "a")))
     again = run(config(plan, tmp_path / "killed"), LocalContext(dir=str(tmp_path / "b")))
     assert whole is not None
     assert again is not None
@@ -62,15 +75,22 @@ STATELESS = ("simclr", "barlow-twins", "vicreg")
 
 @pytest.fixture(scope="module")
 def at_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stateless methods and every ZeRO stage at two ranks: undisturbed, and stopped after step 6."""
+    """Stateless methods and every ZeRO stage at two ranks, undisturbed; the stages also from their checkpoints of step 6."""
     folder = tmp_path_factory.mktemp("two")
     shards = write(folder / "shards")
     adamw = {"optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip": 1.0}}
-    trees = [tree(name, shards, name, **SHORT) | ALONE for name in STATELESS]
-    trees += [tree("byol", shards, f"stage{stage}", **SHORT, **adamw, zero_stage=stage) | ALONE for stage in (0, 1, 2, 3)]
+    trees = [tree(name, shards, name, **SHORT) | ALONE | {"resumed": False} for name in STATELESS]
+    stages = {stage: tree("byol", shards, f"stage{stage}", **SHORT, **adamw, zero_stage=stage) | ALONE for stage in (0, 1, 2, 3)}
+    trees += [plan | {"resumed": stage > 0} for stage, plan in stages.items()]
     (folder / "configs.json").write_text(json.dumps(trees))
-    two_ranks("pretrain", folder, timeout=400)
+    two_ranks("resumed", folder, timeout=400)
     return folder
+
+
+def plans(at_two: Path) -> dict[str, dict[str, Any]]:
+    """Of the stateless methods, as they ran at two ranks."""
+    trees = {one["name"]: one for one in json.loads((at_two / "configs.json").read_text())}
+    return {name: {key: value for key, value in trees[name].items() if key != "resumed"} for name in STATELESS}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -89,36 +109,22 @@ def test_every_zero_stage_trains_alike_and_resumes_bit_identical(at_two: Path, s
 def test_from_two_ranks_to_one(at_two: Path, name: str, tmp_path: Path) -> None:
     """The loss curve goes on within 1e-4: the same samples in the same views."""
     torch.set_num_threads(1)
-    plan = next(one for one in json.loads((at_two / "configs.json").read_text()) if one["name"] == name)
-    _copy_until(at_two / f"whole-{name}", tmp_path / "out", 6)
-    assert run(config(plan, tmp_path / "out"), LocalContext(dir=str(tmp_path))) is not None
+    standing_at(at_two / f"whole-{name}", tmp_path / "out", 6)
+    assert run(config(plans(at_two)[name], tmp_path / "out"), LocalContext(dir=str(tmp_path))) is not None
     expected = [row["loss"] for row in metrics(at_two / f"whole-{name}")]
     assert [row["loss"] for row in metrics(tmp_path / "out")] == pytest.approx(expected, rel=1e-4)
 
 
 def test_from_one_rank_to_two(at_two: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    trees = [one for one in json.loads((at_two / "configs.json").read_text()) if one["name"] in STATELESS]
-    for one in trees:
-        assert run(config(one, tmp_path / f"one-{one['name']}"), LocalContext(dir=str(tmp_path / "log"))) is not None
-        for kind in ("whole", "cut"):
-            _copy_until(tmp_path / f"one-{one['name']}", tmp_path / f"{kind}-{one['name']}", 6)
-    (tmp_path / "configs.json").write_text(json.dumps(trees))
-    two_ranks("pretrain", tmp_path, timeout=200)
-    for one in trees:
-        expected = [row["loss"] for row in metrics(tmp_path / f"one-{one['name']}")]
-        assert [row["loss"] for row in metrics(tmp_path / f"whole-{one['name']}")] == pytest.approx(expected, rel=1e-4)
-
-
-def _copy_until(source: Path, target: Path, step: int) -> None:
-    """A run's folder as it was when the checkpoint of that step was its newest."""
-    import shutil
-
-    shutil.copytree(source, target)
-    (target / "result.json").unlink()
-    for place in (target / "checkpoints").iterdir():
-        if int(place.name[5:]) > step:
-            shutil.rmtree(place)
+    for name, plan in plans(at_two).items():
+        assert run(config(plan, tmp_path / f"one-{name}"), LocalContext(dir=str(tmp_path / "log"))) is not None
+        standing_at(tmp_path / f"one-{name}", tmp_path / f"whole-{name}", 6)
+    (tmp_path / "configs.json").write_text(json.dumps([plan | {"resumed": False} for plan in plans(at_two).values()]))
+    two_ranks("resumed", tmp_path, timeout=200)
+    for name in STATELESS:
+        expected = [row["loss"] for row in metrics(tmp_path / f"one-{name}")]
+        assert [row["loss"] for row in metrics(tmp_path / f"whole-{name}")] == pytest.approx(expected, rel=1e-4)
 
 
 def losses(tmp_path: Path, shards: str, name: str, method: str, **settings: Any) -> list[float]:

@@ -6,6 +6,7 @@ The same functions run in the test's own process as the reference: one rank with
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -232,6 +233,37 @@ def pretrain_job(rank: int, world: int, folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(facts))
 
 
+def resumed_job(rank: int, world: int, folder: Path) -> None:
+    """One run undisturbed, and another that goes on from its checkpoint of step 6, for each configuration in `<folder>/configs.json`; with
+    `"resumed": false` the first alone."""
+    from base.config import parse
+    from engine import ranks
+    from pretrain.run import PretrainConfig, run
+
+    facts: list[list[Any]] = []
+    for tree in json.loads((folder / "configs.json").read_text()):
+        resumed, places = tree.pop("resumed", True), [folder / f"{kind}-{tree['name']}" for kind in ("whole", "cut")]
+        whole, cut = (parse(tree | {"out": str(place)}, PretrainConfig, "test") for place in places)
+        facts.append([run(whole, StopAt(rank, world, folder, None))])
+        if resumed:
+            if rank == 0:
+                standing_at(places[0], places[1], 6)
+            ranks.barrier()
+            torch.rand(7)  # whatever the process drew in between must not matter
+            facts[-1].append(run(cut, StopAt(rank, world, folder, None)))
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+
+
+def standing_at(source: Path, target: Path, step: int) -> None:
+    """Copy a finished run's folder as it was when the checkpoint of that step was its newest."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("result.json", "export"))
+    for place in (target / "checkpoints").iterdir():
+        if int(place.name[5:]) > step:
+            shutil.rmtree(place)
+    rows = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+
+
 def spoil(put: Callable[[Any, str, Any], None], steps: Mapping[int, str], rank: int = 0) -> None:
     """Makes runs meet a NaN on that rank, where they stand at such a step: in the `images`, in the `loss`, or in a `gradient` alone."""
     from engine import ranks
@@ -289,7 +321,8 @@ def main() -> None:
     job, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{job}", rank=rank, world_size=2)
-    {"engine": engine_job, "methods": methods_job, "pretrain": pretrain_job, "spoiled": spoiled_job}[job](rank, 2, folder)
+    jobs = {"engine": engine_job, "methods": methods_job, "pretrain": pretrain_job, "resumed": resumed_job, "spoiled": spoiled_job}
+    jobs[job](rank, 2, folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
