@@ -14,10 +14,19 @@ import yaml
 
 from analysis import metrics
 from analysis.claims import Claim
+from base.config import parse
 from base.seeds import rng
 
 LABELS = ("texture", "count", "arrangement")
 SHA = {"simclr": "a" * 64, "simclr-sup": "b" * 64}
+CLAIM: dict[str, Any] = {
+    "name": "pretraining-helps",
+    "sentence": "Pretraining on chests helps.",
+    "about": "encoders",
+    "comparison": {"a": {"source": "simclr"}, "b": {"source": "random"}},
+    "expect": "greater",
+    "margin": 0.02,
+}
 
 
 def card(dataset: str, stratify_by: str | None = None, share_images: bool = False) -> dict[str, Any]:
@@ -157,6 +166,11 @@ def make(
     for name in (s for s in sources if s in SHA and pretrain):
         _pretraining(out, name)
     return out
+
+
+def claim(**changes: Any) -> Claim:
+    """A claim of a made study."""
+    return parse({**CLAIM, **changes}, Claim, "claim")
 
 
 def write_claims(out: Path, claims: Sequence[Claim], late: Sequence[str] | None = ()) -> None:

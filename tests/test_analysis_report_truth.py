@@ -5,11 +5,10 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from made_study import make, write_claims
+from made_study import claim, make, write_claims
 
 from analysis import analysis_sections, papers, statistics_sections, subgroups
 from analysis import report as reports
@@ -21,7 +20,6 @@ from analysis.loaded import Loaded
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
 from analysis.study_floors import StudyFloors
-from base.config import parse
 from base.seeds import rng
 
 QUICK = Bootstrap(150)
@@ -116,25 +114,15 @@ def test_does_not_repeat_stars_of_results_without_spread(tmp_path: Path) -> None
     assert [row[1] for row in benchmark.rows] == ["70.00 ±0.00", "80.00 ±0.00"]
 
 
-CLAIM: dict[str, Any] = {
-    "name": "helps",
-    "sentence": "These weights help.",
-    "about": "encoders",
-    "comparison": {"a": {"source": "simclr"}, "b": {"source": "random"}},
-    "expect": "greater",
-    "margin": 0.02,
-}
-
-
-def claimed(out: Path, *claims: dict[str, Any], late: tuple[str, ...] = ()) -> Evidence:
+def claimed(out: Path, *claims: Claim, late: tuple[str, ...] = ()) -> Evidence:
     """A made study with claims, registered before its results but for those in `late`."""
-    write_claims(out, [parse({**CLAIM, **one}, Claim, "claim") for one in claims], late)
+    write_claims(out, claims, late)
     return gather(str(out), QUICK)
 
 
 def test_does_not_repeat_claims_without_what_their_intervals_are_over(tmp_path: Path) -> None:
     out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=3, images=80)
-    evidence = claimed(out, {}, {"name": "alike", "sentence": "They are alike.", "expect": "equivalent"}, late=("alike",))
+    evidence = claimed(out, claim(), claim(name="alike", sentence="They are alike.", expect="equivalent"), late=("alike",))
     said = statistics_sections.claims(evidence)
     patients = evidence.ledger[0].comparison.patients
     assert f'<td>seeds and patients</td><td data-v="3">3</td><td data-v="{patients}">{patients}</td>' in said
@@ -145,17 +133,17 @@ def test_does_not_repeat_claims_without_what_their_intervals_are_over(tmp_path: 
     next(Path(cell.url) for cell in finished(str(out)) if cell.source == "simclr").joinpath("result.json").unlink()
     evidence = gather(str(out), QUICK)
     assert "so far: 1 of its cells are missing" in statistics_sections.claims(evidence)
-    assert "Added to the study file when" in statistics_sections.claims(claimed(out, {}, late=("helps",)))
+    assert "Added to the study file when" in statistics_sections.claims(claimed(out, claim(), late=("pretraining-helps",)))
 
 
 def test_does_not_repeat_two_studies_compared_without_their_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = [make(tmp_path / name, {"random": 0.0, "simclr": lift}, seeds=3, images=150) for name, lift in (("one", 0.0), ("two", 2.0))]
     for out in outs:
-        claimed(out, {})
+        claimed(out, claim())
     monkeypatch.setattr("analysis.comparing.ROWS", 1)
     page = Path(compare_studies(str(outs[0]), str(outs[1]), QUICK)).read_text()
     held = page[page.index('<section id="statements">') :]
-    assert "claim helps: &quot;These weights help.&quot;" in held
+    assert "claim pretraining-helps: &quot;Pretraining on chests helps.&quot;" in held
     assert "holds (greater by 0.02)" in held
     assert "2 settings stand in both studies, of which the first 1 are compared, 1 of them with the very same cells" in page
 
@@ -217,7 +205,7 @@ def test_does_not_repeat_a_loader_that_keeps_the_predictions_of_every_cell(tmp_p
 
 def test_does_not_repeat_claims_that_every_report_computes_anew(tmp_path: Path) -> None:
     out = make(tmp_path, {"random": 0.0, "simclr": 0.7, "simclr-sup": 1.0}, seeds=2, images=60, pretrain=False)
-    evidence = claimed(out, {"comparison": {"a": {"source": "simclr-sup"}, "b": {"source": "simclr"}}}, {"name": "two", "margin": 0.03})
+    evidence = claimed(out, claim(comparison={"a": {"source": "simclr-sup"}, "b": {"source": "simclr"}}), claim(name="two", margin=0.03))
     made = {(f.a, f.b) for f in evidence.findings if f.kind != "claim"}
     assert evidence.comparisons.computed == len(made)  # the pairs of both claims are among them
     evidence.comparisons.write()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from made_study import CLAIM, claim, make, write_claims
 from scipy import stats
 
 from analysis.claims import Claim, load_claim
@@ -19,27 +20,13 @@ from analysis.findings import significance
 from analysis.ledger import Entry
 from analysis.replicates import Bootstrap
 from analysis.statistics import Comparison, holm
-from base.config import load, parse
+from base.config import load
 from base.errors import RequestError
 from base.paths import ROOT, names
 from cluster.claims import Asked, axes_of_matrix, register_claims, show
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.study import Study
-from tests.made_study import make, write_claims
-
-CLAIM: dict[str, Any] = {
-    "name": "pretraining-helps",
-    "sentence": "Pretraining on chests helps.",
-    "about": "encoders",
-    "comparison": {"a": {"source": "simclr"}, "b": {"source": "random"}},
-    "expect": "greater",
-    "margin": 0.02,
-}
-
-
-def claim(**changes: Any) -> Claim:
-    return parse({**CLAIM, **changes}, Claim, "claim")
 
 
 def with_claims(out: Path, *claims: Claim, registered: bool = True) -> Evidence:
