@@ -23,6 +23,7 @@ WINDOW = 1024  # samples; a singular value decomposition of more would cost seco
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the kNN probe, as in InstDisc (arXiv 1805.01978)
 FEWEST_OF_A_CLASS = 5
 KEPT_USE = 0.99  # share of a prototype's count that is left after a step
+GRAM_ROWS = 128  # computed at a time
 RIDGE = 1.0  # of the linear probe, on standardised features
 
 
@@ -52,12 +53,20 @@ def centred(z_ND: Tensor) -> Tensor:
 
 def spectrum(z_ND: Tensor) -> Tensor:
     """Singular values of the centred features, falling; those that float32 features leave to rounding are cut off."""
-    apart_ND = z_ND.double() - z_ND.double().mean(dim=0)
+    apart_ND = z_ND.double()
+    apart_ND = apart_ND - apart_ND.mean(dim=0)
     # From the smaller Gram matrix: tens of times cheaper than a decomposition of the features, and exact enough for float32 ones.
-    gram = apart_ND.T @ apart_ND if z_ND.shape[0] > z_ND.shape[1] else apart_ND @ apart_ND.T
-    singular = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
-    scale = z_ND.double().abs().max().clamp_min(1e-12)
+    singular = torch.linalg.eigvalsh(_lower_gram(apart_ND.T if len(z_ND) > z_ND.shape[1] else apart_ND)).flip(0).clamp_min(0).sqrt()
+    scale = z_ND.abs().max().double().clamp_min(1e-12)
     return singular[singular > 1e-7 * scale * max(z_ND.shape) ** 0.5]
+
+
+def _lower_gram(x_MK: Tensor) -> Tensor:
+    """The lower half of x x^T, which is all that torch's decompositions of symmetric matrices read; what is above is not to be used."""
+    gram_MM = x_MK.new_zeros(len(x_MK), len(x_MK))
+    for start in range(0, len(x_MK), GRAM_ROWS):
+        gram_MM[start : start + GRAM_ROWS, : start + GRAM_ROWS] = x_MK[start : start + GRAM_ROWS] @ x_MK[: start + GRAM_ROWS].T
+    return gram_MM
 
 
 def rankme(singular: Tensor) -> float:

@@ -267,6 +267,16 @@ def test_dinov2_loss() -> None:
     assert method(seen).loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_dinov2_at_chance_gives_each_prototype_the_same() -> None:
+    method, seen = make("dinov2", freeze_epochs=0, mask_p=1.0, koleo=0.0), batch(sizes_of("dinov2"))
+    for network in (method, *method.teachers.values()):
+        for name, parameter in network.named_parameters():
+            if name.endswith("prototypes.weight"):
+                torch.nn.init.ones_(parameter)
+    assert method(seen).loss.item() == pytest.approx(method.chance_loss(6), rel=1e-5)
+    assert make("dinov2").chance_loss(6) == pytest.approx(1.5 * np.log(16))  # half of the views are masked
+
+
 def test_schedules_of_dino() -> None:
     options = dino.DINOOptions()
     at = [methods.Clock(step, 1001, 10) for step in (0, 150, 300, 1000)]

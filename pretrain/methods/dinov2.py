@@ -20,6 +20,7 @@ width (official: 384 and 256). No drop path, no layer scale, patches of 16 px, o
 dino.py.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,6 +126,10 @@ class DINOv2(Method):
     def on_step_end(self) -> None:
         """The teacher follows."""
         ema.follow(self.teachers["teacher"], self.followed("teacher"), self.clock.momentum(self.options.momentum))
+
+    def chance_loss(self, global_batch: int) -> float | None:
+        """Entropy of K equal prototypes, for whole views and for the share of them that is masked; KoLeo's part has no such value."""
+        return (1 + self.options.mask_p) * math.log(self.options.prototypes)
 
 
 def pairs(target_TBK: Tensor, log_VBK: Tensor) -> Tensor:
