@@ -1,21 +1,50 @@
-"""`allograft explain`: what a recipe says in full, and what a run of it would take, without a GPU and without data."""
+"""`allograft explain`: what a run of a recipe would take, and the recipe in full, without a GPU and without data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from base.config import apply, to_yaml
-from cluster.screen import table
+from base.config import apply
+from base.errors import RequestError
+from cluster.screen import WIDE, table
 from engine import gpus
 from engine.gpus import Gpu
 from pretrain import methods
-from pretrain.explain import Explained, Memory, explain
-from pretrain.recipe import load_recipe
+from pretrain.explain import Explained, explain
+from pretrain.recipe import Recipe, load_recipe
 
 SHARE = 0.5  # of the roofline: good code reaches 50 to 60 %
 GIB = 2**30
+MOST_GPUS = 4096
+END_OF_VALUE = "...\n"  # which PyYAML writes after a value that stands alone
+
+
+class Asked(NamedTuple):
+    """What is explained: the words of the command."""
+
+    recipe: str
+    settings: Sequence[str]
+    architecture: str
+    images: int
+    channels: int
+    gpu_count: int
+
+    def explained(self) -> Explained:
+        """Raises RequestError for what a run would refuse."""
+        recipe = load_recipe(self.recipe, apply({}, self.settings))
+        return explain(recipe, self.architecture, images=self.images, channels=self.channels, gpu_count=self.gpu_count)
+
+
+class Way(NamedTuple):
+    """A change that saves memory. bytes: what would be left on a GPU, by proportion."""
+
+    words: str
+    settings: Sequence[str]
+    gpu_count: int
+    bytes: float
 
 
 def show(recipe: str, settings: Sequence[str], architecture: str | None, images: int, channels: int, gpu_name: str, gpu_count: int) -> None:
-    """Print the recipe with its settings and defaults, then the table of what it takes.
+    """Print the table of what the recipe takes, then the recipe with its settings and defaults.
 
     Raises:
         RequestError: what a run would refuse, or a GPU that is not in the table.
@@ -23,15 +52,25 @@ def show(recipe: str, settings: Sequence[str], architecture: str | None, images:
     loaded = load_recipe(recipe, apply({}, settings))
     gpu = gpus.get(gpu_name)
     usual = "vit_base_patch16_224" if methods.method_class(loaded.method).only == "vit" else "resnet50"
-    found = explain(loaded, architecture or usual, images=images, channels=channels, gpu_count=gpu_count)
-    print(to_yaml(found.recipe))
+    asked = Asked(recipe, settings, architecture or usual, images, channels, gpu_count)
+    found = asked.explained()
     about = [
-        ("encoder", f"{architecture or usual}, {channels} channel(s); {found.parameters / 1e6:.1f} million parameters with heads"),
+        ("encoder", f"{asked.architecture}, {channels} channel(s); {found.parameters / 1e6:.1f} million parameters with heads"),
         ("data", f"{images:,} images, views of {_views(loaded.views.sizes)} px"),
         ("scaled to the data", ", ".join(f"{name} {size:,}" for name, size in found.scaled.items()) or "nothing"),
         ("steps", f"{found.steps:,} of {loaded.global_batch:,} images; {found.epoch_steps:,} in an epoch"),
     ]
-    table(about + _work(found) + _memory(found, gpu, gpu_name, gpu_count) + _time(found, gpu, gpu_name, gpu_count))
+    table(about + _work(found) + _memory(found, asked, gpu, gpu_name) + _time(found, gpu, gpu_name, gpu_count))
+    print(f"\n{_in_few_lines(found.recipe)}", end="")
+
+
+def _in_few_lines(recipe: Recipe) -> str:
+    """The recipe as YAML, each key on a line of its own with all that is below it."""
+    import yaml
+
+    held = recipe.model_dump(mode="json", by_alias=True)
+    shown = {key: yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=WIDE - 20) for key, value in held.items()}
+    return "".join(f"{key}: {text.removesuffix(END_OF_VALUE)}" for key, text in shown.items())
 
 
 def _views(sizes: Sequence[int]) -> str:
@@ -50,26 +89,60 @@ def _work(found: Explained) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory(found: Explained, gpu: Gpu, gpu_name: str, gpu_count: int) -> list[tuple[str, str]]:
-    memory = found.cost.memory
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory._asdict().items() if size > GIB / 200)
-    total = sum(memory) / GIB
-    rows = [(f"memory, {found.cost.images} images a GPU", f"{total:.1f} GiB: {parts}")]
-    if total > gpu.memory:
-        rows.append(("", f"more than the {gpu.memory} GiB of {gpu_name}: {_advice(memory, gpu, gpu_count)}"))
-    return rows
+def _memory(found: Explained, asked: Asked, gpu: Gpu, gpu_name: str) -> list[tuple[str, str]]:
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.cost.memory._asdict().items() if size > GIB / 200)
+    rows = [(f"memory, {found.cost.images} images a GPU", f"{_gib(found):.1f} GiB: {parts}")]
+    if _gib(found) <= gpu.memory:
+        return rows
+    fitting = [f"{way.words}: {_gib(other):.1f} GiB, {other.least_hours(gpu) / SHARE:.1f} h" for way, other in _fitting(found, asked, gpu)]
+    rows.append(("does not fit", f"{_gib(found):.1f} GiB into the {gpu.memory} of {gpu_name}"))
+    return rows + [("would fit", words) for words in fitting or ["nothing that is known here"]]
 
 
-def _advice(memory: Memory, gpu: Gpu, gpu_count: int) -> str:
-    left = gpu.memory * GIB - (sum(memory) - memory.activations)
-    if left <= 0:
-        return "zero_stage=1 to 3 over several GPUs"
-    need = -(-memory.activations * gpu_count // left)
-    return f"--gpus {_power_of_two(int(need))}, or with layer norm virtual_batch or activation_checkpointing"
+def _gib(found: Explained) -> float:
+    return sum(found.cost.memory) / GIB
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def _fitting(found: Explained, asked: Asked, gpu: Gpu) -> Iterator[tuple[Way, Explained]]:
+    """Of every kind of change the least with which the run fits, each gone through as the run itself was."""
+    fewest = MOST_GPUS
+    for kind in _ways(found, asked):
+        for way in [way for way in kind if way.bytes <= gpu.memory * GIB and way.gpu_count < fewest][:2]:
+            try:
+                other = asked._replace(settings=[*asked.settings, *way.settings], gpu_count=way.gpu_count).explained()
+            except RequestError:
+                break
+            if _gib(other) <= gpu.memory:
+                yield way, other
+                fewest = way.gpu_count if way.gpu_count > asked.gpu_count else fewest  # what takes more GPUs to save less is not said
+                break
+
+
+def _ways(found: Explained, asked: Asked) -> list[list[Way]]:
+    """By kind, ever larger changes."""
+    memory, images = found.cost.memory, found.cost.images
+    shared = memory.weights + memory.gradients + memory.optimizer if found.recipe.zero_stage == 0 else 0
+    fixed, doublings = sum(memory) - memory.activations, range(1, MOST_GPUS.bit_length())
+    counts, fewer = [asked.gpu_count << i for i in doublings], [images >> i for i in doublings if images >> i]
+    less = [memory.activations * n / images for n in fewer]
+    return [
+        [Way(f"--gpus {n}", [], n, fixed + memory.activations * asked.gpu_count / n) for n in counts],
+        [
+            Way(f"zero_stage=3 --gpus {n}", ["zero_stage=3"], n, fixed - shared + (shared + memory.activations * asked.gpu_count) / n)
+            for n in counts
+        ],
+        [Way("activation_checkpointing=true", ["activation_checkpointing=true"], asked.gpu_count, 0)],
+        [Way(f"virtual_batch={n}", [f"virtual_batch={n}"], asked.gpu_count, fixed + held) for n, held in zip(fewer, less, strict=True)],
+        [
+            Way(
+                f"global_batch={n * asked.gpu_count} and a rate to match",
+                [f"global_batch={n * asked.gpu_count}"],
+                asked.gpu_count,
+                fixed + held,
+            )
+            for n, held in zip(fewer, less, strict=True)
+        ],
+    ]
 
 
 def _time(found: Explained, gpu: Gpu, gpu_name: str, gpu_count: int) -> list[tuple[str, str]]:
@@ -80,8 +153,8 @@ def _time(found: Explained, gpu: Gpu, gpu_name: str, gpu_count: int) -> list[tup
         else "operations"
     )
     hours = found.least_hours(gpu)
-    where = f"{gpu_count} x {gpu_name}"
+    where, fits = f"{gpu_count} x {gpu_name}", "" if _gib(found) <= gpu.memory else "; if it fitted"
     return [
-        ("at the roofline", f"{hours:.1f} h on {where}, bound by {bound}"),
-        (f"at {SHARE:.0%} of it", f"{hours / SHARE:.1f} h, {hours / SHARE * gpu_count:.1f} GPU hours; if the loader keeps up"),
+        ("at the roofline", f"{hours:.1f} h on {where}, bound by {bound}{fits}"),
+        (f"at {SHARE:.0%} of it", f"{hours / SHARE:.1f} h, {hours / SHARE * gpu_count:.1f} GPU hours{fits or '; if the loader keeps up'}"),
     ]

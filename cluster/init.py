@@ -10,7 +10,7 @@ from string import Template
 
 from base import storage
 from base.errors import RequestError
-from base.paths import absolute
+from base.paths import absolute, named, names
 
 TEMPLATE = """\
 # $study: what this study asks, in one sentence.
@@ -102,11 +102,20 @@ def write(name: str) -> str:
         Its path.
 
     Raises:
-        RequestError: the name cannot be a study's, or the file is there already.
+        RequestError: the name cannot be a study's, is that of a ready one, or the file is there already.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or name.endswith((".yaml", ".yml")):
         raise RequestError(f"'{name}' is no name of a study", hint="small letters, digits and . _ - after the first; without .yaml")
+    if name in names("study"):
+        raise RequestError(f"'{name}' is a ready study", where=str(named("study", name)), hint="another name")
     path = absolute(f"{name}.yaml")
-    if not storage.create(path, Template(TEMPLATE).substitute(study=name)):
+    if not storage.create(path, "".join(_filled(line, name) for line in TEMPLATE.splitlines(keepends=True))):
         raise RequestError("this file is there already", where=path, hint="another name")
     return path
+
+
+def _filled(line: str, name: str) -> str:
+    """A line with the study's name in it; its comment stays in its column as long as there is room."""
+    text, blanks, comment = line.partition("  # ")
+    filled, column = Template(text.rstrip(" ")).substitute(study=name), len(text) if comment else 0
+    return filled.ljust(column) + blanks + Template(comment).substitute(study=name)

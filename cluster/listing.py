@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from base.errors import unknown
 from base.paths import names
-from cluster.screen import Rows, table
+from cluster.screen import Rows, brief, table
 
 if TYPE_CHECKING:
     from shards.card import Card
@@ -22,7 +22,7 @@ def show(what: str) -> None:
     if what not in KINDS:
         raise unknown("list", what, KINDS)
     header, rows = KINDS[what]()
-    table(rows, header)
+    table(brief(rows, header), header)
 
 
 def _methods() -> Listing:
@@ -80,7 +80,7 @@ def _recipes() -> Listing:
     from pretrain.recipe import load_recipe
 
     recipes = [(name, load_recipe(name)) for name in names("recipe")]
-    return ("recipe", "epochs", "global batch"), [(name, str(recipe.epochs), str(recipe.global_batch)) for name, recipe in recipes]
+    return ("recipe", "epochs", "global batch"), [(name, f"{recipe.epochs:g}", str(recipe.global_batch)) for name, recipe in recipes]
 
 
 def _studies() -> Listing:

@@ -32,17 +32,19 @@ from engine.gpus import Gpu
 from finetune.cell import CellConfig
 from finetune.search import Tune, most_trials
 
-WRONG = "cannot start, see below"
+WRONG = "cannot start, see above"
 UNTUNED = "untuned: one fixed rate a task, which may suit one source better than another (cells.tune: {lr: [...], trials: n})"
+UNTOLD = "not all of it can be told yet"
 Row = tuple[str, str]
 
 
 @dataclass
 class Total:
-    """What all that is left to do takes: hours of a GPU, or of a processor, and bytes."""
+    """What all that is left to do takes: hours of a GPU, or of a processor, and bytes. partly: some of it cannot be told yet."""
 
     hours: float = 0.0
     bytes: float = 0.0
+    partly: bool = False
     measured: list[bool] = field(default_factory=list)
 
     def add(self, what: Estimate, count: float, devices: float) -> float:
@@ -54,7 +56,7 @@ class Total:
 
 
 def outlook(study: Study, *, rate: float | None = None, gpu: str = "h100-sxm", wanted: float | None = None) -> bool:
-    """Print the plan, and on the error stream what keeps it from starting, a line each.
+    """Print on the error stream what keeps the study from starting, a line each, then the plan.
 
     Args:
         rate: price of an hour of a GPU, or of a processor where the study uses no GPU.
@@ -62,7 +64,7 @@ def outlook(study: Study, *, rate: float | None = None, gpu: str = "h100-sxm", w
         wanted: a difference that the study should be able to declare.
 
     Returns:
-        False when the study could not start, or would stop: raw data is missing, or pretraining would see test images.
+        False when the study could not start, or would stop: data are missing, a run would be refused, or see test images.
     """
     refuse_other_out(study)
     device, total = gpus.get(gpu), Total()
@@ -97,9 +99,9 @@ def outlook(study: Study, *, rate: float | None = None, gpu: str = "h100-sxm", w
     rows += _of_power(study, searches, seen, wanted)
     rows += _licences(study, seen, sources)
     rows += _in_all(study, total, rate)
-    table(rows, ("node", "state"))
     for node, what in problems.items():
-        print(f"cannot start: {what if node.startswith('pretrain') else f'{node}: {what}'}", file=sys.stderr)
+        print(f"cannot start: {what if node.startswith('pretrain') else f'{node}: {what}'}", file=sys.stderr, flush=True)
+    table(rows, ("node", "state"))
     return not problems
 
 
@@ -134,6 +136,7 @@ def _of_data(
         if name in corpora:
             yield f"pack {name}", f"stands: {counts}"
         elif name in problems:
+            total.partly = True
             yield f"pack {name}", WRONG
         else:
             total.bytes += seen[name].to_pack
@@ -170,7 +173,7 @@ def _of_runs(
     seen: Mapping[str, Seen],
     missing: Sequence[str],
     sources: Mapping[str, Weights],
-    problems: Mapping[str, str],
+    problems: dict[str, str],
     gpu: Gpu,
     total: Total,
 ) -> Iterator[Row]:
@@ -179,6 +182,7 @@ def _of_runs(
         node, todo = f"pretrain {entry.name}", missing.count(entry.name)
         state = f"{todo} of {len(entry.seeds)} to do" if todo else "stands"
         if node in problems:
+            total.partly = True
             yield node, WRONG
             continue
         architecture = architecture_of_run(study, entry, sources)
@@ -189,13 +193,16 @@ def _of_runs(
             try:
                 run = Run.of(study, entry, architecture, images, channels)
             except RequestError as error:
-                yield node, f"{state}, and cannot start: {error}"
+                problems[node], total.partly = f"{node}: {error}", True
+                yield node, WRONG
                 continue
             one = run.estimate(study.resources, gpu, done)
             unit, held, _ = devices(study.resources)
             hours = total.add(one, todo, held)
             total.bytes += run.bytes * todo
             state += f", {run.explained.steps:,} steps, {_hours(hours, unit)} {one.basis}, {_size(run.bytes * todo)}"
+        elif todo:
+            total.partly = True
         labels = entry.labels if isinstance(entry.labels, str) else f"{len(entry.labels)} labels" if entry.labels else ""
         yield node, f"{state}  ({entry.recipe} from {entry.start_from}{labels and f', {labels}'})"
 
@@ -226,12 +233,15 @@ def _of_cells(study: Study, searches: Searches, seen: Mapping[str, Seen], gpu: G
     yield "cells", f"{len(rows):,}, of which {stand:,} stand{apart}"
     unit, _, each = devices(study.resources)
     for task, chosen in by_task.items():
-        hours, todo, bases = 0.0, 0, set()
+        hours, todo, bases, partly = 0.0, 0, set(), False
         for one in chosen:
             dataset = one.task.dataset
             missing = sum(config.key not in standing for config in one.cells()) if _known(one) else len(one.setting.seeds)
             todo += missing
-            if not missing or dataset not in seen or not one.setting.architecture:
+            if not missing:
+                continue
+            if dataset not in seen or not one.setting.architecture:
+                partly = total.partly = True
                 continue
             like = _like(one)
             estimate = speeds.of(like, seen[dataset])
@@ -241,7 +251,8 @@ def _of_cells(study: Study, searches: Searches, seen: Mapping[str, Seen], gpu: G
                 like, seen[dataset], _parameters(one.setting.architecture) if matrix.keep == "encoder" else 0
             )
         if todo:
-            yield f"cells of {task}", f"{todo:,} to do, {_hours(hours, unit)} {'; '.join(sorted(bases))}".rstrip()
+            told = [f"{_hours(hours, unit)} {'; '.join(sorted(bases))}"] if bases else []
+            yield f"cells of {task}", ", ".join([f"{todo:,} to do", *told, *([UNTOLD] if partly else [])])
     yield "", UNTUNED if matrix.tune is None else _tuned(matrix.tune, matrix.trial_seeds)
 
 
@@ -328,7 +339,8 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
         if wanted is not None:
             seeds = "pretraining seeds" if pretraining_seeds > 1 else "seeds"
             needed = f"; {wanted:g} takes {found.seeds_needed} {seeds}" if found.seeds_needed else f"; no number of seeds finds {wanted:g}"
-        yield f"power {task}", f"declares {least} among {family} comparisons{needed} ({found.assumptions})"
+        yield f"power {task}", f"declares {least} among {family} comparisons{needed}"
+        yield "", found.assumptions
 
 
 def comparisons(study: Study, searches: Searches) -> int:
@@ -352,12 +364,13 @@ def comparisons(study: Study, searches: Searches) -> int:
 def _in_all(study: Study, total: Total, rate: float | None) -> Iterator[Row]:
     unit = devices(study.resources)[0]
     price = "" if rate is None else f", {total.hours * rate:,.2f} at {rate:g} an hour"
+    least = "at least " if total.partly else ""
     if total.hours:
-        yield "in all", f"{_hours(total.hours, unit)}{price}"
+        yield "in all", f"{least}{_hours(total.hours, unit)}{price}"
     else:
-        yield "in all", "nothing to compute" + price
-    free = "" if is_url(study.out) else f", {_size(_free(study.out))} free there"
-    yield "storage", f"{_size(total.bytes)} more in {study.out}{free}"
+        yield "in all", UNTOLD if total.partly else "nothing to compute" + price
+    more = f"{least}{_size(total.bytes)} more" if total.bytes or not total.partly else UNTOLD
+    yield "storage", f"{more} in {study.out}" + ("" if is_url(study.out) else f", {_size(_free(study.out))} free there")
 
 
 def _free(out: str) -> int:

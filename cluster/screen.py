@@ -3,10 +3,12 @@
 table([("montgomery", "138"), ...], header=("dataset", "images"))
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 
 Rows = Sequence[Sequence[str]]
+WIDE = 140  # columns of a line that nobody said the width of
 
 
 def table(rows: Rows, header: Sequence[str] = ()) -> None:
@@ -15,6 +17,20 @@ def table(rows: Rows, header: Sequence[str] = ()) -> None:
         _to_terminal(rows, header)
     else:
         print(aligned(rows, header), end="")
+
+
+def brief(rows: Rows, header: Sequence[str] = ()) -> Rows:
+    """Rows of sentences for `table`: elsewhere than on a terminal the longest are cut, so that a line holds in COLUMNS, or 140."""
+    if sys.stdout.isatty():
+        return rows
+    room = shutil.get_terminal_size((WIDE, 24)).columns - 2 * (len(header) - 1)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    while sum(widths) > room and max(widths) > 3:
+        widths[widths.index(max(widths))] -= 1
+    return [
+        [cell if len(cell) <= width else f"{cell[: width - 3].rstrip()}..." for cell, width in zip(row, widths, strict=True)]
+        for row in rows
+    ]
 
 
 def aligned(rows: Rows, header: Sequence[str] = ()) -> str:

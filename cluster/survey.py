@@ -1,5 +1,6 @@
 """`allograft survey`: a folder that nobody has described, in tables, and the draft of its card."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from shards.survey import Group, Survey, survey
 
 SHOWN = 4  # values of a tag or column
 WIDEST = 40  # characters of a value
+SECRET = ("ALLOGRAFT_SECRET_FILE", "ALLOGRAFT_SECRET")
 
 
 def show(raw: str, out: str | None) -> None:
@@ -46,6 +48,9 @@ def show(raw: str, out: str | None) -> None:
         storage.put(str(Path(out).absolute()), text)
         print(f"\ndraft {out}: {points} open points, {text.count('check:')} guesses to check")
         print(f"when they are settled: allograft pack {out} {raw} --out SHARDS")
+    if not any(os.environ.get(name) for name in SECRET):
+        print("\npack hashes the names of patients and files with a secret of yours, the same for every dataset of a project:")
+        print(f"head -c 32 /dev/urandom | base64 > FILE; export {SECRET[0]}=FILE")
 
 
 def _section(title: str, rows: Rows, header: tuple[str, ...]) -> None:

@@ -101,10 +101,17 @@ def test_version_names_the_revision() -> None:
     assert said.output.startswith("allograft ")
 
 
-def test_list_datasets_has_every_card_on_a_line_of_its_own_when_piped(allograft: Allograft) -> None:
+def test_list_datasets_has_every_card_on_a_line_of_its_own_when_piped(allograft: Allograft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     lines = allograft("list", "datasets").out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == names("card")
-    for line, name in zip(lines[1:], names("card"), strict=True):
+    assert max(map(len, lines)) <= 140
+    assert all(
+        word in next(line for line in lines if line.startswith("mimic-cxr "))
+        for word in ("377,110", "MIMIC-CXR, chest", "PhysioNet", "...")
+    )
+    monkeypatch.setenv("COLUMNS", "400")
+    for line, name in zip(allograft("list", "datasets").out.splitlines()[1:], names("card"), strict=True):
         assert line.endswith(load_card(name).licence)
 
 
@@ -113,6 +120,10 @@ def test_every_kind_is_listed(kind: str) -> None:
     header, rows = KINDS[kind]()
     assert rows
     assert all(len(row) == len(header) for row in rows)
+
+
+def test_epochs_of_recipes_are_said_as_they_are_written() -> None:
+    assert all(float(epochs) > 0 and not epochs.endswith(".0") for _, epochs, _ in KINDS["recipes"]()[1])
 
 
 def test_columns_are_aligned_and_lines_end_without_blanks() -> None:
@@ -181,7 +192,9 @@ def test_pack_refuses_options_before_any_work(option: str, value: str, says: str
     assert not (tmp_path / "shards").exists()
 
 
-def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft: Allograft) -> None:
+def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft: Allograft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALLOGRAFT_SECRET", raising=False)
+    monkeypatch.delenv("ALLOGRAFT_SECRET_FILE", raising=False)
     (tmp_path / "raw").mkdir()
     for n in range(8):
         Image.fromarray(np.full((9, 12), n, np.uint8)).save(tmp_path / "raw" / f"p{n // 2}_{n % 2}.png")
@@ -190,6 +203,9 @@ def test_survey_prints_tables_and_writes_a_draft_once(tmp_path: Path, allograft:
     assert "9 x 12" in done.out
     assert "the first part of the name  4" in done.out
     assert "4 open points" in done.out
+    assert "export ALLOGRAFT_SECRET_FILE=FILE" in done.out  # which pack asks for next
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "x" * 32)
+    assert "ALLOGRAFT_SECRET_FILE=FILE" not in allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "second.yaml")).out
     assert load_card(str(tmp_path / "card.yaml")).kind == "unlabelled"
     again = allograft("survey", str(tmp_path / "raw"), "--out", str(tmp_path / "card.yaml"))
     assert again.code == 2

@@ -58,7 +58,7 @@ def test_a_plan_says_which_run_does_not_fit(shards: str, tmp_path: Path, capsys:
     told = capsys.readouterr()
     assert "pretrain run0" in told.out
     assert "1 of 1 to do" in told.out
-    assert "cannot start, see below" in told.out
+    assert "cannot start, see above" in told.out
     assert [line for line in told.err.splitlines() if "cannot have 500 prototypes" in line] == told.err.splitlines()
     assert outlook(study_of(tmp_path, {"shards": shards}, {"recipe": "simclr/smoke"}))
 

@@ -20,6 +20,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(init.write("ward-7"))
 
 
+def test_comments_stand_in_their_column_whatever_the_name(file: Path) -> None:
+    for path in (file, Path(init.write("a-name-of-22-letters-h"))):
+        lines = re.findall(r"^(?:schema|study|out|tracking): .*", path.read_text(), re.MULTILINE)
+        assert [line.index("  # ") for line in lines] == [32] * 4
+
+
 def test_plan_accepts_the_file_as_it_stands(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = load_study(str(file))
     assert (study.study, study.out) == ("ward-7", str(file.parent / "runs" / "ward-7"))
@@ -54,6 +60,8 @@ def test_no_file_is_overwritten_and_no_name_is_refused_later(file: Path) -> None
     with pytest.raises(RequestError, match=rf"{file}: this file is there already"):
         init.write("ward-7")
     assert file.read_text() == before
+    with pytest.raises(RequestError, match=r"demo\.yaml: 'demo' is a ready study"):
+        init.write("demo")
     for name in ("Ward", "ward.yaml", "a/b", ""):
         with pytest.raises(RequestError, match="is no name of a study"):
             init.write(name)

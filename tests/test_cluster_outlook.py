@@ -1,5 +1,7 @@
 """`allograft plan`: what is left to do, what it takes by measurements or by operations, what has changed; and 10,000 cells in seconds."""
 
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,33 @@ def test_a_pretraining_is_told_by_operations_before_its_data_are_packed(tmp_path
     assert "licence zoo:moco-v2 CC-BY-NC-4.0" in text
     assert "power phantom-chest declares no difference among 2 comparisons" in text  # one seed
     assert not Path(study.out).exists()
+
+
+def test_what_is_missing_is_said_first_and_nothing_is_counted_as_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {**tiny_study.SMALLER, "data": {"phantom-chest": {"shards": str(tmp_path / "nowhere")}}}
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as a terminal shows both
+    assert not outlook(load_study(tiny_study.write(tmp_path, tree)))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"cannot start: phantom-chest: .*/nowhere: no packed dataset here \(allograft pack phantom-chest RAW", lines[0])
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "\npack phantom-chest cannot start, see above\n" in text
+    assert re.search(r"\ncells of phantom-chest \d+ to do, not all of it can be told yet\n", text)
+    assert "\nin all not all of it can be told yet\n" in text
+    assert "\nstorage not all of it can be told yet in " in text
+    assert "nothing to compute" not in text
+    assert not re.search(r"\b0 (kB|s\b)", text)
+
+
+def test_lines_hold_in_a_window(begun: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outlook(begun, wanted=0.02)
+    lines = capsys.readouterr().out.splitlines()
+    power = next(i for i, line in enumerate(lines) if line.startswith("power phantom-chest"))
+    assert "declares" in lines[power]
+    assert " takes " in lines[power] or "no number of seeds" in lines[power]
+    assert lines[power + 1].strip().startswith("assumes ")
+    assert max(map(len, lines[power : power + 2])) <= 140
 
 
 def test_more_steps_take_more_hours(tmp_path: Path) -> None:
