@@ -7,8 +7,6 @@ it: a comparison whose cells, numbers or code changed is computed again. Only th
 comparisons that could be made from the predictions of every cell: what could not be read today may be there tomorrow.
 """
 
-import dataclasses
-import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from analysis import results
+from pydantic import RootModel, ValidationError
+
 from analysis.loaded import Loaded
 from analysis.replicates import Bootstrap
 from analysis.results import Cell
@@ -31,6 +30,10 @@ MOST = 8  # processes, each of which holds some hundred megabytes
 Pair = tuple[Sequence[Cell], Sequence[Cell], str]  # both sides, and the metric
 
 
+class Kept(RootModel[dict[str, Comparison]]):
+    """OUT/report/comparisons.json."""
+
+
 @cache
 def code() -> str:
     """The version of what computes a comparison."""
@@ -43,7 +46,7 @@ class Comparisons:
 
     def __init__(self, out: str, bootstrap: Bootstrap) -> None:
         self.url, self.bootstrap = storage.join(out, "report", "comparisons.json"), bootstrap
-        self._held = results.read_json(self.url) or {}
+        self._held = _standing(self.url)
         self._asked: dict[str, Comparison] = {}
         self._whole: set[str] = set()  # keys of those that may be kept
         self._load = Loaded()
@@ -71,8 +74,7 @@ class Comparisons:
         """`compare` of the two sides' predictions, which are read only where it was not made before."""
         key = self._key(a, b, metric)
         if key in self._held and key not in self._asked:
-            row = self._held[key]
-            self._asked[key] = Comparison(**{**row, "per_seed": tuple(row["per_seed"])})
+            self._asked[key] = self._held[key]
             self._whole.add(key)
         elif key not in self._asked:
             self._keep(key, *computed((a, b, metric), self.bootstrap, self._load))
@@ -80,8 +82,8 @@ class Comparisons:
 
     def write(self) -> None:
         """What was asked for and is whole, and no more."""
-        held = {key: dataclasses.asdict(found) for key, found in self._asked.items() if key in self._whole}
-        storage.put(self.url, json.dumps(held) + "\n")
+        held = Kept({key: found for key, found in self._asked.items() if key in self._whole})
+        storage.put(self.url, held.model_dump_json() + "\n")
 
     def _key(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> str:
         sides = [[[cell.key, repr(cell.value(metric))] for cell in _in_order(side)] for side in (a, b)]
@@ -91,6 +93,15 @@ class Comparisons:
         self._asked[key] = found
         self._whole |= {key} if whole else set()
         self.computed += 1
+
+
+def _standing(url: str) -> dict[str, Comparison]:
+    """What was kept; nothing of a file that is damaged or that another version wrote: all of it is computed again."""
+    raw = storage.read_or_none(url)
+    try:
+        return {} if raw is None else Kept.model_validate_json(raw).root
+    except ValidationError:
+        return {}
 
 
 def _in_order(side: Sequence[Cell]) -> list[Cell]:

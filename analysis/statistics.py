@@ -20,10 +20,12 @@ Legend: R pretraining seeds, S fine-tuning seeds.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, WithJsonSchema
 from scipy import optimize, special
 
 from analysis.claims import PRETRAINING_SEEDS
@@ -32,6 +34,12 @@ from analysis.replicates import Array, Bootstrap, Scores, same_images
 
 LEVEL, POWER = 0.05, 0.8  # of the test, and of repetitions that find what is called detectable
 BOUND = "both at a bound: patients and seeds do not vary"
+# Of numbers that are not finite JSON knows nothing: they are kept as text, and a default that is none stands in no schema.
+Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
+
+
+def _unknown() -> float:
+    return math.nan
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,28 @@ class Comparison:
     where nothing varied: then the interval is unbounded, unless both sides are the same predictions.
     """
 
-    estimate: float
-    low: float
-    high: float
-    se: float
-    df: float
-    p: float
+    __pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    estimate: Number
+    low: Number
+    high: Number
+    se: Number
+    df: Number
+    p: Number
     basis: str
     units: int = 0  # of the side that has fewer: fine-tuning seeds; pretraining seeds where each has several of these or all the same
     patients: int = 0
     images: int = 0
-    seed_variance: float = math.nan  # of the estimate, in squared units of the metric; with what seeds do on few patients only
-    patient_variance: float = math.nan
+    # Both of the estimate, in squared units of the metric; the first with what seeds do on few patients only.
+    seed_variance: Number = field(default_factory=_unknown)
+    patient_variance: Number = field(default_factory=_unknown)
     redrawn: int = 0
     pretraining_seeds: int = 1  # of the side that has fewer; random weights are drawn anew with every fine-tuning seed
-    per_seed: tuple[float, ...] = ()
+    per_seed: tuple[Number, ...] = ()
     why: str = ""
-    pretraining_variance: float = math.nan  # the part of seed_variance between pretraining seeds, where it can be told apart
-    seeds_df: float = math.nan  # with which seed_variance was estimated
+    # The part of seed_variance between pretraining seeds, where it can be told apart.
+    pretraining_variance: Number = field(default_factory=_unknown)
+    seeds_df: Number = field(default_factory=_unknown)  # with which seed_variance was estimated
 
     @property
     def excludes_zero(self) -> bool:

@@ -24,8 +24,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+if TYPE_CHECKING:
+    from engine.saved import State
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 IMAGES = 10_000  # in a shard
 LATENCY_S = 0.03
 GPUS_OF_NODE = 8
@@ -173,12 +177,12 @@ def requests(cells: int) -> None:
     from cluster.standing import finished
     from engine import checkpoint
 
-    golden = Path(__file__).parent.parent / "tests" / "golden"
+    state = saved()
     with counted() as asked, tempfile.TemporaryDirectory() as name:
         local = Path(name)
         for file in ("config.yaml", "metrics.jsonl", "predictions.parquet", "heat.npz"):
             (local / file).write_bytes(b"0" * 1000)
-        (local / "result.json").write_bytes((golden / "cell_result.json").read_bytes())
+        (local / "result.json").write_bytes((GOLDEN / "cell_result.json").read_bytes())
         cell = "counted://out/cells/0"
 
         def leave() -> None:
@@ -199,7 +203,7 @@ def requests(cells: int) -> None:
 
         told(f"which of {cells:,} cells stand, for a driver that starts again", asked, stand)
         for world in (8, 64, 512):
-            place, snapshot = f"counted://run/{world}/step-00000001", checkpoint.Snapshot(1, {}, {}, {})
+            place, snapshot = f"counted://run/{world}/step-00000001", checkpoint.Snapshot(1, {}, {}, state)
             done = [(f"/run/{world}/step-00000001/rank{rank}.done", json.dumps({f"rank{rank}.safetensors": ""})) for rank in range(world)]
             for path, hashes in done[1:]:
                 plain.pipe_file(path, hashes.encode())
@@ -317,6 +321,13 @@ def fan_out(count: int, dispatch_ms: float) -> None:
 # -- checkpoints
 
 
+def saved() -> "State":
+    """What a run says of itself in a checkpoint."""
+    from engine.saved import State
+
+    return State.model_validate_json((GOLDEN / "checkpoint_state.json").read_text())
+
+
 def checkpoints() -> None:
     import torch
 
@@ -328,7 +339,7 @@ def checkpoints() -> None:
     with tempfile.TemporaryDirectory() as name:
         saver = Saver(name)
         began = time.perf_counter()
-        saver.save(Snapshot(1, tensors, states, {}))
+        saver.save(Snapshot(1, tensors, states, saved()))
         saver.finish()
         seconds = time.perf_counter() - began
     size = 12 * parameters / 1e9

@@ -21,10 +21,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,25 +31,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from base import storage
-from base.errors import WorkError
+from base.errors import RequestError, WorkError
 from base.paths import is_url
 from engine import ranks
+from engine.saved import STATE, Commit, RunState, State, read_commit, read_state
 
-State = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 LONGEST_UPLOAD = 1800.0  # seconds that rank 0 waits for the others' files
 AT_ONCE = 16  # ranks that are asked for: one after the other 512 of them would take half a minute
 
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds. `state` is JSON (loader position, configuration, optimiser scalars); `mine` is this rank's."""
+    """What a checkpoint holds. `state` is what is no tensor; `mine` is this rank's."""
 
     step: int
-    model: State
-    optimizer: State
-    state: dict[str, Any]
-    mine: State = field(default_factory=dict)
-    ema: State | None = None
+    model: Tensors
+    optimizer: Tensors
+    state: RunState
+    mine: Tensors = field(default_factory=dict)
+    ema: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Found:
 class Saver:
     """Writes checkpoints of one run while it goes on. Every rank holds one.
 
-    keep: how many of the newest stay. The one with the best `state["score"]` stays as well (higher is better; null is never best), and
-        the newest whose `state["sound"]` is true: what a run that went wrong is taken back to.
+    keep: how many of the newest stay. The one with the best `state.score` stays as well, and the newest whose `state.sound` is true: what
+        a run that went wrong is taken back to.
     """
 
     def __init__(self, url: str, keep: int = 2) -> None:
@@ -121,8 +121,8 @@ def _write_files(place: str, snapshot: Snapshot, rank: int, world: int) -> None:
             _write(local, "optimizer", snapshot.optimizer)
             if snapshot.ema is not None:
                 _write(local, "ema", snapshot.ema)
-            described = {"schema": 1, "step": snapshot.step, "world_size": world, **snapshot.state}
-            (local / "state.json").write_text(json.dumps(described, sort_keys=True))
+            described = State(**{**dict(snapshot.state), "step": snapshot.step, "world_size": world})
+            (local / STATE).write_text(json.dumps(described.model_dump(by_alias=True), sort_keys=True))
         hashes = {path.name: _sha256(path) for path in sorted(local.iterdir())}
         for name in hashes:
             storage.put_file(local / name, storage.join(place, name))
@@ -133,9 +133,9 @@ def _commit(place: str, snapshot: Snapshot, world: int) -> None:
     until = time.monotonic() + LONGEST_UPLOAD
     with ThreadPoolExecutor(min(world, AT_ONCE)) as pool:
         parts = list(pool.map(lambda rank: _part(place, rank, until), range(world)))
-    facts = {"schema": 1, "step": snapshot.step, "sha256": {name: sha256 for part in parts for name, sha256 in part.items()}}
-    facts |= {name: snapshot.state.get(name) for name in ("score", "sound")}
-    storage.put(storage.join(place, storage.COMMIT), json.dumps(facts, sort_keys=True))
+    hashes = {name: sha256 for part in parts for name, sha256 in part.items()}
+    commit = Commit(step=snapshot.step, sha256=hashes, score=snapshot.state.score, sound=snapshot.state.sound)
+    storage.put(storage.join(place, storage.COMMIT), json.dumps(commit.model_dump(by_alias=True), sort_keys=True))
 
 
 def _part(place: str, rank: int, until: float) -> dict[str, str]:
@@ -155,8 +155,8 @@ def newest_step(url: str) -> int:
 
 
 def newest_sound(url: str) -> str | None:
-    """The newest committed checkpoint whose `state["sound"]` is true."""
-    return next((place for _, place, commit in _committed(url) if commit.get("sound")), None)
+    """The newest committed checkpoint whose `state.sound` is true."""
+    return next((place for _, place, commit in _committed(url) if commit.sound), None)
 
 
 def find_newest(url: str) -> Found | None:
@@ -167,11 +167,15 @@ def find_newest(url: str) -> Found | None:
 
 
 def load(found: Found) -> Snapshot:
-    """Read a checkpoint on this rank, tensors on the CPU. `mine` is empty when the number of ranks has changed."""
+    """Read a checkpoint on this rank, tensors on the CPU. `mine` is empty when the number of ranks has changed.
+
+    Raises:
+        RequestError: another version wrote it.
+    """
     with _here(found.url) as local:
-        state = json.loads((local / "state.json").read_text())
+        state = read_state(str(local))
         mine = local / f"rank{ranks.rank()}.safetensors"
-        same = state["world_size"] == ranks.world()
+        same = state.world_size == ranks.world()
         ema = local / "ema.safetensors"
         return Snapshot(
             step=found.step,
@@ -183,7 +187,7 @@ def load(found: Found) -> Snapshot:
         )
 
 
-def random_state() -> State:
+def random_state() -> Tensors:
     """Torch's random state of this process (numpy's and Python's global ones are used nowhere)."""
     state = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -191,7 +195,7 @@ def random_state() -> State:
     return state
 
 
-def restore_random_state(state: State) -> None:
+def restore_random_state(state: Tensors) -> None:
     """Inverse of `random_state`; absent entries leave the generator as it is."""
     if "rng.cpu" in state:
         torch.set_rng_state(state["rng.cpu"])
@@ -216,18 +220,18 @@ def _search(url: str) -> Found | None:
 
 def _problem(place: str) -> str | None:
     """Why this folder must not be read, or None."""
-    if not storage.exists(storage.join(place, storage.COMMIT)):
-        return "not committed"
     try:
-        hashes = storage.read_json(storage.join(place, storage.COMMIT))["sha256"]
-        with _here(place) as local:
-            for name, expected in hashes.items():
-                if not (local / name).exists():
-                    return f"{name} is missing"
-                if _sha256(local / name) != expected:
-                    return f"{name} does not have the committed hash"
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        return f"unreadable COMMIT ({type(error).__name__})"
+        commit = read_commit(place)
+    except RequestError as error:
+        return f"unreadable COMMIT ({error.what})"
+    if commit is None:
+        return "not committed"
+    with _here(place) as local:
+        for name, expected in commit.sha256.items():
+            if not (local / name).exists():
+                return f"{name} is missing"
+            if _sha256(local / name) != expected:
+                return f"{name} does not have the committed hash"
     return None
 
 
@@ -237,19 +241,19 @@ def _uncommit(place: str) -> None:
     storage.remove(place)
 
 
-def _committed(url: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Step, place and COMMIT, the newest first."""
+def _committed(url: str) -> Iterator[tuple[int, str, Commit]]:
+    """Step, place and COMMIT of those that can be read, the newest first."""
     for step, place in _steps(url):
-        commit = storage.join(place, storage.COMMIT)
-        if storage.exists(commit):
-            yield step, place, storage.read_json(commit)
+        with suppress(RequestError):
+            if (commit := read_commit(place)) is not None:
+                yield step, place, commit
 
 
 def _prune(url: str, keep: int) -> None:
     committed = list(_committed(url))
     kept = {step for step, _, _ in committed[: max(1, keep)]}
-    kept |= set([step for step, _, commit in committed if commit.get("sound")][:1])
-    scored = [(commit["score"], step) for step, _, commit in committed if commit.get("score") is not None]
+    kept |= set([step for step, _, commit in committed if commit.sound][:1])
+    scored = [(commit.score, step) for step, _, commit in committed if commit.score is not None]
     kept |= {max(scored)[1]} if scored else set()
     for step, place in _steps(url):
         if step not in kept:
@@ -270,7 +274,7 @@ def _here(place: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(local: Path, name: str, state: State) -> None:
+def _write(local: Path, name: str, state: Tensors) -> None:
     try:
         save_file(state, local / f"{name}.safetensors")
     except (SafetensorError, OSError) as error:

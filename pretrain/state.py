@@ -14,6 +14,7 @@ from base import storage
 from base.errors import WorkError
 from engine import checkpoint, ranks
 from engine.checkpoint import Snapshot
+from engine.saved import Position, RunState
 from pretrain.methods import Method
 from pretrain.run import PRETRAIN_VERSION
 from pretrain.watch import not_finite
@@ -34,7 +35,7 @@ def find(run: "Run") -> Snapshot | None:
             storage.remove(run.record.url)
         return None
     snapshot = checkpoint.load(found)
-    run.refuse_another(snapshot.state["key"], "checkpoint", snapshot.state["configuration"])
+    run.refuse_another(snapshot.state.key, "checkpoint", snapshot.state.configuration)
     run.record.take_up(found.step)
     for reason in found.refused:
         run.record.add({"event": "checkpoint refused", "step": found.step, "why": reason})
@@ -52,9 +53,9 @@ def load_weights(method: Method, snapshot: Snapshot) -> None:
 
 def go_on(run: "Run", snapshot: Snapshot) -> None:
     """Everything but the weights; what belongs to one process only at the same number of ranks."""
-    run.engine.load_optimizer_state(snapshot.optimizer, snapshot.state["optimizer_values"])
-    run.engine.plateau.state = list(snapshot.state["plateau"])
-    run.step, run.seconds_before = snapshot.step, float(snapshot.state["seconds"])
+    run.engine.load_optimizer_state(snapshot.optimizer, snapshot.state.optimizer_values)
+    run.engine.plateau.state = list(snapshot.state.plateau)
+    run.step, run.seconds_before = snapshot.step, snapshot.state.seconds
     if snapshot.mine:
         checkpoint.restore_random_state(snapshot.mine)
         run.method.load_extra_state(_of("extra", snapshot.mine))
@@ -89,20 +90,21 @@ def save(run: "Run") -> None:
     mine |= {f"window.{name}": value for name, value in run.window.state.items()} | {"epoch_loss": run.epoch_loss}
     newest: dict[str, Any] = next(iter(run.record.measured[-1:]), {})
     score = next((row["knn_auroc"] for row in reversed(run.record.measured) if "knn_auroc" in row), None)
-    state = {
-        "key": run.config.key,
-        "version": PRETRAIN_VERSION,
-        "epoch": run.step / run.epoch_steps,
-        "total_steps": run.total,
-        "loader": {"next_step": run.step, "global_batch": run.recipe.global_batch, "seed": run.config.seed},
-        "optimizer_values": values,
-        "plateau": run.engine.plateau.state,
-        "score": score,
-        "sound": newest.get("health") in ("healthy", "too short"),
-        "seconds": run.seconds(),
-        "restarts": run.restarts,
-        "configuration": run.config.model_dump(mode="json", by_alias=True),
-    }
+    best, waited, factor = run.engine.plateau.state
+    state = RunState(
+        key=run.config.key,
+        version=PRETRAIN_VERSION,
+        epoch=run.step / run.epoch_steps,
+        total_steps=run.total,
+        loader=Position(next_step=run.step, global_batch=run.recipe.global_batch, seed=run.config.seed),
+        optimizer_values=values,
+        plateau=(best, waited, factor),
+        score=score,
+        sound=newest.get("health") in ("healthy", "too short"),
+        seconds=run.seconds(),
+        restarts=run.restarts,
+        configuration=run.config.model_dump(mode="json", by_alias=True),
+    )
     run.record.put()  # before COMMIT: a resumed run reads the rows up to its checkpoint
     copied = {name: value.detach().cpu().clone().contiguous() for name, value in mine.items()}
     run.saver.save(Snapshot(run.step, model, tensors, state, copied, ema or None))

@@ -3,8 +3,10 @@
 import json
 import math
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from base import storage
+from base.config import parse
 from base.errors import RequestError, WorkError
+from base.paths import ROOT
 from engine import checkpoint, losses, optimizers, ranks, schedules
 from engine.checkpoint import Snapshot
 from engine.config import EngineConfig, OptimizerConfig
 from engine.context import LocalContext
+from engine.saved import RunState, State
 from engine.step import Engine, rank_batch
 from engine.throughput import Meter
 
@@ -133,13 +138,13 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str) -> None:
     first = small_engine(0, name)
     begun = steps(first, 0, 4)
     tensors, values = first.optimizer_state()
-    save(str(tmp_path), Snapshot(4, first.model_state(), tensors, {"values": values}, checkpoint.random_state()))
+    save(str(tmp_path), Snapshot(4, first.model_state(), tensors, said(optimizer_values=values), checkpoint.random_state()))
     second = small_engine(1, name)
     found = checkpoint.find_newest(str(tmp_path))
     assert found is not None
     snapshot = checkpoint.load(found)
     second.module.load_state_dict(snapshot.model)
-    second.load_optimizer_state(snapshot.optimizer, snapshot.state["values"])
+    second.load_optimizer_state(snapshot.optimizer, snapshot.state.optimizer_values)
     checkpoint.restore_random_state(snapshot.mine)
     assert begun + steps(second, 4, 9) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.model_state().values(), second.model_state().values(), strict=True))
@@ -153,6 +158,11 @@ def test_clipping_and_rate_follow_the_configuration() -> None:
     assert norm > 1
     assert engine.rate(0) == pytest.approx(0.025)
     assert engine.rate(8) == pytest.approx(0.0)
+
+
+def said(**changes: Any) -> RunState:
+    """What a run says of itself in a checkpoint."""
+    return parse(storage.read_json(str(ROOT / "tests" / "golden" / "checkpoint_state.json")) | changes, State, "golden")
 
 
 def save(url: str, snapshot: Snapshot) -> str:
@@ -177,7 +187,7 @@ def test_partitioned_states_resume_bit_identical_at_any_stage(stage: int) -> Non
 
 
 def snapshot(step: int) -> Snapshot:
-    return Snapshot(step, {"w": torch.full((2,), float(step))}, {"exp_avg|w": torch.ones(2)}, {"a": 1}, {"r": torch.zeros(1)})
+    return Snapshot(step, {"w": torch.full((2,), float(step))}, {"exp_avg|w": torch.ones(2)}, said(), {"r": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "uncommitted", "garbage"])
@@ -217,7 +227,7 @@ def test_last_k_are_kept_on_any_storage(tmp_path: Path) -> None:
         assert found is not None
         loaded = checkpoint.load(found)
         assert float(loaded.model["w"][0]) == 5
-        assert loaded.state["a"] == 1
+        assert loaded.state == said(step=5, world_size=1)
         assert loaded.optimizer.keys() == {"exp_avg|w"}
         assert loaded.ema is None
 
@@ -258,14 +268,22 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(tmp_path: Path, monkeyp
 def test_the_best_and_the_last_sound_checkpoint_stay_beside_the_newest(tmp_path: Path) -> None:
     saver = checkpoint.Saver(str(tmp_path / "c"), keep=1)
     for step, score in enumerate([0.6, 0.8, None, 0.7], 1):
-        one = snapshot(step)
-        one.state["score"], one.state["sound"] = score, step == 1
-        saver.save(one)
+        saver.save(replace(snapshot(step), state=said(score=score, sound=step == 1)))
     saver.finish()
     assert storage.listing(saver.url) == ["step-00000001", "step-00000002", "step-00000004"]
     sound = checkpoint.newest_sound(saver.url)
     assert sound is not None
     assert sound.endswith("step-00000001")
+
+
+def test_a_damaged_commit_is_no_checkpoint_and_stops_no_later_one(tmp_path: Path) -> None:
+    url = str(tmp_path / "c")
+    for step, text in ((1, "{"), (2, json.dumps({"schema": 2, "step": 2}))):
+        Path(save(url, snapshot(step)), "COMMIT").write_text(text)
+        assert checkpoint.find_newest(url) is None
+        assert checkpoint.newest_sound(url) is None
+    place = save(url, snapshot(3))
+    assert [checkpoint.newest_sound(url), storage.listing(url)] == [place, ["step-00000003"]]
 
 
 def test_the_newest_step_is_that_of_a_checkpoint_that_stands(tmp_path: Path) -> None:

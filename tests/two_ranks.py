@@ -163,6 +163,7 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
 
     from engine import checkpoint, ranks
     from engine.checkpoint import Snapshot
+    from engine.saved import State
 
     ranks.start()
     tensors = norm_case(rank, world)
@@ -171,7 +172,8 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
     with torch.no_grad():
         module.running_mean.add_(rank)  # type: ignore[union-attr]
     facts["apart"] = ranks.differing_buffers(module)
-    snapshot = Snapshot(4, {"w": torch.arange(3.0)}, {}, {"note": 1}, {"mine": torch.tensor([rank])})
+    state = State.model_validate_json((ROOT / "tests" / "golden" / "checkpoint_state.json").read_text())
+    snapshot = Snapshot(4, {"w": torch.arange(3.0)}, {}, state, {"mine": torch.tensor([rank])})
     saver = checkpoint.Saver(str(folder / "checkpoints"))
     saver.save(snapshot)
     saver.finish()
