@@ -12,18 +12,19 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from encoders.pooled import Pooled
+
 __all__ = ["AlexNet"]
 
 
-class AlexNet(nn.Module):
-    """By timm's conventions: `forward_features` gives the last map, `forward_head` pools and classifies."""
+class AlexNet(Pooled):
+    """The convolutions with a linear classifier."""
 
     def __init__(self, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg") -> None:
         super().__init__()
         from torchvision.models import alexnet
 
-        self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = 256
+        self.in_chans = in_chans
         self.feature_info = [
             {"num_chs": width, "reduction": reduction, "module": f"features.{at}"}
             for width, reduction, at in ((64, 4, 1), (192, 8, 4), (256, 16, 11))
@@ -31,19 +32,11 @@ class AlexNet(nn.Module):
         self.features = alexnet(num_classes=1).features
         if in_chans != 3:
             self.features[0] = nn.Conv2d(in_chans, 64, kernel_size=11, stride=4, padding=2)
-        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if global_pool else nn.Identity()
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.attach_head(256, num_classes, global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         out: Tensor = self.features(x)
         return out
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.global_pool(x))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 default_cfgs = generate_default_cfgs(

@@ -21,6 +21,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from encoders.pooled import Pooled
+
 __all__ = ["Cbr"]
 POOLED = 4  # layers that end in a pooling
 
@@ -40,8 +42,8 @@ class CbrLayer(nn.Module):
         return out
 
 
-class Cbr(nn.Module):
-    """By timm's conventions: `forward_features` gives the last map, `forward_head` pools and classifies.
+class Cbr(Pooled):
+    """The layers with a linear classifier.
 
     Args:
         widths: channels of the layers.
@@ -51,9 +53,7 @@ class Cbr(nn.Module):
         self, widths: Sequence[int], kernel: int, same: bool, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg"
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.depth = len(widths)
+        self.in_chans, self.depth = in_chans, len(widths)
         self.feature_info = [
             {"num_chs": width, "reduction": 2**i, "module": f"conv{i}"}
             for i, width in enumerate(widths, 1)
@@ -62,8 +62,7 @@ class Cbr(nn.Module):
         self.feature_info[-1]["reduction"] = 2**POOLED
         for i, (ins, outs) in enumerate(zip([in_chans, *widths], widths, strict=False), 1):
             self.add_module(f"conv{i}", CbrLayer(ins, outs, kernel, same, pool=i <= POOLED))
-        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if global_pool else nn.Identity()
-        self.fc = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
+        self.attach_head(widths[-1], num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -72,13 +71,6 @@ class Cbr(nn.Module):
         for i in range(1, self.depth + 1):
             x = self.get_submodule(f"conv{i}")(x)
         return x
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.global_pool(x))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 SHAPES: dict[str, dict[str, Any]] = {
