@@ -30,8 +30,10 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
 
     Raises:
         WorkError: the run died again and again without getting further, or failed by an error of its own.
+        AllograftError: what watches over its workers died, which ends the study; the same command goes on.
     """
     import ray
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -54,6 +56,7 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
             elastic_resize_monitor_interval_s=RESIZE_S,
         ),
     }
+    hint = "run the same command again to go on from the newest checkpoint"
     try:
         # Ray Train insists on a folder for its own book-keeping; nothing of ours is in it.
         with tempfile.TemporaryDirectory(prefix="allograft-ray-train-", ignore_cleanup_errors=True) as scratch:
@@ -62,9 +65,13 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     except ray.train.TrainingFailedError as error:
         if final := failure(error, Final):
             raise WorkError(str(final), where=f"pretrain {config.name}") from error
-        hint = "run the same command again to go on from the newest checkpoint"
         deaths = f"died {MAX_FAILURES + 1} times after the checkpoint of step {newest_step(checkpoints)} without another"
-        raise WorkError(f"{deaths}, at last with: {_last_line(error)}", where=f"pretrain {config.name}", hint=hint) from error
+        raise WorkError(f"{deaths}, at last with: {_lines(error)[-1]}", where=f"pretrain {config.name}", hint=hint) from error
+    except (RayActorError, OutOfMemoryError) as error:
+        # The one process that Ray Train does not start again. What its workers held stays taken until this driver ends, so the whole study
+        # ends here (no WorkError, which would let the rest go on and wait for room).
+        told = f"Ray lost the process that watches over the workers: {_lines(error)[0]}"
+        raise AllograftError(told, where=f"pretrain {config.name}", hint=hint) from error
     return dict(storage.read_json(storage.join(config.out, "result.json")))
 
 
@@ -92,9 +99,8 @@ def _fit(trainer: Any) -> Any:
     return outcome.result()
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _lines(error: BaseException) -> list[str]:
+    return [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
 
 
 def _worker(task: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a pretraining: it ends cleanly, says how to go on, and goes on."""
+"""Ctrl-C in the middle of a pretraining, and the death of Ray Train's own process: it ends cleanly, says how to go on, and goes on."""
 
 import json
 import signal
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 COMMAND = [
@@ -16,7 +17,7 @@ COMMAND = [
 ]
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted = subprocess.Popen(
         [*COMMAND, f"out={out}"],
@@ -35,10 +36,16 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
     again = subprocess.Popen([*COMMAND, f"out={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         _wait(lambda: "resumed" in "".join(path.read_text() for path in (out / "pretrain").glob("*/metrics.jsonl")), again)
-    finally:
-        again.send_signal(signal.SIGTERM)
+        (controller,) = [child for child in psutil.Process(again.pid).children(recursive=True) if "TrainController" in child.name()]
+        controller.kill()
         said = again.communicate(timeout=90)[0]
+    finally:
+        again.kill()
     assert "goes on from step" in said
+    assert again.returncode == 1, said
+    assert "Ray lost the process that watches over the workers" in said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
     rows = [json.loads(line) for path in (out / "pretrain").glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == sorted(set(steps))
