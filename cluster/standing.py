@@ -73,7 +73,7 @@ def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Pack
 
 def shards_url(study: Study, dataset: str) -> str:
     """Where a dataset's shards are, or will be."""
-    return study.data[dataset].shards or storage.join(study.out, "shards", dataset)
+    return study.data[dataset].shards or storage.join(study.out, "shards", safe_name(dataset))
 
 
 def pretrainings(study: Study, corpora: Mapping[str, Packed]) -> list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]]:

@@ -17,6 +17,7 @@ from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.pack import check_place
 from cluster.single import finetune_study, pretrain_study
+from cluster.standing import jobs_of, shards_url, standing_corpora
 from cluster.study import Resources, Study
 from shards.card import load_card
 
@@ -146,6 +147,20 @@ def test_a_study_is_found_by_its_name_where_it_was_written(tmp_path: Path, monke
         with pytest.raises(RequestError) as caught:
             load_study(word)
         assert str(caught.value) == says
+
+
+def test_cards_and_tasks_of_ones_own_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cards").mkdir()
+    for kind, file, dataset in (("card", "cards/ward.yaml", "ward"), ("task", "ward-task.yaml", "cards/ward.yaml")):
+        (tmp_path / file).write_text(named(kind, "phantom-chest").read_text().replace("dataset: phantom-chest", f"dataset: {dataset}"))
+    data = {"cards/ward.yaml": {"raw": "phantom:60"}}
+    run = {**TINY["pretrain"][0], "data": {"cards/ward.yaml": "train"}}
+    study = load_study(written(tmp_path, data=data, pretrain=[run], cells={**TINY["cells"], "tasks": ["ward-task.yaml"]}))
+    jobs = jobs_of(study, "cards/ward.yaml")
+    assert {job.card.dataset for job in jobs} == {"ward"}
+    assert shards_url(study, "cards/ward.yaml") == f"{tmp_path}/runs/tiny/shards/cards-ward.yaml"
+    assert standing_corpora(study) == {}
 
 
 def test_presets_apply_and_what_is_typed_wins(tmp_path: Path) -> None:
