@@ -17,7 +17,7 @@ from scipy import stats
 from analysis.claims import Claim, load_claim
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
-from analysis.ledger import Entry
+from analysis.ledger import LEAST_EVALUATIONS, Entry
 from analysis.replicates import Bootstrap
 from analysis.statistics import Comparison, holm
 from base.config import load
@@ -27,6 +27,7 @@ from cluster.claims import Asked, axes_of_matrix, register_claims, show
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.study import Study
+from finetune.task import load_task
 
 
 def with_claims(out: Path, *claims: Claim, registered: bool = True) -> Evidence:
@@ -440,6 +441,13 @@ def test_every_ready_claim_has_both_sides_on_phantoms_and_on_the_users_data(sett
     assert 0 < len(asked.settings) < 0.4 * len(every)
     for one in study.claims:
         assert {one.side(axes) for axes in every} >= {"a", "b"}
+
+
+def test_does_not_repeat_a_smallest_run_that_is_too_short_to_judge_convergence() -> None:
+    study = load_study("claims", ["preset=smoke"])
+    assert study.cells is not None
+    for name in study.cells.tasks:
+        assert load_task(name, study.cells.task_settings[name]).recipe.epochs >= LEAST_EVALUATIONS
 
 
 def test_a_claim_without_cells_is_refused(tmp_path: Path) -> None:
