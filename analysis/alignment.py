@@ -28,7 +28,7 @@ FURTHEST = 0.12  # shift, as a share of the side; scale within 0.8 to 1.25
 SMOOTH = 1.0  # pixels: standard deviation of the blur before gradients
 FINE = (1.0, 4.0)  # pixels at 128: the band of fine structure
 PLACE = 16  # pixels: side of a place; 7 x 7 of them lie in the middle
-CONTRAST = 1.0  # grey levels of fine structure below which a place says nothing
+CONTRAST = 3.0  # grey levels of fine structure below which a place says nothing: compression removes it
 FEWEST = 6  # places of contrast that a comparison needs
 TINY = 1e-6
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from analysis.alignment import Floats, Pixels, Placement, Target, blur, resized, unit, warp
 
-NEAR_DUPLICATES_VERSION = 1  # part of the name under which results are kept
+NEAR_DUPLICATES_VERSION = 2  # part of the name under which results are kept
 SIDE = 128
 HASH = 16
 BITS = HASH * HASH
