@@ -1,14 +1,19 @@
 """The analyses of a study: made once of its cells, by key, and shown by its report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_cell
 import tiny_study
 import torch
+from browser import CHROMIUM, Browser
+from looks import wrong
+from made_study import claim, write_claims
 
 from analysis import analysis_sections
 from analysis import report as reports
@@ -141,6 +146,25 @@ def test_the_report_shows_them_and_says_what_is_missing(analysed: Study) -> None
     assert "T (ms)" not in page  # one strategy: no table of Peng et al.
     evidence.cells.pop()
     assert "Of 9 cells; 8 stand now" in reports.page(evidence)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_nothing_is_wrong_with_its_page_in_a_browser(analysed: Study, phantom_fundus: str, tmp_path: Path) -> None:
+    """Its analyses and Grad-CAM as they were computed, beside a claim, a cell with masks, and what leaked."""
+    out = tmp_path / "out"
+    shutil.copytree(analysed.out, out, ignore=shutil.ignore_patterns("encoder"))
+    masks = {"task": "phantom-vessels", "settings": {"recipe.epochs": 1}, "key": "e" * 16, "out": str(out / "cells" / ("e" * 16))}
+    run(tiny_cell.config({"phantom-fundus": phantom_fundus}, tmp_path, **masks), LocalContext(dir=str(tmp_path)))
+    write_claims(out, [claim(comparison={"a": {"source": "one"}, "b": {"source": "random"}}, where={"kind": "classification"})])
+    (out / "leakage.json").write_bytes((ROOT / "tests" / "golden" / "leakage_summary.json").read_bytes())
+    with Browser() as browser:
+        page = browser.open(Path(reports.report(str(out), gather(str(out), QUICK))).as_uri())
+        for section in ("claims", "leakage", *KINDS):
+            assert page.run(f"document.querySelector('#{section}').textContent.length") > 200, section
+        assert page.run("document.querySelectorAll('#images img[alt^=\"Grad-CAM\"]').length") == 2  # of each task
+        assert page.run("document.querySelectorAll('#images figure svg').length") >= 5 + 3  # labelled images, and masks
+        assert "predicted mask" in page.run("document.querySelector('#images').textContent")
+        assert wrong(page) == []
 
 
 def test_an_analysis_that_fails_is_said_and_stops_no_other(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
