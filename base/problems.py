@@ -72,9 +72,10 @@ def problems(error: ValidationError, model: type[BaseModel], data: Any) -> list[
 def _found(detail: ErrorDetails, model: type[BaseModel], data: Any) -> _Found:
     key: list[str | int] = []
     forms: list[tuple[int, str]] = []
-    for part in detail["loc"]:
+    for at, part in enumerate(detail["loc"], 1):
         there, data = _below_data(data, part)
-        if not there and (part == "[key]" or len(_members_at(model, key)) > 1):
+        absent = detail["type"] == "missing" and at == len(detail["loc"])  # a key, though it is not in the data
+        if not there and not absent and (part == "[key]" or len(_members_at(model, key)) > 1):
             forms.append((len(key), str(part)))
         else:
             key.append(part)
@@ -200,7 +201,10 @@ def _sentence(one: _Found, model: type[BaseModel]) -> str:
 
 def _what(detail: ErrorDetails) -> str:
     kind, value = detail["type"], detail["input"]
-    got = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        got = json.dumps(value, default=str, ensure_ascii=False)
+    except TypeError:  # a key that is a date, which YAML has
+        got = str(value)
     if _of_kind(detail):
         known = re.findall(r"'([^']+)'", _expected(detail))
         close = nearest(value, known) if isinstance(value, str) else None

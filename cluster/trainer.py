@@ -1,4 +1,4 @@
-"""Ray Train's trainer with three rules of ours; its placement, polling and restarts are as they come.
+"""Ray Train's trainer with three rules of ours, and without Ray Data; its placement, polling and restarts are as they come.
 
 * A run may die as often as it likes while it gets further: only deaths without a new checkpoint in between are counted (`Patience`).
 * An elastic run takes as many workers as there is room for, of the numbers that divide its global batch (`Divisors`).
@@ -16,6 +16,7 @@ from typing import Any
 from ray._private.state import state
 from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -40,11 +41,15 @@ class Final(Exception):
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer, given the two policies below."""
+    """TorchTrainer, given the two policies below, without Ray Data."""
 
     def __init__(self, *args: Any, checkpoints: str, global_batch: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints, self._global_batch = checkpoints, global_batch
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Its manager is one more process for every group of workers, with seconds of imports beside theirs, for datasets that are not ours.
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         given["failure_policy"] = Patience(self._checkpoints)

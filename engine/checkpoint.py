@@ -122,7 +122,7 @@ def _write_files(place: str, snapshot: Snapshot, rank: int, world: int) -> None:
             if snapshot.ema is not None:
                 _write(local, "ema", snapshot.ema)
             described = State(**{**dict(snapshot.state), "step": snapshot.step, "world_size": world})
-            (local / STATE).write_text(json.dumps(described.model_dump(by_alias=True), sort_keys=True))
+            (local / STATE).write_text(described.model_dump_json(by_alias=True))
         hashes = {path.name: _sha256(path) for path in sorted(local.iterdir())}
         for name in hashes:
             storage.put_file(local / name, storage.join(place, name))
@@ -151,7 +151,7 @@ def _part(place: str, rank: int, until: float) -> dict[str, str]:
 
 def newest_step(url: str) -> int:
     """The step of the newest committed checkpoint; 0 without one."""
-    return next((step for step, place in _steps(url) if storage.exists(storage.join(place, storage.COMMIT))), 0)
+    return next((step for step, _, _ in _committed(url)), 0)
 
 
 def newest_sound(url: str) -> str | None:
@@ -173,7 +173,7 @@ def load(found: Found) -> Snapshot:
         RequestError: another version wrote it.
     """
     with _here(found.url) as local:
-        state = read_state(str(local))
+        state = read_state(str(local), found.url)
         mine = local / f"rank{ranks.rank()}.safetensors"
         same = state.world_size == ranks.world()
         ema = local / "ema.safetensors"

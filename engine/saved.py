@@ -4,9 +4,9 @@ state = read_state(url); state.loader.next_step; commit = read_commit(url)      
 """
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from base import storage
 from base.config import Strict, parse
@@ -14,6 +14,8 @@ from base.errors import RequestError
 
 STATE = "state.json"
 M = TypeVar("M", bound=Strict)
+# A loss before the first is infinite, for which JSON has no number.
+Loss = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
 
 
 class Position(Strict):
@@ -35,13 +37,15 @@ class RunState(Strict):
         seconds: of training up to here. configuration: of the run, resolved.
     """
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     key: str
     version: str
     epoch: float
     total_steps: int
     loader: Position
     optimizer_values: dict[str, int | float | None]
-    plateau: tuple[float, float, float]
+    plateau: tuple[Loss, float, float]
     score: float | None
     sound: bool
     seconds: float
@@ -67,10 +71,9 @@ class Commit(Strict):
     sound: bool
 
 
-def read_state(place: str) -> State:
-    """Of the checkpoint in that folder. Raises RequestError: damaged, or another version wrote it."""
-    where = storage.join(place, STATE)
-    return _parsed(storage.read_bytes(where), State, where)
+def read_state(place: str, named: str | None = None) -> State:
+    """Of the checkpoint in that folder, `named` where a user sees it. Raises RequestError: damaged, or another version wrote it."""
+    return _parsed(storage.read_bytes(storage.join(place, STATE)), State, storage.join(named or place, STATE))
 
 
 def read_commit(place: str) -> Commit | None:
@@ -85,4 +88,7 @@ def _parsed(raw: bytes, model: type[M], where: str) -> M:
         held = json.loads(raw)
     except ValueError as error:
         raise RequestError("not JSON", where=where) from error
-    return parse(held, model, where)
+    try:
+        return parse(held, model, where)
+    except RequestError as error:
+        raise RequestError(error.what, where=error.where, hint="another version wrote it: give another out") from error

@@ -240,6 +240,10 @@ class Layout(Strict):
                     raise ValueError(f"layout {self.name}: {field} is not a regular expression: {error}") from None
                 if groups < 1:
                     raise ValueError(f"layout {self.name}: {field} needs a group")
+        if self.label_pattern is not None and self.findings_column is not None and re.compile(self.label_pattern).groupindex:
+            raise ValueError(
+                f"layout {self.name}: label_pattern has named groups, which are of paths; with findings_column its first group tells"
+            )
         for template in [*(template for _, template in self.templates), *([self.field_of_view] if self.field_of_view else [])]:
             self._check_template(template)
         return self

@@ -69,6 +69,10 @@ def sizes(raw: str) -> dict[str, int]:
         start = len(root.rstrip("/")) + 1
         for path, info in fs.find(root, detail=True).items():
             if info.get("type") == "file" and not any(part.startswith(".") for part in path[start:].split("/")):
+                if info.get("size") is None:
+                    raise RequestError(
+                        "this server does not tell the sizes of its files", where=raw, hint="copy them to a disk or a bucket"
+                    )
                 found[path[start:]] = int(info["size"])
         return found
     for folder, folders, names in os.walk(raw):

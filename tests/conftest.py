@@ -6,6 +6,7 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once a process, when it is first imported
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle processes that no driver of ours can use, whose environments differ
 os.environ["ALLOGRAFT_CACHE"] = tempfile.mkdtemp(prefix="allograft-cache-")  # never the user's own
 
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from shared import as_user, services, studied  # noqa: F401  fixtures for several files
+from shared import as_user, head, on_head, services, studied  # noqa: F401  fixtures for several files
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 

@@ -1,13 +1,17 @@
-"""What several test files need and is expensive to start: the services of compose.yaml, and a study that ran on them as a Ray job.
+"""What several test files need and is expensive to start: the services of compose.yaml, and a study that ran on them as a Ray job; a bare
+Ray for tests that are not about how it starts.
 
-conftest.py hands these fixtures out and keeps the files that use them in one process.
+conftest.py hands these fixtures out and keeps the files that use the services in one process.
 """
 
 import dataclasses
 import json
 import secrets
+import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any
 
 import pytest
 import tiny_study
-from services import Services, running, tool
+from services import Services, end, running, tool
 
 from base.paths import ROOT
 
@@ -74,6 +78,42 @@ def submitted(services: Services, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, env=services.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, timeout=400)
 
 
+# A Ray of four processors and one GPU, which is one in name only, until nobody listens any more. No dashboard: that is ten processes of
+# imports.
+HEAD = """
+import sys, ray
+from cluster.session import _start_here
+often, quiet = {"metrics_report_interval_ms": 500}, {"log_to_driver": False, "logging_level": "ERROR"}  # nobody reads the pipe later
+_start_here({**quiet, "num_cpus": 4, "num_gpus": 1, "include_dashboard": False, "_temp_dir": sys.argv[1], "_system_config": often})
+print("ADDRESS", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[str]:
+    """The address of that Ray."""
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+
+    ensure_token_if_auth_enabled(None, create_token_if_missing=True)  # as ray.init does, which here another process calls
+    place = tempfile.mkdtemp(prefix="ray-")  # sockets lie in it, and their paths may have 107 characters
+    process = subprocess.Popen([sys.executable, "-c", HEAD, place], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = next((line for line in process.stdout if line.startswith("ADDRESS ")), "")
+        assert said, "Ray did not start"
+        yield said.split()[1]
+    finally:
+        end(process.pid)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def on_head(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies of this process run on that Ray."""
+    monkeypatch.setenv("RAY_ADDRESS", head)
+
+
 def logs(services: Services) -> list[Path]:
     """Every file that Ray's nodes and the services have written, but for the store's log of the addresses that it is asked for: those that
     MLflow signs for a download hold the session's token, as S3 has it."""
@@ -95,8 +135,8 @@ class Door:
     def shut(self) -> None:
         """Refuse what comes and cut what is open."""
         self.open = False
-        for end in self.held:
-            end.close()
+        for side in self.held:
+            side.close()
 
     def _accept(self) -> None:
         while True:

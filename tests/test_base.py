@@ -1,5 +1,6 @@
 """The ground floor: configuration errors, seeds, storage."""
 
+import datetime
 import os
 import pickle
 import re
@@ -52,6 +53,7 @@ class Forms(Strict):
     votes: Literal["majority"] | Annotated[str, Field(pattern="^OPEN:")] | None = None
     runs: list[Entry] = Field([])
     groups: dict[str, Entry] | list[str] = Field([])
+    either: list[Entry] | dict[str, Entry] = Field([])
     fast: bool = False
     range: tuple[float, float] | None = None
     labels: dict[str, Any] = Field({"a": 1}, min_length=1)
@@ -85,6 +87,9 @@ class Forms(Strict):
         ({"runs": [{"name": "a", "seeds": [1.5]}]}, "runs.0.seeds.0: expected a whole number, got 1.5"),
         ({"runs": None}, "runs: expected a list, got null"),
         ({"groups": {"a": {"name": "b", "rat": 1}}}, "unknown key 'groups.a.rat', did you mean 'groups.a.rate'?"),
+        ({"either": [{}]}, "missing key 'either.0.name'"),
+        ({"either": {"a": {}}}, "missing key 'either.a.name'"),
+        ({"range": {datetime.date(2020, 1, 1): 1}}, "range: expected a list, got {datetime.date(2020, 1, 1): 1}"),
         ({"fast": "maybe"}, 'fast: expected true or false, got "maybe"'),
         ({"range": 3}, "range: expected a list, got 3"),
         ({"range": [1, 2, 3]}, "range: has 3 entries, at most 2 are wanted"),

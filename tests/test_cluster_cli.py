@@ -277,6 +277,7 @@ def test_a_shard_tells_how_far_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_head")
 def test_pack_writes_what_is_missing_and_says_what_stood(tmp_path: Path, allograft: Allograft) -> None:
     out = str(tmp_path / "shards")
     smaller = load_card("phantom-chest").model_copy(update={"max_side": 48})

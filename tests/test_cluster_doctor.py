@@ -250,6 +250,7 @@ class TestPatience:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("on_head")
 def test_a_study_too_large_for_its_cluster_is_refused_before_anything_starts(tmp_path: Path) -> None:
     from cluster.run import run as run_study
 

@@ -261,16 +261,13 @@ def test_a_broken_cuda_context_does_not_hide_what_was_wrong(phantom_chest: str, 
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(head: str) -> Iterator[None]:
     import ray
 
     from cluster.session import WORKER_SETTINGS
 
     variables = {"env_vars": {**WORKER_SETTINGS, "ALLOGRAFT_CACHE": os.environ["ALLOGRAFT_CACHE"]}}
-    often = {"metrics_report_interval_ms": 500}
-    ray.init(
-        address="local", num_cpus=4, num_gpus=1, log_to_driver=False, logging_level="ERROR", runtime_env=variables, _system_config=often
-    )
+    ray.init(address=head, log_to_driver=False, logging_level="ERROR", runtime_env=variables)
     yield
     ray.shutdown()
 
@@ -465,7 +462,8 @@ def test_a_gpu_holds_one_cell_until_its_memory_is_known(cluster: None, tmp_path:
     times = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.times")}
     beside = {name: sum(a < end and b > begin for other, (a, b) in times.items() if other != name) for name, (begin, end) in times.items()}
     assert beside["large0"] == beside["large1"] == beside["greedy"] == 0
-    assert max(beside.values()) == 2  # three of 30 in 92 % of 100
+    at_once = [sum(a <= begin < b for a, b in times.values()) for begin, _ in times.values()]
+    assert max(at_once) == 3  # of 30 in 92 % of 100
     assert "no memory was left" in tally.retried["greedy"][0]
 
 
@@ -548,5 +546,4 @@ def test_rays_exporter_tells_what_driver_and_workers_told(cluster: None, tmp_pat
     told = json.loads((tmp_path / "out" / "nodes" / f"{host}.jsonl").read_text())
     assert 0 <= told["cpu_utilization_percentage"] <= 100
     assert told["system_memory_usage_megabytes"] > 100
-    address = json.loads((tmp_path / "out" / "nodes" / "ray.json").read_text())["dashboard"]
-    assert address.startswith("http://")
+    assert (tmp_path / "out" / "nodes" / "ray.json").exists()

@@ -409,6 +409,7 @@ def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("on_head")
 def test_a_pretraining_that_fails_loses_nobody_elses_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from cluster.run import require_done
 

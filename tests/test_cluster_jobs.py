@@ -54,6 +54,7 @@ def test_the_job_succeeds(studied: Studied) -> None:
     assert "simclr against random on phantom-chest" in studied.ended.stdout
     assert "Traceback" not in studied.ended.stdout
     assert not storage.exists(f"{OUT}/driver.lock")
+    assert storage.read_json(f"{OUT}/nodes/ray.json")["dashboard"].startswith("http://")
 
 
 def test_a_bad_job_fails_with_one_line(services: Services, studied: Studied) -> None:

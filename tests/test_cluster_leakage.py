@@ -63,6 +63,7 @@ def compare(study: Study) -> dict[str, Packed]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("on_head")
 def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
     corpora = standing_corpora(leaky)
     assert leakage.standing(leaky, corpora) is None
@@ -99,6 +100,7 @@ def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("on_head")
 def test_a_study_trains_without_the_images_that_leak_and_says_so(leaky: Study, capsys: pytest.CaptureFixture[str]) -> None:
     summary = run(leaky.model_copy(update={"leakage": "exclude"}))
     assert not summary.failed

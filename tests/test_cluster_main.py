@@ -72,6 +72,7 @@ def test_out_holds_what_the_design_says(finished: tuple[Study, Summary, list[int
     )
     assert not storage.exists(f"{study.out}/driver.lock")
     assert storage.exists(summary.report)
+    assert storage.read_json(f"{study.out}/nodes/ray.json")["dashboard"].startswith("http://")
     for key in storage.listing(f"{study.out}/cells"):
         assert {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"} <= set(storage.listing(f"{study.out}/cells/{key}"))
 

@@ -342,6 +342,7 @@ def test_one_cell_searches_as_well(phantom_chest: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("on_head")
 def test_a_study_with_searches_runs_and_goes_on_where_it_was_cut_off(tmp_path: Path, phantom_chest: str) -> None:
     study = written(tmp_path, phantom_chest, sources=["random"])
     summary = run(study)
@@ -367,6 +368,7 @@ def test_a_study_with_searches_runs_and_goes_on_where_it_was_cut_off(tmp_path: P
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("on_head")
 def test_work_may_grow_while_it_runs(tmp_path: Path) -> None:
     """Cells that became ready run in the same pool; those that fail are told with their errors."""
     from cluster.session import session

@@ -100,17 +100,19 @@ def ended(services: Services, studied: Studied, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("studies")
     there = ["--address", services.jobs]
     elsewhere = folder / "wrong" / "out"
+    # What stands there already is neither packed nor made a database for once more.
+    standing = {"data": {"phantom-chest": {"shards": f"{OUT}/shards/phantom-chest"}}, "tracking": services.tracking}
     files = {
         "good": studied.path,
-        "failing": study(folder / "failing", DIVERGES),
+        "failing": study(folder / "failing", DIVERGES, study="failing", **standing),
         "wrong": study(folder / "wrong", STUDY),
-        "left": study(folder / "left", {**tiny_study.SMALLER, "pretrain": [LONG]}),
+        "left": study(folder / "left", {**tiny_study.SMALLER, "pretrain": [LONG]}, study="left", **standing),
     }
     elsewhere.mkdir()
     (elsewhere / "study.yaml").write_text("study: another")
     running = {name: Submission(services.environment, path, *there) for name, path in files.items()}
     left = running["left"]
-    left.until("pack phantom-chest")
+    left.until("leakage phantom-chest train")
     left.process.send_signal(signal.SIGINT)
     was_left = left.ended()
     status = _job(services, left.job)["status"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pretrain_run import metrics, tree
+from test_pretrain_run import metrics, resumed_at, tree
 from tiny_corpus import write
 from torch import Tensor
 from two_ranks import make_method, method_case, two_ranks
@@ -69,6 +69,7 @@ def test_resumed_is_bit_identical(runs: Path, chosen: list[str], name: str) -> N
     """From the checkpoint of step 6 of 8, in the second epoch; test_pretrain_run.py has runs that are asked to stop there."""
     whole, second = json.loads((runs / "rank0.json").read_text())[chosen.index(name)]
     assert (whole["encoder_sha256"], second["restarts"]) == (second["encoder_sha256"], 1)
+    assert resumed_at(runs / f"cut-{name}") == [6]
     assert metrics(runs / f"whole-{name}") == metrics(runs / f"cut-{name}")
     assert [row["step"] for row in metrics(runs / f"cut-{name}")] == list(range(1, 9))
     for file in ("model", "optimizer", "ema", "rank0", "rank1"):

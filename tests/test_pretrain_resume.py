@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretrain_run import metrics, tree
+from test_pretrain_run import metrics, resumed_at, tree
 from tiny_corpus import write
 from two_ranks import ROOT, standing_at, two_ranks
 
@@ -62,7 +62,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, family: str, tmp_
     assert again is not None
     assert (again["restarts"], again["encoder_sha256"]) == (1, whole["encoder_sha256"])
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert any(row.get("event") == "resumed" for row in map(json.loads, (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()))
+    assert len(resumed_at(tmp_path / "killed")) == 1
     for file in ("model", "optimizer", "rank0"):
         first, other = (
             load_local(tmp_path / kind / "checkpoints" / "step-00000010" / f"{file}.safetensors") for kind in ("whole", "killed")
@@ -95,6 +95,7 @@ def plans(at_two: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_zero_stage_trains_alike_and_resumes_bit_identical(at_two: Path, stage: int) -> None:
+    assert resumed_at(at_two / f"cut-stage{stage}") == [6]
     assert metrics(at_two / f"whole-stage{stage}") == metrics(at_two / f"cut-stage{stage}")
     names = [str(at_two / f"{kind}-stage{stage}" / "checkpoints" / "step-00000010") for kind in ("whole", "cut")]
     for file in ("model", "optimizer", "ema"):
@@ -111,6 +112,7 @@ def test_from_two_ranks_to_one(at_two: Path, name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     standing_at(at_two / f"whole-{name}", tmp_path / "out", 6)
     assert run(config(plans(at_two)[name], tmp_path / "out"), LocalContext(dir=str(tmp_path))) is not None
+    assert resumed_at(tmp_path / "out") == [6]
     expected = [row["loss"] for row in metrics(at_two / f"whole-{name}")]
     assert [row["loss"] for row in metrics(tmp_path / "out")] == pytest.approx(expected, rel=1e-4)
 
@@ -123,6 +125,7 @@ def test_from_one_rank_to_two(at_two: Path, tmp_path: Path) -> None:
     (tmp_path / "configs.json").write_text(json.dumps([plan | {"resumed": False} for plan in plans(at_two).values()]))
     two_ranks("resumed", tmp_path, timeout=200)
     for name in STATELESS:
+        assert resumed_at(tmp_path / f"whole-{name}") == [6]
         expected = [row["loss"] for row in metrics(tmp_path / f"one-{name}")]
         assert [row["loss"] for row in metrics(tmp_path / f"whole-{name}")] == pytest.approx(expected, rel=1e-4)
 

@@ -32,6 +32,12 @@ def tree(method: str, shards: str, name: str, **settings: Any) -> dict[str, Any]
     return place | start | {"recipe": recipe.model_dump(mode="json", by_alias=True), "data": data}
 
 
+def resumed_at(folder: Path) -> list[int]:
+    """The steps whose checkpoints a run went on from."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row.get("event") == "resumed"]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in CLOCKS} for row in found if "loss" in row]

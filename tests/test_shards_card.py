@@ -34,6 +34,8 @@ SMALL: dict[str, Any] = {
     "citation": "none",
 }
 
+TOLD = {key: value for key, value in SMALL["layouts"][0].items() if key != "label_columns"}
+
 
 def test_shipped_cards_load() -> None:
     assert {"phantom-chest", "phantom-fundus", "nih-cxr14", "montgomery"} <= set(names("card"))
@@ -64,6 +66,10 @@ def test_nih_card_states_the_official_layout_first() -> None:
         ({"schema": 1}, "schema"),
         ({"layouts": [SMALL["layouts"][0] | {"label_columns": {"b": "b"}}]}, "are not in the card"),
         ({"layouts": [SMALL["layouts"][0] | {"patient_pattern": "(("}]}, "regular expression"),
+        (
+            {"layouts": [{**TOLD, "findings_column": "c", "label_pattern": "(?P<a>1)"}]},
+            "label_pattern has named groups, which are of paths",
+        ),
         ({"layouts": [SMALL["layouts"][0] | {"table": None}]}, "no table"),
         ({"layouts": [SMALL["layouts"][0] | {"split_tables": {"test": "u.csv"}}]}, "not both"),
         ({"layouts": [SMALL["layouts"][0] | {"split_column": "s", "split_pattern": "(s)"}]}, "one of split_tables"),

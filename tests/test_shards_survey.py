@@ -6,7 +6,10 @@ import gzip
 import io
 import re
 import tarfile
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nibabel
@@ -61,6 +64,17 @@ def dicom(path: Path, patient: str, preamble: bytes = b"\0" * 128, sop_class: st
     image.HighBit, image.PixelRepresentation = 7, 0
     image.PixelData = bytes(range(72))
     image.save_as(path, enforce_file_format=True)
+
+
+def test_a_server_that_tells_no_sizes_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(RequestError, match="does not tell the sizes of its files"):
+            survey(f"http://127.0.0.1:{server.server_port}/")
+    finally:
+        server.shutdown()
 
 
 def test_formats_are_known_by_content(tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ def standing_at(source: Path, target: Path, step: int) -> None:
     for place in (target / "checkpoints").iterdir():
         if int(place.name[5:]) > step:
             shutil.rmtree(place)
+    assert (target / "checkpoints" / f"step-{step:08d}" / "COMMIT").exists()
     rows = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
     (target / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
 
