@@ -99,7 +99,7 @@ def find_secret(card: Card, secret: bytes | None = None) -> bytes:
         raise RequestError(
             "not a public dataset, and there is no secret to hash its patients with",
             where=f"card {card.dataset}",
-            hint="export ALLOGRAFT_SECRET_FILE=FILE, with the same secret for every dataset of the project",
+            hint="head -c 32 /dev/urandom | base64 > FILE; export ALLOGRAFT_SECRET_FILE=FILE; the same for every dataset of the project",
         )
     if len(secret) < LEAST_SECRET:
         raise RequestError(

@@ -168,7 +168,7 @@ def _recognise(card: Card, raw: str) -> Layout:
         absent = [pattern for pattern in layout.requires if not files(raw, [pattern], first=True)]
         if not absent:
             return layout
-        missing.append(f"{layout.name} lacks {', '.join(absent)}")
+        missing.append(f"layout '{layout.name}' lacks {', '.join(absent)}")
     raise RequestError(f"no layout that the card {card.dataset} knows", where=raw, hint="; ".join(missing))
 
 

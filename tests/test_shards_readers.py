@@ -85,7 +85,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_no_known_layout(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"one lacks labels\.csv"):
+    with pytest.raises(RequestError, match=r"layout 'one' lacks labels\.csv"):
         records(card(), str(tmp_path))
 
 
