@@ -22,23 +22,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated
 
 import numpy as np
-from pydantic import ConfigDict, WithJsonSchema
+from pydantic import ConfigDict
 from scipy import optimize, special
 
 from analysis.claims import PRETRAINING_SEEDS
 from analysis.components import Parts, parts, side_of
 from analysis.replicates import Array, Bootstrap, Scores, same_images
+from base.config import Number
 
 LEVEL, POWER = 0.05, 0.8  # of the test, and of repetitions that find what is called detectable
 BOUND = "both at a bound: patients and seeds do not vary"
-# Of numbers that are not finite JSON knows nothing: they are kept as text, and a default that is none stands in no schema.
-Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
 
 
-def _unknown() -> float:
+def _unknown() -> float:  # a default that is not finite stands in no schema
     return math.nan
 
 

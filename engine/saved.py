@@ -4,18 +4,16 @@ state = read_state(url); state.loader.next_step; commit = read_commit(url)      
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field
 
 from base import storage
-from base.config import Strict, parse
+from base.config import Number, Strict, parse
 from base.errors import RequestError
 
 STATE = "state.json"
 M = TypeVar("M", bound=Strict)
-# A loss before the first is infinite, for which JSON has no number.
-Loss = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
 
 
 class Position(Strict):
@@ -32,7 +30,7 @@ class RunState(Strict):
     Args:
         key: of the run; version: of what computes it.
         optimizer_values: of the optimiser what is no tensor, as `<slot>|<parameter name>`.
-        plateau: best loss, epochs since, factor of the rate.
+        plateau: best loss (infinite before the first), epochs since, factor of the rate.
         score: the higher the better; null is never best. sound: whether a run that went wrong may be taken back to here.
         seconds: of training up to here. configuration: of the run, resolved.
     """
@@ -45,7 +43,7 @@ class RunState(Strict):
     total_steps: int
     loader: Position
     optimizer_values: dict[str, int | float | None]
-    plateau: tuple[Loss, float, float]
+    plateau: tuple[Number, float, float]
     score: float | None
     sound: bool
     seconds: float
