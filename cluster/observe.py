@@ -2,6 +2,7 @@
 
     tell(cells_done=12, cells_running=4)                      # in the driver; METRICS says what there is
     tell({"run": "simclr-1a2b"}, pretrain_step=400)           # in a worker
+    note_dashboard(out)                                       # in the driver, once: its address into OUT/nodes
     look(out)                                                 # a row for every node into OUT/nodes, which cluster.projection projects
 
 Names as Prometheus has them begin with `ray_allograft_`; cluster/deploy/grafana.json draws them. Ray measures its nodes itself, so
@@ -89,13 +90,15 @@ def tell_row(url: str, row: dict[str, Any]) -> None:
         tell({"run": run}, **values)
 
 
-def dashboard() -> str:
-    """The address of Ray's dashboard, empty where there is none. A cluster must be connected."""
+def note_dashboard(out: str) -> str:
+    """The address of Ray's dashboard, empty where there is none; OUT/nodes/ray.json says it too. A cluster must be connected."""
     from ray._private import worker
 
     # ray.init tells it too, but complains of being called again, and begins a cluster of its own where one has just ended.
     url = worker._global_node.webui_url if worker._global_node else None
-    return f"http://{url}" if url else ""
+    address = f"http://{url}" if url else ""
+    storage.put(storage.join(out, "nodes", "ray.json"), json.dumps({"dashboard": address}))
+    return address
 
 
 def exporters() -> dict[str, str]:
@@ -127,15 +130,11 @@ def load(samples: list[tuple[str, dict[str, str], float]]) -> dict[str, float]:
 
 
 def look(out: str) -> None:
-    """Append a row for every node that answers to OUT/nodes/<host>.jsonl, and say in OUT/nodes/ray.json where the dashboard is."""
+    """Append a row for every node that answers to OUT/nodes/<host>.jsonl."""
     # Never the first to import Ray, which reads as it is imported what cluster.session sets before; another thread may be at it.
     connected = getattr(sys.modules.get("ray"), "is_initialized", None)
     if connected is None or not connected():
         return
-    held = storage.join(out, "nodes", "ray.json")
-    address = {"dashboard": dashboard()}
-    if not storage.exists(held) or storage.read_json(held) != address:
-        storage.put(held, json.dumps(address))
     for host, exporter in exporters().items():
         try:
             row = load(scrape(exporter))

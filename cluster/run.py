@@ -115,7 +115,7 @@ def _stages(
     progress.say("starting Ray")
     with session():
         require(study)
-        events.add("ray", dashboard=observe.dashboard())
+        events.add("ray", dashboard=observe.note_dashboard(study.out))
         making = Making(study, uri, progress, events)
         making.run()
     made, failed = making.fanned, making.failed()

@@ -18,6 +18,7 @@ from cluster import doctor, places
 from cluster.hosts import Host, look
 from cluster.load import load_study
 from cluster.study import Resources, Study
+from engine.saved import Commit
 
 SHM = 8 << 30
 
@@ -207,7 +208,7 @@ class TestPatience:
     def commit(folder: Path, step: int) -> None:
         place = folder / f"step-{step:08d}"
         place.mkdir(parents=True)
-        (place / "COMMIT").write_text("{}")
+        (place / "COMMIT").write_text(Commit(step=step, sha256={}, score=None, sound=True).model_dump_json(by_alias=True))
 
     def test_a_run_that_gets_further_may_die_for_ever_and_one_that_does_not_may_not(self, tmp_path: Path) -> None:
         from ray.train.v2._internal.execution.failure_handling import FailureDecision

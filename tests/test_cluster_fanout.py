@@ -541,9 +541,10 @@ def test_rays_exporter_tells_what_driver_and_workers_told(cluster: None, tmp_pat
     assert (labels["run"], value) == ("simclr-1a2b", 40)
     assert seen["ray_allograft_pretrain_data_wait"][1] == 0.25
     assert seen["ray_allograft_cell_images_total"][0]["task"] == BASE.task.task
+    address = observe.note_dashboard(str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "nodes" / "ray.json").read_text()) == {"dashboard": address}
     observe.look(str(tmp_path / "out"))
     host = next(iter(observe.exporters()))
     told = json.loads((tmp_path / "out" / "nodes" / f"{host}.jsonl").read_text())
     assert 0 <= told["cpu_utilization_percentage"] <= 100
     assert told["system_memory_usage_megabytes"] > 100
-    assert (tmp_path / "out" / "nodes" / "ray.json").exists()
