@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 Listing = tuple[Sequence[str], Rows]  # header and rows
 
 
-def show(what: str) -> None:
-    """Print the names of a kind, each with a line about it.
+def show(what: str | None) -> None:
+    """Print the names of a kind, each with a line about it; without a kind, the kinds.
 
     Raises:
         RequestError: no such kind.
     """
+    if what is None:
+        table([(f"allograft list {kind}", about) for kind, (about, _) in KINDS.items()])
+        return
     if what not in KINDS:
         raise unknown("list", what, KINDS)
-    header, rows = KINDS[what]()
+    header, rows = KINDS[what][1]()
     table(brief(rows, header), header)
 
 
@@ -100,12 +103,12 @@ def _weights() -> Listing:
 
 
 KINDS = {
-    "methods": _methods,
-    "strategies": _strategies,
-    "tasks": _tasks,
-    "datasets": _datasets,
-    "architectures": _architectures,
-    "recipes": _recipes,
-    "studies": _studies,
-    "weights": _weights,
+    "methods": ("what a pretraining optimises", _methods),
+    "strategies": ("how an encoder is moved to a task", _strategies),
+    "tasks": ("what is fine-tuned and measured", _tasks),
+    "datasets": ("cards: what raw files must be, and where to ask for them", _datasets),
+    "architectures": ("encoders and their cuts", _architectures),
+    "recipes": ("a method with all its settings", _recipes),
+    "studies": ("ready study files", _studies),
+    "weights": ("published weights that can be fetched", _weights),
 }

@@ -259,7 +259,7 @@ def test_weights_are_shown_converted_and_listed(
     from cluster import listing, published
     from encoders import published as files
 
-    before = listing.KINDS["weights"]()[1]
+    before = listing.KINDS["weights"][1]()[1]
     assert len(before) == 11
     assert not any("here" in row for row in before)
     small = files.load_zoo("swav").model_copy(update={"architecture": "test_resnet"})
@@ -271,4 +271,4 @@ def test_weights_are_shown_converted_and_listed(
     said = capsys.readouterr().out
     assert "start_from: zoo:swav" in said
     assert "CC-BY-NC-4.0" in said
-    assert [row[0] for row in listing.KINDS["weights"]()[1] if "here" in row] == ["swav"]
+    assert [row[0] for row in listing.KINDS["weights"][1]()[1] if "here" in row] == ["swav"]

@@ -117,13 +117,18 @@ def test_list_datasets_has_every_card_on_a_line_of_its_own_when_piped(allograft:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_is_listed(kind: str) -> None:
-    header, rows = KINDS[kind]()
+    header, rows = KINDS[kind][1]()
     assert rows
     assert all(len(row) == len(header) for row in rows)
 
 
+def test_a_list_of_nothing_named_lists_the_lists(allograft: Allograft) -> None:
+    said = allograft("list").out.splitlines()
+    assert [line.split()[2] for line in said] == list(KINDS)
+
+
 def test_epochs_of_recipes_are_said_as_they_are_written() -> None:
-    assert all(float(epochs) > 0 and not epochs.endswith(".0") for _, epochs, _ in KINDS["recipes"]()[1])
+    assert all(float(epochs) > 0 and not epochs.endswith(".0") for _, epochs, _ in KINDS["recipes"][1]()[1])
 
 
 def test_columns_are_aligned_and_lines_end_without_blanks() -> None:
