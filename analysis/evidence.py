@@ -53,9 +53,6 @@ class Evidence:
         self._planned = [cell["source"] for cell in results.expected(self.out)]
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
         self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
-        self.tasks: dict[str, set[str]] = {}
-        for cell in self.cells:
-            self.tasks.setdefault(cell.dataset, set()).add(cell.task)
 
     @cached_property
     def floors(self) -> study_floors.StudyFloors:

@@ -67,7 +67,7 @@ class Finding:
 
     def words(self, evidence: "Evidence") -> str:
         """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""
-        parts = [self.dataset if len(evidence.tasks.get(self.dataset, ())) < 2 else self.task]
+        parts = [self.task]
         settings = (("architecture", self.architecture), ("strategy", self.setting), ("resolution", f"{self.resolution} px"))
         parts += [text for name, text in settings if len(evidence.varied[name]) > 1]
         if len(evidence.varied["fraction"]) > 1:
@@ -107,9 +107,9 @@ class Finding:
 
 
 def digits(c: Comparison) -> int:
-    """Two decimals, three where two would hide which side of 0 a bound is on or the whole effect."""
+    """Two decimals, three where two would hide which side of 0 a bound is on, the whole effect, or how wide its interval is."""
     near = min(abs(c.low), abs(c.high))
-    return 3 if abs(c.estimate) < 0.02 or near < 0.005 else 2
+    return 3 if abs(c.estimate) < 0.02 or near < 0.005 or c.width < 0.02 else 2
 
 
 def decimal(value: float, places: int) -> str:

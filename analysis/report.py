@@ -107,7 +107,7 @@ def _headline(evidence: Evidence) -> str:
     low = evidence.floors.warning()
     warning = f'<span class="bad">{esc(low)}. </span>' if low else ""
     lead = evidence.answer().removesuffix("; ".join(sentence for _, sentence in lines))
-    spans = [f'<span class="{mark}">{esc(sentence)}{";" if i < len(lines) else ""} </span>' for i, (mark, sentence) in enumerate(lines, 1)]
+    spans = [f'<span class="{mark}">{esc(sentence)} </span>' for mark, sentence in lines]
     return warning + (f"<span>{esc(lead)}</span>" if lead else "") + "".join(spans)
 
 

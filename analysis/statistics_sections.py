@@ -119,7 +119,7 @@ def secondary_tests(evidence: Evidence) -> str:
         a, b = ([held for one in side(f, name) if (held := load(one)) is not None] for name in (f.a, f.b))
         found = secondary(a, b, f.metric, family=family)
         listed.append({"a": f.a, "b": f.b, "on": f.words(evidence), "metric": f.metric, **found})
-        parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)))]
+        parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)), cls="words")]
         for name, _ in TESTS:
             value = found.get(name, math.nan)
             if isinstance(value, str):

@@ -74,7 +74,7 @@ class StudyFloors:
             return ""
         image = sum(any(name in OF_IMAGES for name in names) for names in self.below)
         beside = sum(any(name not in OF_IMAGES for name in names) for names in self.below)
-        said = [f"a pixel logistic regression or a mean mask does better than {image}, so nothing was learned there"] if image else []
+        said = [f"{image} are no better than a pixel logistic regression or a mean mask, so they show nothing learned"] if image else []
         said += [f"{beside} are no better than what is written beside the image, with no image looked at"] if beside else []
         return f"{len(self.below)} of {self.known} results are under a floor: {'; '.join(said)}"
 

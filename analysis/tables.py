@@ -229,7 +229,7 @@ def findings(evidence: Evidence) -> str:
         mark = {"declared": "good", "flagged": "bad"}.get(verdict, "")
         parts = [
             f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>',
-            cell(esc(f.words(evidence))),
+            cell(esc(f.words(evidence)), cls="words"),
             cell(esc(evidence.unit(f.metric, f.dataset))),
         ]
         parts += [cell(f"{c.estimate:+.3f}" if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]

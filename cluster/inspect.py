@@ -10,7 +10,7 @@ from cluster.screen import Rows, table
 from shards.card import SPLITS
 from shards.copies import count as count_copies
 from shards.manifest import Manifest, read
-from shards.pack import QUARANTINE, by_reason, same_kind
+from shards.pack import QUARANTINE, by_reason
 from shards.splitting import OWN, count
 
 LABELS = 40  # labels whose counts are printed
@@ -127,13 +127,13 @@ def quarantine_lines(url: str, files: Mapping[str, str] | None = None) -> list[s
     """
     where = storage.join(url, QUARANTINE)
     rows: list[dict[str, Any]] = [json.loads(line) for line in storage.read_bytes(where).splitlines()] if storage.exists(where) else []
-    kinds = by_reason(row["reason"] for row in rows)
+    kinds = by_reason([row["reason"] for row in rows])
     lines = [f"{len(rows):,} quarantined, each with its reason: {where}"] if rows else []
-    for reason, n in list(kinds.items())[:REASONS]:
-        of_kind = [row for row in rows if same_kind(row["reason"]) == same_kind(reason)]
-        names = [row.get("file") or (files or {}).get(row["key"], row["key"]) for row in of_kind[:NAMED]]
-        more = f" and {n - NAMED:,} more" if n > NAMED else ""
-        lines.append(f"  {n:,} x {reason}: {', '.join(names)}{more}")
+    for reason, held in list(kinds.items())[:REASONS]:
+        of_kind = [rows[i] for i in held[:NAMED]]
+        names = [row.get("file") or (files or {}).get(row["key"], row["key"]) for row in of_kind]
+        more = f" and {len(held) - NAMED:,} more" if len(held) > NAMED else ""
+        lines.append(f"  {len(held):,} x {reason}: {', '.join(names)}{more}")
     if len(kinds) > REASONS:
         lines.append(f"  and {len(kinds) - REASONS} other reasons")
     return lines

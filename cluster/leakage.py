@@ -127,9 +127,11 @@ def compare_one(
     if against and checks:
         leaked = sum(len(check.leaked) for check in checks)
         progress.say(f"leakage {dataset} {split}: compared with {len(checks)} test sets, {leaked} images match, {took}")
-    for own in _standing(study, corpora, [pair for pair in asked if pair in own_pairs(study)]):
+    for pair in [pair for pair in asked if pair in own_pairs(study)]:
+        (own,) = _standing(study, corpora, [pair])
         if own and own.leaked:
-            progress.say(f"leakage: {len(own.leaked)} training images of {own.test.dataset} match its own test images (see the report)")
+            found = f"{len(own.leaked)} training images of {own.test.dataset} match its own test images"
+            progress.say(f"leakage: {found}; {_url(study, corpora, *pair)} names them")
     _concluded(study, corpora, checks)
 
 

@@ -1,6 +1,7 @@
 """Packing on Ray: each shard is one task, the manifest is written last by the driver."""
 
 import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -106,7 +107,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     for line in (left_out(manifest), copies(url, manifest), *quarantine_lines(url, packing.quarantined)):
         if line:
             progress.say(line)
-    progress.say(f"look at it: allograft inspect {out}")
+    progress.say(f"look at it: {shlex.join(['allograft', 'inspect', out])}")
 
 
 def check_place(card: Card, out: str) -> None:

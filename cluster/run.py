@@ -198,4 +198,6 @@ def require_done(summary: Summary) -> None:
     """Raise when something is missing, each piece of work listed."""
     if summary.failed:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in summary.failed.items())
-        raise WorkError(f"{len(summary.failed)} piece(s) of work failed:\n{lines}", hint="the same command again tries them again")
+        raise WorkError(
+            f"{len(summary.failed)} piece(s) of work failed:\n{lines}", hint="with that mended, the same command does what is missing"
+        )

@@ -68,6 +68,8 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
     """A study with one cell."""
     where = f"allograft finetune {task}"
     one = parse(_with_data(settings, where, load_task(task).dataset), OneCell, where)
+    if one.architecture and one.source != "random":
+        raise RequestError(f"'{one.source}' brings its own architecture", where=f"{where}: architecture", hint="leave it out")
     matrix = {
         "sources": [{"name": one.source.rstrip("/").rsplit("/", 1)[-1], "source": one.source}],
         "strategies": [one.strategy],

@@ -53,7 +53,12 @@ def external(source: str, out: str, uri: str) -> Weights:
         return _fetched(out, source, lambda folder: _answered(source, lambda: pull(rest.removeprefix("/"), folder, uri)))
     if kind == "run":
         return _fetched(out, source, lambda folder: _answered(source, lambda: _download_run(rest, folder, uri)))
-    return read_weights(source if is_url(source) else os.path.abspath(source))
+    found = read_weights(source if is_url(source) else os.path.abspath(source))
+    if not is_url(source):
+        from encoders.export import read_export
+
+        read_export(source)  # a file changed since is refused now and not by the workers
+    return found
 
 
 def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:

@@ -1,6 +1,7 @@
 """`allograft survey`: a folder that nobody has described, in tables, and the draft of its card."""
 
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def show(raw: str, out: str | None) -> None:
     else:
         storage.put(str(Path(out).absolute()), text)
         print(f"\ndraft {out}: {points} open points, {text.count('check:')} guesses to check")
-        print(f"when they are settled: allograft pack {out} {raw} --out SHARDS")
+        print(f"when they are settled: {shlex.join(['allograft', 'pack', out, raw])} --out SHARDS")
     if not any(os.environ.get(name) for name in SECRET):
         print("\npack hashes the names of patients and files with a secret of yours, the same for every dataset of a project:")
         print(f"head -c 32 /dev/urandom | base64 > FILE; export {SECRET[0]}=FILE")

@@ -180,7 +180,7 @@ def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool =
     union = np.zeros((height, width), np.uint8)
     for values in masks:
         if values.shape != union.shape and not resize:
-            raise Unusable(f"mask measures {values.shape[1]} x {values.shape[0]}, its image {width} x {height}")
+            raise Unusable(f"mask measures {values.shape[0]} x {values.shape[1]} (height x width), its image {height} x {width}")
         low, high = (values.min(), values.max()) if values.size else (0, 0)
         if classes > 1 and not 0 <= low <= high <= classes:
             raise Unusable(f"mask holds the value {low if low < 0 else high}, the card has {classes} classes")
@@ -192,7 +192,7 @@ def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool =
         union = np.maximum(union, indices)
     if seen is not None:
         if seen.shape != union.shape:
-            raise Unusable(f"field of view measures {seen.shape[1]} x {seen.shape[0]}, its image {width} x {height}")
+            raise Unusable(f"field of view measures {seen.shape[0]} x {seen.shape[1]} (height x width), its image {height} x {width}")
         union[~seen] = NOT_JUDGED
     if of.reduced_from:
         union = cv2.resize(union, (of.width, of.height), interpolation=cv2.INTER_NEAREST_EXACT)

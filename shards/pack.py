@@ -17,7 +17,7 @@ import errno
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -232,10 +232,10 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
     storage.put(storage.join(out_url, QUARANTINE), "".join(canonical_json(row) + "\n" for row in quarantined))
     for split, n in counts.items():
         if n == 0:
-            failed = by_reason([str(row["reason"]) for row in quarantined if row["split"] == split])
-            reasons = ", ".join(f"{times:,} because {reason}" for reason, times in failed.items())
+            refused = [row["reason"] for row in quarantined if row["split"] == split]
+            reasons = ", ".join(f"{len(held):,} because {reason}" for reason, held in by_reason(refused).items())
             raise WorkError(
-                f"no image of split '{split}' is usable, of {sum(failed.values()):,}: {reasons}", where=storage.join(out_url, QUARANTINE)
+                f"no image of split '{split}' is usable, of {len(refused):,}: {reasons}", where=storage.join(out_url, QUARANTINE)
             )
     manifest = Manifest(
         dataset=card.dataset,
@@ -255,17 +255,17 @@ def commit(card: Card, entries: Iterable[ShardEntry], out_url: str) -> Manifest:
     return manifest
 
 
-def same_kind(reason: str) -> str:
-    """The reason without its numbers: those that differ in one only (a size, an offset) are one kind."""
-    return re.sub(r"\d+", "0", reason)
+def by_reason(reasons: Sequence[str]) -> dict[str, list[int]]:
+    """Where in `reasons` each kind of them stands, the commonest first. One kind differ in numbers only (sizes, offsets): those are N."""
+    kinds: dict[str, list[int]] = {}
+    for i, reason in enumerate(reasons):
+        kinds.setdefault(re.sub(r"\d+", "0", reason), []).append(i)
+    return {_in_common([reasons[i] for i in held]): held for held in sorted(kinds.values(), key=len, reverse=True)}
 
 
-def by_reason(reasons: Iterable[str]) -> dict[str, int]:
-    """The first reason of each kind and how often the kind occurs, the commonest first."""
-    kinds: dict[str, list[str]] = {}
-    for reason in reasons:
-        kinds.setdefault(same_kind(reason), []).append(reason)
-    return {of_kind[0]: len(of_kind) for of_kind in sorted(kinds.values(), key=len, reverse=True)}
+def _in_common(reasons: Sequence[str]) -> str:
+    places = zip(*(re.split(r"(\d+)", reason) for reason in reasons), strict=True)
+    return "".join(words[0] if len(set(words)) == 1 else "N" for words in places)
 
 
 def pack(

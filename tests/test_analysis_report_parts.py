@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from analysis import analysis_sections, calibration, papers, results, secondary,
 from analysis import report as reports
 from analysis.comparing import changed, compare_studies, settings
 from analysis.evidence import gather
+from analysis.findings import effect
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
+from analysis.statistics import Comparison
 from base.seeds import rng
 
 QUICK = Bootstrap(150)
@@ -31,6 +34,12 @@ def scored(seed: int, images: int, noise_of_b: float) -> tuple[Scores, dict[str,
     ids = np.array([f"i{i}" for i in range(images)])
     patients = np.array([f"p{i // 2}" for i in range(images)], object)
     return Scores(seed, ids, patients, target, score), dict(zip(ids.tolist(), group.tolist(), strict=True))
+
+
+def test_bounds_have_enough_digits_to_tell_them_apart() -> None:
+    narrow = Comparison(-0.0417, -0.0428, -0.0406, 0.0001, 1.0, 0.001, "seeds and patients")
+    assert effect(narrow, "Dice") == "-0.042 Dice [-0.043, -0.041]"
+    assert effect(replace(narrow, low=-0.06, high=-0.024), "Dice") == "-0.04 Dice [-0.06, -0.02]"
 
 
 FACTS = ("task", "simclr", "full", "sex", "auroc_mean", "corpus")

@@ -10,7 +10,7 @@ import yaml
 from tiny_corpus import write
 
 from base.config import parse
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from cluster import facts, plan
 from cluster.load import load_study
 from cluster.plan import Packed, Weights
@@ -237,6 +237,23 @@ def test_a_chain_starts_from_published_registered_and_exported_weights(
     seen = [entry["dataset"] for entry in read_export(f"{config.out}/export").data]
     assert seen == ["imagenet-1k", "phantom-chest"]
     assert standing_weights(study, corpora)[1] == ["b"]
+
+
+def test_an_export_whose_file_was_changed_is_refused_before_anything_runs(
+    tmp_path: Path, corpora: dict[str, Packed], weights_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    from cluster.standing import start_of
+    from encoders.weights import load_local
+
+    folder = Path(give("absolute", weights_here, monkeypatch))
+    state = dict(load_local(folder))
+    state.popitem()
+    save_file(state, folder / "model.safetensors")
+    study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": str(folder)})
+    with pytest.raises(WorkError, match="the weights are not those that were exported"):
+        start_of(study.pretrain[0].start_from, 0, {}, study, "")
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Packed], weights_here: Path) -> None:

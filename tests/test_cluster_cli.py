@@ -155,7 +155,7 @@ def test_reasons_of_quarantine_are_counted_by_kind(tmp_path: Path) -> None:
     lines = quarantine_lines(str(tmp_path))
     assert lines[0].startswith("4 quarantined")
     assert lines[1:] == [
-        "  3 x mask measures 0 x 9, its image 8 x 8: 0.png, 1.png, 2.png",
+        "  3 x mask measures N x 9, its image 8 x 8: 0.png, 1.png, 2.png",
         "  1 x image is an empty file: 0b",
     ]
     assert quarantine_lines(str(tmp_path), {"0b": "ward/7.png"})[2] == "  1 x image is an empty file: ward/7.png"

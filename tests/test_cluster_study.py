@@ -102,6 +102,10 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "fractions": "10%"}}, 'cells.fractions: expected a list or a mapping of keys to values, got "10%"'),
         ({"cells": {**TINY["cells"], "tasks": []}}, "cells.tasks: is empty"),
         ({"cells": {**TINY["cells"], "resolutions": [7]}}, "cells.resolutions.0: 7 is less than 16"),
+        (
+            {"cells": {**TINY["cells"], "architectures": ["densenet121"], "resolutions": {"phantom-chest": [48, 24]}}},
+            "cells.resolutions: densenet121 takes images of at least 29 px, not of 24",
+        ),
         ({"cells": {**TINY["cells"], "seeds": [0, 0]}}, "seeds: 0 stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest"] * 2}}, "tasks: phantom-chest stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest", "phantom-chest/paper"]}}, "tasks: phantom-chest stands twice"),
@@ -229,6 +233,8 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60"])
     with pytest.raises(RequestError, match="did you mean 'seed'"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
+    with pytest.raises(RequestError, match=r"architecture: '\./encoder' brings its own architecture"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=./encoder", "architecture=resnet18"])
 
 
 def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said(tmp_path: Path) -> None:

@@ -517,7 +517,7 @@ def test_masks_of_another_size_are_quarantined_unless_the_card_resizes_them(raw:
         write(raw, f"m/{n}.png", encoded(block(1, 0, 8, 0, 4, side=16 if n == 5 else 8)))
     layout, one = {"masks": ["m/{stem}.png"]}, {"mask_classes": ["lung"]}
     assert pack(mask_card(layout, **one), str(raw), str(tmp_path / "strict")).quarantined == 1
-    assert "mask measures 16 x 16, its image 8 x 8" in (tmp_path / "strict" / "quarantine.jsonl").read_text()
+    assert "mask measures 16 x 16 (height x width), its image 8 x 8" in (tmp_path / "strict" / "quarantine.jsonl").read_text()
     manifest, samples = packed(mask_card(layout | {"mask_resize": True}, **one), raw, tmp_path / "out")
     assert manifest.quarantined == 0
     assert np.array_equal(samples["images/5.png"]["mask"], block(1, 0, 4, 0, 2))
