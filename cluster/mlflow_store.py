@@ -17,6 +17,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the client would repeat what makes a run, too, and an answer that is late would make it two
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",  # it would tell of every table that it makes
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each run that ends, between those of the study
 }
 PATIENCE_S = 10.0
@@ -80,10 +81,6 @@ def connect(uri: str) -> Any:
     require_server(uri)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
     import mlflow
     from mlflow.exceptions import MlflowException
 
