@@ -47,8 +47,8 @@ def _own(checks: Sequence[Row]) -> str:
     if not any(check.leaked for check in checks):
         return shown
     note = "The dataset itself holds these images on both sides: results on it are too good, for every encoder alike. Nothing was left out."
-    places = ", ".join(f"OUT/analyses/{check.key}/leakage.json" for check in checks if check.leaked)
-    return f'{shown}<p class="bad">{note} Which they are: {places}</p>'
+    places = ", ".join(f"analyses/{check.key}/leakage.json" for check in checks if check.leaked)
+    return f'{shown}<p class="bad">{note} Which they are: {places} in the folder of the study.</p>'
 
 
 def _comparisons(checks: Sequence[Row], setting: str) -> str:

@@ -74,8 +74,11 @@ class StudyFloors:
             return ""
         image = sum(any(name in OF_IMAGES for name in names) for names in self.below)
         beside = sum(any(name not in OF_IMAGES for name in names) for names in self.below)
-        said = [f"{image} are no better than a pixel logistic regression or a mean mask, so they show nothing learned"] if image else []
-        said += [f"{beside} are no better than what is written beside the image, with no image looked at"] if beside else []
+        than = {
+            "a pixel logistic regression or a mean mask, which shows nothing learned": image,
+            "what is written beside the image, with no image looked at": beside,
+        }
+        said = [f"{n} {'is' if n == 1 else 'are'} no better than {what}" for what, n in than.items() if n]
         return f"{len(self.below)} of {self.known} results are under a floor: {'; '.join(said)}"
 
 

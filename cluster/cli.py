@@ -109,7 +109,7 @@ def inspect(
 
 @app.command(epilog=_example("allograft run studies/demo.yaml out=runs/demo cells.seeds=[0,1,2]"))
 def run(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of one here or in studies/")], settings: Settings = None
+    study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/ or here")], settings: Settings = None
 ) -> None:
     """The main job: pack, pretrain, fine-tune, compare, register. Again = only what is missing."""
     from cluster.load import load_study
@@ -155,7 +155,7 @@ def _closing(study: Any, summary: Any) -> None:
 
 @app.command(epilog=_example("allograft submit demo out=s3://bucket/demo tracking=http://mlflow:5000 --address http://127.0.0.1:8265"))
 def submit(
-    study: Annotated[str | None, typer.Argument(help="a study file, or the name of one here or in studies/")] = None,
+    study: Annotated[str | None, typer.Argument(help="a study file, or the name of one in studies/ or here")] = None,
     settings: Settings = None,
     address: Annotated[str | None, typer.Option(help="of its dashboard, http://HOST:8265; default RAY_API_SERVER_ADDRESS")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="come back when it is sent")] = False,
@@ -170,7 +170,7 @@ def submit(
 
 @app.command(epilog=_example("allograft plan studies/real-mini.yaml preset=smoke --rate 2.5"))
 def plan(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of one here or in studies/")],
+    study: Annotated[str, typer.Argument(help="a study file, or the name of one in studies/ or here")],
     settings: Settings = None,
     rate: Annotated[float | None, typer.Option(min=0, help="price of an hour of a GPU, or of a processor without GPUs")] = None,
     gpu: Annotated[str, typer.Option(help="which, where hours are told by operations (allograft explain)")] = "h100-sxm",
@@ -187,7 +187,7 @@ def plan(
 @app.command(epilog=_example("allograft doctor studies/demo.yaml out=s3://bucket/demo tracking=http://mlflow:5000"))
 def doctor(
     study: Annotated[
-        str | None, typer.Argument(help="a study file, or the name of one here or in studies/; what it needs is looked at")
+        str | None, typer.Argument(help="a study file, or the name of one in studies/ or here; what it needs is looked at")
     ] = None,
     settings: Settings = None,
     address: Annotated[str | None, typer.Option(help="a dashboard: whether allograft submit would reach it")] = None,
@@ -273,7 +273,7 @@ def report(
 def claims(
     words: Annotated[list[str] | None, typer.Argument(metavar="[OUT]...", help="outs of studies; with --run settings, key=value")] = None,
     run: Annotated[bool, typer.Option("--run", help="run the study first: only what is missing")] = False,
-    study: Annotated[str, typer.Option(help="with --run: a study file with claims, or the name of one in studies/")] = "claims",
+    study: Annotated[str, typer.Option(help="with --run: a study file with claims, or the name of one in studies/ or here")] = "claims",
 ) -> None:
     """The ledger of claims: holds, fails or underpowered, with intervals. Without anything: the ready claims."""
     from cluster.claims import show

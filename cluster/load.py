@@ -243,7 +243,6 @@ def _check_sources(study: Study, cells: Cells, earlier: Mapping[str, PretrainEnt
 def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: str) -> None:
     """Strategies and tasks of the matrix, with each other and with the architectures, and what names tasks."""
     from cluster.claims import Asked
-    from finetune.catalogue import STRATEGIES
     from finetune.search import asked
     from finetune.strategies import check, resolve
 
@@ -258,21 +257,11 @@ def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: s
             for architecture in _architectures(study):
                 if wanted.strategy(task.task, architecture, strategy):
                     check(asked(strategy)[1], architecture, task, f"{where}: cells.strategies[{j}]")
-                    if not STRATEGIES[strategy["name"]].ends:  # what is cut off may take less
-                        _check_sizes(architecture, cells.of_task("resolutions", name), f"{where}: cells.resolutions")
     for axis in ("fractions", "resolutions", "task_settings"):
         values = getattr(cells, axis)
         for name in values if isinstance(values, dict) else ():
             if name not in cells.tasks:
                 raise unknown("task", name, cells.tasks, where=f"{where}: cells.{axis}")
-
-
-def _check_sizes(architecture: str, sides: Sequence[int], where: str) -> None:
-    from encoders.cuts import smallest
-
-    least = smallest(architecture)
-    if sides and min(sides) < least:
-        raise RequestError(f"{architecture} takes images of at least {least} px, not of {min(sides)}", where=where)
 
 
 def _one_kind(datasets: Sequence[str], cards: Mapping[str, "Card"], where: str, hint: str | None = None) -> None:

@@ -259,7 +259,18 @@ def settings(
                 seen = exposed[id(found)]
                 one = Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, seen)
                 if wanted.setting(one):
+                    _refuse_too_small(one)
                     yield one
+
+
+def _refuse_too_small(one: Setting) -> None:
+    from encoders.cuts import smallest
+    from finetune.catalogue import STRATEGIES
+
+    least, ends = smallest(one.architecture), STRATEGIES[one.strategy["name"]].ends
+    if one.resolution < least and not (ends or (one.weights and one.weights.cut)):  # what is cut off may take less
+        what = f"{one.architecture} takes images of at least {least} px, not of {one.resolution}"
+        raise RequestError(what, where=f"cells of {one.task.task}, {one.strategy['name']}: resolution")
 
 
 def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Task) -> dict[str, Any]:

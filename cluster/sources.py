@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 
 from base import storage
 from base.config import parse, read
@@ -41,7 +42,7 @@ def external(source: str, out: str, uri: str) -> Weights:
     What has to be fetched is kept under `OUT/sources/`, so that a study sees the same weights for as long as it lives.
 
     Raises:
-        RequestError: there are no such weights.
+        RequestError: there are no such weights, or the file in a folder on this machine is not the one that was exported.
         WorkError: what holds them does not answer.
     """
     kind, _, rest = source.partition(":")
@@ -53,12 +54,22 @@ def external(source: str, out: str, uri: str) -> Weights:
         return _fetched(out, source, lambda folder: _answered(source, lambda: pull(rest.removeprefix("/"), folder, uri)))
     if kind == "run":
         return _fetched(out, source, lambda folder: _answered(source, lambda: _download_run(rest, folder, uri)))
-    found = read_weights(source if is_url(source) else os.path.abspath(source))
-    if not is_url(source):
-        from encoders.export import read_export
-
-        read_export(source)  # a file changed since is refused now and not by the workers
+    if is_url(source):
+        return read_weights(source)
+    found = read_weights(os.path.abspath(source))
+    _refuse_changed(found.url, os.stat(os.path.join(found.url, "model.safetensors")).st_mtime_ns)
     return found
+
+
+@cache
+def _refuse_changed(folder: str, changed_ns: int) -> None:
+    """Of a folder on this machine: a worker would refuse other tensors as well, but once everything is started."""
+    from encoders.export import read_export
+
+    try:
+        read_export(folder)
+    except WorkError as error:
+        raise RequestError(error.what, where=error.where, hint="export or fetch it again") from error
 
 
 def _fetched(out: str, source: str, fetch: Callable[[str], object]) -> Weights:

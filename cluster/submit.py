@@ -133,7 +133,7 @@ def submit(path: str, settings: Sequence[str], address: str) -> str:
     """Send a study to a cluster and come back at once.
 
     Args:
-        path: a study file, or the name of one in studies/.
+        path: a study file, or the name of one in studies/ or here.
         settings: `key=value` words, applied there as here.
         address: of the dashboard.
 

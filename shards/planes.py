@@ -58,9 +58,9 @@ class Planes:
 def check_size(width: int, height: int, what: str = "image") -> None:
     """Raises Unusable for a plane too large to decode, or too small to be a picture."""
     if width * height > MAX_PIXELS:
-        raise Unusable(f"{what} measures {width} x {height}, more than {MAX_PIXELS // 10**6} million pixels")
+        raise Unusable(f"{what} measures {height} x {width} (height x width), more than {MAX_PIXELS // 10**6} million pixels")
     if min(width, height) < MIN_SIDE:
-        raise Unusable(f"{what} measures {width} x {height}: too small to be a picture")
+        raise Unusable(f"{what} measures {height} x {width} (height x width): too small to be a picture")
 
 
 def own_range(raw_HW: np.ndarray, padded_HW: np.ndarray | None = None) -> tuple[float, float]:

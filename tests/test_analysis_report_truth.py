@@ -36,10 +36,14 @@ QUICK = Bootstrap(150)
         ({"metadata": 0.99}, "2 are no better than what is written beside the image", "pixel"),
         (
             {"pixels": 0.99},
-            "2 are no better than a pixel logistic regression or a mean mask, so they show nothing learned",
+            "2 are no better than a pixel logistic regression or a mean mask, which shows nothing learned",
             "written beside",
         ),
-        ({"pixels": 0.98, "record": 0.99}, "they show nothing learned; 2 are no better than what is written beside the image", "pixels or"),
+        (
+            {"pixels": 0.98, "record": 0.99},
+            "which shows nothing learned; 2 are no better than what is written beside the image",
+            "pixels or",
+        ),
     ],
 )
 def test_does_not_repeat_that_pixels_do_better_where_the_floor_is_what_is_written(

@@ -10,7 +10,7 @@ import yaml
 from tiny_corpus import write
 
 from base.config import parse
-from base.errors import RequestError, WorkError
+from base.errors import RequestError
 from cluster import facts, plan
 from cluster.load import load_study
 from cluster.plan import Packed, Weights
@@ -244,7 +244,7 @@ def test_an_export_whose_file_was_changed_is_refused_before_anything_runs(
 ) -> None:
     from safetensors.torch import save_file
 
-    from cluster.standing import start_of
+    from cluster.standing import standing_weights
     from encoders.weights import load_local
 
     folder = Path(give("absolute", weights_here, monkeypatch))
@@ -252,8 +252,8 @@ def test_an_export_whose_file_was_changed_is_refused_before_anything_runs(
     state.popitem()
     save_file(state, folder / "model.safetensors")
     study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": str(folder)})
-    with pytest.raises(WorkError, match="the weights are not those that were exported"):
-        start_of(study.pretrain[0].start_from, 0, {}, study, "")
+    with pytest.raises(RequestError, match="the weights are not those that were exported"):
+        standing_weights(study, corpora)
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Packed], weights_here: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import tiny_study
 
 from base import storage
+from base.errors import RequestError
 from cluster import plan
 from cluster.cells import write_plan
 from cluster.estimate import Run, Seen, Speeds, devices
@@ -52,6 +53,16 @@ def searches_of(study: Study, shards: str) -> Searches:
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_sides_under_the_least_that_a_network_takes_are_refused_and_those_of_one_cut_off_may_be_taken(
+    tmp_path: Path, phantom_chest: str
+) -> None:
+    small = {"architectures": ["densenet121"], "resolutions": [48, 24]}
+    truncated = written(tmp_path, phantom_chest, {**small, "strategies": [{"name": "truncated", "cut": "denseblock1"}]})
+    assert len(searches_of(truncated, phantom_chest).cells) == 8
+    with pytest.raises(RequestError, match="phantom-chest, linear: resolution: densenet121 takes images of at least 29 px, not of 24"):
+        searches_of(written(tmp_path, phantom_chest, small), phantom_chest)
 
 
 @pytest.fixture(scope="module")
