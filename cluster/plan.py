@@ -267,8 +267,11 @@ def _refuse_too_small(one: Setting) -> None:
     from encoders.cuts import smallest
     from finetune.catalogue import STRATEGIES
 
-    least, ends = smallest(one.architecture), STRATEGIES[one.strategy["name"]].ends
-    if one.resolution < least and not (ends or (one.weights and one.weights.cut)):  # what is cut off may take less
+    # Which architecture weights that were not fetched yet are of is not known; what is cut off may take less.
+    if not one.architecture or STRATEGIES[one.strategy["name"]].ends or (one.weights and one.weights.cut):
+        return
+    least = smallest(one.architecture)
+    if one.resolution < least:
         what = f"{one.architecture} takes images of at least {least} px, not of {one.resolution}"
         raise RequestError(what, where=f"cells of {one.task.task}, {one.strategy['name']}: resolution")
 

@@ -18,6 +18,7 @@ from cluster.load import load_study
 from cluster.outlook import comparisons, outlook
 from cluster.plan import Packed
 from cluster.searches import Searches
+from cluster.standing import foreseen
 from cluster.study import Resources, Study
 from engine import gpus
 from engine.context import LocalContext
@@ -63,6 +64,8 @@ def test_sides_under_the_least_that_a_network_takes_are_refused_and_those_of_one
     assert len(searches_of(truncated, phantom_chest).cells) == 8
     with pytest.raises(RequestError, match="phantom-chest, linear: resolution: densenet121 takes images of at least 29 px, not of 24"):
         searches_of(written(tmp_path, phantom_chest, small), phantom_chest)
+    given = written(tmp_path, phantom_chest, {"sources": [{"name": "given", "source": "./export"}]})
+    assert [one.architecture for one in plan.settings(given, {}, foreseen(given, {}, {}))] == [""], "not looked at yet"
 
 
 @pytest.fixture(scope="module")
