@@ -57,7 +57,8 @@ def external(source: str, out: str, uri: str) -> Weights:
     if is_url(source):
         return read_weights(source)
     found = read_weights(os.path.abspath(source))
-    _refuse_changed(found.url, os.stat(os.path.join(found.url, "model.safetensors")).st_mtime_ns)
+    file = os.path.join(found.url, "model.safetensors")
+    _refuse_changed(found.url, os.stat(file).st_mtime_ns if os.path.exists(file) else 0)
     return found
 
 

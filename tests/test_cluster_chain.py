@@ -254,6 +254,9 @@ def test_an_export_whose_file_was_changed_is_refused_before_anything_runs(
     study = chain(tmp_path, corpora, A | {"architecture": None, "start_from": str(folder)})
     with pytest.raises(RequestError, match="the weights are not those that were exported"):
         standing_weights(study, corpora)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match="no weights here"):
+        standing_weights(study, corpora)
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[str, Packed], weights_here: Path) -> None:
