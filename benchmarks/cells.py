@@ -30,8 +30,8 @@ from base.paths import ROOT, revision
 SLOTS = 2
 METRIC = {"dxc14": "auroc_within_mean", "lxs": "dice"}
 RESOLUTION = {"dxc14": [96], "lxs": [128]}
-EPOCHS = {"dxc14": 2, "lxs": 2}
-FROZEN_EPOCHS = {"dxc14": 6, "lxs": 6}
+EPOCHS = {"dxc14": 2, "lxs": 3}
+FROZEN_EPOCHS = {"dxc14": 6, "lxs": 12}
 
 
 def study(folder: Path, nih: str, montgomery: str, quick: bool) -> Any:
@@ -68,7 +68,8 @@ def study(folder: Path, nih: str, montgomery: str, quick: bool) -> Any:
     data = {name: {"shards": corpus.url} for name, corpus in corpora.items()}
     made = parse({"schema": 1, "study": "cells", "out": str(folder / "out"), "data": data, "cells": cells}, Study, "benchmarks/cells.py")
     check_names(made, "benchmarks/cells.py")
-    return made, list(plan.cells(made, corpora, {"random": [], "made": [read_weights(str(folder / "made"))]}))
+    matrix = plan.settings(made, corpora, {"random": [], "made": [read_weights(str(folder / "made"))]})
+    return made, [plan.cell(setting, seed) for setting in matrix for seed in setting.seeds]
 
 
 def results(configs: list[Any]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     transplant = plant(config, 1)[0]
-    module = transplant.module.to(memory_format=torch.channels_last)
+    module = transplant.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     files = {split: Files(raw, config, split) for split in ("train", "val", "test")}
     recipe = config.task.linear if transplant.views == "evaluation" else config.task.recipe
     optimizer = torch.optim.AdamW(

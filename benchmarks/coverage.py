@@ -101,7 +101,7 @@ def double(a: Sequence[Scores], b: Sequence[Scores], made: World, bootstrap: Boo
 def percentile(a: Sequence[Scores], b: Sequence[Scores], made: World, bootstrap: Bootstrap) -> tuple[float, float]:
     draw = rng("percentile", bootstrap.seed)
     means = []
-    tuned: Array | None = None
+    tuned: np.ndarray | None = None
     for side in (a, b):
         _, x_RSB = tables(side, made.metric, bootstrap)
         r, s, count = x_RSB.shape
@@ -178,7 +178,7 @@ def null(pool: ProcessPoolExecutor, studies: int, jobs: int) -> float:
     worst = 0.0
     for metric, design in (("dice", "paired"), ("auroc_mean", "paired"), ("dice", "several pretraining seeds")):
         made = world(metric, design, 3, (1 / 3, 1 / 3, 1 / 3))
-        declared, single = 100 * sum(pool.map(partial(null_studies, replace(made, lift=0.0)), parts(studies, jobs))) / studies
+        declared, single = 100 * np.sum([*pool.map(partial(null_studies, replace(made, lift=0.0)), parts(studies, jobs))], axis=0) / studies
         worst = max(worst, declared)
         print(f"{metric}, {design}, 3 seeds: {declared:.1f} % of studies declare, {single / 6:.1f} % of intervals exclude 0")
     return worst
@@ -205,7 +205,7 @@ def checkpoints(pool: ProcessPoolExecutor, studies: int, jobs: int) -> None:
     """Checkpoints of a method spread as much as its fine-tuning seeds."""
     for pretraining, seeds in ((1, 10), (3, 10)):
         made = World("dice", seeds, pretraining, paired=False, patients=400, pretraining_sd=0.02, tuning_sd=0.0, both_sd=0.02, spread=0.05)
-        welched, methods, encoders = 100 * sum(pool.map(partial(one_checkpoint, made), parts(studies, jobs))) / studies
+        welched, methods, encoders = 100 * np.sum([*pool.map(partial(one_checkpoint, made), parts(studies, jobs))], axis=0) / studies
         print(
             f"equal methods, {pretraining} checkpoints of each, {seeds} fine-tuning seeds: Welch over all runs declares {welched:.1f} %, "
             f"ours {methods:.1f} % about methods and {encoders:.1f} % about encoders (these weights)"

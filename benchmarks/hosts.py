@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--out", default="runs/hosts")
     parser.add_argument("--drain", action="store_true")
     options = parser.parse_args()
-    from hosts import why_not
+    from namespaces import why_not
     from three_hosts import disturbed
 
     if reason := why_not():

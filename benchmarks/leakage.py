@@ -10,6 +10,7 @@ The last line is pairs of different patients called duplicates, per million.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -37,7 +38,7 @@ def gamma(image: Pixels, power: float) -> Pixels:
     return np.rint(255 * (image / 255) ** power).astype(np.uint8)
 
 
-def crop(image: Pixels, sides: Sequence[float]) -> Pixels:
+def crop(image: Pixels, sides: Sequence[float] | np.ndarray) -> Pixels:
     """`sides`: shares cut from left, top, right, bottom."""
     height, width = image.shape
     left, top, right, bottom = sides
@@ -61,11 +62,16 @@ def everything(image: Pixels, draw: Draw) -> Pixels:
     return jpeg(resize(255 - copy if draw.integers(2) else copy, side, side), int(draw.integers(50, 96)))
 
 
+def always(copy: Callable[[Pixels], Pixels]) -> Copy:
+    """Nothing of it is drawn."""
+    return lambda image, _: copy(image)
+
+
 COPIES: dict[str, Copy] = {
-    **{f"JPEG quality {quality}": lambda image, _, quality=quality: jpeg(image, quality) for quality in (90, 50, 30, 20)},
-    **{f"{side} px": lambda image, _, side=side: resize(image, side, side) for side in (64, 96, 192, 512)},
+    **{f"JPEG quality {quality}": always(partial(jpeg, quality=quality)) for quality in (90, 50, 30, 20)},
+    **{f"{side} px": always(partial(resize, width=side, height=side)) for side in (64, 96, 192, 512)},
     "224 x 300 px": lambda image, _: resize(image, 224, 300),
-    **{f"gamma {power}": lambda image, _, power=power: gamma(image, power) for power in (0.4, 0.5, 0.7, 1.5, 2.0, 2.5)},
+    **{f"gamma {power}": always(partial(gamma, power=power)) for power in (0.4, 0.5, 0.7, 1.5, 2.0, 2.5)},
     "inverted": lambda image, _: 255 - image,
     "5 % off one side": lambda image, draw: crop(image, one_side(draw)),
     "5 % off two sides": lambda image, draw: crop(image, corner(draw)),

@@ -80,7 +80,9 @@ def albumentations_two_views(interpolation: int) -> Callable[[bytes], list[np.nd
     )
 
     def views(data: bytes) -> list[np.ndarray]:
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_GRAYSCALE)[:, :, None]
+        decoded = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert decoded is not None
+        image = decoded[:, :, None]
         return [transform(image=image)["image"].transpose(2, 0, 1) for _ in range(2)]
 
     return views

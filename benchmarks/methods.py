@@ -77,21 +77,22 @@ def judge(encoder: Any, shards: str, size: int, fit: int | None) -> float:
     z, y, known, strata = {}, {}, {}, {}
     for split in ("train", "test"):
         corpus = Corpus(shards, (split,))
-        found = [batch for batch in eval_batches(corpus, size, 200) if batch.target_BL is not None and batch.mask_BL is not None]
-        valid = [batch.valid_B for batch in found]
-        z[split] = torch.cat([encoder(batch.views[0])[ok] for batch, ok in zip(found, valid, strict=True)]).double().numpy()
-        y[split] = np.concatenate([batch.target_BL[ok].numpy() for batch, ok in zip(found, valid, strict=True)])
-        known[split] = np.concatenate([batch.mask_BL[ok].numpy() > 0 for batch, ok in zip(found, valid, strict=True)])
-        index = np.concatenate([batch.index_B[ok].numpy() for batch, ok in zip(found, valid, strict=True)])
+        rows: list[tuple[torch.Tensor, ...]] = []
+        for batch in eval_batches(corpus, size, 200):
+            assert batch.target_BL is not None
+            assert batch.mask_BL is not None
+            ok = batch.valid_B
+            rows.append((encoder(batch.views[0])[ok].double(), batch.target_BL[ok], batch.mask_BL[ok] > 0, batch.index_B[ok]))
+        z[split], y[split], known[split], index = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
         metas = [record.meta.get(str(corpus.card.stratify_by)) for record in corpus.records()]
         strata[split] = [metas[i] for i in index]
     areas = []
     for label in range(y["train"].shape[1]):
-        rows, judged = known["train"][:fit, label], known["test"][:, label]
-        if len(set(y["train"][:fit, label][rows])) < 2:
+        fitted, judged = known["train"][:fit, label], known["test"][:, label]
+        if len(set(y["train"][:fit, label][fitted])) < 2:
             continue
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-        model.fit(z["train"][:fit][rows], y["train"][:fit, label][rows])
+        model.fit(z["train"][:fit][fitted], y["train"][:fit, label][fitted])
         score, target = model.decision_function(z["test"][judged]), y["test"][judged, label]
         inside = [stratum for stratum, ok in zip(strata["test"], judged, strict=True) if ok]
         areas.append(auroc_within(score, target, inside) if stratified(inside) else auroc(score, target))

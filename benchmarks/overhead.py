@@ -46,7 +46,13 @@ CASES = {"resnet50": Case("resnet50", 224, 16, 8, 4, 4), "resnet18": Case("resne
 def recipe_of(case: Case) -> Any:
     from pretrain.recipe import load_recipe
 
-    settings = {"views.size": case.size, "global_batch": case.batch, "max_steps": case.steps, "epochs": 1000, "log_every_steps": case.every}
+    settings: dict[str, Any] = {
+        "views.size": case.size,
+        "global_batch": case.batch,
+        "max_steps": case.steps,
+        "epochs": 1000,
+        "log_every_steps": case.every,
+    }
     settings |= {
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "clip": CLIP},
         "precision": "fp32",
@@ -128,9 +134,11 @@ def parts(case: Case, threads: int) -> dict[str, float]:
         features = {name: torch.randn(case.batch, d, generator=stream) for name, d in widths.items()}
         measured = window.measure(features, batch, by_labels=by_labels)
         for name, teacher in byol.teachers.items():
+            student = byol.followed(name)
+            assert student is not None
             before = list(teacher.parameters())[ema.largest(teacher)].clone()
-            ema.lag(teacher, byol.followed(name))
-            ema.moved(before, teacher, byol.followed(name))
+            ema.lag(teacher, student)
+            ema.moved(before, teacher, student)
         rows.append(measured | {"step": LOGGED * len(rows), "steps": 10_000, "epoch": 1.0, "loss": 3.0, "data_wait": 0.0})
         health.judge(rows, chance_loss=3.4, width=width, labelled=False)
 

@@ -60,7 +60,8 @@ def make(out: Path, cells: int, images: int) -> int:
     study = {"schema": 1, "study": "large", "out": str(out), "data": {}, "cells": {"sources": sources, "strategies": strategies}}
     (out / "cells").mkdir(parents=True)
     (out / "study.yaml").write_text(yaml.safe_dump(study))
-    draw, plan = rng("large"), []
+    draw = rng("large")
+    plan: list[dict[str, Any]] = []
     rows = rows_of(base, predictions(base, images, draw))
     curve = [{"epoch": e, "step": 10 * e, "train_loss": 1 / e, "val_loss": 1 / e, "val_auroc_mean": 0.5 + e / 100} for e in range(1, 21)]
     history = [json.dumps(row) for row in curve]

@@ -152,7 +152,7 @@ def counted() -> Iterator[Counter[str]]:
 
     fsspec.register_implementation("counted", Counting, clobber=True)
     Counting.protocol = "counted"
-    known, storage._fs = storage._fs, lambda url: (Counting(), "/" + url.partition("://")[2])  # type: ignore[assignment]
+    known, storage._fs = storage._fs, lambda url: (Counting(), "/" + url.partition("://")[2])
     try:
         yield asked
     finally:
@@ -241,7 +241,8 @@ def simulate(hours_of: Sequence[float], guess_of: Sequence[float], gpus: int, di
 
     draw = random.Random(seed)
     line = Line(cost=lambda config: guess_of[config.seed])
-    line.add(CellConfig.model_construct(key=f"{i}", seed=i, role="cell") for i in range(len(hours_of)))
+    known: list[dict[str, Any]] = [{"key": f"{i}", "seed": i, "role": "cell"} for i in range(len(hours_of))]
+    line.add(CellConfig.model_construct(**facts) for facts in known)
     events: list[tuple[float, int, str, int]] = [(0.0, gpu, "free", 0) for gpu in range(gpus)]
     nodes = -(-gpus // GPUS_OF_NODE)
     if mtbf_h:

@@ -53,6 +53,10 @@ def ours(files: list[bytes], settings: dict[str, Any]) -> Callable[[int], object
     return lambda i: make(decode(files[i], 1), None, cfg, (0, 0, i))
 
 
+def decoding(files: list[bytes]) -> Callable[[int], object]:
+    return lambda i: decode(files[i], 1)
+
+
 def lightly(files: list[bytes], transform: Any, mode: str) -> Callable[[int], object]:
     return lambda i: transform(Image.open(io.BytesIO(files[i])).convert(mode))
 
@@ -74,7 +78,7 @@ def main() -> None:
     median: dict[tuple[int, str, str], float] = {}
     for side in (512, 1024):
         files = [xrays.xray(i, side) for i in range(options.images)]
-        rows: dict[tuple[int, str, str], Callable[[int], object]] = {(side, "decoding", "allograft"): lambda i, f=files: decode(f[i], 1)}
+        rows: dict[tuple[int, str, str], Callable[[int], object]] = {(side, "decoding", "allograft"): decoding(files)}
         for name, (settings, default, grey) in SETS.items():
             rows[side, name, "allograft"] = ours(files, settings)
             rows[side, name, "lightly default"] = lightly(files, default(), "RGB")

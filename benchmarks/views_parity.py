@@ -36,9 +36,9 @@ def main() -> int:
     for a, b in ((OURS, "random"), (LIGHTLY, "random"), (OURS, LIGHTLY)):
         for task, strategy in sorted({(cell.task, cell.strategy) for cell in cells}):
             held = {name: [cell for cell in cells if (cell.source, cell.task, cell.strategy) == (name, task, strategy)] for name in (a, b)}
-            sides = [[found for cell in held[name] if (found := scores(cell))] for name in (a, b)]
+            of_a, of_b = ([found for cell in held[name] if (found := scores(cell))] for name in (a, b))
             metric = held[a][0].primary() or "auroc_mean"
-            print(line(f"{task}, {strategy}", metric, a, b, compare(*sides, metric, bootstrap=bootstrap)))
+            print(line(f"{task}, {strategy}", metric, a, b, compare(of_a, of_b, metric, bootstrap=bootstrap)))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, at, unknown
-from base.paths import absolute, is_url, named, names, with_preset
+from base.paths import absolute, is_url, named, names, safe_name, with_preset
 from cluster.study import Cells, PretrainEntry, Study
 from finetune.task import METRICS, Task, load_task
 
@@ -153,6 +153,7 @@ def check_names(study: Study, where: str) -> None:
     for name in study.data:
         with at(f"{where}: data.{name}"):
             cards[name] = load_card(name)
+    _refuse_one_folder(study, where)
     earlier: dict[str, PretrainEntry] = {}
     for i, entry in enumerate(study.pretrain):
         with at(f"{where}: pretrain[{i}]"):
@@ -180,6 +181,17 @@ def check_names(study: Study, where: str) -> None:
             raise unknown("task", study.champion.task, held, where=f"{where}: champion.task")
         if study.champion.metric not in METRICS[held[study.champion.task].kind]:
             raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
+
+
+def _refuse_one_folder(study: Study, where: str) -> None:
+    """Cards `a/b.yaml` and `a-b.yaml`, say, would pack into the same one."""
+    of: dict[str, str] = {}
+    for name, entry in study.data.items():
+        folder = safe_name(name)
+        if not entry.shards and folder in of:
+            what = f"its shards would stand in the folder of {of[folder]}, {folder}"
+            raise RequestError(what, where=f"{where}: data.{name}", hint="give one of the two files another name")
+        of[folder] = name
 
 
 def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, PretrainEntry], cards: Mapping[str, "Card"], key: str) -> None:

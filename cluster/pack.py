@@ -92,7 +92,7 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     raw = raw if raw.startswith("phantom:") else absolute(raw)
     split_files = split_files and absolute(split_files)
     url = absolute(out)
-    check_place(card, url)
+    check_place(card, url, raw)
     refuse_another_secret(card, url)
     plan(card, raw, split_files=split_files)  # bad input is refused before a cluster is started
     progress = Progress()
@@ -110,12 +110,15 @@ def pack_command(name: str, raw: str, out: str, changes: dict[str, int], split_f
     progress.say(f"look at it: {shlex.join(['allograft', 'inspect', out])}")
 
 
-def check_place(card: Card, out: str) -> None:
+def check_place(card: Card, out: str, raw: str = "") -> None:
     """Refuse to write a dataset's shards where something else lies.
 
     Raises:
-        RequestError: `out` is a file or below one, may not be written, holds another dataset, or holds files that no packing wrote.
+        RequestError: `out` is a file or below one, may not be written, lies in the raw folder, holds another dataset, or holds files that
+            no packing wrote.
     """
+    if f"{out.rstrip('/')}/".startswith(f"{raw.rstrip('/')}/") and raw:
+        raise RequestError("this is in the folder of raw files, which would be others then", where=out, hint="give another --out")
     if not is_url(out):
         nearest = next(str(folder) for folder in (Path(out), *Path(out).parents) if os.path.exists(folder))
         if not os.path.isdir(nearest):

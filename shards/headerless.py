@@ -16,7 +16,7 @@ def planes(data: bytes, spec: RawPixels) -> Planes:
     dtype = np.dtype(spec.dtype)
     expected = spec.height * spec.width * dtype.itemsize
     if len(data) != expected:
-        raise Unusable(f"image has {len(data)} bytes, {spec.width} x {spec.height} pixels take {expected}")
+        raise Unusable(f"image has {len(data)} bytes, {spec.height} x {spec.width} pixels (height x width) take {expected}")
     raw_HW = np.frombuffer(data, dtype).reshape(spec.height, spec.width).astype(dtype.newbyteorder("="))
     plane = Measured(raw_HW, 1.0, 0.0, 0.0, float(2**spec.bits - 1), spec.invert)
     return Planes(1, lambda _: show(plane), lambda _: plane)

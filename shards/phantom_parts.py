@@ -15,7 +15,7 @@ import numpy as np
 
 from base.seeds import rng
 
-PHANTOM_VERSION = 1  # raised when a change moves a pixel: shards packed before are then packed again
+PHANTOM_VERSION = 2  # raised when a change moves a pixel or an answer: shards packed before are then packed again
 LABELS: tuple[str, ...] = ("texture", "count", "arrangement")
 FEW, MANY = (2, 3), (6, 8)  # opacities, ends included: label count = 0 and 1
 
@@ -39,14 +39,19 @@ class Streams(NamedTuple):
     metadata: dict[str, str | int]
 
 
+def patient_of(seed: int, index: int) -> str:
+    """The patient of an image: of three images in a row the first two are one patient's."""
+    return f"{seed}-{index // 3}-{index % 3 // 2}"
+
+
 def streams(kind: str, seed: int, index: int) -> Streams:
     """The streams, the labels (independent, each 1 in half of the images) and the metadata (independent of all) of image `index`."""
-    draw = rng("phantom", kind, seed, index, "labels")
+    draw, person = rng("phantom", kind, seed, index, "labels"), rng("phantom", kind, patient_of(seed, index), "person")
     bits = draw.integers(0, 2, len(LABELS))
     metadata: dict[str, str | int] = {
         "view": ("AP", "PA")[draw.integers(2)],
-        "sex": ("F", "M")[draw.integers(2)],
-        "age": int(draw.integers(18, 90)),
+        "sex": ("F", "M")[person.integers(2)],
+        "age": int(person.integers(18, 90)),
     }
     return Streams(
         rng("phantom", kind, seed, index, "anatomy"),

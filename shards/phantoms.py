@@ -18,7 +18,7 @@ from typing import NamedTuple
 from base.errors import RequestError
 from shards.phantom_chest import chest
 from shards.phantom_fundus import fundus
-from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom
+from shards.phantom_parts import LABELS, PHANTOM_VERSION, Phantom, patient_of
 from shards.phantom_procedural import procedural
 from shards.phantom_scales import scales
 
@@ -64,8 +64,3 @@ def parse_raw(raw: str) -> Series:
     if size is not None and not 32 <= size <= 1024:
         raise RequestError(f"side {size} is not within 32 to 1024 pixels", where=raw)
     return Series(count, seed or 0, size)
-
-
-def patient_of(seed: int, index: int) -> str:
-    """The patient of an image: of three images in a row the first two are one patient's."""
-    return f"{seed}-{index // 3}-{index % 3 // 2}"

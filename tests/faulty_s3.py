@@ -55,7 +55,7 @@ class Proxy:
         """What happens to this request."""
         if not self.faults or request.method not in ("GET", "PUT") or "list-type" in request.query_string or request.path.count("/") < 2:
             return None
-        kinds = WRITES if request.method == "PUT" else READS
+        kinds: tuple[str, ...] = WRITES if request.method == "PUT" else READS
         if not request.path.endswith((".tar", ".idx")):
             kinds = tuple(kind for kind in kinds if kind not in ("other bytes", "short"))
         came = self.requests[request.method, request.path]

@@ -160,9 +160,9 @@ def make(
                         )
                         _cell(out, source, names[source], key, seed, number, maker, (source, task) in own)
     kept = ("key", "architecture", "source", "source_seed", "fraction", "resolution", "seed", "strategy", "task")
-    held = [json.loads(file.read_text()) for file in sorted((out / "cells").glob("*/result.json"))]
-    held.sort(key=lambda result: list(names.values()).index(result["source"]))
-    (out / "plan.json").write_text(json.dumps([{name: result[name] for name in kept} for result in held]))
+    results = [json.loads(file.read_text()) for file in sorted((out / "cells").glob("*/result.json"))]
+    results.sort(key=lambda result: list(names.values()).index(result["source"]))
+    (out / "plan.json").write_text(json.dumps([{name: result[name] for name in kept} for result in results]))
     for name in (s for s in sources if s in SHA and pretrain):
         _pretraining(out, name)
     return out
@@ -248,7 +248,7 @@ def _pretraining(out: Path, name: str) -> None:
     folder = out / "pretrain" / f"{name}-{SHA[name][:16]}"
     folder.mkdir(parents=True)
     draw = rng("pretraining", name)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "step": s,
             "epoch": s / 20,

@@ -41,7 +41,7 @@ def dicom(pixels: np.ndarray, *, ct: bool = False, deflated: bool = False, **val
     meta.MediaStorageSOPClassUID = CTImageStorage if ct else DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPInstanceUID = "2.25.1"
     meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian if deflated else ExplicitVRLittleEndian
-    ds = FileDataset(None, {}, file_meta=meta, preamble=values.pop("preamble", b"\0" * 128))  # type: ignore[arg-type]
+    ds = FileDataset(None, {}, file_meta=meta, preamble=values.pop("preamble", b"\0" * 128))
     ds.SOPClassUID, ds.Modality = meta.MediaStorageSOPClassUID, "CT" if ct else "DX"
     colour = pixels.shape[-1] == 3
     ds.Rows, ds.Columns = pixels.shape[-3:-1] if colour else pixels.shape[-2:]
@@ -78,7 +78,8 @@ def item(**values: Any) -> Dataset:
 def ct_slice(pixels: np.ndarray, z: float, **values: Any) -> bytes:
     """A CT slice at height z (mm), 0.5 mm between rows and 0.25 mm between columns."""
     place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [-10, -20, z], "PixelSpacing": [0.5, 0.25]}
-    return dicom(pixels, ct=True, **{"SeriesInstanceUID": "2.25.7", "RescaleSlope": 1, "RescaleIntercept": -1024} | place | values)
+    series: dict[str, Any] = {"SeriesInstanceUID": "2.25.7", "RescaleSlope": 1, "RescaleIntercept": -1024}
+    return dicom(pixels, ct=True, **(series | place | values))
 
 
 def mask(data: bytes, classes: int, of: Stored) -> bytes:

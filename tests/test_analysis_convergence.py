@@ -65,7 +65,7 @@ def test_half_censored_has_a_censored_median() -> None:
 def test_speed_up_covers_the_true_ratio() -> None:
     draw, inside = rng("speed-up test"), 0
     for i in range(60):
-        base, own = (np.exp(draw.normal(math.log(centre), 0.2, 9)) for centre in (300, 100))
+        base, own = (np.exp(draw.normal(math.log(centre), 0.2, 9)).tolist() for centre in (300, 100))
         found = speedup(base, own, 1e9, 1e9, replicates=300, seed=i)
         inside += found.low <= 3 <= found.high
     assert inside >= 52  # of 60: 95 % but for three standard errors

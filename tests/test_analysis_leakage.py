@@ -114,7 +114,8 @@ def test_inversion_mirrors_a_look_and_flips_every_bit() -> None:
 def test_alignment_finds_the_way_back(placement: alignment.Placement, index: int) -> None:
     moving = look([phantoms.chest(1, index, 128).image]).small_NHW[0]
     fixed = alignment.warp(moving.astype(np.float32), placement).astype(np.uint8)
-    alike = alignment.Target.of(fixed, np.zeros((128, 128), np.float32) + np.arange(128, dtype=np.float32)).compare(moving, (1, 0, 1, 0))
+    mean_HW: np.ndarray = np.zeros((128, 128), np.float32) + np.arange(128, dtype=np.float32)
+    alike = alignment.Target.of(fixed, mean_HW).compare(moving, (1, 0, 1, 0))
     assert alike is not None
     assert min(alike) > 0.9
 

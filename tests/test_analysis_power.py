@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from analysis.power import AUROC, MASKS, Spread, auroc_variance, cell_variance, 
 from analysis.statistics import Comparison
 from base.seeds import rng
 
-CHEST = {"patients": 400, "prevalence": [0.1, 0.2]}
+CHEST: dict[str, Any] = {"patients": 400, "prevalence": [0.1, 0.2]}
 METRICS = ["auroc_mean", "auroc_within_mean", "auprc_mean", "accuracy", "balanced_accuracy", "kappa_quadratic", "dice", "iou"]
 
 
@@ -27,7 +28,7 @@ def test_the_variance_of_an_auroc_is_that_of_simulated_scores() -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_more_patients_seeds_and_fewer_comparisons_find_smaller_differences(metric: str) -> None:
-    base = {"patients": 300, "prevalence": [0.1, 0.3], "seeds": 4, "family": 5}
+    base: dict[str, Any] = {"patients": 300, "prevalence": [0.1, 0.3], "seeds": 4, "family": 5}
     held = power(metric, **base).detectable
     assert 0 < held < 1
     assert power(metric, **{**base, "patients": 1200}).detectable < held
@@ -39,7 +40,7 @@ def test_more_patients_seeds_and_fewer_comparisons_find_smaller_differences(metr
 @given(st.integers(30, 2000), st.floats(0.05, 0.5), st.integers(1, 30), st.floats(0.005, 0.2))
 @settings(max_examples=8, deadline=None)
 def test_the_seeds_that_a_difference_needs_find_it_and_one_fewer_do_not(patients: int, share: float, family: int, wanted: float) -> None:
-    size = {"patients": patients, "prevalence": [share], "family": family}
+    size: dict[str, Any] = {"patients": patients, "prevalence": [share], "family": family}
     found = power("auroc_mean", seeds=3, wanted=wanted, **size)
     if found.seeds_needed is None:
         assert found.floor > wanted

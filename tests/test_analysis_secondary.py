@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,8 @@ def test_delong_counts_patients_not_images() -> None:
         assert cell.target_NL is not None
         assert cell.score_NL is not None
         columns = {"patient_N": cell.patient_N, "target_NL": cell.target_NL, "score_NL": cell.score_NL}
-        return replace(cell, ids_N=np.arange(160).astype(str), **{name: np.concatenate([x, x]) for name, x in columns.items()})
+        doubled: dict[str, Any] = {name: np.concatenate([x, x]) for name, x in columns.items()}
+        return replace(cell, ids_N=np.arange(160).astype(str), **doubled)
 
     once, again = delong_difference(a, b), delong_difference([twice(cell) for cell in a], [twice(cell) for cell in b])
     assert once[0] == pytest.approx(again[0])

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def made(
     seed: int, score_NL: np.ndarray, target_NL: np.ndarray, patient_N: np.ndarray, strata: np.ndarray | None = None, pre: int = 0
 ) -> Scores:
     patients = patient_N.astype(str).astype(object)
-    return Scores(seed, np.arange(len(score_NL)), patients, target_NL, score_NL, None, strata, pre)
+    ids: Any = np.arange(len(score_NL))
+    return Scores(seed, ids, patients, target_NL, score_NL, None, strata, pre)
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.booleans())
@@ -35,7 +37,7 @@ def test_weighted_auroc_equals_the_metric_on_repeated_images(seed: int, ties: bo
     score = draw.integers(0, 6, (n, 2)).astype(float) if ties else draw.normal(0, 1, (n, 2))
     target = (draw.random((n, 2)) < 0.4).astype(float)
     target[:2] = [[0, 0], [1, 1]]
-    strata = draw.integers(0, 3, n).astype(str).astype(object)
+    strata: Any = draw.integers(0, 3, n).astype(str).astype(object)
     strata[:2] = "0"
     weight = draw.integers(0, 3, (4, n))
     weight[:, :2] = 1  # both classes stay
@@ -79,7 +81,7 @@ def test_replicates_of_many_images_are_as_exact_as_those_of_few() -> None:
     draw = rng("exact")
     target = (draw.random((300, 1)) < 0.5).astype(float)
     held = made(0, draw.integers(0, 200, (300, 1)).astype(float), target, np.arange(300))
-    weight = draw.integers(1, 5, (20, 300))
+    weight: Any = draw.integers(1, 5, (20, 300))
     few, many = (metric_B(held, "auroc_mean", weight * times) for times in (1, 10_001))
     assert weight.sum(1).max() * 10_001 > EXACT > weight.sum(1).max()
     np.testing.assert_allclose(few, many, rtol=1e-15)
@@ -151,7 +153,8 @@ def test_dice_difference_matches_its_formula() -> None:
     hard = draw.normal(0.8, 0.05, n)
 
     def side(lift: float) -> list[Scores]:
-        ids, people, own = np.arange(n), np.arange(n).astype(str).astype(object), draw.normal(0, 0.03, n)
+        ids: Any = np.arange(n)
+        people, own = ids.astype(str).astype(object), draw.normal(0, 0.03, n)
         return [Scores(s, ids, people, dice_N=hard + own + lift + draw.normal(0, 0.01) + draw.normal(0, 0.02, n)) for s in range(seeds)]
 
     a, b = side(0.02), side(0.0)
@@ -288,7 +291,8 @@ def test_equal_scores_give_a_zero_interval_and_other_images_are_refused() -> Non
 
 
 def dice(seed: int, value_N: np.ndarray, pre: int = 0) -> Scores:
-    return Scores(seed, np.arange(len(value_N)), np.arange(len(value_N)).astype(str).astype(object), None, None, value_N, None, pre)
+    ids: Any = np.arange(len(value_N))
+    return Scores(seed, ids, ids.astype(str).astype(object), None, None, value_N, None, pre)
 
 
 def test_does_not_repeat_degrees_of_freedom_of_a_variance_from_rounding() -> None:

@@ -261,7 +261,12 @@ def test_a_folder_comes_back_whole_and_its_last_file_goes_last(place: str, tmp_p
         (source / name).write_text(name)
     written: list[str] = []
     real = storage.put_file
-    monkeypatch.setattr(storage, "put_file", lambda local, url: (written.append(url), real(local, url)))
+
+    def put_file(local: str | Path, url: str) -> None:
+        written.append(url)
+        real(local, url)
+
+    monkeypatch.setattr(storage, "put_file", put_file)
     storage.put_dir(source, storage.join(place, "d"), last=("COMMIT",))
     assert written[-1].endswith("COMMIT")
     storage.get_dir(storage.join(place, "d"), tmp_path / "back")

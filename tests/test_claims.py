@@ -77,8 +77,8 @@ def test_a_strategy_matches_by_the_options_that_are_named() -> None:
 def entry(expect: str, estimate: float, se: float, df: float = 20, margin: float = 0.02, family: int = 1, of_seeds: float = 0.5) -> Entry:
     half = stats.t.ppf(0.975, df) * se
     p = 2 * stats.t.sf(abs(estimate) / se, df)
-    numbers = map(float, (estimate, estimate - half, estimate + half, se, df, p))
-    parts = {"seed_variance": of_seeds * se**2, "patient_variance": (1 - of_seeds) * se**2}
+    numbers = (float(estimate), float(estimate - half), float(estimate + half), float(se), float(df), float(p))
+    parts: dict[str, Any] = {"seed_variance": of_seeds * se**2, "patient_variance": (1 - of_seeds) * se**2}
     held = Comparison(*numbers, "seeds and patients", units=5, patients=200, **parts)
     made = Entry(claim(expect=expect, margin=margin), {"task": "t"}, "auroc_mean", "d", held, 1)
     return Entry(**{**vars(made), "adjusted": holm([made.p, *[1.0] * (family - 1)])[0], "family": family})
@@ -346,7 +346,7 @@ def test_does_not_repeat_verdicts_of_scores_at_a_bound(tmp_path: Path) -> None:
 def test_does_not_repeat_equivalence_at_the_degrees_of_freedom_of_another_tail() -> None:
     """Half of seeds (2 df), half of patients (199): the claim holds after Holm exactly where its interval at that level is inside."""
     made = entry("equivalent", 0.0, 0.004)
-    parts = {"seed_variance": 0.5 * 0.004**2, "patient_variance": 0.5 * 0.004**2, "seeds_df": 2.0}
+    parts: dict[str, Any] = {"seed_variance": 0.5 * 0.004**2, "patient_variance": 0.5 * 0.004**2, "seeds_df": 2.0}
     comparison = replace(made.comparison, **parts)
     for tail in (0.05, 0.005, 0.0005):
         margin = comparison.parts.critical(tail) * 0.004
@@ -381,7 +381,7 @@ def test_does_not_repeat_methods_on_random_weights_without_seeds(tmp_path: Path,
 def test_a_claim_added_after_the_results_says_so_and_one_changed_is_withdrawn(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=4, images=200)
     events = Events(str(out))
-    study = Study.model_construct(out=str(out), claims=[claim()])
+    study = Study.model_construct(out=str(out), claims=[claim()])  # type: ignore[call-arg]
     register_claims(study, events)  # a driver that comes when results stand on both sides
     (found,) = with_claims(out, claim(), registered=False).ledger
     assert found.late
@@ -404,7 +404,7 @@ def test_a_claim_added_after_the_results_says_so_and_one_changed_is_withdrawn(tm
 def test_the_diary_holds_each_claim_once_and_how_much_stood(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 1.0}, seeds=2, images=60)
     other = claim(name="other", comparison={"a": {"source": "byol"}, "b": {"source": "random"}})
-    study, events = Study.model_construct(out=str(out), claims=[claim(), other]), Events(str(out))
+    study, events = Study.model_construct(out=str(out), claims=[claim(), other]), Events(str(out))  # type: ignore[call-arg]
     register_claims(study, events)
     register_claims(study, Events(str(out)))
     rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]

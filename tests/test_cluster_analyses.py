@@ -153,7 +153,8 @@ def test_nothing_is_wrong_with_its_page_in_a_browser(analysed: Study, phantom_fu
     """Its analyses and Grad-CAM as they were computed, beside a claim, a cell with masks, and what leaked."""
     out = tmp_path / "out"
     shutil.copytree(analysed.out, out, ignore=shutil.ignore_patterns("encoder"))
-    masks = {"task": "phantom-vessels", "settings": {"recipe.epochs": 1}, "key": "e" * 16, "out": str(out / "cells" / ("e" * 16))}
+    masks: dict[str, Any] = {"task": "phantom-vessels", "settings": {"recipe.epochs": 1}, "key": "e" * 16}
+    masks["out"] = str(out / "cells" / ("e" * 16))
     run(tiny_cell.config({"phantom-fundus": phantom_fundus}, tmp_path, **masks), LocalContext(dir=str(tmp_path)))
     write_claims(out, [claim(comparison={"a": {"source": "one"}, "b": {"source": "random"}}, where={"kind": "classification"})])
     (out / "leakage.json").write_bytes((ROOT / "tests" / "golden" / "leakage_summary.json").read_bytes())

@@ -149,7 +149,9 @@ def test_inspect_prints_the_manifest_and_writes_a_sheet(tmp_path: Path, allograf
 
 
 def test_reasons_of_quarantine_are_counted_by_kind(tmp_path: Path) -> None:
-    rows = [{"key": "0a", "reason": f"mask measures {n} x 9, its image 8 x 8", "file": f"{n}.png"} for n in range(3)]
+    rows: list[dict[str, object]] = [
+        {"key": "0a", "reason": f"mask measures {n} x 9, its image 8 x 8", "file": f"{n}.png"} for n in range(3)
+    ]
     rows.append({"key": "0b", "reason": "image is an empty file", "file": None})
     (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = quarantine_lines(str(tmp_path))

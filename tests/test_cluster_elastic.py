@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import HEAD
+from namespaces import HEAD
 from services import end
 from test_pretrain_run import tree
 from tiny_corpus import write

@@ -73,7 +73,7 @@ def test_memory_that_is_short_is_said_and_what_would_fit_does(
 ) -> None:
     memory = sketched(load_recipe(recipe), architecture, images=500, channels=1, gpu_count=1).cost.memory
     room = (sum(memory) - 0.7 * memory.activations) / 2**30
-    monkeypatch.setitem(gpus.GPUS, "little", gpus.get("v100")._replace(memory=room))
+    monkeypatch.setitem(gpus.GPUS, "little", gpus.get("v100")._replace(memory=room))  # type: ignore[arg-type]
     words = (recipe, "--architecture", architecture, "--images", "500", "--gpu", "little")
     code, said = explain(*words)
     assert code == 0

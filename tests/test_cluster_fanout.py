@@ -428,7 +428,7 @@ def test_two_ranks_compute_what_one_does(cluster: None, tmp_path: Path) -> None:
     for a, b in zip(*rows, strict=True):
         assert [b[key] for key in a] == pytest.approx([a[key] for key in a], abs=1e-5)
     frames = [pd.read_parquet(Path(config.out) / "predictions.parquet") for config in (one, two)]
-    pd.testing.assert_frame_equal(*frames, atol=1e-4, rtol=1e-4)
+    pd.testing.assert_frame_equal(frames[0], frames[1], atol=1e-4, rtol=1e-4)
     assert "workers: 2" in (Path(two.out) / "config.yaml").read_text()
 
 

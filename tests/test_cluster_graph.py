@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,15 @@ def test_what_is_ready_runs_at_once() -> None:
 def test_what_does_not_fit_waits_and_what_is_smaller_goes_on() -> None:
     order: list[str] = []
     small = threading.Event()
+
+    def act() -> None:
+        order.append("small")
+        small.set()
+
     made = graph(
         Node("first", lambda: small.wait(5), holds={"CPU": 3}),
         Node("large", lambda: order.append("large"), holds={"CPU": 2}),
-        Node("small", lambda: (order.append("small"), small.set()), holds={"CPU": 1}),
+        Node("small", act, holds={"CPU": 1}),
     )
     made.run()
     assert order == ["small", "large"]
@@ -249,7 +255,7 @@ def test_any_graph_runs_each_node_once_in_order_and_within_what_there_is(plan: l
     made = Graph(lambda: FOUR)
     for i, (needs, after, cpus, _) in enumerate(plan):
         holds = {"CPU": cpus} if cpus else {}
-        made.add(Node(str(i), lambda i=i: act(i), tuple(map(str, needs)), tuple(map(str, after)), holds=holds))
+        made.add(Node(str(i), partial(act, i), tuple(map(str, needs)), tuple(map(str, after)), holds=holds))
     made.run()
     assert sorted(begun) == [i for i in range(len(plan)) if i not in lost]
     assert set(made.failed) == {str(i) for i, one in enumerate(plan) if one[3] and i not in lost}

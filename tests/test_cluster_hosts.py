@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_study
-from hosts import Hosts, hosts, why_not
+from namespaces import Hosts, hosts, why_not
 from three_hosts import disturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]

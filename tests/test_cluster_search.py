@@ -63,14 +63,18 @@ def planned(study: Study, shards: str, **changes: Any) -> Searches:
 
 def result_of(config: CellConfig, value: float | None) -> dict[str, Any]:
     metric = config.task.metric
-    rows = [{"metric": metric, "class": "", "value": value}, {"metric": f"{metric}_error", "class": "", "value": 0.01}]
+    rows: list[dict[str, Any]] = [
+        {"metric": metric, "class": "", "value": value},
+        {"metric": f"{metric}_error", "class": "", "value": 0.01},
+    ]
     selection = {"metric": metric, "value": value, "epoch": 1, "epochs": 2}  # of the three that were asked for
     return {"metrics": [{**row, "split": "val"} for row in rows], "params": 1000, "key": config.key, "selection": selection}
 
 
 def drive(searches: Searches, value: Callable[[CellConfig], float | Exception | None], limit: int = 1000) -> list[CellConfig]:
     """Run trials and cells one after the other as the pool would, with values in place of trainings; what ran, in order."""
-    queue, ran = searches.ready(), []
+    queue = searches.ready()
+    ran: list[CellConfig] = []
     while queue and len(ran) < limit:
         config = queue.pop(0)
         found = value(config)
@@ -239,8 +243,9 @@ def test_a_strategy_is_the_same_cell_whether_its_defaults_are_typed_or_not(tmp_p
 
 def test_cells_compute_in_the_numbers_that_the_study_asks_for(tmp_path: Path, phantom_chest: str) -> None:
     keys: dict[str, set[str]] = {"fp32": set(), "bf16": set()}
-    gpu = [{"gpus_per_cell": share} for share in (0.25, 1, "measured")]
-    for asked in ({}, {"dtype": "fp32"}, {"dtype": "bf16"}, *gpu, *(resources | {"dtype": "fp32"} for resources in gpu)):
+    gpu: list[dict[str, Any]] = [{"gpus_per_cell": share} for share in (0.25, 1, "measured")]
+    plain: list[dict[str, Any]] = [{}, {"dtype": "fp32"}, {"dtype": "bf16"}]
+    for asked in (*plain, *gpu, *(resources | {"dtype": "fp32"} for resources in gpu)):
         study = written(tmp_path, phantom_chest, strategies=["linear"], sources=["random"], tune=None, seeds=[0])
         study = study.model_copy(update={"resources": parse(asked, Resources, "resources")})
         (config,) = planned(study, phantom_chest).cells

@@ -28,7 +28,7 @@ def test_runs_and_accounts_are_in_postgresql(as_user: Services, studied: Studied
         assert programs
         reach = ["--host", "127.0.0.1", "--port", str(services.ports["postgres"]), "--username", "mlflow", "mlflow"]
         environment = {**services.environment, "PGPASSWORD": database_password(services)}
-        command = [programs / "psql", *reach, "--no-align", "--tuples-only", "--command", query]
+        command: list[str | Path] = [programs / "psql", *reach, "--no-align", "--tuples-only", "--command", query]
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
     tag = "select count(distinct value) from tags where key = 'allograft.key' and value in"

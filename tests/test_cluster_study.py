@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ from cluster.standing import jobs_of, shards_url, standing_corpora
 from cluster.study import Resources, Study
 from shards.card import load_card
 
-TINY = {
+TINY: dict[str, Any] = {
     "schema": 1,
     "study": "tiny",
     "out": "runs/tiny",
@@ -152,7 +153,8 @@ def test_a_study_is_found_by_its_name_where_it_was_written(tmp_path: Path, monke
 def test_cards_and_tasks_of_ones_own_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cards").mkdir()
-    for kind, file, dataset in (("card", "cards/ward.yaml", "ward"), ("task", "ward-task.yaml", "cards/ward.yaml")):
+    files: list[tuple[Any, str, str]] = [("card", "cards/ward.yaml", "ward"), ("task", "ward-task.yaml", "cards/ward.yaml")]
+    for kind, file, dataset in files:
         (tmp_path / file).write_text(named(kind, "phantom-chest").read_text().replace("dataset: phantom-chest", f"dataset: {dataset}"))
     data = {"cards/ward.yaml": {"raw": "phantom:60"}}
     run = {**TINY["pretrain"][0], "data": {"cards/ward.yaml": "train"}}
@@ -208,6 +210,19 @@ def test_shards_are_not_written_over_anything_else(tmp_path: Path) -> None:
     storage.put(str(other / "phantom-fundus-train-00000.tar"), "x")
     with pytest.raises(RequestError, match="not shards of phantom-chest"):
         check_place(card, str(other))
+    with pytest.raises(RequestError, match="in the folder of raw files"):
+        check_place(card, str(tmp_path / "raw" / "shards"), str(tmp_path / "raw"))
+    check_place(card, str(tmp_path / "raw-shards"), str(tmp_path / "raw"))
+
+
+def test_two_cards_whose_shards_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    text = (ROOT / "datasets" / "phantom-chest.yaml").read_text()
+    (tmp_path / "a").mkdir()
+    for name in ("a/b.yaml", "a-b.yaml"):
+        (tmp_path / name).write_text(text)
+    data = {f"{tmp_path}/{name}": {"raw": "phantom:60"} for name in ("a/b.yaml", "a-b.yaml")}
+    with pytest.raises(RequestError, match=r"stand in the folder of .*a.b.yaml"):
+        load_study(written(tmp_path, data=TINY["data"] | data))
 
 
 def test_no_dataset_of_a_study_is_packed_where_one_stands_with_another_secret(tmp_path: Path) -> None:

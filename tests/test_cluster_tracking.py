@@ -132,7 +132,7 @@ def test_controls_own_sources_and_other_strategies_do_not_move_the_champion() ->
         Study,
         "study",
     )
-    shared = {"encoder_sha256": "e", "role": "cell", "options": {}, "resolution": 32}
+    shared: dict[str, Any] = {"encoder_sha256": "e", "role": "cell", "options": {}, "resolution": 32}
     cells = [result("a", seed=0, value=0.8, **shared), result("a", seed=1, value=0.6, **shared)]
     assert champion_score(study, "e", cells) == pytest.approx(0.7)
     others = [

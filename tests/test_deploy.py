@@ -271,7 +271,7 @@ def authority(folder: Path) -> tuple[Path, Path, Path]:
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
     subprocess.run([*new, "-keyout", key, "-out", ca, "-subj", "/CN=hospital"], check=True, capture_output=True)
-    signed = [*new, "-keyout", secret, "-out", certificate, *names, "-CA", ca, "-CAkey", key]
+    signed: list[str | Path] = [*new, "-keyout", secret, "-out", certificate, *names, "-CA", ca, "-CAkey", key]
     subprocess.run(signed, check=True, capture_output=True)
     return ca, certificate, secret
 

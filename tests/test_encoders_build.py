@@ -49,9 +49,9 @@ def test_every_architecture_has_cuts_that_describe_it(name: str) -> None:
 @pytest.mark.parametrize("name", architectures())
 def test_every_block_of_an_architecture_is_a_cut(name: str) -> None:
     encoder = on_meta(name)
-    kinds = ("BasicBlock", "Bottleneck", "DenseLayer", "DenseTransition", "InvertedResidual", "DepthwiseSeparableConv", "ConvNeXtBlock")
-    kinds += ("SwinTransformerBlock", "Block", "InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE", "CbrLayer")
-    kinds += ("PreActBottleneck", "BottleneckBlock")
+    kinds: tuple[str, ...] = ("BasicBlock", "Bottleneck", "DenseLayer", "DenseTransition", "InvertedResidual", "DepthwiseSeparableConv")
+    kinds += ("ConvNeXtBlock", "SwinTransformerBlock", "Block", "InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE")
+    kinds += ("CbrLayer", "PreActBottleneck", "BottleneckBlock")
     blocks = [module for module, block in encoder.net.named_modules() if type(block).__name__ in kinds]
     named = {cut.module for cut in encoder.cuts} | {f"features.{cut.name}" for cut in encoder.cuts}
     closing = {cut.name for cut in encoder.cuts if cut.module == "final_conv"}  # does nothing, after CLIP's last block

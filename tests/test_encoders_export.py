@@ -49,17 +49,17 @@ def asked_for(request: pytest.FixtureRequest, among: list[str], parameter: str) 
     return [name for name in among if any(params.get(parameter) == name for params in calls)]
 
 
-def trained(in_chans: int) -> torch.nn.Module:
+def trained(in_chans: int) -> Encoder:
     """An encoder whose batch-norm statistics have moved, in the memory layout of training."""
-    encoder = build("test_resnet", in_chans, seed=1).to(memory_format=torch.channels_last).train()
+    encoder = build("test_resnet", in_chans, seed=1).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     with torch.no_grad():
         encoder(torch.randint(0, 256, (8, in_chans, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     return encoder
 
 
-def write(encoder: torch.nn.Module, place: Path) -> str:
+def write(encoder: Encoder, place: Path) -> str:
     return export(
-        encoder,  # type: ignore[arg-type]
+        encoder,
         place,
         name="simclr",
         method="simclr",
@@ -69,7 +69,7 @@ def write(encoder: torch.nn.Module, place: Path) -> str:
         ],
         data=[{"dataset": "phantom-chest", "digest": "0" * 64, "licence": "CC0"}],
         revision="abc1234",
-        image_size=48 if encoder.smallest <= 48 and 48 % encoder.patch == 0 else 64,  # type: ignore[operator]
+        image_size=48 if encoder.smallest <= 48 and 48 % encoder.patch == 0 else 64,
     )
 
 
@@ -77,7 +77,7 @@ def test_the_export_holds_the_encoder_and_says_where_it_comes_from(tmp_path: Pat
     encoder = trained(1)
     sha256 = write(encoder, tmp_path)
     state = load_local(tmp_path)
-    assert sha256 == sha256_of(state) == sha256_of(encoder.net.state_dict())  # type: ignore[arg-type, union-attr]
+    assert sha256 == sha256_of(state) == sha256_of(encoder.net.state_dict())
     assert state["bn1.running_mean"].abs().max() > 0  # batch-norm statistics are part of it
     assert not any(name.startswith(("net.", "module.", "fc.")) for name in state)
     info = read_export(tmp_path)

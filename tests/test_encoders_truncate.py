@@ -100,7 +100,7 @@ def test_a_dense_blocks_layers_are_gathered() -> None:
     assert [truncate(whole, f"denseblock1.denselayer{i}").num_features for i in (1, 2, 6)] == [96, 128, 256]
     assert truncate(whole, "transition1").num_features == 128
     block = truncate(whole, "transition3")  # block and transition: the children that TruncatedTL keeps
-    kept = nn.Sequential(*list(whole.net.features.children())[:9])  # type: ignore[union-attr, operator]
+    kept = nn.Sequential(*list(whole.net.features.children())[:9])  # type: ignore[union-attr]
     assert parameters(block.net) == parameters(kept)
     assert block.num_features == 512
 

@@ -28,7 +28,7 @@ def test_global_norm_equals_one_process_with_the_whole_batch(pair: Path) -> None
     expected = norm_case(0, 1)
     found = load_file(pair / "rank0.safetensors")
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-5, msg=f"{key}: {{}}".format)
     for key in expected:
         if "running" in key or "tracked" in key:
             assert torch.equal(load_file(pair / "rank1.safetensors")[key], found[key])

@@ -98,7 +98,7 @@ def test_does_not_repeat_random_augmentation_of_validation_images(tmp_path: Path
     recipe = MASKS.recipe.model_copy(update={"views": Augmentation(**ALL)})
     for split in ("val", "test"):
         decoded = decode_all(Corpus(str(loaded(tmp_path, MASKS, split) and tmp_path / "tiny"), (split,)), 32)
-        masked = np.flatnonzero((decoded.seg != NOT_JUDGED).any((1, 2)))  # type: ignore[operator, union-attr]
+        masked = np.flatnonzero((decoded.seg != NOT_JUDGED).any((1, 2)))  # type: ignore[union-attr]
         for _ in range(2):
             arrays = loaded(tmp_path, MASKS, split, recipe=recipe)
             (view,) = seen(arrays, np.arange(len(arrays)))
@@ -222,7 +222,7 @@ def test_what_a_task_did_not_ask_for_leaves_every_pixel_as_it_was() -> None:
     images = pictures(6, 50)
     seg = (images[:, 0] > 128).astype(np.float32)
     plain = {"jitter_p": 1.0, "brightness": 0.1, "contrast": 0.1, "saturation": 0, "hue": 0, "blur_p": 0}
-    config = views.ViewsConfig(kind="one", size=32, crop_scale=(0.6, 1), crop_ratio=(0.8, 1.25), **plain)  # type: ignore[arg-type]
+    config = views.ViewsConfig(kind="one", size=32, crop_scale=(0.6, 1), crop_ratio=(0.8, 1.25), **plain)
     keys = [(3, 2, seed_of(f"i{i}")) for i in range(6)]
     expected, moved = views.augment(images, seg.astype(np.uint8), config, keys)
     image, target, _ = TrainingViews(of(images, target=seg), 32, Augmentation(), 3, masks=True).batch(np.arange(6), 2)
@@ -309,7 +309,11 @@ def test_views_of_a_device_are_those_of_the_cpu_but_for_rounding(asked: dict[str
 
 @pytest.mark.parametrize("key", ["resized_crop_p", "light_p", "distort_p"])
 def test_shares_are_those_that_are_asked_for(key: str) -> None:
-    asked = {"resized_crop_p": {"crop_scale": (0.3, 0.8)}, "light_p": {"brightness": 0.3, "contrast": 0.3, "gamma": 0.7}, "distort_p": {}}
+    asked: dict[str, dict[str, Any]] = {
+        "resized_crop_p": {"crop_scale": (0.3, 0.8)},
+        "light_p": {"brightness": 0.3, "contrast": 0.3, "gamma": 0.7},
+        "distort_p": {},
+    }
     images = np.repeat(pictures(1, 48), 300, axis=0)
     image, _, _ = TrainingViews(of(images), 48, Augmentation(**(STILL | asked[key] | {key: 0.3})), 0, masks=False).batch(np.arange(300), 0)
     changed = (image.numpy() != images).any((1, 2, 3)).mean()

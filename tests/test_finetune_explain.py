@@ -77,7 +77,8 @@ def test_at_the_last_map_of_a_pooled_network_it_is_the_class_activation_map(look
     x = planted(4, 3)[0]
     with torch.no_grad():
         maps = looking.encoder.features(x)
-        cam = torch.einsum("bchw,c->bhw", maps, looking.head.linear.weight[1]).relu()  # type: ignore[union-attr]
+        assert isinstance(looking.head.linear, torch.nn.Linear)
+        cam = torch.einsum("bchw,c->bhw", maps, looking.head.linear.weight[1]).relu()
         cam = F.interpolate(cam[:, None], (SIDE, SIDE), mode="bilinear")[:, 0]
     torch.testing.assert_close(grad_cam(looking, x, [1] * 4), cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30))
 

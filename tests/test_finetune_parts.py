@@ -259,6 +259,8 @@ def test_shuffled_labels_of_studies_are_those_of_other_studies(seed: int, exclus
     """Studies of one to nine images keep how many of them are positive, negative or not known."""
     draw = np.random.default_rng(seed)
     of = np.repeat(np.arange(300), draw.integers(1, 10, 300))
+    target: np.ndarray
+    known: np.ndarray
     if exclusive:
         target = known = np.eye(3)[draw.integers(0, 3, 300)][of]
     else:
@@ -277,7 +279,8 @@ def test_shuffled_labels_of_studies_are_those_of_other_studies(seed: int, exclus
     for by in ("patient", "scan"):
         mixed = shuffled(whole, seed, by)
         before, after = studies(whole), studies(mixed)
-        np.testing.assert_array_equal(*(np.sort(found.view([("", found.dtype)] * 3), 0) for found in (before, after)))
+        one, other = (np.sort(found.view([("", found.dtype)] * 3), 0) for found in (before, after))
+        np.testing.assert_array_equal(one, other)
         assert (before != after).any()
         for label in range(3):
             assert abs(np.corrcoef(before[:, label] == 1, after[:, label] == 1)[0, 1]) < 0.03

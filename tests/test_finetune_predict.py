@@ -238,7 +238,7 @@ def slices(how: str, by: str = "patient") -> tuple[Task, Arrays, np.ndarray]:
     meta = tuple({"study": name} for name in ("s", "s", "t", "t", None))
     arrays = labelled(target, patients=patients, strata=strata, meta=meta)
     p = np.array([[0.2, 0.4], [0.6, 0.1], [0.5, 0.5], [0.5, 0.9], [0.3, 0.7]])
-    return TWO.model_copy(update={"aggregate": Aggregate(by=by, how=how)}), arrays, np.log(p / (1 - p)).astype(np.float32)  # type: ignore[arg-type]
+    return TWO.model_copy(update={"aggregate": Aggregate(by=by, how=how)}), arrays, np.log(p / (1 - p)).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_two_workers_compute_what_one_does(tmp_path: Path) -> None:
     they have without a wrapper. Processes end without a group whose threads outlive Python (now and then one was aborted)."""
     shards = tiny_cell.corpora(tmp_path / "corpora")
     quick = {"recipe.epochs": 2, "recipe.batch": 15, "recipe.lr": 1e-3, "recipe.optimizer": "sgd", "recipe.warmup": 0}
-    cases = {
+    cases: dict[str, tuple[str, dict[str, Any], str]] = {
         "labels": ("phantom-chest", {"class_weights": "balanced"}, "full"),
         "classes": ("phantom-chest", {"kind": "multiclass", **tiny_cell.CLASSES}, "gradual"),
         "masks": ("phantom-vessels", {"recipe.batch": 9}, "lp-ft"),
@@ -327,7 +327,7 @@ def test_two_workers_compute_what_one_does(tmp_path: Path) -> None:
             assert a.keys() == b.keys()
             assert [b[key] for key in a] == pytest.approx([a[key] for key in a], abs=1e-5)
         frames = [pd.read_parquet(Path(config.out) / "predictions.parquet") for config in (one, two)]
-        pd.testing.assert_frame_equal(*frames, atol=1e-4, rtol=1e-4)
+        pd.testing.assert_frame_equal(frames[0], frames[1], atol=1e-4, rtol=1e-4)
         assert found["selection"]["epoch"] == expected["selection"]["epoch"]
         states = [load_local(Path(config.out) / "encoder") for config in (one, two)]
         assert states[0].keys() == states[1].keys()

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ searches = st.builds(
 def test_the_chosen_cut_is_the_first_within_one_standard_error_of_the_best(search: Search, seed: int) -> None:
     results, _ = run(search, seed)
     found = answer(search, results)
-    full = {point.at: point for point in found.curve if point.epochs is None}
+    full: dict[str | float, Any] = {point.at: point for point in found.curve if point.epochs is None}
     best = full[found.best]
     assert best.mean == max(point.mean for point in full.values())
     bar = best.mean - best.error
@@ -76,7 +77,7 @@ def test_no_search_takes_more_trials_than_trying_every_cut(search: Search, seed:
 
 @pytest.mark.parametrize("kind", ["two-stage", "halving", "random"])
 @pytest.mark.parametrize("architecture", ["resnet50", "resnet18", "densenet121", "efficientnet_b0", "vit_small_patch16_224"])
-def test_searches_take_fewer(kind: str, architecture: str) -> None:
+def test_searches_take_fewer(kind: Any, architecture: str) -> None:
     search = cut_search(kind, architecture, [0], 40)
     assert most_trials(search) < len(cuts(architecture))
 
@@ -115,7 +116,7 @@ def test_every_source_and_strategy_gets_the_same_rates_and_budget(grid: list[flo
     for seed in (0, 1):  # two sources with other results
         results, ran = run(one, seed, diverge=0.2 if trials > 4 else 0.0)
         assert len(ran) == trials * seeds == most_trials(one)
-        if any(all(not math.isnan(results[Trial(lr=rate, seed=s)].value) for s in range(seeds)) for rate in one.candidates):
+        if any(all(not math.isnan(results[Trial(lr=float(rate), seed=s)].value) for s in range(seeds)) for rate in one.candidates):
             assert answer(one, results).exhaustive == trials * seeds
 
 

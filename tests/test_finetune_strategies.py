@@ -141,7 +141,7 @@ def test_bare_and_wrapped_steps_are_the_same(case: str) -> None:
     train(bare, CHEST, count=2, kind=torch.optim.SGD)
     train(inside, CHEST, wrapped=True, count=2, kind=torch.optim.SGD)
     for (name, ours), theirs in zip(bare.module.state_dict().items(), inside.module.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}: {{}}".format)
 
 
 # One of each family: a cut in its middle. Those above are not repeated.
@@ -328,7 +328,8 @@ def test_exports_of_truncated_and_slim_encoders_are_sources_of_cells(kind: str, 
         save_file(weights, tmp_path / "export" / "model.safetensors")
         about = tmp_path / "export" / "allograft.json"
         about.write_text(json.dumps(json.loads(about.read_text()) | {"cut": "layer3.0", "sha256": sha256_of(weights)}))
-    source = {"source": kind, "source_kind": "weights", "encoder_dir": str(tmp_path / "export"), "encoder_sha256": sha256_of(weights)}
+    source: dict[str, Any] = {"source": kind, "source_kind": "weights", "encoder_dir": str(tmp_path / "export")}
+    source["encoder_sha256"] = sha256_of(weights)
     cuts_of_source = 4 if kind == "cut" else 5
     of = {"full": ({}, cuts_of_source), "transfusion": ({"cut": "layer2"}, cuts_of_source), "truncated": ({"cut": "layer1"}, 2)}
     for name, (options, kept) in of.items():

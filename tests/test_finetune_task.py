@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from base.config import load, parse
 from base.errors import RequestError
@@ -14,10 +15,10 @@ from base.paths import PRESETS, ROOT, named, names
 from finetune.catalogue import STRATEGIES
 from finetune.cell import CellConfig, Result
 from finetune.strategies import get, resolve
-from finetune.task import LOSSES, METRICS, Task, TaskFile, load_task
+from finetune.task import LOSSES, METRICS, Kind, Task, TaskFile, load_task
 from shards.card import load_card
 
-SCHEMAS = {"task": TaskFile, "cell": CellConfig, "cell_result": Result}
+SCHEMAS: dict[str, type[BaseModel]] = {"task": TaskFile, "cell": CellConfig, "cell_result": Result}
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -134,7 +135,7 @@ def test_no_mirror_where_a_side_has_a_meaning() -> None:
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_a_kind_has_its_losses_and_metrics_and_no_others(kind: str) -> None:
+def test_a_kind_has_its_losses_and_metrics_and_no_others(kind: Kind) -> None:
     facts = {"schema": 3, "task": "t", "title": "t", "dataset": "d", "kind": kind, "resolution": 32}
     facts |= {"labels": [] if kind == "segmentation" else ["a", "b"], "recipe": {"epochs": 1, "batch": 2, "lr": 0.1, "patience": 1}}
     assert parse({**facts, "metric": METRICS[kind][0]}, Task, "t").loss == LOSSES[kind][0]

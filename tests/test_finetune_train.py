@@ -331,7 +331,7 @@ def test_every_kind_and_loss_trains_under_every_way_of_training(cell: Make, tmp_
     arrays, logits = trainer.arrays("val"), trainer.logits("val")
     of = [torch.from_numpy(x) for x in (logits, arrays.target, arrays.known)]
     chosen = next(row for row in rows if row["epoch"] == selection.epoch)
-    assert float(loss_of(config.task, *of, trainer._weights)) == pytest.approx(chosen["val_loss"], rel=1e-5)  # type: ignore[arg-type]
+    assert float(loss_of(config.task, of[0], of[1], of[2], trainer._weights)) == pytest.approx(chosen["val_loss"], rel=1e-5)
 
 
 def epoch_losses(shards: dict[str, str], folder: Path, changed: dict[str, Any]) -> list[tuple[float, float]]:
@@ -687,8 +687,8 @@ def test_features_are_computed_once_and_read_by_all_cells(cell: Make, tmp_path: 
     for fields in ({"seed": 1, "fraction": 0.6}, {"seed": 2}, {"settings": {"linear.lr": 0.1}}, {"strategy": {"name": "knn"}}):
         if task == "phantom-vessels" and "strategy" in fields:
             continue
-        fields = {"strategy": {"name": "linear"}, **fields}
-        config = cell(task, **fields, **source)
+        asked: dict[str, Any] = {"strategy": {"name": "linear"}, **fields}
+        config = cell(task, **asked, **source)
 
         def counted(transplant: Transplant) -> Transplant:
             transplant.module.encoder.net.register_forward_hook(lambda *_: runs.append(1))

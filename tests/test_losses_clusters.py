@@ -209,6 +209,7 @@ def test_the_target_does_not_repeat_the_standstill_of_bfloat16() -> None:
 
     student = nn.Linear(8, 8)
     teacher, stuck = ema.follower(student.bfloat16()), nn.Linear(8, 8).bfloat16()
+    assert isinstance(teacher, nn.Linear)
     stuck.load_state_dict(student.state_dict())
     start = student.weight.detach().float().clone()
     with torch.no_grad():

@@ -205,7 +205,7 @@ def test_clusters_follow_the_size_of_the_corpus() -> None:
     assert cluster_counts(1000) == (20, 39, 78)
     assert cluster_counts(2) == (2, 2, 2)
     facts = methods.Facts(seed=0, samples=1000, global_batch=BATCH)
-    kind = methods.method_class("pcl-v2")
+    kind: Any = methods.method_class("pcl-v2")
     assert kind.scaled(kind.Options(), facts) == {"queue": 248, "clusters.0": 20, "clusters.1": 39, "clusters.2": 78}
     assert kind.scaled(kind.Options(queue=16, clusters=(3,)), facts) == {}
 

@@ -15,6 +15,7 @@ EPS = 1e-5  # of batch norm
 
 def head(method: methods.Method, h: np.ndarray, layers: int) -> np.ndarray:
     """Linear layers without bias, each with a batch norm of this batch, and ReLU between them (SimCLR v2, official code)."""
+    assert isinstance(method.head, torch.nn.Module)
     state = {name: numpy_of(value) for name, value in method.head.state_dict().items() if "running" not in name and "num" not in name}
     names = [name.removesuffix(".weight") for name, value in state.items() if value.ndim == 2]
     assert len(names) == layers
@@ -34,6 +35,7 @@ def test_simclr_against_numpy(name: str, layers: int, temperature: float) -> Non
     torch.manual_seed(0)
     facts = methods.Facts(seed=3, samples=40, global_batch=8)
     method = methods.build(name, TinyEncoder(), {"temperature": temperature, "hidden_dim": 10, "output_dim": 6}, facts).train()
+    assert isinstance(method.head, torch.nn.Module)
     given = batch("simclr")
     with torch.no_grad():
         for layer in method.head.modules():

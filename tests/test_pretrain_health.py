@@ -98,7 +98,8 @@ def made(kind: str) -> list[dict[str, Any]]:
             with meter.waiting():
                 time.sleep(0.01)
             meter.tick()
-        return rows(**{name: value for name, value in meter.read().items() if name == "data_wait"})
+        waited: dict[str, Any] = {name: value for name, value in meter.read().items() if name == "data_wait"}
+        return rows(**waited)
     found = rows({"collapsed": "constant"}.get(kind, "normal"))
     if kind == "not learning":
         return [row | {"loss": 6.19, "contrastive_top1": 1 / 511} for row in found]

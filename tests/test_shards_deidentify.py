@@ -130,7 +130,7 @@ def test_no_identifier_of_a_dicom_file_reaches_the_shards(tmp_path: Path, depth:
 def test_only_known_words_of_a_header_are_kept(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    kept = {"Modality": "CR", "ViewPosition": "PA", "PatientSex": "F", "PatientAge": "093Y", "BodyPartExamined": "CHEST"}
+    kept: dict[str, Any] = {"Modality": "CR", "ViewPosition": "PA", "PatientSex": "F", "PatientAge": "093Y", "BodyPartExamined": "CHEST"}
     (raw / "a.dcm").write_bytes(dicom(PIXELS, **kept, PatientName=NAME))
     pack(open_card(), str(raw), str(tmp_path / "out"), secret=SECRET)
     text = next(data for name, data in every_byte(tmp_path / "out") if name.endswith(".json") and name.startswith("odd-"))

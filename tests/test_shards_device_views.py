@@ -40,7 +40,8 @@ def on_device(image_BCHW: torch.Tensor, cfg: ViewsConfig, keys: list[tuple[int, 
 @pytest.mark.parametrize(("channels", "shape"), [(1, (64, 64)), (3, (65, 97)), (2, (256, 200))])
 def test_the_same_key_gives_the_view_of_the_cpu(case: str, channels: int, shape: tuple[int, int]) -> None:
     settings, tolerance = CASES[case]
-    cfg, keys = ViewsConfig.model_validate(settings), [(1, 2, i) for i in range(12)]
+    cfg = ViewsConfig.model_validate(settings)
+    keys: list[tuple[int, ...]] = [(1, 2, i) for i in range(12)]
     images = np.stack([picture(i, max(shape), channels)[: shape[0], : shape[1]] for i in range(12)])
     views = on_device(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), cfg, keys)
     assert [view.shape for view in views] == [(12, channels, side, side) for side in cfg.sizes]
@@ -75,7 +76,7 @@ STATISTICS = {
 def test_a_view_hangs_on_its_key_and_not_on_its_batch() -> None:
     cfg = ViewsConfig(kind="two", size=24, solarize_p=0.5)
     batch_BCHW = torch.from_numpy(np.stack([picture(i, 40).transpose(2, 0, 1) for i in range(6)]))
-    keys = [(3, i) for i in range(6)]
+    keys: list[tuple[int, ...]] = [(3, i) for i in range(6)]
     together = on_device(batch_BCHW, cfg, keys)
     for part in (slice(0, 1), slice(1, 6)):
         for whole, alone in zip(together, on_device(batch_BCHW[part], cfg, keys[part]), strict=True):

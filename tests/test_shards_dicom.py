@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def window(values: np.ndarray, centre: float, width: float) -> np.ndarray:
     return np.rint(shown).astype(np.uint8)
 
 
-def shown(*args: np.ndarray, **values: object) -> np.ndarray:
+def shown(*args: np.ndarray, **values: Any) -> np.ndarray:
     return planes(dicom(*args, **values)).shown(0)
 
 
@@ -122,7 +123,7 @@ def test_lookup_tables() -> None:
     ],
 )
 def test_inverted_exactly_once(photometric: str, shape: str | None, inverts: bool, contradicts: bool) -> None:
-    more = {} if shape is None else {"PresentationLUTShape": shape}
+    more: dict[str, Any] = {} if shape is None else {"PresentationLUTShape": shape}
     found = planes(dicom(RAMP, PhotometricInterpretation=photometric, WindowCenter=2048, WindowWidth=4096, **more))
     expected = window(RAMP.astype(float), 2048, 4096)
     assert (found.shown(0) == (255 - expected if inverts else expected)).all()
@@ -202,8 +203,8 @@ def test_a_series_is_sorted_by_position_and_refused_with_a_gap() -> None:
 
 def test_what_may_show_a_name_waits_for_a_rule() -> None:
     image = np.full((20, 20), 7, np.uint8)
-    capture = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "Modality": "OT"}
-    ultrasound = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1", "Modality": "US"}
+    capture: dict[str, Any] = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "Modality": "OT"}
+    ultrasound: dict[str, Any] = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1", "Modality": "US"}
     for values in (capture, ultrasound, {"BurnedInAnnotation": "YES"}, ultrasound | {"BurnedInAnnotation": "NO"}):
         with pytest.raises(Unusable, match="no rule of the card"):
             planes(dicom(image, **values))

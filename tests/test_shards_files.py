@@ -200,4 +200,6 @@ def test_colour_order_is_kept(tmp_path: Path) -> None:
     red[..., 0] = 255
     for data in (encoded(red, "PNG"), encoded(red, "TIFF"), dicom(red)):
         assert (pixels_of(data, 3) == [255, 0, 0]).all()
-    assert cv2.imdecode(np.frombuffer(image(encoded(red, "PNG"), 3).data, np.uint8), cv2.IMREAD_COLOR)[0, 0].tolist() == [0, 0, 255]
+    stored = cv2.imdecode(np.frombuffer(image(encoded(red, "PNG"), 3).data, np.uint8), cv2.IMREAD_COLOR)
+    assert stored is not None
+    assert stored[0, 0].tolist() == [0, 0, 255]

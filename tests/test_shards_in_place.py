@@ -89,7 +89,12 @@ def test_they_are_indexed_once(tars: Path, tmp_path: Path, monkeypatch: pytest.M
     first = pack(CARD, str(raw), out)
     written: list[str] = []
     real = in_place.index_of_tar
-    monkeypatch.setattr(in_place, "index_of_tar", lambda tar: (written.append(Path(tar).stem), real(tar))[1])
+
+    def indexed(tar: str | Path) -> np.ndarray:
+        written.append(Path(tar).stem)
+        return real(tar)
+
+    monkeypatch.setattr(in_place, "index_of_tar", indexed)
     assert pack(CARD, str(raw), out).digest == first.digest
     assert not written
     with webdataset.TarWriter(str(raw / "x-val-0.tar")) as writer:

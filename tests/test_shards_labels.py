@@ -25,7 +25,7 @@ FIELDS: dict[str, Any] = {
     "access": "nowhere",
     "citation": "none",
 }
-RAW = [{"edema": 1, "mass": 0, "nodule": -1}, {"edema": -1, "mass": None, "nodule": 0}]
+RAW: list[dict[str, int | None]] = [{"edema": 1, "mass": 0, "nodule": -1}, {"edema": -1, "mass": None, "nodule": 0}]
 
 
 def card(**change: Any) -> Card:

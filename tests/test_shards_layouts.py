@@ -369,7 +369,7 @@ def test_wrong_npz_files_are_refused(tmp_path: Path, change: dict[str, np.ndarra
 @pytest.mark.parametrize("change", ["objects", "numbers", "flipped", "gone"])
 def test_what_is_wrong_inside_an_npz_is_named_when_it_is_packed(tmp_path: Path, change: str) -> None:
     strange = {"objects": np.array([None] * 4), "numbers": np.zeros((4, 8, 8))}
-    arrays = {"train_images": images(40), "test_images": strange.get(change, images(4))}
+    arrays: dict[str, Any] = {"train_images": images(40), "test_images": strange.get(change, images(4))}
     path = tmp_path / "raw" / "x.npz"
     npz(path)
     np.savez(path, **arrays)
@@ -436,7 +436,9 @@ def test_tars(tmp_path: Path) -> None:
     assert manifest.counts["test"] == 10
     sample = samples["x-train-0.tar/0007.png"]
     assert sample["labels"] == {"mass": 1}
-    assert np.array_equal(sample["image"], cv2.imdecode(np.frombuffer(png(7), np.uint8), cv2.IMREAD_UNCHANGED))
+    expected = cv2.imdecode(np.frombuffer(png(7), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert expected is not None
+    assert np.array_equal(sample["image"], expected)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +469,7 @@ def test_a_truncated_tar_is_refused(tmp_path: Path, cut: int) -> None:
 MASKED: dict[str, Any] = {"name": "one", "reader": "pairs", "requires": ["images/*.png"], "images": ["images/*.png"]}
 
 
-def mask_card(layout: Mapping[str, Any], **change: Any) -> Card:
+def mask_card(layout: dict[str, Any], **change: Any) -> Card:
     return card(MASKED | layout, **({"kind": "segmentation", "labels": [], "mask_classes": ["lung", "heart"]} | change))
 
 

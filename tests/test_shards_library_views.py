@@ -25,10 +25,10 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: f"{settings['kind']}-{settings.get('library', 'randaugment')}")
 def test_the_key_alone_decides_and_global_random_states_stay(settings: dict[str, Any], channels: int) -> None:
     cfg, image = ViewsConfig.model_validate({"size": 24} | settings), picture(0, 60, channels)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     views = make(image, None, cfg, (1, 2, 3))[0]
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert [view.shape for view in views] == [(side, side, channels) for side in cfg.sizes]
     assert all(view.dtype == np.uint8 for view in views)

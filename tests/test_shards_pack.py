@@ -91,8 +91,11 @@ def test_hashes_counts_and_index_are_true(tmp_path: Path) -> None:
             sample = json.loads(parts["json"])
             assert sample["split"] == shard.split
             assert sample["patient"].encode() == row["patient"]
-            assert cv2.imdecode(np.frombuffer(parts["image"], np.uint8), cv2.IMREAD_UNCHANGED).shape == (48, 48, 3)
-            assert set(np.unique(cv2.imdecode(np.frombuffer(parts["seg"], np.uint8), cv2.IMREAD_UNCHANGED))) == {0, 1}
+            pixels, seg = (cv2.imdecode(np.frombuffer(parts[part], np.uint8), cv2.IMREAD_UNCHANGED) for part in ("image", "seg"))
+            assert pixels is not None
+            assert seg is not None
+            assert pixels.shape == (48, 48, 3)
+            assert set(np.unique(seg)) == {0, 1}
             patients[shard.split].add(sample["patient"])
             for label, value in sample["labels"].items():
                 positives[shard.split][label] += value

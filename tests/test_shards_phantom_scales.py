@@ -61,8 +61,8 @@ def test_what_an_image_shows_has_the_same_parts_whatever_its_labels(many: bool, 
         assert between.min() > APART  # nobody's neighbour is nearer than its own
         assert len(marks) == BOARD**2
         signs = marks[:, 2].reshape(BOARD, BOARD)  # rows, columns
-        alike, turning = (signs, signs.T) if columns else (signs.T, signs)
-        assert (alike == alike[0]).all()
+        same, turning = (signs, signs.T) if columns else (signs.T, signs)
+        assert (same == same[0]).all()
         assert (turning[1:] == -turning[:-1]).all()
         places = marks[:, :2].reshape(BOARD, BOARD, 2)
         assert np.linalg.norm(np.diff(places, axis=0), axis=2).min() > STEP - 3 * JITTER > 1.8 * APART

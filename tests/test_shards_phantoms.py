@@ -121,6 +121,19 @@ def test_same_arguments_same_pixels_and_another_index_another_image(kind: str) -
     assert set(np.unique(one.mask)) == {0, 1}
 
 
+@pytest.mark.parametrize("kind", ["chest", "fundus", "scales"])
+def test_images_of_a_patient_are_of_one_sex_and_age(kind: str) -> None:
+    """Drawn by image they once put a patient into several subgroups."""
+    made = [(patient_of(4, index), GENERATORS[kind](4, index, 32).metadata) for index in range(150)]
+    people = {patient: (metadata["sex"], metadata["age"]) for patient, metadata in made}
+    assert all((metadata["sex"], metadata["age"]) == people[patient] for patient, metadata in made)
+    assert len(people) == 100
+    assert 35 <= sum(sex == "F" for sex, _ in people.values()) <= 65
+    assert len({age for _, age in people.values()}) > 40
+    of_one = [[metadata["view"] for patient, metadata in made if patient == name] for name in people]
+    assert any(len(set(views)) == 2 for views in of_one)  # the view is an image's own
+
+
 @pytest.mark.parametrize("kind", ["chest", "fundus"])
 def test_masks_cover_what_they_name(kind: str) -> None:
     for index in range(20):

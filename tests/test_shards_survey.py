@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -234,8 +235,9 @@ def with_names_that_end_in_numbers(raw: Path) -> None:
 def with_arrays(raw: Path) -> None:
     raw.mkdir()
     random = np.random.default_rng(0)
-    arrays = {f"{split}_images": random.integers(0, 255, (9, 28, 28, 3), dtype=np.uint8) for split in ("train", "val", "test")}
-    labels = {f"{split}_labels": np.arange(9, dtype=np.uint8)[:, None] % 3 for split in ("train", "val", "test")}
+    splits = ("train", "val", "test")
+    arrays: dict[str, Any] = {f"{split}_images": random.integers(0, 255, (9, 28, 28, 3), dtype=np.uint8) for split in splits}
+    labels: dict[str, Any] = {f"{split}_labels": np.arange(9, dtype=np.uint8)[:, None] % 3 for split in splits}
     np.savez(raw / "tiny_28.npz", **arrays, **labels)
 
 
@@ -290,7 +292,7 @@ def test_a_table_names_files_without_their_extension() -> None:
 
 def test_captures_and_ultrasound_open_a_point_for_their_rule(tmp_path: Path) -> None:
     for n in range(60):
-        values = [{}, {"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, {"modality": "US"}][n % 3]
+        values: dict[str, Any] = [{}, {"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, {"modality": "US"}][n % 3]
         dicom(tmp_path / "raw" / f"study{n // 2}" / f"{n}.dcm", f"patient {n // 2}", **values)
     text = draft(survey(str(tmp_path / "raw")))
     assert "40 of 60 headers" in text

@@ -129,10 +129,10 @@ def test_a_folder_of_slices_becomes_slabs(tmp_path: Path) -> None:
     for sample in wds.WebDataset(str(tmp_path / "out" / "odd-train-00000.tar"), shardshuffle=False):
         facts, deep = json.loads(sample["json"])["image"], pixels16.decode(sample["u16.zst"])
         first, stop = facts["slices"]
-        values = deep.slope * deep.stored_DHW[:, 0, 0] + deep.intercept + 1024
-        scan, depth = int(values[0]) // 1000, facts["of_slices"]
+        stored = deep.slope * deep.stored_DHW[:, 0, 0] + deep.intercept + 1024
+        scan, depth = int(stored[0]) // 1000, facts["of_slices"]
         assert (stop - first, depth) == (3, 6 if scan == 3 else 7)
-        assert values.tolist() == [1000 * scan + first + k + (scan == 3) for k in range(3)]
+        assert stored.tolist() == [1000 * scan + first + k + (scan == 3) for k in range(3)]
         assert facts["spacing_mm"] == [3.0, 0.5, 0.25]
         assert (np.array(facts["affine"]) @ [4, 2, 1, 1]).tolist() == [9.0, 19.0, 3.0 * (first + 1 + (scan == 3)), 1.0]
         seen |= {(scan, first + k) for k in range(3)}

@@ -117,11 +117,11 @@ def test_knn_is_that_of_scikit_learn_with_the_papers_weights(k: int) -> None:
     peer = KNeighborsClassifier(min(k, 40), weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute")
     expected = torch.from_numpy(peer.fit(z.numpy(), grade.numpy()).predict_proba(x.numpy())).float()
     target = nn.functional.one_hot(grade, 3).float()
-    heads = {kind: KnnHead(kind, k, 0.07) for kind in ("multiclass", "multilabel", "ordinal")}  # type: ignore[arg-type]
+    heads = {kind: KnnHead(kind, k, 0.07) for kind in ("multiclass", "multilabel", "ordinal")}
     for head in heads.values():
         head.fit(z, target, torch.ones_like(target))
     found = {kind: head([x], (1, 1)) for kind, head in heads.items()}
-    close = {"atol": 1e-5, "rtol": 0.0}
+    close: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
     torch.testing.assert_close(found["multiclass"].softmax(1), expected, **close)
     torch.testing.assert_close(found["multilabel"].sigmoid(), expected, **close)
     torch.testing.assert_close(found["ordinal"].sigmoid(), torch.stack([expected[:, 1:].sum(1), expected[:, 2]], 1), **close)

@@ -1,6 +1,7 @@
 """The studies' strategies one by one: rows T1 to T14 of the reference's table."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -273,12 +274,13 @@ def test_pooled_and_flat_heads_have_the_features_that_their_names_say() -> None:
 
 
 def test_truncating_is_refused_where_it_means_nothing() -> None:
-    for strategy, task, spec, message in (
+    refused: list[tuple[dict[str, Any], Task, dict[str, Any], str]] = [
         ({"cut": "layer7"}, CHEST, {}, "no cut 'layer7'"),
         ({"cut": "auto"}, CHEST, {}, "searched for by a study"),
         ({"cut": "layer2", "head": "flat"}, LUNGS, {}, "no flat head"),
         ({"cut": "layer2", "head": "flat"}, CHEST, {"resolution": None}, "needs the images' size"),
-    ):
+    ]
+    for strategy, task, spec, message in refused:
         for name in ("truncated", "fat"):
             with pytest.raises(RequestError, match=message):
                 plant("test_resnet", {"name": name, **strategy}, task, **spec)

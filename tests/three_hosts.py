@@ -2,7 +2,7 @@
 
     ended = disturbed(folder, steps=1000, every=50, cells=8, killed_after=2)
 
-The hosts are those of tests/hosts.py, a Ray node of one processor on each, the driver on the first; the disk is shared, as by NFS.
+The hosts are those of tests/namespaces.py, a Ray node of one processor on each, the driver on the first; the disk is shared, as by NFS.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_study
-from hosts import hosts
+from namespaces import hosts
 
 from base import storage
 from base.paths import ROOT

@@ -36,7 +36,8 @@ def corpora(folder: Path, size: int = 40) -> dict[str, str]:
     for task, channels in (("phantom-chest", 1), ("phantom-vessels", 3)):
         resolved = load_task(task)
         masks = resolved.kind == "segmentation"
-        of = {"dataset": resolved.dataset, "channels": channels, "masks": masks, "labels": LABELS, "splits": ["train", "val", "test"]}
+        of: dict[str, Any] = {"dataset": resolved.dataset, "channels": channels, "masks": masks, "labels": LABELS}
+        of["splits"] = ["train", "val", "test"]
         counts = (24, 12, 12) if masks else (96, 64, 64)
         found[resolved.dataset] = tiny_corpus.write(folder / resolved.dataset, counts, size=size, suffix="png", **of)
     return found

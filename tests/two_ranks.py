@@ -38,7 +38,7 @@ class TinyEncoder(nn.Module):
         )
 
     def features(self, x: Tensor) -> Tensor:
-        return self.net(x.float() / 255)  # type: ignore[no-any-return]
+        return self.net(x.float() / 255)
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(dim=(2, 3))
@@ -104,7 +104,7 @@ def make_method(name: str, samples: int = 24) -> tuple[Any, tuple[int, ...]]:
     recipe, kind = load_recipe(f"{name}/smoke"), methods.method_class(name)
     sizes = tuple(recipe.views.sizes)
     encoder = build("test_vit", 1, seed=0, image_size=sizes[0]) if kind.only == "vit" else TinyEncoder()
-    known = {"labels": tuple("abc"[:LABELS]), "rates": (0.5,) * LABELS, "known": (1.0,) * LABELS, "exclusive": ((1, 2),)}
+    known: dict[str, Any] = {"labels": tuple("abc"[:LABELS]), "rates": (0.5,) * LABELS, "known": (1.0,) * LABELS, "exclusive": ((1, 2),)}
     facts = methods.Facts(0, samples, BATCH, sizes, **known)
     method = methods.build(name, encoder, recipe.options, facts)
     for network in (method, *method.teachers.values()):
@@ -168,7 +168,7 @@ def engine_job(rank: int, world: int, folder: Path) -> None:
     ranks.start()
     tensors = norm_case(rank, world)
     module = nn.BatchNorm2d(3)
-    facts = {"equal": ranks.differing_buffers(module), "modules": sorted({name.split(".")[0] for name in sys.modules})}
+    facts: dict[str, Any] = {"equal": ranks.differing_buffers(module), "modules": sorted({name.split(".")[0] for name in sys.modules})}
     with torch.no_grad():
         module.running_mean.add_(rank)  # type: ignore[union-attr]
     facts["apart"] = ranks.differing_buffers(module)
@@ -275,7 +275,7 @@ def spoil(put: Callable[[Any, str, Any], None], steps: Mapping[int, str], rank: 
     build = methods.build
 
     def built(*args: Any, **named: Any) -> Any:
-        method = build(*args, **named)
+        method: Any = build(*args, **named)
         met = lambda kind: steps.get(method.clock.step) == kind and ranks.rank() == rank  # noqa: E731
         first = next(layer for layer in method.encoder.net.modules() if isinstance(layer, nn.Conv2d))
         first.register_forward_pre_hook(lambda _, x: (x[0] * float("nan"),) if met("images") else None)
