@@ -103,10 +103,12 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2])), cell(esc(results.setting(key[3], key[4]))), cell(esc(key[1]))]
         parts += [cell(f"{key[5] * 100:g} %", sort=key[5]), cell(str(key[6]), sort=key[6])]
         parts += [cell(f'{num(mean)} <span class="sd">± {num(sd)}, n {n}</span>', sort=mean) for mean, sd, n in values]
-        difference = values[1][0] - values[0][0]
-        parts.append(
-            cell(f"{difference:+.3f} {esc(a.unit(metric, one[0].dataset))}" if math.isfinite(difference) else "–", sort=difference)
-        )
+        # Of the seeds that both have, where only they can be paired: not of the means beside it.
+        paired = math.isfinite(found.estimate)
+        difference = found.estimate if paired else values[1][0] - values[0][0]
+        over = f" over {found.units} common seeds" if paired and 0 < found.units < max(n for _, _, n in values) else ""
+        told = f"{difference:+.3f} {esc(a.unit(metric, one[0].dataset))}{over}" if math.isfinite(difference) else "–"
+        parts.append(cell(told, sort=difference))
         interval = f"[{num(found.low)}, {num(found.high)}]" if math.isfinite(found.low) else esc(found.why or found.basis)
         rows.append("".join([*parts, cell(interval, sort=found.low), cell(esc(pvalue(found.p)), sort=found.p)]))
     heads = ["task", "encoder", "strategy", "architecture", "labels", "px", *titles, "difference", "95 % interval", "p, uncorrected"]

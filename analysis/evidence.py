@@ -23,7 +23,7 @@ from analysis.findings import APART, Finding
 from analysis.ledger import Entry
 from analysis.replicates import Bootstrap
 from analysis.results import Cell, Pretraining
-from analysis.statistics import holm
+from analysis.statistics import Comparison, holm
 from base import storage
 from base.config import parse
 
@@ -77,6 +77,27 @@ class Evidence:
         """Whether a cell stays out of ranks because its source may have seen its test images."""
         return bool(cell.exposed_to) and self.study.get("exposed") != "ranked"
 
+    @cached_property
+    def _checkpoints(self) -> dict[str, list[str]]:
+        """By the hash of a pretrained encoder those of the steps that led to it, itself last."""
+        done = [p.result for p in self.pretrainings if p.result]
+        return {str(result["encoder_sha256"]): [str(step.get("sha256")) for step in result.get("lineage") or []] for result in done}
+
+    def independent(self, cells: Sequence[Cell]) -> int:
+        """From how many pretrainings a source's cells come that share no step: three runs that all go on from one checkpoint are one.
+
+        Random weights are drawn with every fine-tuning seed, and count by them.
+        """
+        weights = {str(cell.result.get("encoder_sha256") or f"drawn with {cell.seed}") for cell in cells}
+        paths = [self._checkpoints.get(sha) or [sha] for sha in weights]
+        least = min(map(len, paths))
+        return min(len({path[at] for path in paths}) for at in (*range(least), -1))
+
+    def compared(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> Comparison:
+        """The primary comparison, which speaks of methods only where no side's pretrainings share a step."""
+        found = self.comparisons.of(a, b, metric)
+        return replace(found, pretraining_seeds=min(found.pretraining_seeds, self.independent(a), self.independent(b)))
+
     def card(self, dataset: str) -> dict[str, Any]:
         return (self.manifests.get(dataset) or {}).get("card") or {}
 
@@ -84,6 +105,12 @@ class Evidence:
         """The metric in the field's words, naming the stratum where the card does: `AUROC within source`."""
         word = results.WORDS.get(metric, metric)
         return word.replace("stratum", str(self.card(dataset).get("stratify_by") or "stratum"))
+
+    def where(self, one: Cell | Finding) -> list[str]:
+        """What of a setting varies in this study, as short as that allows: `["resnet18", "linear", "10 % of the labels"]`."""
+        settings = (("architecture", one.architecture), ("strategy", one.setting), ("resolution", f"{one.resolution} px"))
+        parts = [str(text) for name, text in settings if len(self.varied[name]) > 1]
+        return parts + ([results.share(float(one.fraction))] if len(self.varied["fraction"]) > 1 else [])
 
     def sources(self) -> list[str]:
         """Sources in the order of the study file, then any others."""
@@ -108,10 +135,10 @@ class Evidence:
         if not self.cells:
             return f"no finished cell yet (0 of {self.asked})" if self.asked else "no finished cell yet"
         lead = f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
-        return lead + ("; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources to compare")
+        return lead + ("; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources can be compared")
 
 
-def _pairs(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
+def pairs_of(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
     """(kind, a, b) of the study's family."""
     baseline = next((source for source in sources if source in random), sources[0])
     twins = {source for source in sources if source != baseline and frozenset((source, baseline)) in same}
@@ -145,13 +172,12 @@ def judge(evidence: Evidence) -> list[Entry]:
     claims = [parse(claim, Claim, f"{where}: claims") for claim in evidence.study.get("claims") or []]
     known = registrations(evidence.out)
     evidence.withdrawn = [name for sha, (name, _) in known.items() if sha not in {claim.sha256 for claim in claims}]
-    drawn = {cell.source: is_random(cell) for cell in {cell.source: cell for cell in evidence.cells}.values()}
 
     def apart(cell: Cell) -> str:
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
     early, planned = {sha: before for sha, (_, before) in known.items()}, results.expected(evidence.out)
-    return ledger.ledger(evidence.cells, claims, early, evidence.comparisons.of, apart, lambda cell: drawn[cell.source], planned)
+    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, planned)
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -169,46 +195,61 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
     evidence.comparisons = Comparisons(evidence.out, bootstrap or Bootstrap())
     evidence.ledger = judge(evidence)
-    order = evidence.sources()
-    random = {source for source in order if is_random(next(cell for cell in evidence.cells if cell.source == source))}
+    order = list(dict.fromkeys([row["source"] for row in results.expected(evidence.out)] + evidence.sources()))
+    random = _random(evidence)
     weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
     pairs = [(a, b) for a in order for b in order if a != b]
-    same = {frozenset(pair) for pair in pairs if set(pair) <= random or (weights[pair[0]] and weights[pair[0]] == weights[pair[1]])}
-    asked = []
-    for cells in results.in_groups(evidence.cells).values():
-        held = {source: own for (source,), own in results.by(cells, "source").items()}
-        sources, metric = [source for source in order if source in held], results.headline(cells)
-        if len(sources) > 1 and metric is not None:
-            asked += [(kind, held[a], held[b], metric) for kind, a, b in _pairs(evidence.study, sources, same, random)]
+    twin = {frozenset(pair) for pair in pairs if weights.get(pair[0]) and weights.get(pair[0]) == weights.get(pair[1])}
+    same = twin | {frozenset(pair) for pair in pairs if set(pair) <= random}
+    asked, planned = [], []
+    for units, held in _settings(evidence):
+        metric = results.headline(cell for own in held.values() for cell in own)
+        for kind, one, other in pairs_of(evidence.study, [source for source in order if source in units], same, random):
+            planned += [kind] if min(len(units[one]), len(units[other])) > 1 else []
+            asked += [(kind, held[one], held[other], metric)] if one in held and other in held and metric else []
     evidence.comparisons.make([(a, b, metric) for _, a, b, metric in asked])
     found = []
     for kind, a, b, metric in asked:
         apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
-        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.comparisons.of(a, b, metric)))
-    planned = _planned(evidence, same, random)
+        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.compared(a, b, metric)))
     found, _ = _adjust(found, ("control",), planned)
     if not evidence.ledger:
         found, evidence.corrected = _adjust(found, ("gain", "chain"), planned)
     return [*(of_claim(entry) for entry in evidence.ledger if entry.metric), *found]
 
 
-def _planned(evidence: Evidence, same: set[frozenset[str]], random: set[str]) -> list[str]:
-    """Kind of every comparison that the study asks for with two seeds a side or more, whether or not its cells are there."""
-    units: dict[str, dict[str, set[Any]]] = {}
-    for row in results.expected(evidence.out):
-        apart = row.get("own_source") or (row.get("exposed_to") and evidence.study.get("exposed") != "ranked")
+def _random(evidence: Evidence) -> set[str]:
+    """Sources that are random initializations, also those without a finished cell."""
+    asked = (evidence.study.get("cells") or {}).get("sources") or []
+    spelled = [one if isinstance(one, dict) else {"name": one, "source": one} for one in asked]
+    named = {str(one["name"]) for one in spelled if one["source"] == "random"}
+    first = {cell.source: cell for cell in reversed(evidence.cells)}
+    return named | {source for source, cell in first.items() if is_random(cell)}
+
+
+def _settings(evidence: Evidence) -> Iterable[tuple[dict[str, set[Any]], dict[str, list[Cell]]]]:
+    """Of each setting by source: the units that the study asks for, none of those that are evidence for nothing; and the finished cells.
+
+    A comparison is one that the plan has, whatever is missing of it: no source becomes the baseline because its cells came first.
+    """
+    plan = results.expected(evidence.out)
+    if not plan:
+        for cells in results.in_groups(evidence.cells).values():
+            held = {source: own for (source,), own in results.by(cells, "source").items()}
+            yield {source: set() for source in held}, held
+        return
+    finished = {cell.key: cell for cell in evidence.cells}
+    groups: dict[str, tuple[dict[str, set[Any]], dict[str, list[Cell]]]] = {}
+    for row in plan:
         group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [row.get("options")]
-        if not apart:
-            units.setdefault(results.canonical(group), {}).setdefault(row["source"], set()).add((row.get("source_seed"), row["seed"]))
-    order = list(dict.fromkeys(row["source"] for row in results.expected(evidence.out)))
-    kinds = []
-    for held in units.values():
-        sources = [source for source in order if source in held]
-        pairs = _pairs(evidence.study, sources, same, random)
-        kinds += [kind for kind, a, b in pairs if min(len(held[a]), len(held[b])) > 1]
-    return kinds
+        units, held = groups.setdefault(results.canonical(group), ({}, {}))
+        apart = row.get("own_source") or (row.get("exposed_to") and evidence.study.get("exposed") != "ranked")
+        units.setdefault(row["source"], set()).update([] if apart else [(row.get("source_seed"), row["seed"])])
+        if row["key"] in finished:
+            held.setdefault(row["source"], []).append(finished[row["key"]])
+    yield from groups.values()
 
 
 def _adjust(found: list[Finding], family: tuple[str, ...], planned: Sequence[str]) -> tuple[list[Finding], int]:

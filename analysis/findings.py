@@ -46,16 +46,16 @@ class Finding:
     @property
     def declared(self) -> bool:
         if self.entry is not None:
-            return self.entry.verdict != "underpowered"
+            return self.entry.verdict == "holds" and self.comparison.basis == "seeds and patients"
         return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
 
     @property
     def mark(self) -> str:
         """How the page marks it: good, worse, bad (a flagged control) or none."""
+        if self.entry is not None:
+            return {"holds": "good", "fails": "worse", "underpowered": "none"}[self.entry.verdict]
         if not self.declared:
             return "none"
-        if self.entry is not None:
-            return "good" if self.entry.verdict == "holds" else "worse"
         return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
 
     @property
@@ -67,12 +67,7 @@ class Finding:
 
     def words(self, evidence: "Evidence") -> str:
         """Where and in which setting, as short as the study allows: `phantom-chest`, `dxc14, linear, 10 % of the labels`."""
-        parts = [self.task]
-        settings = (("architecture", self.architecture), ("strategy", self.setting), ("resolution", f"{self.resolution} px"))
-        parts += [text for name, text in settings if len(evidence.varied[name]) > 1]
-        if len(evidence.varied["fraction"]) > 1:
-            parts.append(results.share(self.fraction))
-        return ", ".join(parts)
+        return ", ".join([self.task, *evidence.where(self)])
 
     @property
     def setting(self) -> str:

@@ -216,13 +216,18 @@ def _fewest(low: int, enough: Callable[[int], bool]) -> int | None:
 Compared = Callable[[Sequence[Cell], Sequence[Cell], str], Comparison]
 
 
+def pretraining_seeds(cells: Sequence[Cell]) -> int:
+    """Of one side, as its cells name them."""
+    return len({cell.source_seed for cell in cells})
+
+
 def ledger(
     cells: Sequence[Cell],
     claims: Sequence[Claim],
     registered: Mapping[str, bool],
     compared: Compared,
     apart: Callable[[Cell], str] = lambda _: "",
-    random: Callable[[Cell], bool] = lambda _: False,
+    independent: Callable[[Sequence[Cell]], int] = pretraining_seeds,
     planned: Sequence[Mapping[str, Any]] = (),
 ) -> list[Entry]:
     """Every claim in every setting in which both sides are planned, and once without a setting where there is none.
@@ -233,7 +238,7 @@ def ledger(
             results. One that is in `claims` no longer stays in the family.
         compared: the primary comparison of two sides in a metric, as analysis.comparisons keeps it.
         apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
-        random: whether a cell's weights are drawn anew with every seed.
+        independent: from how many pretrainings that share no step the cells of a side come.
         planned: every cell that the study asks for, as analysis.results.expected gives them; without them the finished ones.
     """
     held = {cell.key: cell for cell in cells}
@@ -244,7 +249,7 @@ def ledger(
         made = []
         for setting, *asked in settings_of(claim, seen):
             a, b = ([held[key] for key in side if key in held] for side in asked)
-            entry = _entry(claim, setting, a, b, late, compared, apart, random) if a and b else _absent(claim, setting, late)
+            entry = _entry(claim, setting, a, b, late, compared, apart, independent) if a and b else _absent(claim, setting, late)
             made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
         entries += made or [_absent(claim, {}, late)]
     gone = [before for sha, before in registered.items() if sha not in {claim.sha256 for claim in claims}]
@@ -264,15 +269,15 @@ def _entry(
     late: bool,
     compared: Compared,
     apart: Callable[[Cell], str],
-    random: Callable[[Cell], bool],
+    independent: Callable[[Sequence[Cell]], int],
 ) -> Entry:
-    metric = a[0].primary() or "auroc_mean"
+    metric = results.headline([*a, *b]) or ""
     if claim.outcome == "metric":
-        comparison = compared(a, b, metric)
+        comparison = compared(a, b, metric) if metric else not_comparable("no result has a number")
     else:
         selected = (a[0].result.get("selection") or {}).get("metric")
         comparison, metric = of_curves(a, b), f"best validation {selected} so far, a share of the run's own best"
-    pretrained = min(len({cell.seed if random(cell) else cell.source_seed for cell in side}) for side in (a, b))
+    pretrained = min(independent(side) for side in (a, b))
     entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, comparison.units or pretrained), late)
     return replace(entry, short=_lacking(entry, a, b, apart))
 
@@ -317,20 +322,21 @@ def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
         for cell, curve in side:
             held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T / curve.value_T.max(), horizon)
     (one, one_nested), (other, other_nested) = map(secondary.units, areas)
+    scale = max(abs(value) for held in areas for value in held.values())
     if not (one_nested or other_nested):
-        return _student([np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])])
-    found = _student([np.array(list(one.values())), -np.array(list(other.values()))])
+        return _student([np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])], scale)
+    found = _student([np.array(list(one.values())), -np.array(list(other.values()))], scale)
     return replace(found, pretraining_variance=found.seed_variance)
 
 
-def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> Comparison:
-    """Sum of the parts' means with Student's, or for two parts Welch's, interval."""
+def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]], scale: float) -> Comparison:
+    """Sum of the parts' means with Student's, or for two parts Welch's, interval. `scale`: of the numbers that were subtracted."""
     if min(len(part) for part in parts) < 2:
         return not_comparable("one seed: nothing is known of how seeds differ")
     terms = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in parts]
     variance, estimate = sum(term for term, _ in terms), float(sum(part.mean() for part in parts))
     units = min(map(len, parts))
-    if variance <= (ROUNDING * max(float(np.abs(part).max()) for part in parts)) ** 2:
+    if variance <= (ROUNDING * scale) ** 2:
         why = "the seeds do not vary"
         return Comparison(estimate, -math.inf, math.inf, 0.0, math.nan, 1.0, "seeds", units=units, why=why)
     se, df = math.sqrt(variance), variance**2 / sum(term**2 / free for term, free in terms)

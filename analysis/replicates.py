@@ -246,7 +246,7 @@ def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: in
         kept.append(weight[good])
         have += int(good.sum())
         if redrawn > 500 * replicates:
-            break  # practically every draw loses a class; what there is must do, and `redrawn` says so
+            break  # practically every draw loses a class; what there is may be too little to compare by
     return Resample(np.asfortranarray(np.concatenate(kept)), redrawn, patients)
 
 

@@ -26,7 +26,7 @@ from analysis import (
 )
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
-from analysis.tables import esc, num, short
+from analysis.tables import esc, in_study, num, short
 from base import storage
 
 
@@ -69,10 +69,10 @@ def best_on_validation(evidence: Evidence) -> str:
     task, metric = rule.get("task"), rule.get("metric")
     competing = [c for c in evidence.cells if c.task == task and not (c.own_source or evidence.exposed(c))] if task and metric else []
     ranked = []
-    for (source, strategy), cells in results.by(competing, "source", "strategy").items():
+    for cells in results.by(competing, "source", "strategy", "options", "architecture", "fraction", "resolution").values():
         mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
         if n:
-            ranked.append((mean, source, strategy, n))
+            ranked.append((mean, cells[0].source, in_study(evidence, cells[0]), n))
     if not ranked:
         return ""
     mean, source, strategy, n = max(ranked)

@@ -8,15 +8,19 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import yaml
 
 from analysis import figures, results
 from analysis.evidence import Evidence
+from analysis.loaded import scores
+from analysis.results import Cell
 from analysis.tables import ROWS, cell, esc, num, short, table
 from base import paths, storage
 from base.config import digest
 
 PANELS = 24  # learning-curve figures in a page; more would not be read
+CHANCE = 0.5  # AUROC of any predictor that knows nothing
 LINES = 8  # sources of a figure: there are seven colours
 
 
@@ -175,6 +179,23 @@ def _unread(evidence: Evidence) -> str:
     )
 
 
+def _shuffled(evidence: Evidence, cells: list[Cell]) -> str:
+    """What one setting reached with shuffled labels, over the test patients; red where that is more than chance."""
+    metric, one = results.headline(cells) or "auroc_mean", cells[0]
+    mean, _, n = results.mean_sd(c.value(metric) for c in cells)
+    held = [known for c in cells if (known := scores(c)) is not None]
+    low = math.nan
+    if held and metric.startswith("auroc"):
+        values_C = np.mean([evidence.comparisons.bootstrap(known, metric) for known in held], axis=0)
+        low = float(np.quantile(values_C[1:], 0.025)) if len(values_C) > 1 else math.nan
+    where = [one.strategy, *(part for part in evidence.where(one) if part != one.setting)]
+    said = f"Shuffled labels, {one.task}, {one.source}, {', '.join(where)}"
+    said += f": {num(mean)} {evidence.unit(metric, one.dataset)} (n {n})"
+    if low > CHANCE:
+        return f'<li class="bad">{esc(said)}, more than chance over the test patients: something else than the labels gives them away.</li>'
+    return f"<li>{esc(said)}.</li>"
+
+
 def controls(evidence: Evidence) -> str:
     """Floors and what they mean for this study, A/A, shuffled labels."""
     lines = []
@@ -193,11 +214,8 @@ def controls(evidence: Evidence) -> str:
     ]
     if not twins:
         lines.append("<li>No A/A control: no source stands in this study under two names.</li>")
-    for (task, source, strategy), cells in results.by(evidence.controls, "task", "source", "strategy").items():
-        metric = cells[0].primary() or "auroc_mean"
-        mean, _, n = results.mean_sd(c.value(metric) for c in cells)
-        unit = esc(evidence.unit(metric, cells[0].dataset))
-        lines.append(f"<li>Shuffled labels, {esc(task)}, {esc(source)}, {esc(strategy)}: {num(mean)} {unit} (n {n}).</li>")
+    for cells in results.in_groups(evidence.controls).values():
+        lines += [_shuffled(evidence, own) for own in results.by(cells, "source").values()]
     if not evidence.controls:
         lines.append("<li>No cell with shuffled labels in this study.</li>")
     lines += [f"<li>{esc(note)}</li>" for note in evidence.floors.notes]

@@ -32,6 +32,7 @@ from analysis.components import Parts, parts, side_of
 from analysis.replicates import Array, Bootstrap, Scores, same_images
 from base.config import Number
 
+LEAST_DRAWS = 0.5  # of the draws of patients must keep both values of every label, or nothing is known of the patients
 LEVEL, POWER = 0.05, 0.8  # of the test, and of repetitions that find what is called detectable
 BOUND = "both at a bound: patients and seeds do not vary"
 
@@ -130,6 +131,10 @@ def compare(
         return not_comparable("one of the two has no finished cell")
     if not same_images([*a, *b]):
         return not_comparable("the two were not tested on the same images")
+    draw = bootstrap.draw(a[0], metric)
+    if len(draw.weight_BN) < LEAST_DRAWS * bootstrap.replicates:
+        kept = f"{len(draw.weight_BN)} of {bootstrap.replicates} draws of patients"
+        return not_comparable(f"too few patients have a label: {kept} hold both of its values")
     sides = [side_of(cells, metric, bootstrap) for cells in (a, b)]
     both = sorted(sides[0].common & sides[1].common)
     simple = not any(side.nested for side in sides)
@@ -139,7 +144,6 @@ def compare(
     estimate = float(sides[0].mean_C()[0] - sides[1].mean_C()[0])
     if not math.isfinite(estimate):
         return not_comparable("the metric is not a number")
-    draw = bootstrap.draw(a[0], metric)
     found, tail = parts(sides, draw.patients), (1 - level) / 2
     se, df = found.se, found.df(tail)
     known = df > 0

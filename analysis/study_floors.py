@@ -4,12 +4,14 @@ held = of_study(evidence); held.of("phantom-chest", 1.0); held.below, held.known
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from analysis import results
 from analysis.floors import Floors, of_shards
+from analysis.results import Cell
 from base import storage
 from base.config import digest
 from base.errors import AllograftError
@@ -25,7 +27,11 @@ WORDS = {
     "mean_mask": "mean training mask",
     "shuffled": "shuffled labels",
 }
-OF_IMAGES = ("pixels", "mean_mask")  # floors under which nothing was learned; the others say that a network saw no more than its record
+OF_IMAGES = (
+    "pixels",
+    "mean_mask",
+    "shuffled",
+)  # floors under which nothing was learned; the others say that a network saw no more than its record
 CONFOUNDED = 0.6  # plain AUROC is called confounded where metadata alone, without the image, scores more
 
 
@@ -40,6 +46,19 @@ class StudyFloors:
     def of(self, task: str, fraction: float) -> Floors:
         return self.values.get((task, float(fraction)), {})
 
+    def under(self, cells: Sequence[Cell]) -> Floors:
+        """Of one setting's cells, also what the same setting reached with shuffled labels."""
+        floors, metric = self.of(cells[0].task, cells[0].fraction), results.headline(cells)
+        twins = self._shuffled.get(_setting(cells[0]))
+        return floors | {"shuffled": {metric: results.mean_sd(c.value(metric) for c in twins)[0]}} if twins and metric else floors
+
+    @cached_property
+    def _shuffled(self) -> dict[str, list[Cell]]:
+        found: dict[str, list[Cell]] = {}
+        for cell in self.evidence.controls:
+            found.setdefault(_setting(cell), []).append(cell)
+        return found
+
     def confounded(self, task: str) -> float:
         """What metadata alone score on a task, as plain AUROC, where that is more than CONFOUNDED; else NaN."""
         scores = [results.number(held.get("metadata", {}).get("auroc_mean")) for (of, _), held in self.values.items() if of == task]
@@ -49,11 +68,11 @@ class StudyFloors:
     def _means(self) -> list[list[str]]:
         """Of each mean over seeds of a task's headline metric for which a floor is known, the predictors that do better."""
         found = []
-        for (task,), cells in results.by(self.evidence.cells, "task").items():
+        for cells in results.by(self.evidence.cells, "task").values():
             metric = results.headline(cells)
             for group in results.by(cells, "source", "architecture", "strategy", "options", "fraction", "resolution", "dataset").values():
                 mean, _, n = results.mean_sd(c.value(metric) for c in group) if metric else (math.nan, math.nan, 0)
-                floors = self.of(task, group[0].fraction)
+                floors = self.under(group)
                 if metric and n and math.isfinite(bar(floors, metric)[0]):
                     found.append(not_reached(floors, metric, mean))
         return found
@@ -75,11 +94,17 @@ class StudyFloors:
         image = sum(any(name in OF_IMAGES for name in names) for names in self.below)
         beside = sum(any(name not in OF_IMAGES for name in names) for names in self.below)
         than = {
-            "a pixel logistic regression or a mean mask, which shows nothing learned": image,
+            "a pixel logistic regression, a mean mask or shuffled labels, which shows nothing learned": image,
             "what is written beside the image, with no image looked at": beside,
         }
         said = [f"{n} {'is' if n == 1 else 'are'} no better than {what}" for what, n in than.items() if n]
         return f"{len(self.below)} of {self.known} results are under a floor: {'; '.join(said)}"
+
+
+def _setting(cell: Cell) -> str:
+    """All but the seeds, the same of a control with shuffled labels."""
+    held = [cell.task, cell.source, cell.architecture, cell.strategy, cell.result.get("options"), cell.fraction, cell.resolution]
+    return results.canonical(held)
 
 
 def bar(floors: Floors, metric: str) -> tuple[float, str]:

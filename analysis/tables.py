@@ -132,7 +132,7 @@ def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, decl
     mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
     first = cells[0]
     own, corpora = any(c.own_source for c in cells), sorted({name for c in cells for name in c.exposed_to})
-    floor = evidence.floors.of(first.task, first.fraction)
+    floor = evidence.floors.under(cells)
     (under, which), missed = bar(floor, metric), not_reached(floor, metric, mean)
     spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
     marks = '<span class="tag own">own source</span>' if own else ""
@@ -246,6 +246,11 @@ def findings(evidence: Evidence) -> str:
     return table([*heads, "kind", "claim about", "redrawn"], rows, cls="numbers") + more
 
 
+def in_study(evidence: Evidence, one: Cell) -> str:
+    """The strategy, and what else of its setting varies in this study."""
+    return ", ".join(dict.fromkeys([one.setting, *evidence.where(one)]))
+
+
 def classes(evidence: Evidence) -> str:
     """Per label: AUROC plain and within strata, AUPRC, mean over seeds and strategies kept apart."""
     blocks = []
@@ -258,11 +263,11 @@ def classes(evidence: Evidence) -> str:
             continue
         positives = ((evidence.manifests.get(dataset) or {}).get("positives") or {}).get("test") or {}
         rows = []
-        for (source, strategy, options), group in results.by(cells, "source", "strategy", "options").items():
+        for group in results.by(cells, "source", "strategy", "options", "architecture", "fraction", "resolution").values():
             for label in labels:
                 parts = [
-                    f'<th scope="row">{esc(source)}</th>',
-                    cell(esc(results.setting(strategy, options))),
+                    f'<th scope="row">{esc(group[0].source)}</th>',
+                    cell(esc(in_study(evidence, group[0]))),
                     cell(esc(label)),
                     cell(esc(positives.get(label, "–"))),
                 ]

@@ -1,5 +1,6 @@
 """`allograft plan`: what a study would do and take, what stands, what is missing, what it could find. Starts nothing and writes nothing."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -316,8 +317,12 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
     matrix = study.cells
     if matrix is None or len(matrix.sources) < 2:
         return
-    runs = {f"pretrain:{entry.name}": len(entry.seeds) for entry in study.pretrain}
-    pretraining_seeds = min((runs[source.source] for source in matrix.sources if source.source in runs), default=1)
+    # The side of a comparison that has fewer decides: what comes from outside is one checkpoint, random weights are drawn with every seed.
+    checkpoints = {f"pretrain:{entry.name}": len(entry.seeds) for entry in study.pretrain}
+    pretraining_seeds = min((checkpoints.get(one.source, 1) for one in matrix.sources if one.source != "random"), default=1)
+    pretraining_seeds = (
+        min(pretraining_seeds, len(matrix.seeds)) if any(one.source == "random" for one in matrix.sources) else pretraining_seeds
+    )
     family = comparisons(study, searches)
     for task in dict.fromkeys(one.task.task for one in searches.chosen):
         about = next(one.task for one in searches.chosen if one.task.task == task)
@@ -344,18 +349,26 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
 
 
 def comparisons(study: Study, searches: Searches) -> int:
-    """How many the report corrects for: the settings of the study's claims; without claims, in every setting each source but one against
-    the baseline."""
+    """How many the report corrects for: the settings of the study's claims; without claims, in every setting each source against the
+    baseline, twins of it apart, and each link of a chain against the one before (see analysis.evidence)."""
     if study.claims:
         seen = [(held, held) for held, _ in axes_of_matrix(study)]
         return max(1, sum(len(settings_of(claim, seen)) for claim in study.claims))
+    from analysis.evidence import pairs_of
+
     settings: dict[str, set[str]] = defaultdict(set)
     for one in searches.chosen:
         held = one.setting
         if not held.shuffled:
             axes = (held.task.task, held.architecture, canonical_json(held.strategy), held.fraction, held.resolution)
             settings[canonical_json(axes)].add(held.source)
-    return max(1, sum(len(sources) - 1 for sources in settings.values()))
+    order = [source.name for source in study.cells.sources] if study.cells else []
+    random = {source.name for source in study.cells.sources if source.source == "random"} if study.cells else set()
+    plain = study.model_dump(mode="json", by_alias=True)
+    same = {frozenset(pair) for pair in itertools.combinations(random, 2)}
+    asked = [[name for name in order if name in sources] for sources in settings.values()]
+    kinds = [kind for sources in asked for kind, _, _ in pairs_of(plain, sources, same, random)]
+    return sum(kind != "control" for kind in kinds) or max(1, len(kinds))  # which a study of twins alone has
 
 
 # -- in all

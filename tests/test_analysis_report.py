@@ -246,7 +246,7 @@ def test_metrics_that_are_not_numbers_and_a_flagged_control(tmp_path: Path) -> N
         Path(cell.url, "result.json").write_text(json.dumps(held))
     page = text_of(out)
     assert "no number" in page
-    assert gather(str(out), QUICK).answer() == "no two sources to compare"
+    assert gather(str(out), QUICK).answer() == "no two sources can be compared"
 
 
 def test_shuffled_labels_stand_among_the_controls_only(tmp_path: Path) -> None:

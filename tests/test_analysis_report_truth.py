@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_study import claim, make, write_claims
 
-from analysis import analysis_sections, papers, statistics_sections, subgroups
+from analysis import analysis_sections, papers, results, sections, statistics_sections, subgroups, tables
 from analysis import report as reports
 from analysis.analyses import Analysis, Standing
 from analysis.claims import Claim
 from analysis.comparing import compare_studies
 from analysis.evidence import Evidence, gather
-from analysis.loaded import Loaded
+from analysis.loaded import Loaded, scores
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
-from analysis.study_floors import StudyFloors
+from analysis.statistics import compare
+from analysis.study_floors import StudyFloors, not_reached
 from base.seeds import rng
 
 QUICK = Bootstrap(150)
@@ -36,7 +38,7 @@ QUICK = Bootstrap(150)
         ({"metadata": 0.99}, "2 are no better than what is written beside the image", "pixel"),
         (
             {"pixels": 0.99},
-            "2 are no better than a pixel logistic regression or a mean mask, which shows nothing learned",
+            "2 are no better than a pixel logistic regression, a mean mask or shuffled labels, which shows nothing learned",
             "written beside",
         ),
         (
@@ -220,3 +222,99 @@ def test_does_not_repeat_claims_that_every_report_computes_anew(tmp_path: Path) 
     again = gather(str(out), QUICK)
     assert again.comparisons.computed == 0
     assert repr(again.ledger) == repr(evidence.ledger)
+
+
+def test_does_not_repeat_another_source_as_baseline_because_its_cells_came_first(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5, "moco": 1.5}, seeds=4, images=100)
+    whole = {(f.a, f.b) for f in gather(str(out), QUICK).findings}
+    assert whole == {("simclr", "random"), ("moco", "random")}
+    for cell in finished(str(out)):
+        if cell.source == "random":
+            Path(cell.url, "result.json").unlink()
+    evidence = gather(str(out), QUICK)
+    assert evidence.findings == []
+    assert evidence.corrected == 2
+    assert evidence.answer().endswith("no two sources can be compared")
+
+
+def test_does_not_repeat_methods_whose_seeds_all_go_on_from_one_checkpoint(tmp_path: Path) -> None:
+    def told(parents: list[str]) -> str:
+        out = make(tmp_path / parents[-1], {"random": 0.0, "simclr": 1.0}, seeds=3, images=100, pretrain=False)
+        for cell in finished(str(out)):
+            place, sha = Path(cell.url, "result.json"), f"{cell.seed}" * 64
+            changed = {"source_seed": cell.seed} | ({"encoder_sha256": sha} if cell.source == "simclr" else {})
+            place.write_text(json.dumps(cell.result | changed))
+            if cell.source == "simclr":
+                folder = out / "pretrain" / f"simclr-{cell.seed}"
+                folder.mkdir(parents=True)
+                steps = [{"sha256": parents[int(cell.seed)]}, {"sha256": sha}]
+                folder.joinpath("result.json").write_text(json.dumps({"name": "simclr", "encoder_sha256": sha, "lineage": steps}))
+        plan = json.loads((out / "plan.json").read_text())
+        out.joinpath("plan.json").write_text(json.dumps([row | {"source_seed": row["seed"]} for row in plan]))
+        (finding,) = gather(str(out), QUICK).findings
+        (entry,) = claimed(out, claim(about="methods")).ledger
+        assert (entry.short == "") == (finding.about == "methods")
+        return finding.about
+
+    assert told(["a", "b", "c"]) == "methods"
+    assert told(["a", "a", "d"]) == "encoders (these weights)"
+
+
+def test_does_not_repeat_an_interval_of_seeds_alone_where_no_draw_of_patients_keeps_every_label(tmp_path: Path) -> None:
+    ids, seeds = np.array([f"{i:03d}" for i in range(60)]), range(4)
+    target_NL = np.eye(60)[:, :26]  # a single positive of each label
+    draw = rng("few positives")
+    sides = [
+        [Scores(seed, ids, ids.astype(object), target_NL, target_NL + draw.normal(0, spread, target_NL.shape)) for seed in seeds]
+        for spread in (0.5, 2.0)
+    ]
+    found = compare(*sides, metric="auroc_mean", bootstrap=Bootstrap(30))
+    assert found.basis == "not comparable"
+    assert "too few patients have a label: 0 of 30 draws" in found.why
+
+
+def test_does_not_repeat_a_page_that_one_cell_without_dice_takes_down(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, tasks={"phantom-vessels": "segmentation"}, seeds=3, images=60)
+    place = Path(finished(str(out))[0].url, "predictions.parquet")
+    frame = pd.read_parquet(place)
+    frame[["dice", "iou"]] = np.nan
+    frame.to_parquet(place)
+    (finding,) = gather(str(out), QUICK).findings
+    assert (finding.comparison.basis, finding.comparison.units) == ("seeds and patients", 2)
+
+
+def test_does_not_repeat_means_over_label_shares_called_seeds(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=3, fractions=(1.0, 0.1), images=60)
+    evidence = gather(str(out), QUICK)
+    assert "over 3 seeds" in reports.best_on_validation(evidence)
+    by_label = tables.classes(evidence)
+    assert by_label.count(f"full, {results.share(1.0)}") == by_label.count(f"full, {results.share(0.1)}") == 6
+
+
+def test_does_not_repeat_shuffled_labels_that_alarm_nobody(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "random-b": 2.0, "simclr": 0.5}, seeds=2, images=200)
+    for cell in finished(str(out)):
+        if cell.source == "random-b":
+            Path(cell.url, "result.json").write_text(json.dumps(cell.result | {"shuffle_labels": True, "source": "random"}))
+    plan = [row | {"shuffle_labels": row["source"] == "random-b"} for row in json.loads((out / "plan.json").read_text())]
+    (out / "plan.json").write_text(json.dumps([row | {"source": "random"} if row["shuffle_labels"] else row for row in plan]))
+    evidence = gather(str(out), QUICK)
+    assert len(evidence.controls) == 2
+    assert '<li class="bad">Shuffled labels, phantom-chest, random, full:' in sections.controls(evidence)
+    setting = [cell for cell in evidence.cells if cell.source == "random"]
+    assert not_reached(evidence.floors.under(setting), "auroc_mean", setting[0].value("auroc_mean")) == ["shuffled"]
+
+
+def test_does_not_repeat_a_difference_of_other_seeds_than_its_interval(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", {"random": 0.0}, seeds=3, images=80)
+    two = make(tmp_path / "two", {"random": 0.3}, seeds=6, images=80)
+    page = Path(compare_studies(str(one), str(two), QUICK)).read_text()
+    found = compare(*([scores(c) for c in finished(str(out)) if c.seed < 3] for out in (two, one)), metric="auroc_mean", bootstrap=QUICK)
+    assert f"{found.estimate:+.3f} AUROC over 3 common seeds" in page
+
+
+def test_does_not_repeat_claims_that_fail_by_an_uncorrected_interval_as_declared(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.0}, seeds=5, images=150)
+    held = claimed(out, claim(margin=0.9))
+    assert [entry.verdict for entry in held.ledger] == ["fails"]
+    assert (held.findings[0].declared, held.findings[0].mark) == (False, "worse")

@@ -16,7 +16,7 @@ from cluster.cells import write_plan
 from cluster.estimate import Run, Seen, Speeds, devices
 from cluster.load import load_study
 from cluster.outlook import comparisons, outlook
-from cluster.plan import Packed
+from cluster.plan import Packed, Weights
 from cluster.searches import Searches
 from cluster.standing import foreseen
 from cluster.study import Resources, Study
@@ -207,6 +207,12 @@ def test_comparisons_are_those_of_the_report(tmp_path: Path, phantom_chest: str)
     cells = {"strategies": ["full", "linear"], "fractions": [0.1, 1.0], "shuffled_labels": ["random"]}
     study = written(tmp_path, phantom_chest, cells)
     assert comparisons(study, searches_of(study, phantom_chest)) == 4
+    given = {"name": "given", "source": "timm:test_resnet.r160_in1k"}
+    sources = ["random", {"name": "random-b", "source": "random"}, given]
+    study = written(tmp_path, phantom_chest, cells | {"sources": sources})
+    weights = {"given": [Weights("", "0" * 64, "test_resnet")]}
+    settings = plan.settings(study, {"phantom-chest": Packed(phantom_chest, manifest.read(phantom_chest))}, weights)
+    assert comparisons(study, Searches(settings, keep=False)) == 4, "twins are controls"
     claim = {
         "name": "twins",
         "sentence": "Two draws of random weights are one source.",
