@@ -243,7 +243,9 @@ def _settings(evidence: Evidence) -> Iterable[tuple[dict[str, set[Any]], dict[st
     finished = {cell.key: cell for cell in evidence.cells}
     groups: dict[str, tuple[dict[str, set[Any]], dict[str, list[Cell]]]] = {}
     for row in plan:
-        group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [row.get("options")]
+        # Of a search the strategy as it was asked for: sources whose cuts it chose otherwise are compared all the same.
+        options = row.get("asked") or row.get("options")
+        group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [options]
         units, held = groups.setdefault(results.canonical(group), ({}, {}))
         apart = row.get("own_source") or (row.get("exposed_to") and evidence.study.get("exposed") != "ranked")
         units.setdefault(row["source"], set()).update([] if apart else [(row.get("source_seed"), row["seed"])])

@@ -38,6 +38,7 @@ from base.seeds import rng
 from encoders.cuts import Cut, cuts, find, last_of_each
 from finetune.catalogue import STRATEGIES
 
+FLAT = 0.05  # a similarity that varies by less over the depth says nothing of where features begin
 CutSearch = Literal["two-stage", "halving", "random", "exhaustive"]
 
 
@@ -230,7 +231,10 @@ def _spread(count: int) -> tuple[int, ...]:
 
 
 def _first(similarity: Sequence[float]) -> tuple[int, ...]:
-    """The positions nearest to the first at which the similarity is under the middle of its range; of two as near the earlier."""
+    """The positions nearest to the first at which the similarity is under the middle of its range, of two as near the earlier; spread
+    evenly where it is much the same everywhere."""
+    if max(similarity) - min(similarity) < FLAT:
+        return _spread(len(similarity))
     middle = (max(similarity) + min(similarity)) / 2
     knee = next((i for i, value in enumerate(similarity) if value < middle), len(similarity) - 1)
     near = sorted(range(len(similarity)), key=lambda i: (abs(i - knee), i))

@@ -237,6 +237,18 @@ def test_does_not_repeat_another_source_as_baseline_because_its_cells_came_first
     assert evidence.answer().endswith("no two sources can be compared")
 
 
+def test_does_not_repeat_sources_apart_because_a_search_chose_them_other_cuts(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, strategies=("truncated",), seeds=3, images=100)
+    plan = json.loads((out / "plan.json").read_text())
+    chosen = {"random": {"cut": "layer2"}, "simclr": {"cut": "layer3"}}
+    out.joinpath("plan.json").write_text(
+        json.dumps([row | {"options": chosen[row["source"].removeprefix("pretrain:")], "asked": {"cut": "auto"}} for row in plan])
+    )
+    evidence = gather(str(out), QUICK)
+    assert [(f.a, f.b) for f in evidence.findings] == [("simclr", "random")]
+    assert evidence.corrected == 1
+
+
 def test_does_not_repeat_methods_whose_seeds_all_go_on_from_one_checkpoint(tmp_path: Path) -> None:
     def told(parents: list[str]) -> str:
         out = make(tmp_path / parents[-1], {"random": 0.0, "simclr": 1.0}, seeds=3, images=100, pretrain=False)

@@ -190,6 +190,8 @@ def test_halving_begins_where_likeness_to_random_features_falls() -> None:
     assert even[0] == 0
     assert even[-1] == 16
     assert max(np.diff(even)) - min(np.diff(even)) <= 1
+    flat = cut_search("halving", "resnet50", (0,), 40, dict.fromkeys(names, 0.97))
+    assert flat == cut_search("halving", "resnet50", (0,), 40), "a flat one says nothing"
 
 
 def test_the_random_baseline_draws_half_of_the_cuts_for_every_source_alike() -> None:
