@@ -2,13 +2,13 @@
 
     curves = curves_of(finished(out))                         # one a cell: Curve(group, label, seed, at_T, value_T)
     level = common_threshold(curves)                          # what the typical run of every source reaches
-    rows = reached(curves, level)                             # a row a label: median, each run, ">max" where a run never got there
-    speedup(at_random, at_source, end_random, end_source)     # ratio of medians with a bootstrap interval over runs
+    rows = reached(curves, level)                             # a row a label: median, each run, ">end" where a run never got there
+    speedup(at_random, at_source, ends_random, ends_source)   # ratio of medians with a bootstrap interval over runs
     marginal(depths, steps)                                   # what each further transfused block saves
 
-A run that ends below the threshold is censored: it took longer than it ran, and nothing here gives it a number. Medians order it last;
-where half of a side's runs are censored its median is, and the ratio is then a bound (">" or "<") or nothing, never a number that looks
-measured.
+A run that ends below the threshold is censored: it took longer than it ran itself, and nothing here gives it a number. A median lies
+between what it would be if every censored run had got there just after its own end, and if none ever had; where the two differ it is told
+as bounds, and so is the ratio (">", "<", with "=" where the bound may be the value), never as a number that looks measured.
 """
 
 import math
@@ -121,81 +121,136 @@ def common_threshold(curves: Sequence[Curve]) -> float:
 
 
 @dataclass(frozen=True)
+class Median:
+    """The upper median of runs, some of them censored: no less than `low` (more than it with `above`), no more than `high`."""
+
+    low: float
+    high: float
+    above: bool
+
+    @property
+    def value(self) -> float:
+        """The median where it is known; infinite where only bounds are."""
+        return self.high if self.low == self.high else math.inf
+
+    def words(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:g}"
+        bound = f"{'>' if self.above else '>='}{self.low:g}"
+        return bound if math.isinf(self.high) else f"{bound}, <={self.high:g}"
+
+
+def median(steps_S: Sequence[float], ends_S: Sequence[float]) -> Median:
+    """Of runs whose steps are infinite where they never got there, and which ended at `ends_S`."""
+    # Censored runs stand after those that got there where they ended.
+    low, above = sorted((min(steps, end), math.isinf(steps)) for steps, end in zip(steps_S, ends_S, strict=True))[len(steps_S) // 2]
+    return Median(low, sorted(steps_S)[len(steps_S) // 2], above)
+
+
+@dataclass(frozen=True)
 class Speedup:
-    """How many times fewer steps: the ratio of medians, its interval, and `sign` ">" or "<" where it is a bound only ("" else)."""
+    """How many times fewer steps: the ratio of medians and its interval.
+
+    ratio: infinite (with ">") over a median of 0 steps, NaN where it is 0 over 0 or not even a bound is known. sign: "" where the ratio is
+    known; ">", ">=", "<" or "<=" where `ratio` is a bound. undefined: the share of the interval's draws that may be 0 over 0, left out.
+    """
 
     ratio: float
     low: float
     high: float
     sign: str = ""
+    undefined: float = 0.0
 
     def words(self) -> str:
-        if not math.isfinite(self.ratio):
+        if math.isnan(self.ratio):
             return "-"
-        known = math.isfinite(self.low) or math.isfinite(self.high)
-        bound = "more" if math.isinf(self.high) else f"{self.high:.2f}"
-        return f"{self.sign}{self.ratio:.2f}" + (f" [{self.low:.2f}, {bound}]" if known else "")
+        shown = "unbounded" if math.isinf(self.ratio) else f"{self.sign}{self.ratio:.2f}"
+        if not math.isfinite(self.low):
+            return shown
+        high = "more" if math.isinf(self.high) else f"{self.high:.2f}"
+        left_out = f"; {self.undefined:.0%} of draws 0/0" if self.undefined else ""
+        return f"{shown} [{self.low:.2f}, {high}{left_out}]"
 
 
 def speedup(
-    base_S: Sequence[float], steps_S: Sequence[float], base_end: float, end: float, replicates: int = REPLICATES, seed: int = 0
+    base_S: Sequence[float],
+    steps_S: Sequence[float],
+    base_ends: float | Sequence[float],
+    ends: float | Sequence[float],
+    replicates: int = REPLICATES,
+    seed: int = 0,
 ) -> Speedup:
-    """Steps of random weights over steps of a source, medians over runs; infinite ones are censored at `base_end` and `end`.
+    """Steps of random weights over steps of a source, medians over runs; infinite ones are censored at their own ends, or at one for all.
 
-    The interval is of bootstrap percentiles over the runs of both sides. A replicate whose median is censored is known by a bound only,
-    and counts as that for one end and as anything for the other. None (NaN) for fewer than three runs a side.
+    The interval is of bootstrap percentiles over the runs of both sides. A replicate whose ratio is known by bounds only counts as the
+    lower for one end and as the upper for the other. None (NaN) for fewer than three runs a side, or where the ratio is not known at all.
     """
-    base, own = np.asarray(base_S, float), np.asarray(steps_S, float)
     nan = math.nan
-    if not len(base) or not len(own):
+    if not len(base_S) or not len(steps_S):
         return Speedup(nan, nan, nan)
-    ratio, sign = _bound(_median(base), _median(own), base_end, end)
-    if min(len(base), len(own)) < FEWEST or not math.isfinite(ratio):
+    base_ends_S, ends_S = np.broadcast_to(base_ends, len(base_S)).tolist(), np.broadcast_to(ends, len(steps_S)).tolist()
+    ratio, sign = _ratio(median(base_S, base_ends_S), median(steps_S, ends_S))
+    if min(len(base_S), len(steps_S)) < FEWEST or math.isnan(ratio):
         return Speedup(ratio, nan, nan, sign)
-    draw = rng("speed-up", len(base), len(own), seed)
-    a, b = (np.array([_median(x[draw.integers(0, len(x), len(x))]) for _ in range(replicates)]) for x in (base, own))
-    lost_a, lost_b = np.isinf(a), np.isinf(b)
-    # Of a censored median only a bound is known: each end of the interval takes what is worst for it.
-    least = np.where(lost_b, 0.0, np.where(lost_a, base_end, a) / b)
-    most = np.where(lost_a, math.inf, a / np.where(lost_b, end, b))
+    draw = rng("speed-up", len(base_S), len(steps_S), seed)
+    (a_low, a_high), (b_low, b_high) = (
+        _medians(np.asarray(steps, float), np.asarray(ends, float), replicates, draw)
+        for steps, ends in ((base_S, base_ends_S), (steps_S, ends_S))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least, most = a_low / b_high, a_high / b_low
+    defined = ~(np.isnan(least) | np.isnan(most))
     # Not interpolated: a value between a number and infinity is no number.
-    low, high = np.quantile(least, 0.025, method="lower"), np.quantile(most, 0.975, method="higher")
-    return Speedup(ratio, float(low), float(high), sign)
+    low, high = np.quantile(least[defined], 0.025, method="lower"), np.quantile(most[defined], 0.975, method="higher")
+    return Speedup(ratio, float(low), float(high), sign, float(1 - defined.mean()))
 
 
-def _median(values: Array) -> float:
-    """The upper median: exact in steps, and infinite where half of the runs are censored."""
-    return float(np.quantile(values, 0.5, method="higher"))
+def _medians(steps_S: Array, ends_S: Array, replicates: int, draw: np.random.Generator) -> tuple[Array, Array]:
+    """Lower and upper bounds of the upper medians of resampled runs, one a replicate."""
+    n = len(steps_S)
+    at_RS = draw.integers(0, n, (replicates, n))
+    low, high = (np.sort(bound_S[at_RS], axis=1)[:, n // 2] for bound_S in (np.minimum(steps_S, ends_S), steps_S))
+    return low, high
 
 
-def _bound(base: float, own: float, base_end: float, end: float) -> tuple[float, str]:
-    if math.isinf(base) and math.isinf(own):
+def _ratio(base: Median, own: Median) -> tuple[float, str]:
+    """Of two medians, as far as it is known."""
+    if (base.low == 0 and own.high == 0) or (base.high == 0 and own.low == 0):
         return math.nan, ""
-    if math.isinf(base):
-        return base_end / own if own else math.nan, ">"
-    if math.isinf(own):
-        return base / end, "<"
-    return base / own if own else math.nan, ""
+    low = base.low / own.high if own.high else math.inf
+    high = base.high / own.low if own.low else math.inf
+    if low == high:
+        return low, ">" if math.isinf(low) else ""
+    if low > 0:
+        return low, ">" if base.above else ">="
+    if math.isfinite(high):
+        return high, "<" if own.above else "<="
+    return math.nan, ""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """One source and strategy in one setting: median steps (infinite: censored), those of each run by seed, and how many times as many
-    random weights took."""
+    """One source and strategy in one setting: steps of each run by seed (infinite: censored) and where it ended, their median, and how many
+    times as many random weights took."""
 
     group: tuple[str, ...]
     source: str
     strategy: str
     steps: dict[int, float]
-    end: float
-    median: float
+    ends: dict[int, float]
+    known: Median
     area: float
     speedup: Speedup
     best: float
 
+    @property
+    def median(self) -> float:
+        """Infinite where only bounds are known."""
+        return self.known.value
+
     def words(self) -> str:
         """The median, as a bound where it is censored."""
-        return shown(self.median, self.end)
+        return self.known.words()
 
     @property
     def censored(self) -> int:
@@ -222,18 +277,19 @@ def reached(curves: Sequence[Curve], threshold: float, base: str = "random") -> 
     for curve in curves:
         sides.setdefault((curve.source, curve.strategy), []).append(curve)
     steps = {name: {c.seed: first_reach(c.at_T, c.value_T, threshold) for c in held} for name, held in sides.items()}
-    ends = {name: max(c.end for c in held) for name, held in sides.items()}
+    ends = {name: {c.seed: c.end for c in held} for name, held in sides.items()}
     rows = []
     for (source, strategy), held in sides.items():
         name = (source, strategy)
         against = next((other for other in ((base, strategy), (base, "full")) if other in sides), None)
         ratio = Speedup(math.nan, math.nan, math.nan)
         if against and against != name:
-            ratio = speedup(list(steps[against].values()), list(steps[name].values()), ends[against], ends[name])
+            base_S, steps_S, base_ends_S, ends_S = (list(held[side].values()) for held in (steps, ends) for side in (against, name))
+            ratio = speedup(base_S, steps_S, base_ends_S, ends_S)
         areas = [area(c.at_T, c.value_T, horizon) for c in held]
         best = float(np.mean([c.value_T.max() for c in held]))
-        median = _median(np.array(list(steps[name].values())))
-        rows.append(Reached(held[0].group, source, strategy, steps[name], ends[name], median, float(np.mean(areas)), ratio, best))
+        known = median(list(steps[name].values()), list(ends[name].values()))
+        rows.append(Reached(held[0].group, source, strategy, steps[name], ends[name], known, float(np.mean(areas)), ratio, best))
     return rows
 
 

@@ -6,7 +6,7 @@
 
 Rows are shifted by the first chunk's median and summed in float64, so that chunks give what the whole gives. `exact` keeps the triangular
 factor of [1 X Y] instead of covariances, whose condition number is the square: slower, and right to 1e-8 where channels nearly depend on
-each other. The permuted side is the other images' activations, half a chunk late: same spectrum, nothing in common but what any two share.
+each other. The permuted side is the other images' activations (`Exchange`): same spectrum, nothing in common but what any two share.
 
 Legend: N rows, P Q channels of the two sides, K L directions kept, C h w a map.
 """
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import RequestError, WorkError
@@ -26,6 +28,8 @@ from base.seeds import rng
 Spatial = Literal["fold", "pool", "interpolate", "dft"]
 CUT = 1e-6  # of the largest singular value: below it, squared, a covariance holds rounding
 SAME = 1e-13  # of a channel's variance: two channels that are further apart are two
+HELD = 2**23  # bytes of a side's rows that wait in the shuffle buffer
+LEAST = 16  # images that it holds however large they are
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,38 @@ class Rows:
         return Rows(self.x_NP[at])
 
 
+def cycle(n: int) -> NDArray[np.int64]:
+    """Which of n images takes the place of each: one random cycle through all, keyed by n, so that none keeps its own."""
+    order_N = rng("exchange", n).permutation(n)
+    partner_N = np.empty(n, np.int64)
+    partner_N[order_N] = np.roll(order_N, -1)
+    return partner_N
+
+
+class Exchange:
+    """Which image takes the place of which, image by image as they come: a shuffle buffer, whose draws are the same for every side.
+
+    The first `size` images wait. Each later one is given an image drawn from the buffer and takes its slot there; at the end those that
+    waited are given what the buffer holds, by `cycle`. So every image is used once on either side and none is its own partner, however the
+    images are chunked; a stream that the buffer holds is permuted as a whole, and a longer one within about `size` images.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.held, self.draw = size, 0, rng("exchange")
+
+    def step(self, images: int) -> tuple[int, list[int], list[int]]:
+        """How many of the next images wait; the others' partners and what the buffer holds then, as places in the buffer and the images."""
+        wait = min(self.size - self.held, images)
+        kept, partners = list(range(self.held + wait)), []
+        for at, slot in enumerate(self.draw.integers(self.size, size=images - wait), self.held + wait):
+            partners.append(kept[slot])
+            kept[slot] = at
+        self.held += wait
+        return wait, partners, kept
+
+
 class Side:
-    """Sums of one side, and the rows that wait for their permuted partner."""
+    """Sums of one side, and the rows that wait for their permuted partner or to be one."""
 
     def __init__(self, first_NP: Tensor, images: int) -> None:
         # The median is one of the rows' own numbers: a channel that never changes becomes exactly 0, and no outlier moves the others.
@@ -105,9 +139,9 @@ class Side:
         self.n = 0
         self.sum_P, self.gram_PP, self.length_P = (first_NP.new_zeros(shape) for shape in ((channels,), (channels, channels), (channels,)))
         self.length = self.square = 0.0
-        self.lag = images // 2 * (len(first_NP) // images)
-        self.head: Rows | None = None
-        self.tail: Rows | None = None
+        self.per = len(first_NP) // images
+        self.head: list[Tensor] = []
+        self.buffer = first_NP.new_zeros(0, self.per, channels)
         self.solved: tuple[int, Basis, float] | None = None
 
     def add(self, x_NP: Tensor) -> Rows:
@@ -121,15 +155,17 @@ class Side:
         self.length_P += rows.length_N @ rows.x_NP
         return rows
 
-    def late(self, rows: Rows) -> tuple[Rows, Rows]:
-        """Those of the rows that have a partner now, and the partners that this side offers: its own rows, half a chunk late."""
-        if self.tail is None:
-            self.head, ready = rows[: self.lag], rows[self.lag :]
-            late = rows
-        else:
-            ready, late = rows, Rows(torch.cat([self.tail.x_NP, rows.x_NP]))
-        self.tail = late[len(ready) :]
-        return ready, late[: len(ready)]
+    def waiting(self, rows: Rows, images: int) -> Rows:
+        """The rows without those of the first images, which are given their partners at the end."""
+        if images:
+            self.head.append(rows.x_NP[: images * self.per])
+        return rows[images * self.per :]
+
+    def partners(self, rows: Rows, partners: list[int], kept: list[int]) -> Rows:
+        """The partners that this side offers now; see `Exchange.step`."""
+        pool = torch.cat([self.buffer, rows.x_NP.view(len(rows) // self.per, *self.buffer.shape[1:])])
+        self.buffer = pool[kept]
+        return Rows(pool[partners].flatten(0, 1))
 
     @property
     def mean_P(self) -> Tensor:
@@ -243,7 +279,7 @@ class Sums:
         spatial: what becomes of maps: every position a row (fold), their mean (pool), the smaller map interpolated to the larger and
             folded, or each spatial frequency apart (dft; real and imaginary parts are channels).
         positions: at most so many positions of a map are folded, the same of every image, drawn from the map's size alone; None is all.
-        permuted: also sums of each pair whose second side belongs to other images.
+        permuted: also sums of each pair whose second side belongs to other images, exchanged within HELD bytes of its rows.
     """
 
     def __init__(
@@ -257,6 +293,7 @@ class Sums:
     ) -> None:
         self.wanted, self.spatial, self.positions, self.exact = list(wanted), spatial, positions, exact
         self.permuted = permuted
+        self.exchange: Exchange | None = None
         self.images = 0
         self.sides: list[list[Side]] = []  # by view (one, or one a frequency), then by side
         self.crosses: list[dict[tuple[int, int], Cross]] = []
@@ -268,7 +305,8 @@ class Sums:
         """One array a side, of the same images in the same order.
 
         Raises:
-            RequestError: other than rows of channels or maps, sides of different numbers of images, maps of two sizes that are folded.
+            RequestError: other than rows of channels or maps, sides of different numbers of images, maps of two sizes that are folded, and
+                in the permuted side another number of positions than before.
             WorkError: a number that is not finite.
         """
         maps = [_checked(one) for one in maps]
@@ -281,20 +319,27 @@ class Sums:
             if len(maps[0]) < 2:
                 raise RequestError("the first chunk holds one image", hint="give at least two at a time")
             self.sides = [[Side(rows, len(maps[0])) for rows in view] for view in views]
-            for made in (self.crosses, self.others):
+            for made in (self.crosses, self.others) if self.permuted else (self.crosses,):
                 made += [{(i, j): Cross(view[i], view[j], self.exact) for i, j in self.wanted} for view in self.sides]
+            image = max(sum(rows.nbytes for rows in side) for side in zip(*views, strict=True)) // len(maps[0])
+            self.exchange = Exchange(max(LEAST, HELD // image)) if self.permuted else None
         self.images += len(maps[0])
+        wait, partners, kept = self.exchange.step(len(maps[0])) if self.exchange else (0, [], [])
         for at, view in enumerate(views):
             for side, rows in zip(self.sides[at], view, strict=True):
                 if rows.shape[1] != len(side.sum_P):
                     raise RequestError(f"{rows.shape[1]} channels after {len(side.sum_P)} in the chunks before")
+                if self.permuted and len(rows) != side.per * len(maps[0]):
+                    now = f"{len(rows) // len(maps[0])} positions an image after {side.per} in the chunks before"
+                    raise RequestError(f"{now}: these images cannot be exchanged", hint="spatial=pool")
             added = [side.add(rows) for side, rows in zip(self.sides[at], view, strict=True)]
             for (i, j), cross in self.crosses[at].items():
                 cross.add(added[i], added[j])
             if self.permuted:
-                late = [side.late(rows) for side, rows in zip(self.sides[at], added, strict=True)]
+                ready = {i: self.sides[at][i].waiting(added[i], wait) for i in {i for i, _ in self.wanted}}
+                late = {j: self.sides[at][j].partners(added[j], partners, kept) for j in {j for _, j in self.wanted}}
                 for (i, j), cross in self.others[at].items():
-                    cross.add(late[i][0], late[j][1])
+                    cross.add(ready[i], late[j])
 
     def _views(self, maps: list[Tensor]) -> tuple[list[list[Tensor]], list[float]]:
         """Rows of every side, by view, and the views' weights."""
@@ -320,14 +365,11 @@ class Sums:
 
     def permuted_pairs(self) -> dict[tuple[int, int], list[tuple[float, Pair]]]:
         """The same with the second side's images permuted. Nothing can be added afterwards."""
-        if not self.closed:
+        if self.exchange and not self.closed:
             self.closed = True
             for view, crosses in zip(self.sides, self.others, strict=True):
                 for (i, j), cross in crosses.items():
-                    head, tail = view[i].head, view[j].tail
-                    assert head is not None
-                    assert tail is not None
-                    cross.add(head, tail)
+                    cross.add(Rows(torch.cat(view[i].head)), Rows(view[j].buffer[cycle(self.exchange.held)].flatten(0, 1)))
         return self._pairs(self.others)
 
     def _pairs(self, crosses: list[dict[tuple[int, int], Cross]]) -> dict[tuple[int, int], list[tuple[float, Pair]]]:

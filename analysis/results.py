@@ -292,13 +292,14 @@ def _field(text: str) -> str:
 
 
 def predictions(cell: Cell, split: str = "test") -> "pd.DataFrame | None":
-    """Rows of predictions.parquet of a split, in order of sample_id; None when the file is absent or holds none."""
-    import pandas as pd
+    """Rows of predictions.parquet of a split, in order of sample_id, without maps of masks; None when the file is absent or has none."""
+    from pyarrow.parquet import ParquetFile
 
     raw = storage.read_or_none(storage.join(cell.url, "predictions.parquet"))
     if raw is None:
         return None
-    frame = pd.read_parquet(io.BytesIO(raw))
+    file = ParquetFile(io.BytesIO(raw))
+    frame = file.read(columns=[name for name in file.schema_arrow.names if name != "probability_png"]).to_pandas()
     frame = frame[frame["split"] == split].sort_values("sample_id", kind="stable", ignore_index=True)
     return frame if len(frame) else None
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.evaluating import evaluating
-from analysis.moments import Basis, Pair, Spatial, Sums
+from analysis.moments import Basis, Pair, Spatial, Sums, cycle
 from base.errors import RequestError
 from base.seeds import rng
 
@@ -340,13 +340,21 @@ def similarity(
         RequestError: sides that do not fit; too few rows for CCA.
         WorkError: no channel changes, or a number is not finite.
     """
-    sums = _sums(x, y, spatial=spatial, positions=positions, exact=exact, permuted=True, chunk=chunk)
+    whole = not isinstance(x, tuple) and not isinstance(y, tuple)
+    sums = _sums(x, y, spatial=spatial, positions=positions, exact=exact, permuted=not whole, chunk=chunk)
     views = sums.pairs()[0, 1]
     if not allow_small_n:
         for _, held in views:
             require_enough(held, threshold, energy)
+    if whole:
+        # All is at hand: the images of one side are exchanged over the whole, where a stream has a bounded buffer.
+        held_y = torch.as_tensor(y)
+        exchanged = (held_y.__getitem__, torch.from_numpy(cycle(sums.images)).split(chunk))
+        permuted = _sums(x, exchanged, spatial=spatial, positions=positions, exact=exact, chunk=chunk).pairs()[0, 1]
+    else:
+        permuted = sums.permuted_pairs()[0, 1]
     options: dict[str, Any] = {"threshold": threshold, "energy": energy, "allow_small_n": allow_small_n, "exact": exact}
-    return summarise(views, sums.permuted_pairs()[0, 1], sums.images, **options)
+    return summarise(views, permuted, sums.images, **options)
 
 
 def cca(x: Given, y: Given, *, exact: bool = False, allow_small_n: bool = False) -> float:

@@ -25,6 +25,7 @@ import torch
 
 LOGGED, STEPS = 20, 100
 IMAGES = 2048
+COPIES = 32  # of the shards, as one corpus: with fewer images than DINO's 65536 prototypes a run is refused
 
 
 class Row(NamedTuple):
@@ -67,7 +68,7 @@ def measure(row: Row, shards: str, out: str, workers: int, steps: int, logged: i
         recipe=recipe,
         architecture=row.architecture,
         in_chans=1,
-        data=[DataRef(dataset="bench", shards=shards, digest=corpus.manifest.digest)],
+        data=[DataRef(dataset="bench", shards=shards, digest=corpus.manifest.digest)] * COPIES,
         out=out,
         workers=workers,
     )
@@ -78,7 +79,7 @@ def measure(row: Row, shards: str, out: str, workers: int, steps: int, logged: i
     def median(key: str) -> float | None:
         return statistics.median(found[key] for found in rows) if key in rows[0] else None
 
-    expected = explain(recipe, row.architecture, images=len(corpus), channels=1, gpu_count=1).cost
+    expected = explain(recipe, row.architecture, images=len(corpus) * COPIES, channels=1, gpu_count=1).cost
     speed = median("img_per_s") or 0.0
     gpu = gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return {

@@ -127,7 +127,7 @@ def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by:
             "by": by,
             "reached": math.isfinite(value),
             "at": value if math.isfinite(value) else None,
-            "shown": speed.shown(value, row.end),
+            "shown": speed.shown(value, row.ends[seed]),
         }
         for row in rows
         for seed, value in row.steps.items()
@@ -149,6 +149,7 @@ def _summary(rows: Sequence[speed.Reached], group: Sequence[str], level: float, 
             "speedup_sign": row.speedup.sign,
             "speedup_low": row.speedup.low,
             "speedup_high": row.speedup.high,
+            "speedup_undefined": row.speedup.undefined,
             "area": row.area,
             "best": row.best,
         }
@@ -184,7 +185,7 @@ def ranks(cells: Sequence[results.Cell], accuracy: str, leaf: Leaf) -> None:
         title = ", ".join(str(part) for part in group if part)
         rows += [{"setting": title, "source": name, "accuracy": x, str(metric): y} for x, y, name in both]
         listed.append([title, str(metric), rank.rho.words(2), f"{rank.p:.3f}", str(rank.n)])
-        drawn = partial(plots.ranked, both, rank.rho.words(2), str(metric), title)
+        drawn = partial(plots.ranked, both, f"{rank.rho.words(2)}, p {rank.p:.3f}", str(metric), title)
         text = f"Spearman {rank.rho.words(2)}, p {rank.p:.3f}, over {rank.n} sources"
         leaf.draw(f"accuracy-{len(listed)}", f"{title}: accuracy of the source against {metric}", text, drawn, 4.6, 3.2)
     if not listed:

@@ -36,6 +36,7 @@ PROCESSOR = 30e9  # operations a second of one processor in fp32, as resnet18 wa
 SIDE = 224  # pixels
 SAMPLED = 200  # finished cells that are looked at
 PICTURES = 350_000  # bytes of a cell's heat maps and samples, as measured
+MAP = 0.35  # bytes a pixel of a kept map of probabilities, as PNG
 ROW = 24  # bytes of predictions.parquet for an image and a label
 
 
@@ -147,9 +148,10 @@ def _alike(config: CellConfig) -> list[tuple[Any, ...]]:
 
 def cell_bytes(config: CellConfig, seen: Seen, parameters: int) -> int:
     """What a cell leaves in storage. parameters: of its encoder."""
-    rows = sum(seen.images.get(split, 0) for split in ("val", "test")) * max(1, len(config.task.labels))
+    images = sum(seen.images.get(split, 0) for split in ("val", "test"))
+    maps = int(MAP * config.resolution**2) * images if config.task.kind == "segmentation" else 0
     pictures = PICTURES if seen.card.share_images else 0
-    return ROW * rows + pictures + (4 * parameters if config.keep == "encoder" else 0)
+    return ROW * images * max(1, len(config.task.labels)) + maps + pictures + (4 * parameters if config.keep == "encoder" else 0)
 
 
 # -- pretrainings

@@ -114,7 +114,7 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
         whole: images as training views are made of them: whole, whatever the task's `evaluation` says.
     Raises:
         RequestError: the dataset lacks labels, masks or slices that the task needs.
-        WorkError: other shards than planned.
+        WorkError: other shards than planned; targets that are not finite.
     """
     corpus = _corpus(url, digest, split, cache_dir)
     card = corpus.manifest.card
@@ -148,6 +148,8 @@ def load(url: str, digest: str, split: str, size: int, task: Task, cache_dir: st
     if absent:
         raise RequestError(f"{corpus.manifest.dataset} has no label {', '.join(absent)}", where=f"{where}: labels")
     target, known = Targets(card, task.labels, task.uncertain, training=split == "train")(decoded.raw, arrays.ids)
+    if not np.isfinite(target[known > 0]).all():  # before those are left out that do not sum to one label
+        raise WorkError(f"targets of split {split} that are not finite", where=url, hint="pack the dataset again")
     arrays = replace(arrays, target=target, known=known)
     if task.kind in ("multiclass", "ordinal"):
         return arrays.take(np.flatnonzero((known.min(1) > 0) & (target.sum(1) == 1)))
@@ -189,7 +191,8 @@ def centre(image_NCHW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def seen(arrays: Arrays, index: NDArray[np.int64]) -> Iterator[Tensor]:
     """What evaluation shows the network of these images, u8 BCHW, or B windows slices H W of volumes: one view, or ten.
 
-    The logits of an image are the mean over the views. Ten are the centre and the corners of `large` and the mirror images of these.
+    An image's probabilities are the mean over the views (evaluate.over_views). Ten are the centre and the corners of `large` and the mirror
+    images of these.
     """
     if arrays.large is None:
         yield as_input(arrays.image[index], arrays.slices)
@@ -208,8 +211,8 @@ def as_input(image_BCHW: NDArray[np.uint8] | Tensor, slices: int | None) -> Tens
 
 
 def original_masks(arrays: Arrays) -> Iterator[NDArray[np.uint8]]:
-    """The true masks in the order of `arrays`, u8 HW, 0, 1 or NOT_JUDGED, each of the size that was packed (the original's, unless the
-    card has a max_side). Read from the shards one by one, since together they may not fit into memory.
+    """The true masks in the order of `arrays`, u8 HW, 0, 1 or NOT_JUDGED, each of the size at which it was drawn. Read
+    from the shards one by one, since together they may not fit into memory.
 
     A prediction is brought to that size by `at_origin`, never the mask to the prediction's: Dice is measured where it was drawn.
     """

@@ -7,10 +7,11 @@
 The features of a frozen encoder are computed once: for a source of given weights in the node's cache, where other cells find them, for
 random ones, which no other seed has, in memory.
 
-Legend: N images, B batch, C channels, L labels, H W pixels.
+Legend: N images, B batch, V views, C channels, L labels, H W pixels.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from base.config import digest
-from base.errors import Diverged, RequestError, WorkError
+from base.errors import Diverged, RequestError
 from encoders.weights import sha256_of
 from finetune import data, features
 from finetune.augment import TrainingViews, enlarged
 from finetune.cell import CellConfig
 from finetune.features import Features, chunks
 from finetune.network import Network
+from finetune.task import Kind
 from finetune.transplant import Transplant
 from shards import cache
 from shards.views import VIEWS_VERSION
@@ -76,13 +79,11 @@ class Evaluator:
         return self._arrays[split]
 
     def load(self, split: str, size: int, whole: bool = False) -> data.Arrays:
-        """A whole split, see data.load. Raises RequestError for one without images, WorkError for targets that are not finite."""
+        """A whole split, see data.load. Raises RequestError for one without images."""
         config = self.config
         arrays = data.load(config.shards, config.manifest_digest, split, size, self.task, config.cache_dir, whole)
         if not len(arrays):
             raise RequestError(f"no image of split {split} has a label of this task", where=f"task {self.task.task}")
-        if not np.isfinite(arrays.target[arrays.known > 0] if arrays.target.ndim == 2 else arrays.target).all():
-            raise WorkError(f"targets of split {split} that are not finite", where=config.shards, hint="pack the dataset again")
         return arrays
 
     def _rows(self, arrays: data.Arrays) -> NDArray[np.int64]:
@@ -187,7 +188,8 @@ class Evaluator:
 
     @torch.inference_mode()
     def logits(self, split: str) -> NDArray[np.float32]:
-        """f32 NL or NHW on the evaluation view, in the split's order, with the weights that stand in the network; of ten crops the mean.
+        """f32 NL or NHW on the evaluation view, in the split's order, with the weights that stand in the network; of ten crops see
+        `over_views`.
 
         Raises:
             WorkError: one is not finite. A mask cut from such numbers would look like any other.
@@ -196,7 +198,7 @@ class Evaluator:
         if self.frozen:
             self.keep(split)
         arrays = self.arrays(split)
-        parts = [self._mean_logits(self.maps(split, index)) for index in chunks(len(arrays), self.chunk)]
+        parts = [self._answers(self.maps(split, index)) for index in chunks(len(arrays), self.chunk)]
         logits: NDArray[np.float32] = np.concatenate([part.cpu().numpy() for part in parts])
         if not np.isfinite(logits).all():
             raise self.diverged(f"the network's output is not finite on split {split}")
@@ -206,11 +208,11 @@ class Evaluator:
         """The error for numbers that are not finite."""
         return Diverged(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {self.rate}")
 
-    def _mean_logits(self, maps: list[Tensor]) -> Tensor:
+    def _answers(self, maps: list[Tensor]) -> Tensor:
         levels = len(self.module.encoder.pyramid_channels) if self.module.pyramid else 1
         with self.precision():
             views = [self.module.head(maps[start : start + levels], self.size).float() for start in range(0, len(maps), levels)]
-        return torch.stack(views).mean(0)
+        return over_views(self.task.kind, torch.stack(views))
 
     # -- the network
 
@@ -231,6 +233,22 @@ class Evaluator:
     def on_device(self, x: Tensor) -> Tensor:
         """Where and in which layout the network computes."""
         return _in_layout(x.to(self.device))
+
+
+def over_views(kind: Kind, views_VBL: Tensor) -> Tensor:
+    """Logits of the mean over V views of what a network says after its sigmoid (of grades, of each P(grade > k)) or softmax: what the
+    transfer benchmark averages (Hosseinzadeh Taher et al., arXiv 2108.05930). float VBL -> float32 BL; one view to the bit, of any shape.
+
+    They are finite where those of all views are, and nowhere else.
+    """
+    if len(views_VBL) == 1:
+        return views_VBL[0]
+    x = views_VBL.double()
+    if kind == "multiclass":
+        mean_BL = x.log_softmax(2).logsumexp(0) - math.log(len(x))
+    else:  # log p - log(1 - p), each from logits: neither is rounded to 0 first
+        mean_BL = F.logsigmoid(x).logsumexp(0) - F.logsigmoid(-x).logsumexp(0)
+    return torch.where(x.isfinite().all(0), mean_BL, torch.nan).float()
 
 
 def _in_layout(x: Tensor) -> Tensor:

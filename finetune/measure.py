@@ -12,7 +12,8 @@ Rows of decisions, test split only, thresholds chosen on validation (metrics.ope
     Of labels that exclude each other the decision is the most likely one, or the median grade, and needs no threshold: sensitivity,
     precision and f1 of each; accuracy, balanced_accuracy, f1_macro, kappa, kappa_quadratic (of labels in order), ece over all.
 Rows over all labels (class ""): <metric>_mean over the labels that have a value, n how many those are; auroc_mean_min10 and
-    auprc_mean_min10 over those of at least ten positives.
+    auprc_mean_min10 over those of at least ten positives; of labels in order auroc_from_<label> of P(that one or a later one), all but the
+    first.
 Rows of masks (n: images): dice, iou, dice_nonempty (of images whose true mask is not empty), dice_tuned, threshold_tuned, hd95 and hd95_mm
     (n: images that have one), dice_pooled and iou_pooled (of all pixels at once), dice_resized, iou_resized.
 Rows of strata, test split only, where at least two are known: the rows over all labels or masks, as `<metric>/<stratum>`.
@@ -138,6 +139,9 @@ def _exclusive(task: Task, part: pd.DataFrame) -> list[Found]:
     found: list[Found] = []
     for metric in ("sensitivity", "precision", "f1"):
         found += [(label, metric, float(said[metric][task.labels.index(label)]), n) for label in task.measured]
+    if task.kind == "ordinal":
+        for k, grade in enumerate(task.labels[1:], 1):
+            found.append(("", f"auroc_from_{grade}", metrics.auroc(scores[:, k:].sum(1), true >= k), n))
     over_all = ("accuracy", "balanced_accuracy", "f1_macro", "kappa", "kappa_quadratic")
     found += [("", metric, float(said[metric]), n) for metric in over_all]
     likeliest = scores.argmax(1)

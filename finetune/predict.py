@@ -20,6 +20,7 @@ from base.errors import RequestError, WorkError
 from finetune.data import Arrays, at_origin, original_masks, studies_of
 from finetune.measure import Row, rows_of
 from finetune.task import Aggregate, Task
+from shards.raster import png
 
 THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)  # of a mask, tried on validation
 
@@ -44,7 +45,8 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32], val: pd
     Labels: target_ (nan: not known) and score_ per label; where they exclude each other decided, the most likely one or the median grade.
     Masks, against the original mask, to whose size the logits are brought: dice, iou, hd95 (px), hd95_mm where the spacing is known, all
     at probability 0.5; overlap_px, predicted_px, true_px, which pooled values are made of; threshold_tuned and dice_tuned, at the
-    threshold of validation; dice_resized against the mask at the resolution, as most papers do.
+    threshold of validation; dice_resized and iou_resized against the mask at the resolution, as most papers do; probability_png, 255 times
+    the probability of every pixel at the resolution, rounded, u8 HW as PNG bytes: what any of these is made of at another threshold.
 
     Args:
         val: the table of validation; None: this is it.
@@ -62,7 +64,9 @@ def predictions(task: Task, arrays: Arrays, logits: NDArray[np.float32], val: pd
     }
     if task.kind == "segmentation":
         tuned = _tuned(arrays, logits) if val is None else float(val["threshold_tuned"].iloc[0])
-        return pd.DataFrame(frame | _resized(arrays, logits) | _original(arrays, logits, tuned))
+        pixels = [np.rint(255 * probabilities(task, logits_HW)).astype(np.uint8) for logits_HW in logits]
+        frame |= _resized(arrays, logits) | _original(arrays, logits, tuned)
+        return pd.DataFrame(frame | {"probability_png": [png(pixels_HW) for pixels_HW in pixels]})
     frame |= _labels(task, probabilities(task, logits), arrays.target, arrays.known)
     table = pd.DataFrame(frame)
     if task.aggregate is not None:
@@ -174,7 +178,7 @@ def _original(arrays: Arrays, logits: NDArray[np.float32], tuned: float) -> dict
         large = at_origin(logits_HW, (true.shape[0], true.shape[1]), arrays.origin.pad)
         pred, inside = _masks(large, true)
         overlap, predicted, positive = metrics.overlaps(pred[None], inside[None])[0]
-        spacing = _spacing(arrays, position)
+        spacing = _spacing(arrays, position, (true.shape[0], true.shape[1]))
         row = {
             "dice": float(metrics.dice_of(overlap, predicted, positive)),
             "iou": float(metrics.iou_of(overlap, predicted, positive)),
@@ -191,12 +195,16 @@ def _original(arrays: Arrays, logits: NDArray[np.float32], tuned: float) -> dict
     return columns
 
 
-def _spacing(arrays: Arrays, position: int) -> tuple[float, float] | None:
-    """Millimetres between rows and between columns, where the shards say them."""
+def _spacing(arrays: Arrays, position: int, shape: tuple[int, int]) -> tuple[float, float] | None:
+    """Millimetres between rows and between columns of the mask of that shape, where the shards say them of its image."""
     assert arrays.origin is not None
-    side = arrays.origin.corpus.stored(int(arrays.origin.at[position]), image=False, seg=False)[1]["json"]
+    corpus, i = arrays.origin.corpus, int(arrays.origin.at[position])
+    side = corpus.stored(i, image=False, seg=False)[1]["json"]
     found = json.loads(bytes(side)).get("image", {}).get("spacing_mm")
-    return None if found is None else (float(found[-2]), float(found[-1]))
+    if found is None:
+        return None
+    height, width = corpus.read(i, seg=False, text=False).image.shape[:2]
+    return found[-2] * height / shape[0], found[-1] * width / shape[1]
 
 
 SHOWN = 8  # images of a split kept with their predicted masks

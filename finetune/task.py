@@ -19,6 +19,7 @@ from shards.draws import Share
 
 Kind = Literal["multilabel", "multiclass", "ordinal", "segmentation"]
 Preset = Literal["smoke", "small", "paper"]
+Normalisation = Literal["neutral", "imagenet", "chestx-ray", "none"]
 Loss = Literal["bce", "focal", "ce", "cumulative", "dice", "bce-dice"]
 Metric = Literal[
     "auroc_mean", "auprc_mean", "auroc_within_mean", "dice", "iou", "accuracy", "balanced_accuracy", "kappa_quadratic"
@@ -136,7 +137,8 @@ class Facts(Strict):
         several the positive weight negatives / positives, both counted on the training images of the cell.
     decoder: of a segmentation. aggregate: null measures images.
     evaluation: what validation and test see: `whole` the image resized to the resolution; `center-crop` the image resized to 256/224 of it
-        and the centre kept; `ten-crop` that for validation, and for test the mean of the logits over centre, corners and mirror images.
+        and the centre kept; `ten-crop` that for validation, and for test the mean of the probabilities over centre, corners and mirror
+        images.
     normalise: mean and standard deviation by which pixels become input, for every source alike: see encoders.build.NORMALISATIONS; null for
         each source's own, which its weights were trained with (random ones: neutral).
     pad: images are made square with that colour before they are resized; null squeezes them.
@@ -160,7 +162,7 @@ class Facts(Strict):
     evaluation: Literal["whole", "center-crop", "ten-crop"] = "whole"
     pad: Literal["black", "white"] | None = None
     volume: bool = False
-    normalise: Literal["neutral", "imagenet", "chestx-ray", "none"] | None = None
+    normalise: Normalisation | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -216,6 +218,7 @@ class Variant(Strict):
     decoder: Literal["unet", "unetplusplus", "upernet"] | None = None
     evaluation: Literal["whole", "center-crop", "ten-crop"] | None = None
     uncertain: Uncertain | None = None
+    normalise: Normalisation | None = None
 
 
 class TaskFile(Facts):

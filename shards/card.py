@@ -159,7 +159,7 @@ class Layout(Strict):
     mask_pattern: str | None = None  # group 1 is {id}
     mask_column: str | None = None
     mask_optional: bool = False  # images without a mask are kept, with none
-    mask_resize: bool = False  # masks of another size than their image are brought to it (nearest)
+    mask_resize: bool = False  # masks may have another size than their image, in whose frame they lie
     field_of_view: str | None = None  # template; outside of it a mask is 255: not judged
     rle: RunLengths | None = None
 

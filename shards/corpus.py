@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from isal import isal_zlib
 
@@ -28,8 +29,9 @@ class DamagedSample(WorkError):
 
 
 class Sample(NamedTuple):
-    """id; image u8 HWC; seg u8 HW or None; raw labels {name: 1 | 0 | -1 (uncertain) | None (unknown)} (of a
-    multiclass dataset the class alone); patient hash; metadata; key `<dataset>-<20 hex>`."""
+    """id; image u8 HWC; seg u8 HW or None, of the image's size, or as it was drawn where no image is read; raw labels
+    {name: 1 | 0 | -1 (uncertain) | None (unknown)} (of a multiclass dataset the class alone); patient hash; metadata; key
+    `<dataset>-<20 hex>`."""
 
     id: int
     image: np.ndarray
@@ -69,6 +71,7 @@ class Corpus:
         self.labels = list(self.card.labels)
         self.channels: int = self.card.channels
         self.has_masks: bool = self.card.has_masks
+        self._mask_sizes = self.card.max_side is not None or any(layout.mask_resize for layout in self.card.layouts)  # of their own
         self.shards = self.manifest.splits(self.splits)
         self._kept = _kept_rows([shard.samples for shard in self.shards], self.without)
         sizes = [len(self._kept[n]) if n in self._kept else shard.samples for n, shard in enumerate(self.shards)]
@@ -99,7 +102,9 @@ class Corpus:
         except ValueError as error:
             raise self._damaged(i, row, str(error)) from error
         if image and mask is not None and mask.shape != pixels.shape[:2]:
-            raise self._damaged(i, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
+            if not self._mask_sizes:
+                raise self._damaged(i, row, f"its mask is {mask.shape}, its image {pixels.shape[:2]}")
+            mask = cv2.resize(mask, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         key = f"{self.manifest.dataset}-{row.key.decode()}"
         return Sample(i, pixels, mask, side.get("labels", {}), row.patient.rstrip(b"\0").decode(), side.get("meta", {}), key)
 

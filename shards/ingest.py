@@ -171,15 +171,19 @@ def mask_values(data: bytes, classes: int, frame: int | None = None) -> np.ndarr
 
 
 def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool = False, seen: np.ndarray | None = None) -> bytes:
-    """The union of masks (HW, see `mask_values`) as an 8-bit index PNG of the stored image's size; of two classes the larger wins.
+    """The union of masks (HW, see `mask_values`) as an 8-bit index PNG; of two classes the larger wins.
 
-    resize: bring those of another size to the image's.
-    seen: bool HW; where it is False nothing is judged, and the mask is NOT_JUDGED. Raises Unusable.
+    It has the size at which they were drawn, whatever the stored image was reduced to: metrics are made there.
+
+    resize: take masks of another size than the image's; those that differ among themselves are brought to that.
+    seen: bool HW of the image's size; where it is False nothing is judged, and the mask is NOT_JUDGED. Raises Unusable.
     """
-    height, width = of.reduced_from or (of.height, of.width)
+    image_shape = of.reduced_from or (of.height, of.width)
+    drawn = {values.shape for values in masks}
+    height, width = drawn.pop() if resize and len(drawn) == 1 else image_shape
     union = np.zeros((height, width), np.uint8)
     for values in masks:
-        if values.shape != union.shape and not resize:
+        if values.shape != image_shape and not resize:
             raise Unusable(f"mask measures {values.shape[0]} x {values.shape[1]} (height x width), its image {height} x {width}")
         low, high = (values.min(), values.max()) if values.size else (0, 0)
         if classes > 1 and not 0 <= low <= high <= classes:
@@ -191,11 +195,10 @@ def merged(masks: Sequence[np.ndarray], classes: int, of: Stored, resize: bool =
             indices = cv2.resize(indices, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         union = np.maximum(union, indices)
     if seen is not None:
-        if seen.shape != union.shape:
-            raise Unusable(f"field of view measures {seen.shape[0]} x {seen.shape[1]} (height x width), its image {height} x {width}")
-        union[~seen] = NOT_JUDGED
-    if of.reduced_from:
-        union = cv2.resize(union, (of.width, of.height), interpolation=cv2.INTER_NEAREST_EXACT)
+        if seen.shape != image_shape:
+            shapes = [f"{shape[0]} x {shape[1]}" for shape in (seen.shape, image_shape)]
+            raise Unusable(f"field of view measures {shapes[0]} (height x width), its image {shapes[1]}")
+        union[cv2.resize(seen.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT) == 0] = NOT_JUDGED
     return png(union)
 
 

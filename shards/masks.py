@@ -16,7 +16,7 @@ from shards.readers import Record
 
 
 def mask_png(card: Card, record: Record, stored: ingest.Stored, read: Callable[[str], bytes]) -> bytes | None:
-    """The mask of a record as a PNG of the stored image's size, u8: 0, the classes from 1, 255 outside the field of view.
+    """The mask of a record as a PNG of the size at which it was drawn, u8: 0, the classes from 1, 255 outside the field of view.
 
     Args:
         card: with the layout that was found alone.

@@ -34,7 +34,7 @@ from shards.open_points import refuse_open
 from shards.phantoms import PHANTOM_VERSION
 from shards.samples import index_of_tar, write_tar
 
-PACK_VERSION = 2  # raised when a change moves a byte of a shard
+PACK_VERSION = 3  # raised when a change moves a byte of a shard
 QUARANTINE = "quarantine.jsonl"
 
 

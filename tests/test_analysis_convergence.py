@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cluster_cli import Allograft, allograft
 
-from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, reached, shown, speedup
-from analysis.correlation import correlation, r_squared
+from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, median, reached, shown, speedup
+from analysis.correlation import _interval, correlation, r_squared
 from analysis.layers import against_random, start_against_end
 from analysis.results import finished
 from base.errors import RequestError
@@ -60,6 +60,72 @@ def test_half_censored_has_a_censored_median() -> None:
     runs = [curve("random", tau, 10, 100, seed=seed) for seed, tau in enumerate((20, 30, 400, 400))]
     assert reached(runs, 0.6)[0].words() == ">100"
     assert reached(runs[:3], 0.6)[0].words() == "30"
+
+
+def test_a_run_that_stopped_early_bounds_no_more_than_its_own_end() -> None:
+    """Two random runs stopped for want of patience at 5, one reached at 19 of 20: of their median only that it is above 5 is known."""
+    random = [curve("random", 400, 1, 5, seed=0), curve("random", 20.5, 1, 20, seed=1), curve("random", 400, 1, 5, seed=2)]
+    source = [curve("simclr", 4.3, 1, 20, seed=seed) for seed in range(3)]
+    one, other = reached([*random, *source], 0.6)
+    assert one.steps == {0: math.inf, 1: 19, 2: math.inf}
+    assert one.ends == {0: 5, 1: 20, 2: 5}
+    assert one.words() == ">5"
+    assert math.isinf(one.median)
+    assert other.words() == "4"
+    assert (other.speedup.ratio, other.speedup.sign) == (5 / 4, ">")
+    assert other.speedup.words() == ">1.25 [1.25, more]"
+    # The other way round: no more than 4/5 as fast.
+    assert reached([*random, *source], 0.6, base="simclr")[0].speedup.words() == "<0.80 [0.00, 0.80]"
+
+
+@pytest.mark.parametrize(
+    ("steps", "ends", "words"),
+    [
+        ((4, 5, 6), (20, 20, 20), "5"),
+        ((math.inf, 19, 21), (5, 20, 30), ">=19, <=21"),  # the one that stopped at 5 would have got there before 19, or after 21
+        ((math.inf, 19, math.inf), (5, 20, 30), ">=19"),
+        ((math.inf, 3, math.inf), (3, 20, 3), ">3"),
+        ((math.inf, math.inf, math.inf), (5, 9, 30), ">9"),
+        ((0, 0, math.inf), (9, 9, 9), "0"),
+    ],
+)
+def test_a_median_is_told_as_far_as_it_is_known(steps: tuple[float, ...], ends: tuple[float, ...], words: str) -> None:
+    assert median(steps, ends).words() == words
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=7), st.data())
+@settings(max_examples=200, deadline=None)
+def test_bounds_of_a_median_hold_whatever_censored_runs_would_have_taken(runs: list[tuple[int, bool]], data: st.DataObject) -> None:
+    found = median([math.inf if lost else at for at, lost in runs], [at for at, _ in runs])
+    least = sorted(at + 0.5 * lost for at, lost in runs)[len(runs) // 2]
+    assert found.low == least - 0.5 * found.above  # attained but for `above`: no wider than it must be
+    true = sorted(at + (data.draw(st.integers(1, 20)) if lost else 0) for at, lost in runs)[len(runs) // 2]
+    assert found.low <= true <= found.high
+    assert true > found.low or not found.above
+
+
+def test_a_source_that_stands_there_at_step_0_is_unboundedly_faster() -> None:
+    found = speedup([4, 5, 6], [0, 0, 0], 10, 10)
+    assert math.isinf(found.ratio)
+    assert found.sign == ">"
+    assert found.words() == "unbounded"
+    assert speedup([0, 0, 0], [4, 5, 6], 10, 10).words() == "0.00 [0.00, 0.00]"
+    assert speedup([0, 0, 0], [0, 0, 0], 10, 10).words() == "-"
+    # A source whose median may be 0: of three draws two or more are its zero in 7 of 27 cases, and are left out.
+    part = speedup([0, 0, 0], [0, math.inf, math.inf], 10, 10)
+    assert (part.ratio, part.sign, part.low, part.high) == (0, "", 0, 0)
+    assert part.undefined == pytest.approx(7 / 27, abs=0.03)
+    assert speedup([4, 5], [0, 0], 10, 10).words() == "unbounded"
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_of_0_over_0_are_left_out_and_counted() -> None:
+    found = speedup([0, 4, 5], [0, 1, 1], 10, 10)
+    assert found.ratio == 4
+    assert (found.low, found.high) == (0, math.inf)
+    # Two zeros of three draws on either side, 7 of 27 each.
+    assert found.undefined == pytest.approx((7 / 27) ** 2, abs=0.02)
+    assert found.words() == f"4.00 [0.00, more; {found.undefined:.0%} of draws 0/0]"
 
 
 def test_speed_up_covers_the_true_ratio() -> None:
@@ -155,9 +221,23 @@ def test_spearman_agrees_with_all_permutations() -> None:
     assert found.rho.estimate == pytest.approx(0.9)
     order = [np.corrcoef(np.argsort(np.argsort(p)), np.argsort(np.argsort(y)))[0, 1] for p in itertools.permutations(x)]
     assert found.p == pytest.approx(np.mean(np.abs(order) > 0.9 - 1e-9))
-    assert found.rho.low < 0.9 < found.rho.high
     assert found.n == 5
     assert math.isnan(correlation([1, 2, math.nan], [1, 2, 3]).rho.estimate)
+
+
+def test_spearman_has_an_interval_only_where_one_says_something() -> None:
+    """Of four to seven sources Fisher's transformation is no guide, and a perfect order has an interval of no width beside p = 0.083."""
+    four = correlation([1, 2, 3, 4], [1, 2, 3, 4])
+    assert four.p == pytest.approx(2 / 24)
+    assert four.rho.words() == "1.000"
+    assert correlation([1, 2, 3, 4], [2, 1, 3, 4]).rho.words() == "0.800"
+    for n, rho in itertools.product((4, 7, 8, 12), (-1.0, -0.5, 0.9, 1.0)):
+        one = _interval(rho, n)
+        if n >= 8 and abs(rho) < 1:
+            assert -1 < one.low < rho < one.high < 1
+        else:
+            assert math.isnan(one.low)
+            assert math.isnan(one.high)
 
 
 # -- the command
@@ -221,6 +301,22 @@ def test_the_command_says_and_draws_it(tmp_path: Path, allograft: Allograft) -> 
     assert len(censored)
     assert censored["at"].isna().all()
     assert set(censored["shown"]) == {">20"}
+
+
+def test_the_command_shows_each_run_by_its_own_end(tmp_path: Path, allograft: Allograft) -> None:
+    out = study(tmp_path / "study", {("random", "full", "{}"): 400.0, ("pretrain:simclr", "full", "{}"): 2.0}, epochs=20)
+    for seed, kept in enumerate((5, 5, 20)):  # of the random runs two stopped early
+        rows = out / "cells" / f"0{seed}" / "metrics.jsonl"
+        rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:kept]))
+    said = allograft("analyze", "convergence", str(out), "--threshold", "0.85", "--out", str(tmp_path / "made"))
+    assert said.code == 0, said.err
+    runs = pd.read_csv(tmp_path / "made" / "runs.csv")
+    assert runs[runs["source"] == "random"]["shown"].tolist() == [">5", ">5", ">20"]
+    summary = pd.read_csv(tmp_path / "made" / "convergence.csv").set_index("source")
+    assert summary.loc["random", "median"] == ">5"
+    assert summary.loc["simclr", "speedup_sign"] == ">"
+    assert summary.loc["simclr", "speedup"] == pytest.approx(5 / float(str(summary.loc["simclr", "median"])))
+    assert summary.loc["simclr", "speedup_undefined"] == 0
 
 
 def test_seconds_add_up_and_steps_are_refused_where_rows_have_none(tmp_path: Path) -> None:

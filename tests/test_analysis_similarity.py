@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from analysis import moments
 from analysis import similarity as sim
 from analysis.evaluating import evaluating
 from analysis.moments import Sums
@@ -196,19 +197,84 @@ def test_independent_noise_falls_with_rows_and_both_baselines_say_where_it_stand
     assert values[0] > 0.3 > values[1] > 0.05 > values[2] / 2
 
 
-def test_the_permuted_side_is_a_permutation_of_whole_images() -> None:
-    draw = rng("permuted")
-    maps = torch.from_numpy(draw.normal(size=(11, 3, 2, 2)))
-    for chunk in (11, 4, 3, 2):
-        sums = Sums([(0, 1)], permuted=True)
-        for part in maps.split(chunk):
-            sums.add([part, part])
-        found = sums.permuted_pairs()[0, 1][0][1]
-        lag = chunk // 2
-        other = torch.roll(maps, lag, 0)
-        rows = [one.permute(0, 2, 3, 1).reshape(-1, 3) for one in (maps, other)]
-        expected = (rows[0] - rows[0].mean(0)).T @ (rows[1] - rows[1].mean(0))
-        assert torch.allclose(found.cross_PQ, expected, atol=1e-10)
+def placed(n: int, chunk: int) -> Array:
+    """Which image takes the place of each of n, read from sums of maps that name image and position: rows x rows, ones and zeros."""
+    maps = torch.eye(3 * n, dtype=torch.float64).view(n, 3, 3 * n).transpose(1, 2)[..., None]
+    sums = Sums([(0, 1)], permuted=True)
+    for part in maps.split(chunk):
+        sums.add([part, part])
+    found = np.rint((sums.permuted_pairs()[0, 1][0][1].cross_PQ + 1 / (3 * n)).numpy())
+    assert np.kron(found[::3, ::3], np.eye(3)) == pytest.approx(found)  # whole images: each position is met by the same of another
+    return np.asarray(found[::3, ::3])
+
+
+@pytest.mark.parametrize("buffered", [60, 24, 16])
+def test_the_permuted_side_is_a_permutation_of_whole_images(buffered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 60
+    monkeypatch.setattr(moments, "HELD", buffered * 3 * 3 * n * 8)
+    found = placed(n, 60)
+    assert found.sum(0).tolist() == found.sum(1).tolist() == [1] * n
+    assert not found.diagonal().any()
+    assert all(np.array_equal(placed(n, chunk), found) for chunk in (2, 7, 16, 31))
+    shift = found.argmax(1) - np.arange(n)
+    assert len(set(shift.tolist())) > 20  # no shift of the order
+
+
+def by_class(classes: int, each: int) -> tuple[Array, Array]:
+    """Two sides whose images come class by class."""
+    draw = rng("sorted classes")
+    label = np.repeat(np.arange(classes), each)
+    x, y = (2 * draw.normal(size=(classes, width))[label] + draw.normal(size=(len(label), width)) for width in (12, 8))
+    return x, y
+
+
+def test_images_in_the_order_of_their_classes_have_a_baseline() -> None:
+    """Ten classes of 200: exchanged within the class, as by a shift of the order, the sides would stay as alike as they are."""
+    x, y = by_class(10, 200)
+    batches = [[torch.from_numpy(side[at : at + 32]) for at in range(0, 2000, 32)] for side in (x, y)]
+    arrays, parts = sim.similarity(x, y), sim.similarity(x, y, chunk=13)
+    streams = sim.similarity((nn.Identity(), batches[0]), (nn.Identity(), batches[1]))
+    mixed = sim.similarity(x, (nn.Identity(), batches[1]))
+    for found in (arrays, parts, streams, mixed):
+        assert found.values["cka_debiased"] > 0.4
+        assert abs(found.permuted["cka_debiased"]) < 0.01
+        assert found.permuted["svcca"] == pytest.approx(found.gaussian["svcca"], abs=0.02)
+        for name in sim.MEASURES:
+            assert found.permuted[name] == pytest.approx(arrays.permuted[name], abs=1e-8), name
+
+
+def test_a_stream_longer_than_the_buffer_is_exchanged_within_about_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/analysis.md says of the order of a loader: sorted classes need a buffer of about the stream, shuffled ones none."""
+    x, y = by_class(10, 200)
+    order = rng("order of classes").permutation(2000)
+    found = {}
+    for buffered in (16, 200, 1000):
+        monkeypatch.setattr(moments, "HELD", buffered * 12 * 8)
+        for name, rows in (("sorted", np.arange(2000)), ("shuffled", order)):
+            sides = [(nn.Identity(), torch.from_numpy(side[rows]).split(32)) for side in (x, y)]
+            found[name, buffered] = sim.similarity(sides[0], sides[1]).permuted["cka_debiased"]
+    assert found["sorted", 16] > 0.3 > found["sorted", 200] > 0.05 > found["sorted", 1000]
+    assert all(abs(found["shuffled", buffered]) < 0.01 for buffered in (16, 200, 1000))
+
+
+def test_exchanged_frequencies_are_those_of_one_image() -> None:
+    draw = rng("exchanged frequencies")
+    x = torch.from_numpy(draw.normal(size=(40, 2, 4, 4)))
+    streams = sim.similarity((nn.Identity(), x.split(7)), (nn.Identity(), x.split(7)), spatial="dft")
+    arrays = sim.similarity(x, x, spatial="dft")
+    for name in sim.MEASURES:
+        assert streams.permuted[name] == pytest.approx(arrays.permuted[name], abs=1e-8), name
+    assert arrays.permuted["cka"] < 0.2
+
+
+def test_maps_of_changing_size_cannot_be_exchanged() -> None:
+    draw = rng("changing size")
+    parts = [torch.from_numpy(draw.normal(size=(20, 2, side, side))) for side in (4, 5)]
+    stream = (nn.Identity(), parts)
+    with pytest.raises(RequestError, match=r"25 positions an image after 16.*spatial=pool"):
+        sim.similarity(stream, stream)
+    assert sim.similarity(stream, stream, spatial="pool").values["cka"] == pytest.approx(1)
+    assert sim.cka(stream, stream) == pytest.approx(1)
 
 
 def test_a_shared_spectrum_is_no_similarity() -> None:

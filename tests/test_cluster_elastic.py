@@ -49,6 +49,28 @@ def test_a_node_that_drains_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy._count_possible_workers(rooms) == 2
 
 
+def test_workers_share_each_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four divide the batch of 24, and not the four micro-batches of 6 that it is made of."""
+    import ray
+    from ray._private.state import state
+
+    from base.config import parse
+    from cluster import pretraining, trainer
+    from cluster.study import Resources
+    from pretrain.run import PretrainConfig
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(trainer, "Trainer", lambda *_, **named: given.update(named))
+    monkeypatch.setattr(pretraining, "_fit", lambda _: None)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(state, "get_draining_nodes", dict)
+    plan = tree("simclr", write(tmp_path / "shards"), "elastic", global_batch=24, accumulate=4) | {"out": str(tmp_path / "out")}
+    storage.put(str(tmp_path / "out" / "result.json"), "{}")
+    pretraining.pretrain_on_ray(parse(plan, PretrainConfig, "test"), Resources(pretrain_workers=[1, 4]))
+    policy = trainer.Divisors(given["scaling_config"], given["micro_batch"])
+    assert policy._count_possible_workers({node: {"CPU": 1.0} for node in ("a", "b", "c", "d")}) == 3
+
+
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(900)

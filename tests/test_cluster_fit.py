@@ -84,6 +84,11 @@ def test_images_reduced_when_packed_are_as_small_as_the_card_says(shards: str, t
     [
         ([{"recipe": "simclr/smoke"}], {"resources": {"pretrain_workers": 3}}, "global batch 32 does not divide over 3 workers"),
         (
+            [{"recipe": "simclr/smoke", "settings": {"global_batch": 24, "accumulate": 8}}],
+            {"resources": {"pretrain_workers": 2}},
+            "global batch 24 does not divide over 2 workers in 8 micro-batches each",
+        ),
+        (
             [{"recipe": "simclr/smoke"}, {"recipe": "mae/smoke", "architecture": None, "start_from": "pretrain:run0"}],
             {},
             "mae trains a vision transformer, not test_resnet",

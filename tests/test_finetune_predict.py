@@ -2,24 +2,30 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import tiny_corpus
+from raw_files import ct_slice
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
-from analysis import metrics
+from analysis import metrics, results
 from base.errors import RequestError, WorkError
+from base.paths import ROOT
 from cluster import facts
 from finetune.data import Arrays, load, original_masks
 from finetune.measure import FEW, headline, rows_of
 from finetune.predict import measure, predictions, probabilities
 from finetune.task import METRICS, Aggregate, Task, load_task
-from shards.card import NOT_JUDGED, Smoothed
+from shards.card import NOT_JUDGED, Card, Smoothed, SplitRule, load_card
+from shards.corpus import Corpus
 from shards.manifest import read
+from shards.pack import pack
 
 CHEST, VESSELS = load_task("phantom-chest"), load_task("phantom-vessels")
 
@@ -219,6 +225,22 @@ def test_decisions_equal_sklearn(task: Task) -> None:
         assert value(rows, "sensitivity", name) == pytest.approx((pred[true == at] == at).mean())
 
 
+def test_a_grade_or_worse_is_ranked_by_its_probability() -> None:
+    """What Transfusion reports of retinas: the AUC of moderate or worse. A grade that no image reaches has none."""
+    task = task_of("ordinal", ["none", "mild", "moderate", "severe"])
+    arrays, logits = random_split(task, 90, "test", 0)
+    kept = np.flatnonzero(arrays.target[:, 3] == 0)
+    arrays, logits = arrays.take(kept), logits[kept]
+    rows, grade = measure(task, arrays, logits), arrays.target.argmax(1)
+    for k, name in ((1, "mild"), (2, "moderate")):
+        assert value(rows, f"auroc_from_{name}") == pytest.approx(roc_auc_score(grade >= k, logits[:, k - 1]))
+        assert count(rows, f"auroc_from_{name}") == len(arrays)
+    assert value(rows, "auroc_from_severe") is None
+    assert len([row for row in rows if row["metric"].startswith("auroc_from_")]) == 3
+    arrays, logits = random_split(CLASSES, 60, "test", 0)
+    assert not [row for row in measure(CLASSES, arrays, logits) if "_from_" in row["metric"]]
+
+
 @pytest.mark.parametrize("kind", ["multilabel", "multiclass", "ordinal"])
 def test_every_metric_that_a_task_may_select_on_is_a_row(kind: str) -> None:
     task = {"multilabel": TWO, "multiclass": CLASSES, "ordinal": GRADES}[kind]
@@ -335,6 +357,48 @@ def test_distances_are_in_pixels_and_millimetres(squares: tuple[Arrays, Arrays, 
         assert table["hd95_mm"][place] == pytest.approx(2 * table["hd95"][place], abs=0.6)
 
 
+def montgomery(folder: Path) -> Card:
+    """Montgomery's official layout in miniature: CT slices of 96 x 80 pixels of 0.5 x 0.25 mm under its names, two rectangles each."""
+    for name in ("CXR_png", "ManualMask/leftMask", "ManualMask/rightMask"):
+        (folder / name).mkdir(parents=True)
+    for i in range(16):
+        left, right = np.zeros((2, 96, 80), np.uint8)
+        left[10 + i : 61 + i, 7:31], right[13:70, 41 : 63 + i] = 255, 255
+        name = f"MCUCXR_{i:04d}_{i % 2}.png"
+        (folder / "CXR_png" / name).write_bytes(ct_slice(np.int16(1024) + 3 * np.maximum(left, right) + i, 0.0))
+        for side, mask in (("left", left), ("right", right)):
+            cv2.imwrite(str(folder / f"ManualMask/{side}Mask" / name), mask)
+    return load_card("montgomery").model_copy(update={"split": SplitRule(val=0.25, test=0.4)})
+
+
+def test_images_that_are_reduced_when_packed_have_the_metrics_of_whole_ones(tmp_path: Path) -> None:
+    """The mask stays as it was drawn, and distances are in pixels of the original, though the image is a third of it."""
+    card = montgomery(tmp_path / "raw")
+    task = load_task("lxs")
+    tables, masks = [], []
+    for max_side in (1024, 32):
+        url = str(tmp_path / f"shards-{max_side}")
+        digest = pack(card.model_copy(update={"max_side": max_side}), str(tmp_path / "raw"), url).digest
+        val, test = (load(url, digest, split, 24, task, str(tmp_path / "cache")) for split in ("val", "test"))
+        logits = [cv2.GaussianBlur(noise((24, 24, len(arrays))), (0, 0), 3).transpose(2, 0, 1) for arrays in (val, test)]
+        tables.append(predictions(task, test, logits[1], predictions(task, val, logits[0])))
+        masks.append(list(original_masks(test)))
+        corpus = Corpus(url, ("test",))
+        sample = corpus[0]
+        assert sample.image.shape == ((32, 27, 1) if max_side == 32 else (96, 80, 1))
+        assert sample.seg is not None
+        assert sample.seg.shape == sample.image.shape[:2]  # in the image's frame, for views and pages
+        assert abs(sample.seg.mean() - (masks[0][0] == 1).mean()) < 0.03
+    assert len(tables[0]) > 3
+    for whole, reduced in zip(*masks, strict=True):
+        np.testing.assert_array_equal(reduced, whole)
+        assert whole.shape == (96, 80)
+    exact = ["sample_id", "dice", "iou", "hd95", "overlap_px", "predicted_px", "true_px"]
+    pd.testing.assert_frame_equal(tables[1][exact], tables[0][exact])
+    np.testing.assert_allclose(tables[1]["hd95_mm"], tables[0]["hd95_mm"], rtol=1e-5)
+    assert tables[0]["hd95_mm"].notna().all()
+
+
 def test_empty_masks_follow_the_policy(squares: tuple[Arrays, Arrays, Task]) -> None:
     """Both empty agree; one empty is 0 and has no distance; the mean over images with something to find stands beside."""
     val, test, task = squares
@@ -390,6 +454,30 @@ def test_bad_output_is_refused(squares: tuple[Arrays, Arrays, Task]) -> None:
 
 
 # -- from the file
+
+
+def test_the_probability_of_every_pixel_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squares: tuple[Arrays, Arrays, Task]
+) -> None:
+    """Read back as docs/metrics.md does. At a threshold between two 255ths nothing is lost; what reports read leaves it out."""
+    val, test, task = squares
+    logits = noise(test.target.shape)
+    first = predictions(task, val, noise(val.target.shape, 1))
+    table = predictions(task, test, logits, first)
+    pd.concat([first, table], ignore_index=True).to_parquet(tmp_path / "predictions.parquet", index=False)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == 3
+    p = probabilities(task, logits)
+    for threshold in (0.3, 0.5):
+        found: dict[str, Any] = {"test": test, "np": np, "pd": pd, "cv2": cv2, "metrics": metrics}
+        exec(code.replace("0.3", str(threshold)), found)
+        np.testing.assert_allclose(found["probability_NHW"], p, rtol=0, atol=0.5 / 255 + 1e-12)
+        np.testing.assert_array_equal(found["dice_N"], metrics.dice_per_image((p > threshold) & (test.target <= 1), test.target == 1))
+        assert (found["dice_N"].tolist() == table["dice_resized"].tolist()) == (threshold == 0.5)
+    light = results.predictions(results.Cell(str(tmp_path), {}))
+    assert light is not None
+    assert set(table) - set(light) == {"probability_png"}
 
 
 def test_any_row_can_be_computed_again_from_the_file(tmp_path: Path, squares: tuple[Arrays, Arrays, Task]) -> None:

@@ -58,6 +58,7 @@ def test_a_preset_is_named_after_the_task(tmp_path: Path) -> None:
         load_task(str(own))
 
 
+IMAGENET = {"normalise": "imagenet"}  # of every source, random ones too
 BENCHMARK = {"batch": 32, "optimizer": "adam", "weight_decay": 0, "warmup": 0, "select": "loss"}
 DOERRICH = {"batch": 64, "optimizer": "adamw", "weight_decay": 0.01, "lr": 1e-4, "epochs": 100, "schedule": "cosine", "patience": 5}
 RECIPES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {  # study: tasks, what their paper presets say, and their views
@@ -65,23 +66,24 @@ RECIPES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {  # stud
     "benchmark classification": (
         ["ecc", "dxc14", "dxc5", "txc", "vindr", "mimic", "busi"],
         {**BENCHMARK, "lr": 2e-4, "epochs": 1000, "schedule": "plateau", "patience": 10, "plateau.patience": 5, "plateau.factor": 0.5},
-        {"crop_scale": (0.08, 1), "flip": True, "rotate": 7, "resolution": 224, "evaluation": "ten-crop"},
+        {"crop_scale": (0.08, 1), "flip": True, "rotate": 7, "resolution": 224, "evaluation": "ten-crop", **IMAGENET},
     ),
     "benchmark segmentation": (
         ["pxs", "lxs", "scr-heart", "scr-clavicle", "busi-lesion"],
         {**BENCHMARK, "lr": 1e-3, "epochs": 200, "schedule": "cosine", "patience": 20},
-        {"light_p": 0.3, "distort_p": 0.3, "resized_crop_p": 0.25, "flip": False, "resolution": 224, "loss": "dice"},
+        {"light_p": 0.3, "distort_p": 0.3, "resized_crop_p": 0.25, "flip": False, "resolution": 224, "loss": "dice", **IMAGENET},
     ),
     "benchmark vessels": (
         ["vfs", "chase"],
         {**BENCHMARK, "lr": 1e-3, "epochs": 200, "schedule": "cosine", "patience": 20},
-        {"crop_scale": (1, 1), "flip": False, "brightness": 0, "contrast": 0, "distort_p": 0, "resolution": 512, "loss": "bce"},
+        {"crop_scale": (1, 1), "flip": False, "brightness": 0, "contrast": 0, "distort_p": 0, "resolution": 512, "loss": "bce", **IMAGENET},
     ),
     # Section 2.2.
     "TruncatedTL": (
         ["bimcv", "ham", "chexpert-14", "ecc-volume"],
         {"batch": 64, "optimizer": "adam", "lr": 1e-4, "epochs": 50, "schedule": "plateau", "select": "loss", "plateau.stop_below": 1e-6},
-        {"crop_scale": (0.08, 1), "flip": True, "rotate": 0, "resolution": 224, "evaluation": "center-crop", "class_weights": "balanced"},
+        {"crop_scale": (0.08, 1), "flip": True, "rotate": 0, "resolution": 224, "evaluation": "center-crop", "class_weights": "balanced"}
+        | IMAGENET,
     ),
     # Section 1.2.
     "Transfusion retina": (

@@ -26,12 +26,14 @@ from encoders.weights import sha256_of
 from finetune import data, features
 from finetune.auxiliary import attach
 from finetune.cell import CellConfig
+from finetune.evaluate import over_views
 from finetune.heads import PooledHead
 from finetune.losses import bce_dice, class_weights, dice, loss_of
 from finetune.network import Network
 from finetune.optimize import Best, Rate, optimizer_of, set_rates
+from finetune.predict import probabilities
 from finetune.run import plant
-from finetune.task import LOSSES, Recipe, Task, load_task
+from finetune.task import LOSSES, Kind, Recipe, Task, load_task
 from finetune.train import Trainer, ahead
 from finetune.transplant import Group, Transplant
 from shards.card import NOT_JUDGED
@@ -584,19 +586,47 @@ def test_bf16_is_for_the_networks_arithmetic_alone(cell: Make, tmp_path: Path, t
     assert np.corrcoef(outputs[0].ravel(), outputs[1].ravel())[0, 1] > 0.8  # standardised features show the rounding of theirs
 
 
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass", "ordinal"])
 @pytest.mark.parametrize("strategy", ["full", "linear"])
-def test_ten_crop_is_the_mean_of_ten_and_for_the_test_split_alone(cell: Make, tmp_path: Path, strategy: str) -> None:
-    config = cell(settings={"evaluation": "ten-crop"}, strategy={"name": strategy}, **tiny_cell.weights(tmp_path))
+def test_ten_crop_is_the_mean_of_ten_and_for_the_test_split_alone(cell: Make, tmp_path: Path, strategy: str, kind: str) -> None:
+    task, of_kind = TASKS[kind]
+    config = cell(task, {**of_kind, "evaluation": "ten-crop"}, strategy={"name": strategy}, **tiny_cell.weights(tmp_path))
     trainer, *_ = tiny_cell.trained(config, tmp_path)
     large = trainer.arrays("test").large
     assert large is not None
     assert trainer.arrays("val").large is None
     crops = ten_crop(torch.from_numpy(np.array(large)), 32)
     with torch.no_grad():
-        by_hand = torch.stack([trainer.module(crop) for crop in crops]).mean(0).numpy()
+        by_hand = np.stack([probabilities(config.task, trainer.module(crop).numpy()) for crop in crops]).mean(0)
         centre = trainer.module(torch.from_numpy(np.ascontiguousarray(trainer.arrays("val").image))).numpy()
-    np.testing.assert_allclose(trainer.logits("test"), by_hand, atol=1e-5)
+    np.testing.assert_allclose(probabilities(config.task, trainer.logits("test")), by_hand, atol=1e-5)
     np.testing.assert_allclose(trainer.logits("val"), centre, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass", "ordinal"])
+def test_views_are_averaged_after_sigmoid_or_softmax(kind: Kind) -> None:
+    """As in the transfer benchmark; the mean of logits is another number."""
+    views, task = torch.stack([3 * answers(kind, 50, seed)[0] for seed in range(10)]), task_of(kind)
+    if kind == "ordinal":
+        views = views.sort(2, descending=True).values
+    by_hand = np.stack([probabilities(task, view.numpy()) for view in views]).mean(0)
+    np.testing.assert_allclose(probabilities(task, over_views(kind, views).numpy()), by_hand, atol=1e-6)
+    assert np.abs(probabilities(task, views.mean(0).numpy()) - by_hand).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass", "ordinal"])
+def test_logits_over_views_are_finite_however_sure_a_view_is_and_not_where_it_is_no_number(kind: Kind) -> None:
+    views = torch.tensor([[[300.0, 90.0, -300.0]], [[2e4, 100.0, -2e4]]])
+    found = over_views(kind, views)
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    if kind != "multiclass":  # of two views nearly as sure of yes, or of no, the less sure one's doubt remains, halved
+        torch.testing.assert_close(found, torch.tensor([[300.0, 90.0, -300.0]]) + math.log(2) * torch.tensor([[1.0, 1.0, -1.0]]))
+    assert torch.equal(over_views(kind, views[:1]), views[0])
+    for wrong in (math.inf, -math.inf, math.nan):
+        spoilt = views.clone()
+        spoilt[0, 0, 1] = wrong
+        assert not over_views(kind, spoilt)[0, 1].isfinite()
 
 
 # -- Inception's auxiliary classifier
@@ -799,19 +829,24 @@ def test_constant_images_train_to_something_finite(
         assert selection.value == 0.5
 
 
-@pytest.mark.parametrize("task", ["phantom-chest", "phantom-vessels"])
-@pytest.mark.parametrize("strategy", ["full", "linear"])
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass", "ordinal"])  # masks are bytes
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_targets_that_are_no_numbers_are_refused(
-    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, strategy: str
+    cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, split: str
 ) -> None:
-    def spoilt(arrays: data.Arrays) -> data.Arrays:
-        target = arrays.target.copy()
-        target[np.nonzero(arrays.known)[0][0]] = np.nan
-        return dataclasses.replace(arrays, target=target)
+    """One label of one image, as it lies in the shards: where labels exclude each other that image was left out without a word."""
+    decoded = data._decoded
 
-    changed_load(monkeypatch, spoilt)
-    with pytest.raises(WorkError, match="targets of split val that are not finite"):
-        tiny_cell.trained(cell(task, strategy={"name": strategy}), tmp_path)
+    def spoilt(url: str, digest: str, of: str, *args: Any) -> Any:
+        found = decoded(url, digest, of, *args)
+        if of != split:
+            return found
+        first: dict[str, Any] = {**dict.fromkeys(found.raw[0], 0), "count": math.nan}
+        return found._replace(raw=[first, *found.raw[1:]])
+
+    monkeypatch.setattr(data, "_decoded", spoilt)
+    with pytest.raises(WorkError, match=f"targets of split {split} that are not finite"):
+        tiny_cell.trained(cell(*TASKS[kind]), tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["full", "lp-ft", "linear-aug"])

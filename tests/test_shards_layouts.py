@@ -15,6 +15,7 @@ import pytest
 from base.config import parse
 from base.errors import RequestError, WorkError
 from shards.card import Card, SplitRule
+from shards.corpus import Corpus
 from shards.deidentify import Names
 from shards.manifest import Manifest
 from shards.pack import pack, plan
@@ -514,7 +515,7 @@ def test_several_masks_by_a_star_none_at_all_and_a_field_of_view(raw: Path, tmp_
     assert "mask is not there" in (tmp_path / "strict" / "quarantine.jsonl").read_text()
 
 
-def test_masks_of_another_size_are_quarantined_unless_the_card_resizes_them(raw: Path, tmp_path: Path) -> None:
+def test_masks_of_another_size_are_quarantined_unless_the_card_takes_them(raw: Path, tmp_path: Path) -> None:
     for n in range(12):
         write(raw, f"m/{n}.png", encoded(block(1, 0, 8, 0, 4, side=16 if n == 5 else 8)))
     layout, one = {"masks": ["m/{stem}.png"]}, {"mask_classes": ["lung"]}
@@ -522,7 +523,25 @@ def test_masks_of_another_size_are_quarantined_unless_the_card_resizes_them(raw:
     assert "mask measures 16 x 16 (height x width), its image 8 x 8" in (tmp_path / "strict" / "quarantine.jsonl").read_text()
     manifest, samples = packed(mask_card(layout | {"mask_resize": True}, **one), raw, tmp_path / "out")
     assert manifest.quarantined == 0
-    assert np.array_equal(samples["images/5.png"]["mask"], block(1, 0, 4, 0, 2))
+    assert np.array_equal(samples["images/5.png"]["mask"], block(1, 0, 8, 0, 4, side=16))  # as it was drawn
+    corpus = Corpus(str(tmp_path / "out"), ("train", "val", "test"))
+    segs = [sample.seg for sample in (corpus[i] for i in range(len(corpus))) if sample.seg is not None]
+    assert sorted(int(seg.sum()) for seg in segs) == [8, *[32] * 11]  # brought to the image
+
+
+def test_masks_of_several_sizes_and_the_field_of_view_meet_in_one(raw: Path, tmp_path: Path) -> None:
+    """Masks that differ among themselves are brought to the image's size; a field of view to that of the masks."""
+    for n in range(12):
+        write(raw, f"a/{n}.png", encoded(block(1, 0, 8, 0, 4, side=16)))
+        write(raw, f"b/{n}.png", encoded(block(1, 4, 8, 4, 8) if n == 5 else block(1, 8, 16, 8, 16, side=16)))
+        write(raw, f"views/{n}.png", encoded(block(255, 0, 8, 0, 6)))
+    layout = {"masks": ["a/{stem}.png", "b/{stem}.png"], "field_of_view": "views/{stem}.png", "mask_resize": True}
+    manifest, samples = packed(mask_card(layout, mask_classes=["lung"]), raw, tmp_path / "out")
+    assert manifest.quarantined == 0
+    for name, side in (("5", 8), ("6", 16)):
+        expected = block(1, 0, side // 2, 0, side // 4, side=side) | block(1, side // 2, side, side // 2, side, side=side)
+        expected[:, side * 3 // 4 :] = 255
+        assert np.array_equal(samples[f"images/{name}.png"]["mask"], expected)
 
 
 def test_run_lengths_of_several_rows_are_one_mask_and_one_label(raw: Path, tmp_path: Path) -> None:

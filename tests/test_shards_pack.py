@@ -25,6 +25,7 @@ from base.paths import ROOT
 from cluster.pack import pack_on_ray
 from shards import pack as packing
 from shards.card import Card, load_card
+from shards.corpus import Corpus
 from shards.ingest import Unusable, image, strip_jpeg
 from shards.manifest import MANIFEST, Manifest, load_index, read
 from shards.pack import commit, pack, plan, write
@@ -299,16 +300,36 @@ def test_giant_images_are_refused_before_they_unfold() -> None:
         image(bytes(header), 1)
 
 
-def test_large_images_are_reduced_with_their_mask() -> None:
+def test_large_images_are_reduced_and_their_masks_stay_as_they_were_drawn() -> None:
     stored = image(encoded(noise(200, 100)), 1, max_side=50)
     assert (stored.height, stored.width, stored.reduced_from) == (50, 25, (200, 100))
     half = np.zeros((200, 100), np.uint8)
     half[:100] = 255
-    reduced = np.asarray(Image.open(io.BytesIO(mask(encoded(half), 1, stored))))
-    assert reduced.shape == (50, 25)
-    assert reduced.mean() == 0.5
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask(encoded(half), 1, stored)))), half // 255)
     with pytest.raises(Unusable, match="holds the value 255"):
         mask(encoded(half), 2, stored)
+
+
+def test_packs_whose_masks_were_reduced_are_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, card, out = pairs(tmp_path / "raw"), parse(PAIRS, Card, "card"), str(tmp_path / "out")
+    with monkeypatch.context() as before:
+        before.setattr(packing, "PACK_VERSION", 2)
+        pack(card, raw, out)
+        assert all(packing.kept(job, out) for job in plan(card, raw))
+    assert not any(packing.kept(job, out) for job in plan(card, raw))
+
+
+def test_a_mask_of_another_size_is_damage_unless_the_card_reduces_or_resizes(tmp_path: Path) -> None:
+    raw, card = pairs(tmp_path / "raw"), parse(PAIRS | {"max_side": 40}, Card, "card")
+    for name in ("CXR_png", "ManualMask/leftMask", "ManualMask/rightMask"):
+        for path in (tmp_path / "raw" / name).iterdir():
+            path.write_bytes(encoded(np.kron(np.asarray(Image.open(path)), np.ones((2, 2), np.uint8))))
+    out = tmp_path / "out"
+    manifest = pack(card, raw, str(out))
+    assert Corpus(str(out))[0].image.shape == (27, 40, 1)
+    (out / MANIFEST).write_text(manifest.model_copy(update={"card": card.model_copy(update={"max_side": None})}).text())
+    with pytest.raises(WorkError, match=r"its mask is \(40, 60\), its image \(27, 40\)"):
+        Corpus(str(out))[0]
 
 
 def test_golden_manifest_still_reads() -> None:

@@ -70,21 +70,25 @@ def test_mean_var_keeps_mean_and_variance_and_nothing_of_the_order() -> None:
         assert abs(float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])) < 4 / math.sqrt(n), name
 
 
-def test_does_not_repeat_running_variances_that_are_drawn() -> None:
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "resnetv2_50x1_bit"])  # batch, layer and group norm
+def test_does_not_repeat_running_variances_that_are_drawn(architecture: str) -> None:
     """A re-implementation draws every tensor of the state dict, running variances too: below 0 they make NaN of everything."""
-    weights = source_of("test_resnet")
+    weights = source_of(architecture)
     for name in weights:
         if name.endswith("running_var"):
             weights[name] = torch.rand(weights[name].shape).pow(8) * 100 + 1e-3  # half of what N(mean, variance) of this gives is below 0
-    fresh = build("test_resnet", 1).net.state_dict()
+    fresh = build(architecture, 1, image_size=SIDE).net.state_dict()
+    norms = [name.removesuffix("weight") for name in fresh if name.endswith("weight") and fresh[name].ndim == 1]
+    assert norms
+    affine = {norm + kind for norm in norms for kind in ("weight", "bias")}
     for how in ("default", "copy", "meanvar"):
-        transplant, _ = plant("test_resnet", {"name": "mean-var", "batch_norm": how}, weights=weights)
+        transplant, _ = plant(architecture, {"name": "mean-var", "batch_norm": how}, weights=weights)
         state = transplant.module.encoder.net.state_dict()
         for name in (name for name in state if "running" in name):
             assert torch.equal(state[name], (weights if how == "copy" else fresh)[name])
-        affine = {name for name in state if "bn" in name and name.endswith(("weight", "bias"))}
-        drawn = {name for name in affine if not torch.equal(state[name], weights[name]) and not torch.equal(state[name], fresh[name])}
-        assert drawn == (affine if how == "meanvar" else set())
+        for name in affine:
+            expected = {"default": (False, True), "copy": (True, False), "meanvar": (False, False)}[how]
+            assert (torch.equal(state[name], weights[name]), torch.equal(state[name], fresh[name])) == expected, name
         assert transplant.module.eval()(data(CHEST)[0]).isfinite().all()
 
 

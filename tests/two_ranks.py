@@ -106,7 +106,8 @@ def make_method(name: str, samples: int = 24) -> tuple[Any, tuple[int, ...]]:
     encoder = build("test_vit", 1, seed=0, image_size=sizes[0]) if kind.only == "vit" else TinyEncoder()
     known: dict[str, Any] = {"labels": tuple("abc"[:LABELS]), "rates": (0.5,) * LABELS, "known": (1.0,) * LABELS, "exclusive": ((1, 2),)}
     facts = methods.Facts(0, samples, BATCH, sizes, **known)
-    method = methods.build(name, encoder, recipe.options, facts)
+    options = recipe.options | ({"prototypes": samples} if name.startswith("dino") else {})  # no more than there are images
+    method = methods.build(name, encoder, options, facts)
     for network in (method, *method.teachers.values()):
         norm.convert(network)
         network.train()

@@ -1,7 +1,8 @@
 """fat: the source up to a cut, frozen, batch-norm statistics included, and a linear head on the features there.
 
-The frozen truncated encoders of Peng et al. (arXiv 2106.05152); like `linear` on the evaluation view, with standardised features that are
-computed once.
+The frozen truncated encoders of Peng et al. (arXiv 2106.05152), but not their recipe, which is the study's own on augmented views (Adam,
+rate 1e-4, batches of 64, the rate halved at plateaus): as in `linear` the head trains by the task's `linear` recipe on the evaluation
+view, with standardised features that are computed once.
 """
 
 from collections.abc import Mapping

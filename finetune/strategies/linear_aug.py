@@ -1,7 +1,7 @@
 """linear-aug: the encoder frozen, batch-norm statistics included, and a linear head trained on augmented views by the task's own recipe.
 
-The papers' feature extraction, to compare with their numbers. `linear` sees the evaluation view only, standardises features and computes
-them once: the probe to compare encoders by, at a small part of the cost.
+Feature extraction as Peng et al. train it (arXiv 2106.05152), to compare with their numbers. `linear` sees the evaluation view only,
+standardises features and computes them once: the probe to compare encoders by, at a small part of the cost.
 """
 
 from collections.abc import Mapping

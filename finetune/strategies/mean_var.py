@@ -4,9 +4,9 @@ Mean Var initialisation of Raghu et al. 2019 (arXiv 1902.07208): every weight of
 N(mean, variance) of its tensor. What the paper does with all other parameters is not known. Here:
 
 * biases of convolutions and linear layers, positions, tokens and layer scales start as the architecture's own;
-* norms (batch norm, or layer norm where a family has that) by `batch_norm`: `default` as the architecture's own, `copy` the source's,
-  running statistics included, `meanvar` weight and bias drawn like any tensor. Running statistics are never drawn: a variance could come
-  out negative.
+* norms (batch norm, or layer or group norm where a family has that) by `batch_norm`: `default` as the architecture's own, `copy` the
+  source's, running statistics included, `meanvar` weight and bias drawn like any tensor. Running statistics are never drawn: a variance
+  could come out negative.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, copied, groups_of, place, places, receive, rest
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class Config(Strict):
