@@ -273,7 +273,7 @@ PLAIN = {f"{recipe}.{key}": value for recipe in ("recipe", "linear") for key, va
 
 
 def test_golden_numbers_of_a_cell(cell: Make, tmp_path: Path) -> None:
-    """Losses of four cells, recorded with one thread; CPUs differ by 1e-5. They changed? Raise CELL_VERSION, then write what this test prints.
+    """Losses of four cells, recorded with one thread; CPUs differ by 1e-5. Changed? Raise CELL_VERSION, then write what this test prints.
 
     The data are noise and squares made in this folder, so that phantoms and packing may change without changing these numbers.
     """

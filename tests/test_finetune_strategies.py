@@ -237,7 +237,7 @@ def test_every_strategy_transplants_into_volumes(case: str) -> None:
     assert trains[0] == trains[1]
     assert [(group.name, len(group.params)) for group in transplant.groups] == [(group.name, len(group.params)) for group in flat.groups]
     x, target = data(CHEST)
-    with torch.no_grad():  # of equal slices: as the image, on every one; in double precision, so that only the thirds of weights are rounded
+    with torch.no_grad():  # of equal slices: as the image, on every one; in double precision: only the thirds of weights are rounded
         deep, wide = (copy.deepcopy(found.module).double().eval() for found in (transplant, flat))
         x_64 = x.double() / 255
         torch.testing.assert_close(deep.embed(x_64.unsqueeze(2).expand(-1, -1, 3, -1, -1)), wide.embed(x_64), rtol=1.3e-6, atol=1e-5)
