@@ -59,13 +59,13 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Rank:
     if held.std(0).min() == 0:
         return Rank(n, why="all sources are alike on one side")
     ranks = stats.rankdata(held, axis=0)
-    x, y = ((ranks - ranks.mean(0)) / np.sqrt(((ranks - ranks.mean(0)) ** 2).sum(0))).T
+    one, other = ((ranks - ranks.mean(0)) / np.sqrt(((ranks - ranks.mean(0)) ** 2).sum(0))).T
     resamples = math.factorial(n) if n <= EXACT else 10_000
     of = {"permutation_type": "pairings", "n_resamples": resamples, "alternative": "two-sided", "rng": rng("spearman", n)}
     # Of standardised ranks the correlation is one product: all orders of eight sources in one array.
-    p = float(stats.permutation_test((x,), lambda x, axis: (x * y).sum(axis), vectorized=True, **of).pvalue)
+    p = float(stats.permutation_test((one,), lambda one, axis: (one * other).sum(axis), vectorized=True, **of).pvalue)
     tau = float(stats.weightedtau(held[:, 0], held[:, 1]).statistic)
-    return Rank(n, _interval(float((x * y).sum()), n), p, tau)
+    return Rank(n, _interval(float((one * other).sum()), n), p, tau)
 
 
 def _interval(rho: float, n: int) -> Interval:

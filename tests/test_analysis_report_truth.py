@@ -280,7 +280,7 @@ def test_does_not_repeat_an_interval_of_seeds_alone_where_no_draw_of_patients_ke
         [Scores(seed, ids, ids.astype(object), target_NL, target_NL + draw.normal(0, spread, target_NL.shape)) for seed in seeds]
         for spread in (0.5, 2.0)
     ]
-    found = compare(*sides, metric="auroc_mean", bootstrap=Bootstrap(30))
+    found = compare(sides[0], sides[1], "auroc_mean", bootstrap=Bootstrap(30))
     assert found.basis == "not comparable"
     assert "too few patients have a label: 0 of 30 draws" in found.why
 
@@ -321,7 +321,8 @@ def test_does_not_repeat_a_difference_of_other_seeds_than_its_interval(tmp_path:
     one = make(tmp_path / "one", {"random": 0.0}, seeds=3, images=80)
     two = make(tmp_path / "two", {"random": 0.3}, seeds=6, images=80)
     page = Path(compare_studies(str(one), str(two), QUICK)).read_text()
-    found = compare(*([scores(c) for c in finished(str(out)) if c.seed < 3] for out in (two, one)), metric="auroc_mean", bootstrap=QUICK)
+    a, b = ([held for c in finished(str(out)) if c.seed < 3 and (held := scores(c))] for out in (two, one))
+    found = compare(a, b, "auroc_mean", bootstrap=QUICK)
     assert f"{found.estimate:+.3f} AUROC over 3 common seeds" in page
 
 
