@@ -42,6 +42,12 @@ class Curve:
     metric: str
     at_T: Array
     value_T: Array
+    source_seed: int = 0
+
+    @property
+    def run(self) -> tuple[int, int]:
+        """Of its source and strategy: pretraining seed, fine-tuning seed."""
+        return self.source_seed, self.seed
 
     @property
     def label(self) -> str:
@@ -74,7 +80,7 @@ def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
         options = cell.result.get("options") or {}
         strategy = " ".join([str(cell.strategy), *(f"{key}={value}" for key, value in sorted(options.items()))])
         places, values = np.array([at[i] for i, _ in held]), np.array([value for _, value in held])
-        curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values))
+        curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values, cell.source_seed))
     return curves
 
 
@@ -230,14 +236,14 @@ def _ratio(base: Median, own: Median) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Reached:
-    """One source and strategy in one setting: steps of each run by seed (infinite: censored) and where it ended, their median, and how many
-    times as many random weights took."""
+    """One source and strategy in one setting: steps of each run by its pretraining and fine-tuning seed (infinite: censored) and where it
+    ended, their median, and how many times as many random weights took."""
 
     group: tuple[str, ...]
     source: str
     strategy: str
-    steps: dict[int, float]
-    ends: dict[int, float]
+    steps: dict[tuple[int, int], float]
+    ends: dict[tuple[int, int], float]
     known: Median
     area: float
     speedup: Speedup
@@ -276,8 +282,8 @@ def reached(curves: Sequence[Curve], threshold: float, base: str = "random") -> 
     sides: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         sides.setdefault((curve.source, curve.strategy), []).append(curve)
-    steps = {name: {c.seed: first_reach(c.at_T, c.value_T, threshold) for c in held} for name, held in sides.items()}
-    ends = {name: {c.seed: c.end for c in held} for name, held in sides.items()}
+    steps = {name: {c.run: first_reach(c.at_T, c.value_T, threshold) for c in held} for name, held in sides.items()}
+    ends = {name: {c.run: c.end for c in held} for name, held in sides.items()}
     rows = []
     for (source, strategy), held in sides.items():
         name = (source, strategy)

@@ -197,9 +197,9 @@ def steps(rows: Sequence[Reached], by: str, title: str, figure: Any) -> None:
     """How long each run took, a line a source and strategy; open triangles are runs that ended before; medians and speed-ups in words."""
     axes = figure.subplots()
     for y, row in enumerate(rows):
-        for seed, value in row.steps.items():
+        for run, value in row.steps.items():
             if math.isinf(value):
-                axes.plot([row.ends[seed]], [y], ">", color=f"C{y % 7}", markerfacecolor="none", markersize=7, clip_on=False)
+                axes.plot([row.ends[run]], [y], ">", color=f"C{y % 7}", markerfacecolor="none", markersize=7, clip_on=False)
             else:
                 axes.plot([value], [y], "o", color=f"C{y % 7}", markersize=4.5, alpha=0.7)
         if math.isfinite(row.median):

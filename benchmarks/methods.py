@@ -4,10 +4,10 @@
     nice .venv/bin/python benchmarks/methods.py --data nih-cxr14 --raw FOLDER --seeds 1        # real radiographs
 
 Chest phantoms with three planted labels: each method as its smoke recipe has it for 500 steps (2,000 of masked images), with views that
-suit phantoms (their histograms say nothing, so crops do the work). NIH's radiographs (../shared/data/nih_cxr14_256): each method's `small` recipe, ResNet-18 or
-ViT-Ti/16 at 96 px, cut to --epochs. Judge: logistic regression on the frozen features of training images (1,000 phantoms), mean AUROC
-over the labels of the test images, inside of strata where the card has them. Five seeds of pretraining; the interval is Student's, paired.
-The last line counts the methods whose interval excludes 0.
+suit phantoms (their histograms say nothing, so crops do the work). NIH's radiographs (../shared/data/nih_cxr14_256): each method's
+`small` recipe, ResNet-18 or ViT-Ti/16 at 96 px, cut to --epochs. Judge: logistic regression on the frozen features of training images
+(1,000 phantoms), mean AUROC over the labels of the test images, inside of strata where the card has them. Five seeds of pretraining; the
+interval is Student's, paired. The last line counts the methods whose interval excludes 0.
 """
 
 import argparse

@@ -123,14 +123,15 @@ def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by:
             "threshold": level,
             "source": row.source,
             "strategy": row.strategy,
+            "source_seed": source_seed,
             "seed": seed,
             "by": by,
             "reached": math.isfinite(value),
             "at": value if math.isfinite(value) else None,
-            "shown": speed.shown(value, row.ends[seed]),
+            "shown": speed.shown(value, row.ends[source_seed, seed]),
         }
         for row in rows
-        for seed, value in row.steps.items()
+        for (source_seed, seed), value in row.steps.items()
     ]
 
 

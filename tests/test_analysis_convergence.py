@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -60,6 +61,13 @@ def test_half_censored_has_a_censored_median() -> None:
     runs = [curve("random", tau, 10, 100, seed=seed) for seed, tau in enumerate((20, 30, 400, 400))]
     assert reached(runs, 0.6)[0].words() == ">100"
     assert reached(runs[:3], 0.6)[0].words() == "30"
+
+
+def test_runs_of_several_pretraining_seeds_do_not_take_one_anothers_place() -> None:
+    runs = [replace(curve("simclr", tau, 1, 40, seed=seed), source_seed=r) for r, tau in ((0, 5.0), (1, 50.0)) for seed in (0, 1)]
+    (row,) = reached(runs, 0.5)
+    assert row.steps == {(0, 0): 4, (0, 1): 4, (1, 0): 35, (1, 1): 35}
+    assert row.ends == dict.fromkeys(row.steps, 40)
 
 
 def test_a_run_that_stopped_early_bounds_no_more_than_its_own_end() -> None:
