@@ -75,8 +75,8 @@ def test_a_run_that_stopped_early_bounds_no_more_than_its_own_end() -> None:
     random = [curve("random", 400, 1, 5, seed=0), curve("random", 20.5, 1, 20, seed=1), curve("random", 400, 1, 5, seed=2)]
     source = [curve("simclr", 4.3, 1, 20, seed=seed) for seed in range(3)]
     one, other = reached([*random, *source], 0.6)
-    assert one.steps == {0: math.inf, 1: 19, 2: math.inf}
-    assert one.ends == {0: 5, 1: 20, 2: 5}
+    assert one.steps == {(0, 0): math.inf, (0, 1): 19, (0, 2): math.inf}
+    assert one.ends == {(0, 0): 5, (0, 1): 20, (0, 2): 5}
     assert one.words() == ">5"
     assert math.isinf(one.median)
     assert other.words() == "4"
