@@ -212,7 +212,7 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     recipe = load_recipe(entry.recipe, entry.settings)
     methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
     for count in study.resources.pretrain_range:
-        rank_batch(recipe.global_batch, count)
+        rank_batch(recipe.global_batch, count, recipe.accumulate)
     for dataset in entry.data:
         if dataset not in study.data:
             raise unknown("dataset", dataset, study.data, where=f"{key}.data")

@@ -46,7 +46,7 @@ def pretrain_on_ray(config: PretrainConfig, resources: Resources) -> dict[str, A
     checkpoints = storage.join(config.out, "checkpoints")
     given = {
         "checkpoints": checkpoints,
-        "global_batch": config.recipe.global_batch,
+        "micro_batch": config.recipe.global_batch // config.recipe.accumulate,
         "train_loop_config": {"config": canonical_json(config)},
         "torch_config": TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_S),
         "scaling_config": ScalingConfig(

@@ -1,7 +1,7 @@
 """Ray Train's trainer with three rules of ours, and without Ray Data; its placement, polling and restarts are as they come.
 
 * A run may die as often as it likes while it gets further: only deaths without a new checkpoint in between are counted (`Patience`).
-* An elastic run takes as many workers as there is room for, of the numbers that divide its global batch (`Divisors`).
+* An elastic run takes as many workers as there is room for, of the numbers that divide its micro-batches (`Divisors`).
 * A worker that is told to go (SIGTERM, a node that drains) says so to the training, which saves and is placed elsewhere (`notice`).
 
 The classes stand on Ray's internal ones, which is why Ray is pinned: tests/test_cluster_doctor.py and test_cluster_hosts.py run them.
@@ -43,9 +43,9 @@ class Final(Exception):
 class Trainer(TorchTrainer):
     """TorchTrainer, given the two policies below, without Ray Data."""
 
-    def __init__(self, *args: Any, checkpoints: str, global_batch: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoints: str, micro_batch: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints, self._global_batch = checkpoints, global_batch
+        self._checkpoints, self._micro_batch = checkpoints, micro_batch
 
     def _create_default_callbacks(self) -> list[Any]:
         # Its manager is one more process for every group of workers, with seconds of imports beside theirs, for datasets that are not ours.
@@ -54,7 +54,7 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         given["failure_policy"] = Patience(self._checkpoints)
         if self.scaling_config.elasticity_enabled:
-            given["scaling_policy"] = Divisors(self.scaling_config, self._global_batch)
+            given["scaling_policy"] = Divisors(self.scaling_config, self._micro_batch)
         return super()._initialize_and_run_controller(**given)
 
 
@@ -97,17 +97,19 @@ def failure(error: Any, kind: type[Exception]) -> Exception | None:
 
 
 class Divisors(ElasticScalingPolicy):
-    """Ray's elastic policy, without nodes that drain, rounded down to a number of workers that divides the global batch."""
+    """Ray's elastic policy, without nodes that drain, rounded down to a number of workers that divides the global batch, or each of the
+    micro-batches that it is cut into.
+    """
 
-    def __init__(self, scaling_config: Any, global_batch: int) -> None:
+    def __init__(self, scaling_config: Any, micro_batch: int) -> None:
         super().__init__(scaling_config)
-        self.global_batch = global_batch
+        self.micro_batch = micro_batch
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # Ray counts a node that drains and places nothing on it: a run would wait for its room until it is gone.
         draining = state.get_draining_nodes()
         staying = {node: held for node, held in reserved_resources.items() if node not in draining}
-        return divisor(self.global_batch, super()._count_possible_workers(staying))
+        return divisor(self.micro_batch, super()._count_possible_workers(staying))
 
 
 def divisor(number: int, most: int) -> int:

@@ -20,18 +20,28 @@ from engine.config import EngineConfig
 State = dict[str, Tensor]
 
 
-def rank_batch(global_batch: int, world: int) -> int:
-    """Samples per rank.
+def rank_batch(global_batch: int, world: int, accumulate: int = 1) -> int:
+    """Samples per rank, of `accumulate` equal micro-batches.
 
     Raises:
-        RequestError: the global batch does not divide by the number of workers; it is never rounded, the study's results depend on it.
+        RequestError: the global batch does not divide by the number of workers, or each one's part not by the micro-batches; it is never
+            rounded, the study's results depend on it.
     """
+    unit = world * accumulate
+    near = global_batch - global_batch % unit or unit
     if global_batch % world:
-        near = global_batch - global_batch % world or world
         raise RequestError(
             f"global batch {global_batch} does not divide over {world} workers", where="recipe: global_batch", hint=f"global_batch={near}"
         )
-    return global_batch // world
+    part = global_batch // world
+    if part % accumulate:
+        fewer = next(count for count in range(accumulate, 0, -1) if part % count == 0)
+        raise RequestError(
+            f"global batch {global_batch} does not divide over {world} workers in {accumulate} micro-batches each",
+            where="recipe: accumulate",
+            hint=f"accumulate={fewer}, or global_batch={near}",
+        )
+    return part
 
 
 class Engine:
@@ -67,6 +77,7 @@ class Engine:
             "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": config.optimizer.clip or 0.0,
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
             "zero_optimization": {"stage": config.zero_stage},
         }
         if config.precision == "bf16":

@@ -124,7 +124,7 @@ def cost(recipe: Recipe, method: methods.Method, channels: int, gpu_count: int) 
     Raises:
         RequestError: the batch does not divide.
     """
-    images = rank_batch(recipe.global_batch, gpu_count)
+    images = rank_batch(recipe.global_batch, gpu_count, recipe.accumulate)
     micro = images // recipe.accumulate
     networks = (method, *method.teachers.values())
     index_B, epoch_B = torch.arange(micro) % method.facts.samples, torch.zeros(micro, dtype=torch.int64)  # methods read their values

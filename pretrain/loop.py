@@ -100,7 +100,7 @@ class Run:
         config, recipe = self.config, self.recipe
         kind = methods.method_class(recipe.method)
         methods.check(recipe.method, recipe.options, views=recipe.views, architecture=config.architecture)
-        rank_batch(recipe.global_batch, ranks.world())
+        rank_batch(recipe.global_batch, ranks.world(), recipe.accumulate)
         self.corpora = corpora.opened(config)
         self.labels = config.labels or corpora.all_labels(self.corpora)
         weights = [ref.weight for ref in config.data]
@@ -128,7 +128,7 @@ class Run:
         self.method.chunk = recipe.virtual_batch
         economise(recipe, encoder)
         if recipe.compile:
-            encoder.net.compile()
+            self.method.compile_encoder()
         for network in (self.method, *self.method.teachers.values()):
             norm.convert(network)
             network.train()
@@ -138,7 +138,7 @@ class Run:
         recipe, networks = self.recipe, (self.method, *self.method.teachers.values())
         if snapshot is not None:
             state.load_weights(self.method, snapshot)
-        size, warmup = rank_batch(recipe.global_batch, ranks.world()), round(recipe.optimizer.warmup_epochs * self.epoch_steps)
+        size, warmup = recipe.global_batch // ranks.world(), round(recipe.optimizer.warmup_epochs * self.epoch_steps)
         self.engine = Engine(self.method, recipe.engine(), rank_batch=size, warmup_steps=min(warmup, self.total), total_steps=self.total)
         # Convolutions are faster with channels last, on CPUs too. After the engine: its broadcast of parameters needs rows.
         # Not under ZeRO, which flattens weights as they lie.
@@ -148,6 +148,7 @@ class Run:
         # The gradients of micro-batches cannot be taken back, so that the first ends a run that accumulates.
         most = 1 if recipe.accumulate > 1 else IN_A_ROW
         self.watch = Watch(self.config.name, self._at("not-finite"), self.record, self.method, most)
+        self.least_seconds = self._least_seconds()  # before the random state: it builds the method once more, which seeds
         torch.manual_seed(seed_of("train", self.config.seed, ranks.rank()))
         if snapshot is not None:
             state.go_on(self, snapshot)
@@ -156,7 +157,7 @@ class Run:
         """Steps to the end; False when asked to stop. A checkpoint stands at the end either way."""
         if self.step == 0:
             self._probe_sources("before")
-        meter = Meter(self.recipe.global_batch, self._least_seconds())
+        meter = Meter(self.recipe.global_batch, self.least_seconds)
         batches = iter(self.loader.batches(self.step))
         while self.step < self.total:
             self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
@@ -287,8 +288,10 @@ class Run:
             module.eval()
         offset, indices, features = 0, [], []
         for corpus in self.corpora:
-            for batch in eval_batches(corpus, self.recipe.views.size, EMBED_BATCH, ranks.rank(), ranks.world(), labels=[]):
-                z_Bd = network(self._place(batch).views[0]).float()
+            given = (self.recipe.views.size, EMBED_BATCH, ranks.rank(), ranks.world())
+            for batch in eval_batches(corpus, *given, workers=self.config.workers, labels=[]):
+                with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                    z_Bd = network(self._place(batch).views[0]).float()
                 index_B = torch.where(batch.valid_B, batch.index_B + offset, -1).to(z_Bd.device)
                 indices.append(ranks.all_gather(index_B).cpu())
                 features.append(ranks.all_gather(z_Bd).cpu())

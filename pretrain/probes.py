@@ -169,8 +169,9 @@ class Window:
     def count(self, features: dict[str, Tensor]) -> None:
         """Called each step on each rank: a sample uses the prototype that it is nearest to."""
         if (p_BK := features.get("prototypes")) is not None:
-            used_K = torch.bincount(p_BK.argmax(dim=1), minlength=p_BK.shape[1]).float().cpu()
-            self.state["use_K"] = self.state.get("use_K", torch.zeros_like(used_K)) * KEPT_USE + used_K
+            # Not by bincount, which waits for the device to know the largest.
+            used_K = p_BK.new_zeros(p_BK.shape[1]).index_add_(0, p_BK.argmax(dim=1), p_BK.new_ones(len(p_BK)))
+            self.state["use_K"] = self.state.get("use_K", torch.zeros_like(used_K)).to(used_K.device) * KEPT_USE + used_K
 
     def measure(self, features: dict[str, Tensor], batch: Any, *, by_labels: bool = True) -> dict[str, float]:
         """The row of all numbers that these features and the window allow. Every rank must call; all get the same row.

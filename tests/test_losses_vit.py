@@ -97,6 +97,14 @@ def test_views_that_do_not_fit_are_refused() -> None:
         methods.check("dino", {}, facts=facts._replace(sizes=(48, 16)))
 
 
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+def test_more_prototypes_than_images_are_refused(name: str) -> None:
+    facts = methods.Facts(seed=0, samples=50, global_batch=8, sizes=(48, 48))
+    with pytest.raises(RequestError, match=r"50 samples cannot have 64 prototypes.*prototypes=50"):
+        methods.check(name, {"prototypes": 64}, facts=facts)
+    methods.check(name, {"prototypes": 50}, facts=facts)
+
+
 # ---- masks
 
 

@@ -3,8 +3,10 @@
 Graphs are captured and differentiated as for any backend; the last step, minutes of a C++ compiler, is benchmarks/compiled.py's.
 """
 
-from functools import partialmethod
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from base.config import parse
 from encoders.export import read_export
 from encoders.weights import load_local
 from engine.context import LocalContext
+from pretrain import methods
+from pretrain.loop import Run
 from pretrain.run import PretrainConfig, run
 
 ALONE = {"start_from": None, "start_from_sha256": None, "start_from_name": None}
@@ -43,3 +47,34 @@ def test_a_compiled_run_is_the_eager_one(architecture: str, tmp_path: Path, monk
     exports = [load_local(tmp_path / name / "export") for name in ("eager", "compiled")]
     assert exports[0].keys() == exports[1].keys()
     assert read_export(tmp_path / "compiled" / "export").architecture == architecture
+
+
+@pytest.mark.parametrize("name", ["simclr", "densecl", "mae", "simmim", "ijepa", "dinov2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_method_calls_of_its_encoder_is_compiled(
+    name: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some go through the transformer's blocks or the network's last map, and not by the network's own call."""
+    torch._dynamo.reset()
+    ran: list[str] = []
+
+    def counting(graph: Any, inputs: Any) -> Callable[..., Any]:
+        layers = [str(node.target) for node in graph.graph.nodes if any(kind in str(node.target) for kind in ("conv2d", "linear"))]
+
+        def count(*given: Any) -> Any:
+            ran.extend(layers)
+            return graph.forward(*given)
+
+        return count
+
+    vit = methods.method_class(name).only == "vit"
+    if checkpointing and not vit:
+        pytest.skip("not with batch norm")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    plan = tree(name, write(tmp_path / "shards"), name, compile=True, activation_checkpointing=checkpointing) | ALONE
+    plan |= {"architecture": "test_vit" if vit else "test_resnet", "out": str(tmp_path / "out")}
+    one = Run(parse(plan, PretrainConfig, "test"), LocalContext(dir=str(tmp_path)))
+    one._build()
+    one.method(next(iter(one.loader.batches(0))))
+    inside: Any = one.method.encoder.net.blocks if vit else one.method.encoder.net  # type: ignore[union-attr]
+    assert len(ran) >= sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in inside.modules())

@@ -288,3 +288,15 @@ def test_batches_and_state_of_a_loss_that_is_not_finite_replay(tmp_path: Path) -
     method.load_state_dict(load_file(places[0] / "model.safetensors"))
     again = method(SimpleNamespace(views=[held["view0"], held["view1"]]))
     assert not bool(torch.isfinite(again.loss))
+
+
+def test_counting_prototypes_reads_nothing_back_from_the_device() -> None:
+    """A meta tensor has no values that could be read."""
+    window, p_BK = probes.Window(), torch.eye(4)[[0, 0, 2]]
+    for _ in range(2):
+        window.count({"prototypes": p_BK})
+    assert window.state["use_K"].tolist() == pytest.approx([2 * (1 + probes.KEPT_USE), 0, 1 + probes.KEPT_USE, 0])
+    window = probes.Window()
+    for _ in range(2):
+        window.count({"prototypes": p_BK.to("meta")})
+    assert window.state["use_K"].is_meta

@@ -38,6 +38,19 @@ def test_paper_values() -> None:
     assert simclr.optimizer.weight_decay == pytest.approx(1e-6)
     chexnet = load_recipe("supervised/paper")
     assert (chexnet.global_batch, chexnet.optimizer.lr, chexnet.optimizer.betas) == (16, 1e-3, (0.9, 0.999))
+    for name in ("insdis", "pirl"):
+        assert load_recipe(f"{name}/paper").views.crop_scale == (0.08, 1.0)
+    assert load_recipe("vicreg/paper").optimizer.final == 0.001
+
+
+def test_the_papers_dino_is_one_run_and_not_parts_of_several() -> None:
+    """The official code's run of 100 epochs on one node."""
+    dino = load_recipe("dino/paper")
+    assert (dino.global_batch, dino.epochs, dino.views.sizes) == (512, 100, [224] * 2 + [96] * 8)
+    assert dino.optimizer.lr == pytest.approx(0.0005 * 512 / 256)
+    assert dino.optimizer.lr * dino.optimizer.final == pytest.approx(1e-6)
+    temperatures = ("teacher_temperature_start", "teacher_temperature", "teacher_warmup_epochs")
+    assert [dino.options[name] for name in temperatures] == [0.04, 0.04, 0]
 
 
 def test_settings_and_what_is_wrong_with_them() -> None:

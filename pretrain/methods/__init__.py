@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from base.config import Strict, parse
 from base.errors import RequestError, unknown
 from base.seeds import seed_of
+from encoders.cuts import is_vit
 from engine import ema
 
 if TYPE_CHECKING:
@@ -200,6 +201,15 @@ class Method(nn.Module):
             return torch.cat([network(*part) for part in parts])
         return torch.cat([checkpoint(network, *part, use_reentrant=False) for part in parts])
 
+    def compile_encoder(self) -> None:
+        """Hands what this method calls of its encoder to torch.compile; names of tensors stay. Teachers stay as they are.
+
+        Of a vision transformer each block: masked methods (encoders.vit) and checkpointed activations pass by the network's own call.
+        """
+        encoder: Any = self.encoder
+        for module in encoder.net.blocks if is_vit(encoder.architecture) else [encoder.net]:
+            module.compile()
+
     def encode_views(self, views: list[Tensor], network: Callable[..., Tensor] | None = None) -> list[Tensor]:
         """z_BD of each view; views of one size go through the network in one pass and share its batch statistics."""
         out: list[Tensor | None] = [None] * len(views)
@@ -241,8 +251,6 @@ def check(
         RequestError: unknown method or option, views of another kind, an encoder that the method cannot train, options that do not fit
             the data.
     """
-    from encoders.cuts import is_vit
-
     kind = method_class(name)
     checked = parse(options, kind.Options, "recipe: options")
     if views is not None and views.kind not in kind.views:

@@ -97,8 +97,9 @@ class BYOL(_Predictive):
 
     @torch.no_grad()
     def targets(self, views: list[Tensor], projections: list[Tensor]) -> list[Tensor]:
-        """Projections by the target network, whose batch norm is in training mode too."""
-        return [self.encode(view, self.teachers["target"]) for view in views]
+        """Projections by the target network, whose batch norm is in training mode too and sees the whole batch."""
+        encoder, head = self.teachers["target"].get_submodule("0"), self.teachers["target"].get_submodule("1")
+        return [head(self.encode(view, encoder)) for view in views]
 
     def scale(self, mean: Tensor) -> Tensor:
         """Squared distances between unit vectors, both orders summed."""

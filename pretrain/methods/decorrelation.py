@@ -14,8 +14,8 @@ VICReg (Bardes et al. 2022, arXiv 2105.04906), equations 1 to 6, S the covarianc
     v = mean_j max(0, 1 - sqrt(S_jj + 1e-4)),     c = sum_{i != j} S_ij^2 / D
 
 (the paper sums v over the views; its code, which made the numbers, takes the mean). Official hyper-parameters (section 4.2, appendix C):
-ResNet-50, 1000 epochs, batch 2048, LARS with lr 0.2 * batch / 256 = 1.6, weight decay 1e-6, 10 epochs of warm-up, cosine decay, expander
-8192-8192-8192, both views blurred with probability 0.5 and solarised with 0.1.
+ResNet-50, 1000 epochs, batch 2048, LARS with lr 0.2 * batch / 256 = 1.6, weight decay 1e-6, 10 epochs of warm-up, cosine decay to a
+thousandth, expander 8192-8192-8192, both views blurred with probability 0.5 and solarised with 0.1.
 
 Parts: lightly's ProjectionHead and VICRegLoss (gathers with gradient; two processes equal one, tested). Barlow Twins' loss is written here:
 lightly's normalises over each rank's part, so that its loss and gradient depend on the number of ranks.

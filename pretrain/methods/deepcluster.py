@@ -19,6 +19,7 @@ Parts: lightly's SwaVProjectionHead. Lightly has neither method.
 Deviations: the bank is one for all ranks and lies in the checkpoint (the official code keeps a part on each): 2 * N * d numbers, 1.3 GB for
 ImageNet. It is filled at first from evaluation views by the network as it is then, in eval mode, where the official code takes augmented
 crops. k-means gives a cluster that lost all its images a new start; the official one leaves its centroid. Every sample comes once an epoch.
+Biases and norms have neither weight decay nor LARS' scaling, where DeepCluster's official code treats all parameters alike.
 """
 
 import math

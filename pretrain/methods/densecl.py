@@ -12,7 +12,7 @@ Parts: lightly's DenseCLProjectionHead for both heads, and select_most_similar f
 Deviations: as moco.py.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -55,6 +55,11 @@ class DenseCL(MoCoV2):
     def followed(self, teacher: str) -> nn.Module:
         """Of the key encoder: the encoder and both heads."""
         return nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+
+    def compile_encoder(self) -> None:
+        """The part up to the last map, which is no module."""
+        net: Any = self.encoder.net
+        net.forward_features = torch.compile(net.forward_features)
 
     def project(self, x: Tensor, network: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: u8 BCHW -> z_BD, its projection p_Bd, the map's features as rows z_BSD, and their projections p_BSd."""

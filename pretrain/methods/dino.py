@@ -7,15 +7,17 @@ student, the two global ones t through the teacher:
     c <- 0.9 c + 0.1 mean over the teacher's outputs of the global batch,   teacher <- m teacher + (1 - m) student
 
 Head: three layers of 2048, 2048 and 256 with GELU, output scaled to length 1, times K prototypes of length 1.
-Official (ViT-S/16 and its code's defaults): K 65536, batch 1024, AdamW, lr 0.0005 * batch / 256, 10 epochs of warm-up, cosine to 1e-6,
-weight decay 0.04 to 0.4 along a cosine, clip 3, T_s 0.1, T_t 0.04 to 0.07 over the first 30 epochs, m 0.996 to 1 along a cosine, prototypes
-frozen in the first epoch, two crops of 224 px and 40 to 100 %, six to ten of 96 px and 5 to 40 %.
+Official (the code's vanilla run, ViT-S/16, 100 epochs on 8 GPUs): K 65536, batch 512, AdamW, lr 0.0005 * batch / 256, 10 epochs of
+warm-up, cosine to 1e-6, weight decay 0.04 to 0.4 along a cosine, clip 3, T_s 0.1, T_t 0.04, m 0.996 to 1 along a cosine, prototypes of
+length 1 and frozen in the first epoch, two crops of 224 px and 40 to 100 %, eight of 96 px and 5 to 40 %. The paper's longer runs (300 and
+800 epochs, batch 1024) raise T_t from 0.04 to 0.07 over the first 30 epochs and let the prototypes' length train.
 
 Parts: lightly's DINOLoss (with the centre: a persistent buffer, the mean over all ranks) and the layers of its ProjectionHead.
 DINOProjectionHead is not used: torch's weight norm keeps a tensor that cannot be copied to make a teacher. Heads narrower than 2048
 start with larger weights, which keep a layer's gain.
-Deviations: T_t grows with each step and not each epoch. Prototypes keep length 1 always (the official ViT-S runs let it train). Frozen
-prototypes still shrink by weight decay, which their direction does not feel. No drop path. Output and softmax are float32 also in bf16.
+Deviations: T_t grows with each step and not each epoch. Prototypes keep length 1 always. Frozen prototypes still shrink by weight decay,
+which their direction does not feel. Clipping is by the norm of all gradients together, there of each tensor's own. No drop path. Output and
+softmax are float32 also in bf16.
 """
 
 import math
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 from base.config import Strict
 from base.errors import RequestError
 from engine import ema
+from pretrain.clusters import check_count
 from pretrain.methods import Clock, Facts, Method, Output
 
 if TYPE_CHECKING:
@@ -90,7 +93,9 @@ class DINO(Method):
 
     @classmethod
     def check(cls, options: DINOOptions, facts: Facts) -> None:
+        """Raises RequestError for views without two global ones first, and for more prototypes than samples."""
         check_crops(facts)
+        check_count(options.prototypes, facts.samples)
 
     def followed(self, teacher: str) -> nn.Module:
         """The student: encoder and head."""

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from encoders import vit
 from engine import ema, ranks
 from pretrain import masking
-from pretrain.clusters import sinkhorn
+from pretrain.clusters import check_count, sinkhorn
 from pretrain.methods import Facts, Method, Output
 from pretrain.methods.dino import DINOHead, DINOOptions, check_crops, frozen, teacher_temperature
 
@@ -69,8 +69,10 @@ class DINOv2(Method):
 
     @classmethod
     def check(cls, options: DINOv2Options, facts: Facts) -> None:
+        """Raises RequestError as DINO, and for views that are not whole patches."""
         masking.check_side(facts)
         check_crops(facts)
+        check_count(options.prototypes, facts.samples)
 
     def followed(self, teacher: str) -> nn.Module:
         """The student: encoder and heads."""

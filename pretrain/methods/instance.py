@@ -17,7 +17,8 @@ Memory: the bank holds N x 128 float32 on every rank, 656 MB for ImageNet's 1.28
 Parts: none of lightly; it has no bank by sample (its PIRL views slice before they resize, ours come from shards.draws).
 Deviations: a softmax (InfoNCE) where the papers have noise-contrastive estimation, as in PyContrast. The K negatives are drawn once a step
 and shared by the global batch (per image they would be 33 MB each); an image's own row among them does not count. On a corpus of at most K
-images all others are negatives, which is equation 2 without an estimate.
+images all others are negatives, which is equation 2 without an estimate. Biases and norms have no weight decay, where PyContrast decays
+all parameters.
 """
 
 import math

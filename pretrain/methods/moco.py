@@ -16,7 +16,8 @@ Deviations: no ShuffleBN. The paper normalises over parts of the batch and shuff
 statistics that would give the key away among the queue's. Here both sides normalise over the global batch, so that the number of ranks
 changes nothing; what they share tells less the larger the batch, but it is not nothing (the authors: facebookresearch/moco, issue 46).
 `queue_top1` also rises because the keys in the queue are of older encoders; `contrastive_top1`, within the batch, is not fooled by either.
-A queue that is left open is shorter than 65536 on small corpora.
+A queue that is left open is shorter than 65536 on small corpora. Biases and norms have no weight decay, where the official codes decay all
+parameters.
 """
 
 import math

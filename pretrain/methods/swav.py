@@ -14,6 +14,7 @@ Parts: lightly's SwaVProjectionHead. Its prototypes have a bias, which says what
 overflows in half precision. Both are written here and in pretrain.clusters.
 Deviations: the queue is one for all ranks, not a part on each, so that the number of ranks changes nothing. Prototypes are scaled to length
 1 within the loss too, so that their gradient has no part along them, which the scaling after each step would remove.
+Biases and norms have neither weight decay nor LARS' scaling, where the official code treats all parameters alike.
 """
 
 import math
