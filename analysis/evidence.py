@@ -50,7 +50,7 @@ class Evidence:
     corrected: int = 0  # of a study without claims: how many comparisons Holm's correction ran over
 
     def __post_init__(self) -> None:
-        self._planned = [cell["source"] for cell in results.expected(self.out)]
+        self.plan = results.expected(self.out)
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
         self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
 
@@ -115,7 +115,7 @@ class Evidence:
     def sources(self) -> list[str]:
         """Sources in the order of the study file, then any others."""
         there = {c.source: None for c in self.cells}
-        return list(dict.fromkeys([s for s in self._planned if s in there] + list(there)))
+        return list(dict.fromkeys([row["source"] for row in self.plan if row["source"] in there] + list(there)))
 
     def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
         """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
@@ -176,8 +176,8 @@ def judge(evidence: Evidence) -> list[Entry]:
     def apart(cell: Cell) -> str:
         return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
 
-    early, planned = {sha: before for sha, (_, before) in known.items()}, results.expected(evidence.out)
-    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, planned)
+    early = {sha: before for sha, (_, before) in known.items()}
+    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan)
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -195,7 +195,7 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
     evidence.comparisons = Comparisons(evidence.out, bootstrap or Bootstrap())
     evidence.ledger = judge(evidence)
-    order = list(dict.fromkeys([row["source"] for row in results.expected(evidence.out)] + evidence.sources()))
+    order = list(dict.fromkeys([row["source"] for row in evidence.plan] + evidence.sources()))
     random = _random(evidence)
     weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
     pairs = [(a, b) for a in order for b in order if a != b]
@@ -234,15 +234,14 @@ def _settings(evidence: Evidence) -> Iterable[tuple[dict[str, set[Any]], dict[st
 
     A comparison is one that the plan has, whatever is missing of it: no source becomes the baseline because its cells came first.
     """
-    plan = results.expected(evidence.out)
-    if not plan:
+    if not evidence.plan:
         for cells in results.in_groups(evidence.cells).values():
             held = {source: own for (source,), own in results.by(cells, "source").items()}
             yield {source: set() for source in held}, held
         return
     finished = {cell.key: cell for cell in evidence.cells}
     groups: dict[str, tuple[dict[str, set[Any]], dict[str, list[Cell]]]] = {}
-    for row in plan:
+    for row in evidence.plan:
         # Of a search the strategy as it was asked for: sources whose cuts it chose otherwise are compared all the same.
         options = row.get("asked") or row.get("options")
         group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [options]
