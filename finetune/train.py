@@ -14,11 +14,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from base.errors import RequestError, WorkError
 from base.seeds import rng, seed_of
 from engine import ranks
+from engine.ahead import ahead, to_device
 from engine.context import Context
 from finetune import data, predict
 from finetune.auxiliary import WEIGHT, Auxiliary, Beside, attach
@@ -40,11 +40,9 @@ from finetune.optimize import Best, Rate, optimizer_of, set_rates
 from finetune.task import Training
 from finetune.transplant import Group, Transplant
 
-Batch = tuple[list[Tensor], Tensor, Tensor]  # one batch of u8 images, or the float maps that the head reads of them; target; known
+Batch = tuple[list[Tensor], Tensor, Tensor]  # a batch of u8 images, or the float maps that the head reads of them; target; known
 Index = NDArray[np.int64]
 SURE = 20.0  # a logit
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 class Trainer:
@@ -89,7 +87,7 @@ class Trainer:
             views = self.evaluator.training_views()
 
             def batches(parts: Iterable[Index], epoch: int) -> Iterator[Batch]:
-                for image, target, known in ahead(lambda index: views.batch(index, epoch), parts):
+                for image, target, known in ahead(lambda index: views.batch(index, epoch), parts, self.evaluator.device):
                     yield [image], target, known
 
             self._auxiliary = attach(self.module, self.task, self.config.resolution, seed_of("auxiliary", self.config.seed))
@@ -130,9 +128,12 @@ class Trainer:
         return self._selection(row["val_loss" if by_loss else f"val_{self.task.metric}"], by_loss=by_loss, epoch=0, epochs=0)
 
     def _kept_batches(self, parts: Iterable[Index], epoch: int) -> Iterator[Batch]:
-        arrays = self.arrays("train")
+        # Not ahead: to hand kept features over costs more than to gather them, 1.5 times an epoch of a linear head.
+        arrays, device = self.arrays("train"), self.evaluator.device
         for index in parts:
-            yield self.evaluator.inputs("train", index), torch.from_numpy(arrays.target[index]), torch.from_numpy(arrays.known[index])
+            x = [to_device(part, device) for part in self.evaluator.inputs("train", index)]
+            target, known = (to_device(torch.from_numpy(of_all[index]), device) for of_all in (arrays.target, arrays.known))
+            yield x, target, known
 
     def _descend(
         self,
@@ -240,7 +241,6 @@ class Trainer:
     def _losses(self, x: list[Tensor], target: Tensor, known: Tensor) -> tuple[Tensor, Tensor | float]:
         """Of one batch of training: that of the network's answers, and what an auxiliary classifier adds to it."""
         logits = self.evaluator.forward(x)
-        target, known = target.to(logits.device), known.to(logits.device)
         loss = loss_of(self.task, logits, target, known, self._weights)
         if self._auxiliary is None:
             return loss, 0.0
@@ -273,20 +273,6 @@ class Trainer:
             target, known = torch.from_numpy(arrays.target), torch.from_numpy(arrays.known)
             loss = loss_of(self.task, torch.from_numpy(logits), target, known, self._weights)
         return {"val_loss": float(loss), f"val_{self.task.metric}": None if math.isnan(value) else value}
-
-
-def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """make(item) of each, one of them ahead of the caller in a thread. Not for kept features: to hand them over costs more than to gather
-    them, 1.5 times an epoch of a linear head."""
-    with ThreadPoolExecutor(1, "batches") as pool:
-        waiting = None
-        for item in items:
-            following = pool.submit(make, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
 
 
 def _release(groups: Sequence[Group], share: float) -> bool:

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from base.errors import RequestError, WorkError
 from base.paths import timestamp
 from base.seeds import seed_of
 from engine import checkpoint, ema, gpus, norm, ranks
+from engine.ahead import ahead, to_device
 from engine.checkpoint import Snapshot
 from engine.context import Context
 from engine.pace import Pace, words
@@ -158,7 +160,7 @@ class Run:
         if self.step == 0:
             self._probe_sources("before")
         meter = Meter(self.recipe.global_batch, self.least_seconds)
-        batches = iter(self.loader.batches(self.step))
+        batches = self._batches()
         while self.step < self.total:
             self.method.clock = methods.Clock(self.step, self.total, self.epoch_steps)
             if self.step % self.epoch_steps == 0:
@@ -167,7 +169,8 @@ class Run:
             logged = done == 1 or done % self.recipe.log_every_steps == 0 or done == self.total
             with self.pace.measured(logged):
                 with meter.waiting():
-                    batch = self._place(next(batches))
+                    batch = next(batches)
+                batch = self._place(batch)
                 output, measured = self._update(batch, logged)
             self.step = done
             meter.tick()
@@ -181,6 +184,12 @@ class Run:
                 return False
         self._probe_sources("after")
         return True
+
+    def _batches(self) -> Iterator[Batch]:
+        """Those of the steps that are left."""
+        read = islice(self.loader.batches(self.step), self.total - self.step)
+        # On a CPU nothing is copied, and a batch ahead would only hold memory.
+        return ahead(self._sent, read, self.engine.device) if self.engine.device.type == "cuda" else read
 
     def _probe_sources(self, when: str) -> None:
         """Rows of what the encoder knows of earlier corpora; those that stand were written before the run was stopped."""
@@ -229,18 +238,19 @@ class Run:
             self.engine.plateau.observe(total / count)
             self.epoch_loss = torch.zeros(2)
 
-    def _place(self, batch: Batch) -> Batch:
-        """On this rank's device."""
+    def _sent(self, batch: Batch) -> Batch:
+        """Its views and targets on this rank's device."""
         device = self.engine.device
-        views = [view.to(device, non_blocking=True) for view in batch.views]
-        if batch.draws_VBP is not None:
-            views = device_views.apply(views[0], batch.draws_VBP)
-        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value := getattr(batch, name), Tensor) else value
-            for name in ("index_B", "target_BL", "mask_BL")
+            name: None if (value := getattr(batch, name)) is None else to_device(value, device) for name in ("target_BL", "mask_BL")
         }
-        return batch._replace(views=views, draws_VBP=None, **moved)
+        return batch._replace(views=[to_device(view, device) for view in batch.views], **moved)
+
+    def _place(self, batch: Batch) -> Batch:
+        """`_sent`, as methods take it."""
+        batch = self._sent(batch)
+        views = batch.views if batch.draws_VBP is None else device_views.apply(batch.views[0], batch.draws_VBP)
+        return batch._replace(views=[view.contiguous(memory_format=torch.channels_last) for view in views], draws_VBP=None)
 
     def _log(self, output: methods.Output, measured: dict[str, Any], batch: Batch, meter: Meter) -> None:
         scalars = {"loss": output.loss.detach().float(), **output.logs}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from base.errors import RequestError
 from base.seeds import rng
 from encoders.vit import PATCH, at
+from engine.ahead import to_device
 from pretrain.methods import Facts
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def draw(seed: int, batch: "Batch", one: Callable[[Stream], np.ndarray]) -> Tens
     """What `one` gives for each image of the batch, stacked, on the device of the views."""
     keys = zip(batch.epoch_B.tolist(), batch.index_B.tolist(), strict=True)
     drawn = np.stack([one(rng("mask", seed, epoch, index)) for epoch, index in keys])
-    return torch.from_numpy(drawn).to(batch.views[0].device)
+    return to_device(torch.from_numpy(drawn), batch.views[0].device)
 
 
 def check_side(facts: Facts) -> None:

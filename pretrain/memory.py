@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from base.errors import RequestError
 from engine import ranks
+from engine.ahead import to_device
 from pretrain.methods import Facts
 
 
@@ -84,7 +85,7 @@ class Bank(nn.Module):
         samples, device = len(self.rows_Nd), self.rows_Nd.device
         if count >= samples - 1:
             return torch.arange(samples, device=device)
-        return torch.randint(samples, (count,), generator=torch.Generator().manual_seed(seed)).to(device)
+        return to_device(torch.randint(samples, (count,), generator=torch.Generator().manual_seed(seed)), device)
 
     def contrast(self, v_Bd: Tensor, index_B: Tensor, negative_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """`info_nce` of vectors against their images' rows; an image's own row is no negative of it."""

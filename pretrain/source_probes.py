@@ -45,9 +45,9 @@ def measure(
     encoder.eval()
     for read in reader.batches(((id_B, np.zeros_like(id_B)) for id_B in padded_N), workers=0):
         batch = place(read)
-        index_B = torch.where(read.valid_B, read.index_B, -1).to(batch.index_B.device)
         assert batch.target_BL is not None
         assert batch.mask_BL is not None
+        index_B = torch.where(read.valid_B, read.index_B, -1).to(batch.target_BL.device)
         found = (encoder(batch.views[0]).float(), index_B, batch.target_BL, batch.mask_BL)
         parts.append(tuple(ranks.all_gather(values).cpu() for values in found))
     encoder.train()

@@ -42,7 +42,8 @@ class Batch(NamedTuple):
     target_BL, mask_BL: float32; target 0 or 1, mask 1 where the label is known; None when no label was asked for.
     seg_BHW: u8 class indices, NOT_JUDGED where the sample has no mask; None for two views and for data without masks.
     valid_B: bool, False = padding, or a damaged sample (evaluation only).
-    epoch_B: int64, the epoch of each sample in its corpus; with the id it names the sample's random draws.
+    epoch_B: int64, the epoch of each sample in its corpus; with the id it names the sample's random draws. Ids and epochs stay on the host,
+        where these are drawn, when the rest goes to a device.
     draws_VBP: float32 on the host, with views.device_side only: `views` is then the whole images, and these are what
         shards.device_views.apply makes the views by.
     """

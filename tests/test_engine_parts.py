@@ -2,10 +2,15 @@
 
 import json
 import math
+import threading
 import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from engine import checkpoint, losses, optimizers, ranks, schedules
+from engine.ahead import ahead
 from engine.checkpoint import Snapshot
 from engine.config import EngineConfig, OptimizerConfig
 from engine.context import LocalContext
@@ -323,6 +329,111 @@ def test_local_context_appends_rows_of_rank_0(tmp_path: Path) -> None:
     LocalContext(0, 2, "memory://nowhere").report({"step": 1})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1}]
     assert LocalContext().should_stop() is None
+
+
+CPU = torch.device("cpu")
+
+
+def test_batches_are_made_one_ahead_in_order_and_errors_come_through() -> None:
+    made: list[int] = []
+    seen = []
+    for item in ahead(lambda i: made.append(i) or i * i, range(5), CPU):  # type: ignore[func-returns-value]
+        seen.append(item)
+        assert len(made) <= len(seen) + 1
+    assert seen == [0, 1, 4, 9, 16]
+    assert list(ahead(abs, [], CPU)) == []
+    assert list(ahead(abs, [-7], CPU)) == [7]
+    stream = ahead(lambda i: 1 // i, [1, 0], CPU)
+    assert next(stream) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+
+
+def test_items_are_asked_for_one_ahead_and_an_error_of_theirs_comes_through() -> None:
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(5):
+            asked.append(i)
+            yield i
+            if i == 2:
+                raise WorkError("cannot be read", where="here")
+
+    stream = ahead(abs, items(), CPU)
+    assert [(next(stream), list(asked)) for _ in range(2)] == [(0, [0, 1]), (1, [0, 1, 2])]
+    with pytest.raises(WorkError, match="cannot be read"):
+        next(stream)
+
+
+def test_who_stops_early_leaves_no_thread_and_the_items_are_let_go() -> None:
+    closed: list[bool] = []
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(5)
+        finally:
+            closed.append(True)
+
+    for _ in ahead(abs, items(), CPU):
+        break
+    assert closed == [True]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_an_item_that_was_made_is_held_no_longer() -> None:
+    """A batch of the loader's lies in memory that it uses again."""
+
+    class Lent:
+        pass
+
+    lent: list[weakref.ref[Lent]] = []
+
+    def lend(_: int) -> Lent:
+        one = Lent()
+        lent.append(weakref.ref(one))
+        return one
+
+    stream = ahead(lambda item: None, map(lend, range(3)), CPU)
+    next(stream)
+    end = time.monotonic() + 10
+    while any(one() for one in lent) and time.monotonic() < end:
+        time.sleep(0.001)
+    assert [one() for one in lent] == [None, None]
+
+
+def test_what_a_gpu_makes_ahead_is_waited_for_by_its_stream_and_not_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's notes on CUDA semantics ask: made on another stream, an event waited for, the memory marked as used here."""
+    beside: list[str] = []
+    here: list[str] = []
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream: Any) -> None:
+            here.append(f"{stream.name} uses {int(self)}")
+
+    @contextmanager
+    def inside(stream: Any) -> Iterator[None]:
+        beside.append(f"on {stream.name}")
+        yield
+        beside.append("off")
+
+    def make(i: int) -> tuple[list[Tensor], Tensor, None]:
+        beside.append(f"make {i}")
+        return [torch.tensor(i).as_subclass(OnGpu)], torch.tensor(-1), None
+
+    def record_event() -> str:
+        beside.append("event")
+        return f"event {beside.count('event')}"
+
+    side = SimpleNamespace(name="side", record_event=record_event)
+    own = SimpleNamespace(name="own", wait_event=lambda event: here.append(f"own waits for {event}"))
+    monkeypatch.setattr("engine.ahead._beside", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own)
+    for i, ([_], _, _) in enumerate(ahead(make, range(3), torch.device("cuda"))):
+        assert here == [said for j in range(i + 1) for said in (f"own waits for event {j + 1}", f"own uses {j}")]
+    assert beside == [said for i in range(3) for said in ("on side", f"make {i}", "event", "off")]
 
 
 def test_meter_counts_images_and_waiting() -> None:

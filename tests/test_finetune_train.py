@@ -22,6 +22,7 @@ from torchvision.transforms.functional import ten_crop
 from base.errors import RequestError, WorkError
 from base.seeds import seed_of
 from encoders.build import build
+from encoders.volumes import inflate
 from encoders.weights import sha256_of
 from finetune import data, features
 from finetune.auxiliary import attach
@@ -34,7 +35,7 @@ from finetune.optimize import Best, Rate, optimizer_of, set_rates
 from finetune.predict import probabilities
 from finetune.run import plant
 from finetune.task import LOSSES, Kind, Recipe, Task, load_task
-from finetune.train import Trainer, ahead
+from finetune.train import Trainer
 from finetune.transplant import Group, Transplant
 from shards.card import NOT_JUDGED
 
@@ -284,17 +285,6 @@ def test_optimisers_are_torchs_and_groups_have_their_own_rate_and_decay(name: st
             each.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_batches_are_made_one_ahead_in_order_and_errors_come_through() -> None:
-    made: list[int] = []
-    seen = []
-    for item in ahead(lambda i: made.append(i) or i * i, range(5)):  # type: ignore[func-returns-value]
-        seen.append(item)
-        assert len(made) <= len(seen) + 1
-    assert seen == [0, 1, 4, 9, 16]
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda i: 1 // i, [1, 0]))
 
 
 # -- cells
@@ -667,6 +657,11 @@ def test_the_auxiliary_loss_trains_both_and_is_absent_in_evaluation(cell: Make, 
     assert not any("layers.conv0" in name for name in module.state_dict())
     module.encoder.requires_grad_(False)
     assert attach(module, config.task, 75, 0) is None
+
+
+def test_volumes_have_no_auxiliary_classifier() -> None:
+    task = task_of("multilabel").model_copy(update={"volume": True})
+    assert attach(Network(inflate(build("inception_v3", 1)), PooledHead(2048, 3), pyramid=False), task, 75, 0) is None
 
 
 def test_does_not_repeat_an_auxiliary_classifier_whose_gradients_each_worker_keeps(cell: Make) -> None:

@@ -1,6 +1,7 @@
 """Every method: two ranks against one, a run that goes on from a checkpoint against an undisturbed one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from test_pretrain_run import metrics, resumed_at, tree
 from tiny_corpus import write
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import BATCH, LABELS, SAMPLES, TinyEncoder, batch, make_method, method_case, two_ranks
 
 from encoders.build import build
@@ -86,6 +89,63 @@ def test_a_virtual_batch_gives_the_loss_and_gradient_of_the_whole(name: str) -> 
     torch.manual_seed(0)
     for expected, found in zip(whole, first_step(name, 3), strict=True):
         assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+aten = torch.ops.aten
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between host and GPU that wait for it. Reading values of a tensor on the GPU has none to read (FakeTensorMode).
+
+    A mask on the GPU that picks rows, which torch counts there, counts as one row a row.
+    """
+
+    def __init__(self, pinned: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.pinned = pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet = kwargs or {}, func._overloadpacket
+        if packet in (aten.index, aten.index_put, aten.index_put_):
+            assert all(index is None or index.device == args[0].device for index in args[1]), "an index is copied, and waited for"
+            args = (args[0], [place for index in args[1] for place in places(index)], *args[2:])
+        out = func(*args, **kwargs)
+        # label_loss picks its columns by lists of a few numbers, after the encoder.
+        if packet is aten._to_copy and out.device != args[0].device and args[0].numel() > LABELS:
+            assert kwargs.get("non_blocking"), "a copy that is waited for"
+            assert any(args[0] is tensor for tensor in self.pinned), "a copy from memory that is not pinned"
+        return out
+
+
+def places(index: Tensor | None) -> list[Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(len(index), dtype=torch.int64) for _ in range(index.dim())]
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_step_reads_nothing_from_the_gpu_and_waits_for_no_copy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without values. Does not repeat masks drawn from ids that had been sent there: each step waited for the one before."""
+    pinned: list[Tensor] = []
+
+    def pin_memory(x: Tensor) -> Tensor:
+        pinned.append(x)
+        return x
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    with torch.device("meta"):
+        method, sizes = make_method(name)
+    method.clock = methods.Clock(100, 200, 1)  # after any warm-up
+    held = batch(0, 1, sizes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in (method, *method.teachers.values()):
+            network.to_empty(device="cuda")
+        held.views = [torch.empty(view.shape, dtype=torch.uint8, device="cuda") for view in held.views]
+        held.target_BL, held.mask_BL = torch.empty(2, *held.target_BL.shape, device="cuda")
+        with NoWaiting(pinned):
+            loss = method(held).loss
+            method.on_step_end()
+    assert loss.device.type == "cuda"
 
 
 @pytest.fixture(scope="module")

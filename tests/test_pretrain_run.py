@@ -2,25 +2,30 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_corpus import write
-from two_ranks import standing_at, two_ranks
+from two_ranks import StopAt, standing_at, two_ranks
 
 from base.config import parse
 from base.errors import RequestError, WorkError
 from encoders.build import build
 from encoders.export import export, read_export
 from encoders.weights import load_local, sha256_of
+from engine.ahead import ahead
 from engine.context import LocalContext
+from pretrain import loop
 from pretrain.loop import Run
 from pretrain.recipe import load_recipe
 from pretrain.run import PretrainConfig, run
 from shards.batches import Batch
 from shards.evaluate import eval_batches
+from shards.loader import TrainLoader
 from shards.manifest import read
 
 CLOCKS = {"seconds", "img_per_s", "s_per_step", "data_wait", "rank_s", "slowest_rank"}
@@ -67,6 +72,48 @@ def test_stopped_and_resumed_is_bit_identical(pair: Path, number: int, name: str
     last = [load_local(pair / f"{kind}-{name}" / "checkpoints" / "step-00000012" / "model.safetensors") for kind in ("whole", "cut")]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
     assert json.loads((pair / "rank1.json").read_text())[number] == [whole, stopped, second, again]
+
+
+def test_a_batch_that_was_sent_ahead_and_not_trained_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop as on a GPU, but for where the batches go: a checkpoint's position is that of the steps that are done."""
+    read: list[int] = []
+    batches, stream = Run._batches, TrainLoader.batches
+
+    def as_on_a_gpu(self: Run) -> Iterator[Batch]:
+        with monkeypatch.context() as during:
+            during.setattr(self.engine, "device", SimpleNamespace(type="cuda"))
+            return batches(self)
+
+    def counted(self: TrainLoader, start_step: int = 0) -> Iterator[Batch]:
+        for step, batch in enumerate(stream(self, start_step), start_step):
+            read.append(step)
+            yield batch
+
+    plan = tree("moco-v2", write(tmp_path / "shards"), "one", max_steps=10, checkpoint_every_steps=3, log_every_steps=1)
+    whole, cut = (parse(plan | {"out": str(tmp_path / name)}, PretrainConfig, "test") for name in ("whole", "cut"))
+    run(whole, LocalContext(dir=str(tmp_path)))
+    monkeypatch.setattr(loop, "ahead", lambda make, items, device: ahead(make, items, torch.device("cpu")))
+    monkeypatch.setattr(Run, "_batches", as_on_a_gpu)
+    monkeypatch.setattr(TrainLoader, "batches", counted)
+    assert run(cut, StopAt(0, 1, tmp_path, 4)) is None
+    assert run(cut, StopAt(0, 1, tmp_path, None)) is not None
+    (stopped,) = resumed_at(tmp_path / "cut")
+    assert 4 <= stopped < 10
+    assert read == [*range(stopped + 1), *range(stopped, 10)]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    last = [load_local(tmp_path / name / "checkpoints" / "step-00000010" / "model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+def test_ids_and_epochs_stay_on_the_host() -> None:
+    """Masks are drawn from them: to read them back, a step would wait for the device."""
+    index_B, view_BCHW, target_BL = torch.arange(4), torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.ones(4, 2)
+    one: Any = SimpleNamespace(engine=SimpleNamespace(device=torch.device("meta")))
+    sent = Run._sent(one, Batch(index_B, [view_BCHW, view_BCHW], target_BL, None, None, index_B >= 0, index_B + 7))
+    assert (sent.index_B.tolist(), sent.epoch_B.tolist()) == ([0, 1, 2, 3], [7, 8, 9, 10])
+    assert sent.mask_BL is None
+    assert sent.target_BL is not None
+    assert [x.device.type for x in (*sent.views, sent.target_BL)] == ["meta"] * 3
 
 
 def test_events_and_export_of_a_chain(pair: Path) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from base.config import Strict
 from base.seeds import seed_of
 from engine import ema, ranks
+from engine.ahead import to_device
 from pretrain.clusters import check_count, kmeans, scaled_count, sinkhorn_labels
 from pretrain.methods import Embed, Facts, Method, Output
 from pretrain.methods.swav import ASSIGNED, PROTOTYPES, Prototypes, check_views
@@ -105,10 +106,11 @@ class _SelfLabelled(Method):
         with torch.autocast(together_Nd.device.type, enabled=False):
             z_Nd = F.normalize(together_Nd.float())
             logits = [self.scores(head, z_Nd) / self.options.temperature for head in range(self.options.heads)]
-            label_HB = self.labels[:, batch.index_B]
+            index_B = to_device(batch.index_B, z_Nd.device)
+            label_HB = self.labels[:, index_B]
             loss = torch.stack([F.cross_entropy(found, label_HB[h].repeat(count)) for h, found in enumerate(logits)]).mean()
         first_Bd, second_Bd = z_Nd.detach().chunk(count)[:2]
-        self.pending.append((batch.index_B, torch.stack([first_Bd, second_Bd], dim=1)))
+        self.pending.append((index_B, torch.stack([first_Bd, second_Bd], dim=1)))
         features = {"backbone": z_views[0].detach().float(), "projector_0": first_Bd, "projector_1": second_Bd}
         return Output(loss, features | {"prototypes": logits[0].detach().chunk(count)[0].softmax(dim=1)}, {})
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
+from engine.ahead import to_device
 from pretrain.memory import Bank
 from pretrain.methods import Facts, Method, Output
 
@@ -102,9 +103,9 @@ class InsDis(Method):
         z_BD = self.encode(batch.views[0])
         p_Bd: Tensor = self.head(z_BD)
         with torch.autocast(p_Bd.device.type, enabled=False):
-            v_Bd = F.normalize(p_Bd.float(), dim=1)
-            loss, top1 = self.contrast(v_Bd, batch.index_B)
-        self.pending.append((v_Bd.detach(), batch.index_B))
+            v_Bd, index_B = F.normalize(p_Bd.float(), dim=1), to_device(batch.index_B, p_Bd.device)
+            loss, top1 = self.contrast(v_Bd, index_B)
+        self.pending.append((v_Bd.detach(), index_B))
         return Output(loss, {"backbone": z_BD.detach().float()}, {"bank_top1": top1})
 
     def contrast(self, v_Bd: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,13 +160,14 @@ class PIRL(InsDis):
         z_BD = self.encode(batch.views[0])
         patches_PBD = self.encode(torch.cat(batch.views[1:])).unflatten(0, (PATCHES, -1))
         p_Bd, g_Bd = self.head(z_BD), self.patch_head(patches_PBD.transpose(0, 1))
+        index_B = to_device(batch.index_B, p_Bd.device)
         with torch.autocast(p_Bd.device.type, enabled=False):
             v_Bd, g_Bd = F.normalize(p_Bd.float(), dim=1), F.normalize(g_Bd.float(), dim=1)
-            whole, top1 = self.contrast(v_Bd, batch.index_B)
-            of_patches, patch_top1 = self.contrast(g_Bd, batch.index_B)
+            whole, top1 = self.contrast(v_Bd, index_B)
+            of_patches, patch_top1 = self.contrast(g_Bd, index_B)
             weight = self.options.patch_weight
             loss = weight * of_patches + (1 - weight) * whole
-        self.pending.append((v_Bd.detach(), batch.index_B))
+        self.pending.append((v_Bd.detach(), index_B))
         features = {"backbone": z_BD.detach().float(), "projector_0": v_Bd.detach(), "projector_1": g_Bd.detach()}
         return Output(loss, features, {"bank_top1": top1, "patch_top1": patch_top1})
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from base.errors import RequestError
 from base.seeds import seed_of
+from engine.ahead import to_device
 from pretrain.clusters import IMAGENET, kmeans
 from pretrain.methods import Embed, Facts, Output
 from pretrain.methods.moco import MoCo, MoCoOptions, MoCoV2, MoCoV2Options
@@ -114,7 +115,8 @@ class PCL(MoCo):
             return alone
         with torch.autocast(q_Bd.device.type, enabled=False):
             logits = [clustering.logits(q_Bd) for clustering in self.clusterings]  # type: ignore[operator]
-            wanted = [clustering.cluster_N[batch.index_B] for clustering in self.clusterings]  # type: ignore[index]
+            index_B = to_device(batch.index_B, q_Bd.device)
+            wanted = [clustering.cluster_N[index_B] for clustering in self.clusterings]  # type: ignore[index]
             losses = [F.cross_entropy(logits_Bk, cluster_B) for logits_Bk, cluster_B in zip(logits, wanted, strict=True)]
             of_clusters = torch.stack(losses).mean()
         top1 = (logits[0].argmax(dim=1) == wanted[0]).float().mean()
