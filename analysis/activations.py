@@ -18,7 +18,7 @@ from analysis.evaluating import evaluating
 from base.config import digest
 from base.errors import RequestError
 from base.seeds import seed_of
-from encoders.build import Encoder, channels_first, end, steps
+from encoders.build import Encoder, channels_first, end, steps, token_maps
 from encoders.cuts import find
 from shards.corpus import Corpus
 from shards.views import VIEWS_VERSION, resize
@@ -75,7 +75,7 @@ def maps_at(encoder: Encoder, x: Tensor, names: Sequence[str]) -> list[Tensor]:
     """
     cuts = [encoder.cuts[find(encoder.architecture, name)] for name in names]
     if encoder.image_size:
-        every = encoder.pyramid(x)  # one a block
+        every = token_maps(encoder.net, encoder.prepare(x))
         return [every[encoder.cuts.index(cut)] for cut in cuts]
     chain = steps(encoder.net)
     ends = [end(chain, cut) for cut in cuts]

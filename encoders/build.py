@@ -121,8 +121,7 @@ class Encoder(nn.Module):
         """
         h = self.prepare(x)
         if self.image_size:
-            of_blocks: list[Tensor] = self.net.forward_intermediates(h, norm=False, output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
-            return of_blocks
+            return token_maps(self.net, h)[-len(self.pyramid_cuts) :]
         chain = steps(self.net)
         ends = [end(chain, cut) for cut in self.pyramid_cuts]
         maps: list[Tensor] = []
@@ -131,6 +130,16 @@ class Encoder(nn.Module):
             if i in ends:
                 maps.append(channels_first(self.net, h))
         return maps
+
+
+def token_maps(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """x: prepared BCHW -> the maps B,D,h,w of a vision transformer at its cuts, from the stem on, without class token."""
+    vit: Any = net
+    patches = vit.patch_embed(x)  # B,h,w,D
+    found = [vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))]
+    for block in getattr(vit, "blocks", ()):  # none where the network was truncated at its stem
+        found.append(block(found[-1]))
+    return [h[:, vit.num_prefix_tokens :].unflatten(1, patches.shape[1:3]).permute(0, 3, 1, 2).contiguous() for h in found]
 
 
 def steps(net: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

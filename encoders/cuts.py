@@ -76,7 +76,8 @@ def _cbr(depths: Sequence[int]) -> list[Cut]:
 
 
 def _vit(depths: Sequence[int]) -> list[Cut]:
-    return [Cut(f"block{i + 1}", f"blocks.{i}", 16) for i in range(depths[0])]
+    # Positions and class token are no modules; what comes after them last, and in these networks does nothing, gives what blocks are fed.
+    return [Cut("stem", "norm_pre", 16), *(Cut(f"block{i + 1}", f"blocks.{i}", 16) for i in range(depths[0]))]
 
 
 def _alexnet(_: Sequence[int]) -> list[Cut]:
@@ -257,9 +258,14 @@ def last_of_each(points: Sequence[Cut]) -> tuple[Cut, ...]:
     return tuple({cut.reduction: cut for cut in points}.values())
 
 
-def pyramid_cuts(architecture: str) -> tuple[Cut, ...]:
-    """The cuts whose maps decoders are fed: the last of each resolution, or every block of a vision transformer, which has but one."""
-    return cuts(architecture) if is_vit(architecture) else last_of_each(cuts(architecture))
+def pyramid_cuts(architecture: str, last: Cut | None = None) -> tuple[Cut, ...]:
+    """The cuts whose maps decoders are fed: the last of each resolution, or every block of a vision transformer, which has but one.
+
+    last: at which the network is truncated; where that is a vision transformer's stem, it is all that there is.
+    """
+    points = cuts(architecture)
+    points = points[: None if last is None else points.index(last) + 1]
+    return (points[1:] or points) if is_vit(architecture) else last_of_each(points)
 
 
 def depths(architecture: str, net: Any) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from base.errors import RequestError
 from encoders.build import Encoder, build, channels_first, end, steps
-from encoders.cuts import Cut, find, is_vit, last_of_each
+from encoders.cuts import Cut, find, pyramid_cuts
 
 
 class Truncated(Encoder):
@@ -40,7 +40,7 @@ class Truncated(Encoder):
         self.cut, self.flat = cut.name, flat
         self.whole: bool = last and (not isinstance(encoder, Truncated) or encoder.whole)
         self.cuts = encoder.cuts[: encoder.cuts.index(cut) + 1]
-        self.pyramid_cuts = self.cuts if is_vit(self.architecture) else last_of_each(self.cuts)
+        self.pyramid_cuts = pyramid_cuts(self.architecture, cut)
         self.pyramid_reductions = tuple(point.reduction for point in self.pyramid_cuts)
         # What else changes is asked of a copy that computes shapes alone.
         shadow = copy.deepcopy(self).to("meta").eval()

@@ -1,6 +1,6 @@
 """Inception's auxiliary classifier: beside the network while it trains, absent everywhere else.
 
-    auxiliary = attach(network, task, size, seed)        # None for other architectures, a frozen block and masks
+    auxiliary = attach(network, task, size, seed)        # None for other architectures, a frozen block, masks and volumes
     loss = loss_of(..., network(x)) + WEIGHT * loss_of(..., auxiliary())
 
 Szegedy et al. 2015 (arXiv 1512.00567) read the last 17 x 17 map at 299 px; its loss counts 0.4, as TF-Slim has it. timm has it for whole
@@ -70,8 +70,8 @@ class Beside(nn.Module):
 def attach(network: Network, task: Task, size: int, seed: int) -> Auxiliary | None:
     """The auxiliary classifier of a network whose block trains, drawn from the seed alone; None where there is none."""
     encoder = network.encoder
-    whole = encoder.architecture == "inception_v3" and hasattr(encoder.net, BEFORE)
-    if not whole or task.kind == "segmentation" or not any(p.requires_grad for p in encoder.net.get_submodule(READS).parameters()):
+    read = encoder.architecture == "inception_v3" and hasattr(encoder.net, BEFORE) and task.kind != "segmentation" and not task.volume
+    if not read or not any(p.requires_grad for p in encoder.net.get_submodule(READS).parameters()):
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

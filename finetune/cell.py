@@ -8,7 +8,7 @@ from base.config import Strict
 from finetune.task import Task
 
 # Raised by whoever changes a cell's numbers; it is part of every cell's key, and a golden test of one cell forces it.
-CELL_VERSION = 4
+CELL_VERSION = 5
 
 
 class CellConfig(Strict):
@@ -26,7 +26,8 @@ class CellConfig(Strict):
         exposed_to: corpora in the source's past that may hold test images of this dataset, or other images of their patients.
         shuffle_labels: the control: targets permuted over the training and over the validation images, or studies where the task measures
             these, and the correlation with the true labels that is left by chance removed; the test split stays as it is.
-        role: a `trial` of a search never opens the test split.
+        role: a `trial` of a search never opens the test split. `similarity` trains nothing and compares the source with random weights on
+            validation (finetune.similarity), which guides a search.
         keep: `encoder` leaves the trained encoder, exported, in `encoder/` of `out`. No part of the key: it changes no number.
         out: where the result goes, a path or URL.
     """
@@ -52,7 +53,7 @@ class CellConfig(Strict):
     own_source: bool = False
     exposed_to: list[str] = Field(default=[])
     shuffle_labels: bool = False
-    role: Literal["cell", "trial"] = "cell"
+    role: Literal["cell", "trial", "similarity"] = "cell"
     keep: Literal["nothing", "encoder"] = "nothing"
     out: str
     cache_dir: str | None = None
@@ -71,7 +72,7 @@ class MetricRow(Strict):
 
 class Selection(Strict):
     """The epoch that was kept (from 1) of those that ran, and the value of what chose it: the task's metric on validation, or `loss`, where
-    the recipe says so or the metric is not defined. Epoch 0 of 0: nothing was trained (kNN)."""
+    the recipe says so or the metric is not defined. Epoch 0 of 0: nothing was trained (kNN, similarity)."""
 
     metric: str
     value: float | None
@@ -119,4 +120,4 @@ class Result(Strict):
     host: str
     device: str
     dtype: str = "fp32"
-    role: Literal["cell", "trial"]
+    role: Literal["cell", "trial", "similarity"]

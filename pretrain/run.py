@@ -21,7 +21,7 @@ from shards.order import ORDER_VERSION
 from shards.views import VIEWS_VERSION
 
 # Part of every key: raise the first number when a change alters what a run computes; views' pixels and samples' order have their own.
-PRETRAIN_VERSION = f"4.{VIEWS_VERSION}.{ORDER_VERSION}"
+PRETRAIN_VERSION = f"5.{VIEWS_VERSION}.{ORDER_VERSION}"
 
 
 # What a configuration holds beside what a run computes.

@@ -1,6 +1,7 @@
 """Encoders layer by layer: maps at every cut of every family, what training left alone is 1, and the command on encoders and on a study."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ def test_maps_at_any_cut_are_what_truncation_and_decoders_see(name: str) -> None
     at = dict(zip(names, maps, strict=True))
     for cut, expected in zip(pyramid_cuts(name), pyramid, strict=True):
         assert torch.equal(at[cut.name], expected), cut
-    inner = names[len(names) // 2]
-    small = truncate(encoder, inner)
-    with evaluating(small):
-        assert torch.allclose(at[inner], small.pyramid(x)[-1], atol=1e-5)
+    for inner in (names[0], names[len(names) // 2]):
+        small = truncate(encoder, inner)
+        with evaluating(small):
+            assert torch.allclose(at[inner], small.pyramid(x)[-1], atol=1e-5)
     assert not any(module._forward_hooks for module in encoder.modules())
 
 
@@ -194,7 +195,7 @@ def test_the_command_takes_a_study_whose_cells_kept_their_encoders(tmp_path: Pat
     assert "no cell of this study kept its trained encoder" in said.err
     source = exported(tmp_path / "pretrained", build("test_resnet", 1, seed=0))
     for seed in range(3):
-        kept_cell(out, "random", seed, phantom_chest, None)
+        kept_cell(out, "noise", seed, phantom_chest, None)  # random weights, whatever their name
         kept_cell(out, "simclr", seed, phantom_chest, source)
     said = allograft(*words, "--measure", "cka", "--out", str(tmp_path / "made"))
     assert said.code == 0, said.err
@@ -206,7 +207,12 @@ def test_the_command_takes_a_study_whose_cells_kept_their_encoders(tmp_path: Pat
     assert (frame[frame["cut"] == "layer4.0"]["cka"] < 0.999).all()
     pairs = pd.read_csv(folder / "pairs.csv")
     assert len(pairs) == 15 * 3
-    assert "simclr and random" in said.out
+    assert "simclr and noise" in said.out
+    drawn = (folder / "top-simclr.svg").read_text()
+    assert "of 3 runs of simclr and 3 of noise; 95 % intervals over runs" in drawn
     assert "R squared of stem at the start and at the end  1.00" in said.out  # the first layer never moved
     assert {path.name for path in folder.glob("*.png")} == {"layers.png", "coefficients.png", "top-simclr.png", "start-against-end.png"}
     assert np.isfinite(pairs["cka"]).all()
+    shutil.rmtree(out / "cells" / "noise2")
+    said = allograft(*words, "--measure", "cka", "--out", str(tmp_path / "fewer"))
+    assert "3 runs of simclr and 2 of noise kept their encoder, and an interval takes 3 runs of each." in said.out

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from base.errors import RequestError
-from encoders.build import Encoder, build
-from encoders.cuts import architectures, brief, cuts, family, find, smallest
+from encoders.build import Encoder, build, token_maps
+from encoders.cuts import architectures, brief, cuts, depths, family, find, smallest
 from encoders.weights import load_into, sha256_of
 
 CONTRASTIVE = ["resnet50_clip_gap", "resnetv2_50x1_bit"]
@@ -57,6 +57,8 @@ def test_every_block_of_an_architecture_is_a_cut(name: str) -> None:
     closing = {cut.name for cut in encoder.cuts if cut.module == "final_conv"}  # does nothing, after CLIP's last block
     assert blocks or name == "alexnet"
     assert set(blocks) <= named | closing
+    first = "conv1" if family(name) in ("alexnet", "cbr", "cbr-valid") else "stem"  # networks of so few layers have no stem
+    assert encoder.cuts[0].name == first
 
 
 def test_resnet50_has_the_17_cuts_of_truncated_transfer() -> None:
@@ -69,18 +71,21 @@ def test_resnet50_has_the_17_cuts_of_truncated_transfer() -> None:
 def test_the_list_of_cuts_fits_a_line() -> None:
     assert brief("resnet50") == "stem layer1.0-2 layer2.0-3 layer3.0-5 layer4.0-2"
     assert brief("densenet121").startswith("stem denseblock1.denselayer1-6 transition1 denseblock2.denselayer1-12")
-    assert brief("vit_large_patch16_224") == "block1-24"
+    assert brief("vit_large_patch16_224") == "stem block1-24"
     assert len(brief("densenet201")) < 200
 
 
 def test_a_stage_means_its_last_block_and_unknown_cuts_list_all() -> None:
     assert [find("resnet50", name) for name in ("stem", "layer1", "layer3.0", "layer3", "layer4")] == [0, 3, 8, 13, 16]
+    assert [find("vit_small_patch16_224", name) for name in ("stem", "block1", "block12")] == [0, 1, 12]
     assert cuts("densenet121")[find("densenet121", "denseblock2")].name == "denseblock2.denselayer12"
     with pytest.raises(RequestError, match=r"no cut 'layer3\.9'.*did you mean.*stem, layer1\.0"):
         find("resnet50", "layer3.9")
 
 
-@pytest.mark.parametrize("name", SMALL + ["efficientnet_b0", "convnext_tiny", "swin_tiny_patch4_window7_224", "densenet121", *CONTRASTIVE])
+@pytest.mark.parametrize(
+    "name", SMALL + ["efficientnet_b0", "convnext_tiny", "swin_tiny_patch4_window7_224", "densenet121", "test_vit", *CONTRASTIVE]
+)
 def test_maps_and_features_are_those_of_timm(name: str) -> None:
     encoder = build(name, in_chans=3, seed=1).eval()
     x = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -89,8 +94,38 @@ def test_maps_and_features_are_those_of_timm(name: str) -> None:
         for ours, theirs in zip(encoder.pyramid(x), of_timm, strict=True):
             torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(encoder.pool(encoder.features(x)), encoder(x))
-        if not name.startswith(("conv", "swin")):  # whose pooled features are normalised
+        if not name.startswith(("conv", "swin", "test_vit")):  # whose pooled features are normalised, or a token
             torch.testing.assert_close(encoder.features(x).mean((2, 3)), encoder(x))
+
+
+def test_a_transformers_stem_gives_what_its_first_block_is_fed() -> None:
+    encoder = build("test_vit", 1, seed=1, image_size=64).eval()
+    fed: list[torch.Tensor] = []
+    encoder.net.blocks[0].register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))  # type: ignore[index, union-attr]
+    given: list[torch.Tensor] = []
+    encoder.net.get_submodule(cuts("test_vit")[0].module).register_forward_hook(lambda _, __, out: given.append(out))
+    x = torch.randint(0, 256, (2, 1, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        encoder(x)
+        stem_BDhw = token_maps(encoder.net, encoder.prepare(x))[0]
+    assert torch.equal(fed[0], given[0])
+    assert torch.equal(stem_BDhw.flatten(2).mT, fed[0][:, 1:])
+    assert stem_BDhw.shape[2:] == (4, 6)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "test_vit"])
+def test_patches_positions_and_tokens_belong_to_a_transformers_stem(name: str) -> None:
+    with torch.device("meta"):
+        net = build(name, 1).net
+        net.reg_token = torch.nn.Parameter(torch.zeros(1, 4, 8))
+        net.norm_pre = torch.nn.LayerNorm(8)
+    at = depths(name, net)
+    stem = {parameter for parameter, index in at.items() if index == 0}
+    embedding = {"patch_embed.proj.weight", "patch_embed.proj.bias", "norm_pre.weight", "norm_pre.bias"}
+    assert stem == {"cls_token", "reg_token", "pos_embed"} | embedding
+    assert {index for parameter, index in at.items() if parameter.startswith("blocks.0.")} == {1}
+    last = len(cuts(name)) - 1
+    assert {index for parameter, index in at.items() if parameter.startswith((f"blocks.{last - 1}.", "norm."))} == {last}
 
 
 @pytest.mark.parametrize("name", [name for name in architectures() if smallest(name) > 1])

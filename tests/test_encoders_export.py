@@ -122,7 +122,7 @@ def made(kind: str) -> Encoder:
     return truncate(build(architecture, 1, seed=1, image_size=48 if architecture == "test_vit" else None), cut)
 
 
-PROGRAMS = ["cbr", "alexnet", "flat", "test_resnet layer3", "test_vit block3", "densenet121 denseblock1.denselayer3"]
+PROGRAMS = ["cbr", "alexnet", "flat", "test_resnet layer3", "test_vit stem", "test_vit block3", "densenet121 denseblock1.denselayer3"]
 PROGRAMS += ["alexnet conv2", "resnet50_clip_gap stages.0", "resnetv2_50x1_bit stages.0"]
 
 

@@ -85,7 +85,7 @@ def test_every_cut_is_a_prefix_of_the_whole_network(name: str) -> None:
         if point == whole.cuts[-1]:
             torch.testing.assert_close(z, features)
             assert state.keys() == tensors.keys()
-        elif point.name != "stem" and "denselayer" not in point.name:  # pooling follows; a block's layers are gathered
+        elif (point.name != "stem" or name == "test_vit") and "denselayer" not in point.name:  # pooling follows; layers are gathered
             at = outputs[point.module]
             expected = at[:, 1:].mean(1) if at.ndim == 3 else at.mean((1, 2)) if "swin" in name else at.mean((2, 3))
             if not name.startswith(("inception", "alexnet")):  # after some of whose cuts there is pooling
@@ -111,6 +111,25 @@ def test_pooling_after_the_stem_belongs_to_it() -> None:
     x = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
     assert small.features(x).shape[2:] == (16, 16)
     assert small.pyramid(x)[-1].shape[2:] == (32, 32)
+
+
+def test_a_transformer_truncated_at_its_stem_has_patches_and_positions_alone() -> None:
+    whole = build("test_vit", 1, seed=1, image_size=64).eval()
+    small = truncate(whole, "stem")
+    assert [name for name, _ in small.net.named_parameters()] == [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    ]
+    assert small.pyramid_cuts == small.cuts == whole.cuts[:1]
+    x = torch.randint(0, 256, (2, 1, 64, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert truncate(whole, "block2").pyramid_cuts == whole.cuts[1:3]  # decoders are fed blocks where there are any
+        assert [m.shape for m in small.pyramid(x)] == [(2, small.num_features, 4, 2)]
+        torch.testing.assert_close(small(x), small.pyramid(x)[0].mean((2, 3)))
+    small.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
 
 
 def test_flat_features_are_the_whole_map_of_images_of_one_side() -> None:

@@ -103,10 +103,10 @@ def test_every_family_has_heat_maps_and_is_left_as_it_was(architecture: str) -> 
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.parametrize("architecture", ["test_vit", "swin_tiny_patch4_window7_224"])
-def test_heat_of_tokens_lies_where_the_image_differs(architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "cut"), [("test_vit", "stem"), ("test_vit", "block1"), ("swin_tiny_patch4_window7_224", "stem")])
+def test_heat_of_tokens_lies_where_the_image_differs(architecture: str, cut: str) -> None:
     """One patch is bright and all else equal: patches that are equal have equal heat, so positions were not mixed up."""
-    encoder = truncate(build(architecture, 1, image_size=64, seed=3), "block1" if architecture == "test_vit" else "stem")
+    encoder = truncate(build(architecture, 1, image_size=64, seed=3), cut)
     network = Network(encoder, head_for(CHEST, encoder, linear=False), pyramid=False)
     if architecture == "test_vit":
         torch.nn.init.zeros_(encoder.net.pos_embed)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def test_truncated_encoders_segment(cut: str, decoder: str) -> None:
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
     ("architecture", "cut"),
-    [("test_vit", "block1"), ("test_vit", "block3"), ("convnext_tiny", "stem"), ("densenet121", "denseblock2.denselayer5")],
+    [("test_vit", "stem"), ("test_vit", "block3"), ("convnext_tiny", "stem"), ("densenet121", "denseblock2.denselayer5")],
 )
 def test_truncated_encoders_of_other_families_segment(architecture: str, cut: str, decoder: str) -> None:
     encoder = truncate(build(architecture, 1, image_size=64), cut).to("meta")

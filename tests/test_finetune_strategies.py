@@ -120,7 +120,8 @@ def test_what_is_frozen_stays_to_the_bit_and_what_trains_moves(case: str, task: 
     transplant, _ = planted(case, task)
     trains = {name for name, parameter in transplant.module.named_parameters() if parameter.requires_grad}
     of_modules = {name.rpartition(".")[0] for name in trains}
-    unread = ("encoder.net.norm.",) if task is LUNGS else ()  # decoders get a vision transformer's maps before its closing norm
+    unread: tuple[str, ...] = ("encoder.net.norm.",) if task is LUNGS else ()  # decoders get maps from before a transformer's closing norm
+    unread += ("encoder.net.cls_token",) if case == "truncated vit stem" else ()  # which attention alone would bring to the patches
     before = snapshot(transplant.module)
     asked = [group["lr"] for group in settings_of(transplant)]
     optimizer = train(transplant, task, wrapped)
@@ -250,6 +251,33 @@ def test_every_strategy_transplants_into_volumes(case: str) -> None:
         moved = {name for name, tensor in transplant.module.state_dict().items() if not torch.equal(tensor, before[name])}
         assert {name for name in moved if "running" not in name and "tracked" not in name} <= trains[0]
         assert moved
+
+
+CONVOLUTIONAL = {
+    "alexnet": "conv1",
+    "resnet50_clip_gap": "stages.0",
+    "resnetv2_50x1_bit": "stages.0",
+    "inception_v3": "Mixed_5c",
+    "efficientnet_b0": "blocks.2",
+    "convnext_tiny": "stages.0",
+}
+
+
+@pytest.mark.parametrize("architecture", CONVOLUTIONAL)
+def test_weights_of_every_convolutional_family_are_transplanted_into_volumes(architecture: str) -> None:
+    transplant, weights = plant(architecture, {"name": "lwft", "cut": CONVOLUTIONAL[architecture]}, VOLUMES)
+    assert transplant.loaded is not None
+    assert set(transplant.loaded.loaded) == set(weights)
+    verify(transplant, weights)
+    encoder = transplant.module.encoder
+    at, last = places(encoder), find(architecture, CONVOLUTIONAL[architecture])
+    assert {name for name, parameter in encoder.net.named_parameters() if not parameter.requires_grad} == {
+        name for name, _ in encoder.net.named_parameters() if at[name] <= last
+    }
+    with torch.no_grad():
+        next(parameter for parameter in encoder.net.parameters() if parameter.ndim == 5)[0, 0, 0] += 1e-3
+    with pytest.raises(WorkError, match="1 transplanted tensors are not the source's"):
+        verify(transplant, weights)
 
 
 def test_what_has_no_volumes_says_so() -> None:

@@ -52,8 +52,8 @@ def test_gradual_unfreezes_from_the_top(stages: int) -> None:
 
 
 def test_gradual_has_no_more_stages_than_cuts() -> None:
-    with pytest.raises(RequestError, match="7 stages of an encoder with 6 cuts"):
-        plant("test_vit", {"name": "gradual", "stages": 7})
+    with pytest.raises(RequestError, match="8 stages of an encoder with 7 cuts"):
+        plant("test_vit", {"name": "gradual", "stages": 8})
 
 
 def test_layer_decay_falls_towards_the_stem() -> None:
@@ -62,6 +62,9 @@ def test_layer_decay_falls_towards_the_stem() -> None:
     assert rates["encoder, stem"] == 0.5**5
     assert rates["encoder, layer4.0"] == 0.5
     assert rates["head"] == 1
+    transplant, _ = plant("test_vit", {"name": "layer-decay", "decay": 0.5})
+    rates = {group.name: group.lr_scale for group in transplant.groups}
+    assert [rates[f"encoder, {cut}"] for cut in ("stem", "block1", "block6")] == [0.5**7, 0.5**6, 0.5]
 
 
 def test_l2_sp_is_the_papers_penalty() -> None:

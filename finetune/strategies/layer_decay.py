@@ -1,7 +1,7 @@
 """layer-decay: the learning rate falls from cut to cut towards the stem (Clark et al. 2020, arXiv 2003.10555; BEiT, arXiv 2106.08254).
 
-The head has the recipe's rate, the last block `decay` times that, the block before it `decay` squared times, and so on. A vision
-transformer's patches and positions go with its first block, its closing norm with its last.
+The head has the recipe's rate, the last block `decay` times that, the block before it `decay` squared times, and so on. The closing norm
+goes with the last block.
 """
 
 from collections.abc import Mapping
