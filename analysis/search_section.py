@@ -15,6 +15,11 @@ from analysis.tables import cell, esc, num, table
 from base import storage
 
 PANELS = 12
+GUIDED = {
+    "similarity": "guided by similarity to random weights",
+    "flat": "evenly spread: similarity to random weights is much the same at every cut",
+    "random": "evenly spread: the source is random weights",
+}
 RULE = (
     "Chosen on validation alone. A cut is the first, and so the smallest network, within one standard error of the best mean; a rate is"
     " that of the best mean, of equals the smaller. Bars are one standard error: over validation patients, and over trial seeds where there"
@@ -64,7 +69,7 @@ def _row(found: dict[str, Any]) -> list[str]:
     about, kind = found["about"], found["kind"]
     point = next(point for point in found["curve"] if point["at"] == found["choice"])
     mean, error = results.number(point["mean"]), results.number(point["error"])
-    way = "rate" if kind == "rates" else f"cut, {kind}"
+    way = ", ".join(["rate"] if kind == "rates" else ["cut", kind, *([GUIDED[found["guided"]]] if found.get("guided") else [])])
     parts = [
         f'<th scope="row">{esc(about["task"])}</th>',
         cell(esc(results.plain(about["source"]))),

@@ -134,7 +134,7 @@ class CellStage:
 
 
 def _words(config: CellConfig) -> str:
-    trial = "trial of " if config.role == "trial" else ""
+    trial = f"{config.role} of " if config.role != "cell" else ""
     return f"{trial}{config.task.task} {config.source} {config.strategy['name']} seed {config.seed}"
 
 

@@ -25,7 +25,7 @@ def effort(config: CellConfig, images: Mapping[str, int], forward: float) -> flo
     """
     strategy = STRATEGIES[str(config.strategy["name"])]
     train, val = images.get("train", 0) * config.fraction, images.get("val", 0)
-    test = 0 if config.role == "trial" else images.get("test", 0)
+    test = 0 if config.role != "cell" else images.get("test", 0)
     by, linear = strategy.trains_by, config.task.linear.epochs * HEAD
     if by is None:
         return (train + val + test) * forward

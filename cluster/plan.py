@@ -308,7 +308,7 @@ def cell(
     seed: int,
     strategy: dict[str, Any] | None = None,
     task: Task | None = None,
-    role: Literal["cell", "trial"] = "cell",
+    role: Literal["cell", "trial", "similarity"] = "cell",
     searched: Mapping[str, Any] | None = None,
 ) -> CellConfig:
     """One cell of a setting.
@@ -320,7 +320,7 @@ def cell(
     """
     strategy, task = strategy or setting.strategy, task or setting.task
     made = (
-        identity(setting, seed, strategy, task) | ({"role": role} if role == "trial" else {}) | ({"searched": searched} if searched else {})
+        identity(setting, seed, strategy, task) | ({"role": role} if role != "cell" else {}) | ({"searched": searched} if searched else {})
     )
     key, found = digest(made)[:KEY_DIGITS], setting.weights
     return CellConfig(

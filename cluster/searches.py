@@ -6,13 +6,14 @@
 
 A setting with `cut: auto` searches its cut first, at the recipe's rate; then, as every setting of a study that tunes, its rate. Trials are
 results in OUT/cells like any other, by their keys, and answers stand in OUT/analyses/<key>/search.json: a driver that starts again asks
-only for what is missing. A trial whose training diverges counts as the worst of its search; one that fails otherwise stops its search, and
-the cells behind it are listed as failed.
+only for what is missing. What guides a search with `similarity: auto` is one more result, of role `similarity`, the same for all searches
+of a source on a task's data at a resolution. A trial whose training diverges counts as the worst of its search; one that fails otherwise
+stops its search, and the cells behind it are listed as failed.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from base import storage
@@ -87,7 +88,8 @@ def search_of(setting: Setting, step: str) -> Search:
     way = asked(setting.strategy)[0]
     assert way is not None
     last = setting.weights.cut if setting.weights else None
-    return cut_search(way.search, setting.architecture, matrix.trial_seeds, epochs, way.similarity, last)
+    similarity = "random" if way.similarity == "auto" and setting.weights is None else way.similarity
+    return cut_search(way.search, setting.architecture, matrix.trial_seeds, epochs, similarity, last)
 
 
 class Searches:
@@ -184,7 +186,7 @@ class Searches:
 
     def told(self, config: CellConfig, problem: Exception | None) -> list[CellConfig]:
         """A cell or trial has ended; what became ready by it."""
-        if config.role != "trial":
+        if config.role == "cell":
             return []
         if problem is None:
             self.held[config.key] = outcome(config)
@@ -263,6 +265,10 @@ class Searches:
         return {}
 
     def _trial(self, one: Chosen, trial: Trial) -> CellConfig:
+        if trial.epochs == 0:
+            # Of the source on the task's data alone, so that all of its searches there ask for the same.
+            whole = replace(one.setting, strategy={"name": "full"}, fraction=1.0, shuffled=False)
+            return plan.cell(whole, trial.seed, role="similarity")
         strategy = one.strategy if trial.cut is None else {**one.strategy, "cut": trial.cut}
         return plan.cell(one.setting, trial.seed, strategy, _with(one, lr=trial.lr, epochs=trial.epochs), "trial")
 
@@ -278,7 +284,9 @@ class Searches:
         """What an answer stands for: everything that its trials' keys hold but the seed, and the way of searching."""
         return {
             "setting": plan.identity(one.setting, 0, one.strategy, one.task),
-            "search": [search.kind, search.candidates, search.seeds, search.epochs, search.first],
+            # What guides it is named only where something does, so that other answers keep their keys.
+            "search": [search.kind, search.candidates, search.seeds, search.epochs, search.first]
+            + ([search.similarity] if search.similarity else []),
         }
 
     def _answer(self, one: Chosen, search: Search) -> Answer:
@@ -304,6 +312,8 @@ def _cells_of(chosen: Iterable[Chosen]) -> list[CellConfig]:
 def outcome(config: CellConfig) -> Outcome:
     """What a finished trial reached."""
     held = storage.read_json(storage.join(config.out, "result.json"))
+    if config.role == "similarity":
+        return Outcome(math.nan, similarity={row["class"]: row["value"] for row in held["metrics"]})
     values = {row["metric"]: row["value"] for row in held["metrics"] if not row["class"] and row["value"] is not None}
     metric = config.task.metric
     return Outcome(values.get(metric, math.nan), values.get(f"{metric}_error", math.nan), held["params"], held["selection"]["epochs"])

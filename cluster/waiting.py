@@ -56,7 +56,7 @@ class Line:
         added = []
         for config in configs:
             cost = self._cost(config)
-            added.append(Waiting((0, config.role != "trial", -cost, self._arrived), config, cost))
+            added.append(Waiting((0, config.role == "cell", -cost, self._arrived), config, cost))
             heapq.heappush(self._heap, added[-1])
             self._arrived += 1
         return added

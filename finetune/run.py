@@ -21,18 +21,19 @@ from base import paths, storage
 from base.config import parse, to_yaml
 from base.errors import RequestError, WorkError
 from base.seeds import seed_of
-from encoders.build import NORMALISATIONS, build, in_channels
+from encoders.build import NORMALISATIONS, Encoder, build, in_channels
 from encoders.export import read_export
 from encoders.local import local_encoder
 from encoders.weights import State, load_local, sha256_of
 from engine import ranks
 from engine.context import Context
 from finetune import data, keep, predict
-from finetune.cell import CELL_VERSION, CellConfig, Result
+from finetune.cell import CELL_VERSION, CellConfig, Result, Selection
 from finetune.efficiency import cost
 from finetune.explain import heat_maps
 from finetune.jackknife import error_row
 from finetune.measure import Row, rows_of
+from finetune.similarity import METRIC, similarity_rows
 from finetune.strategies import resolve
 from finetune.train import Trainer
 from finetune.transplant import EncoderSpec, Transplant, verify
@@ -63,7 +64,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
     if corpus.manifest.dataset != task.dataset:
         raise RequestError(f"task {task.task} is about {task.dataset}, these shards are {corpus.manifest.dataset}", where=config.shards)
-    if config.role != "trial" and not corpus.manifest.counts.get("test"):
+    if config.role == "cell" and not corpus.manifest.counts.get("test"):
         raise RequestError(f"{task.dataset} has no test split to measure on", where=config.shards)
     transplant, encoder_sha256, options = plant(config, data.channels(corpus, task))
     if config.keep == "encoder":
@@ -71,8 +72,12 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
     trainer = Trainer(config, transplant)
     with tempfile.TemporaryDirectory(prefix="cell-") as folder:
         local = Path(folder)
-        selection, train_images = trainer.fit(ctx, local / "metrics.jsonl")
-        rows = _measured(trainer, local, share_images=corpus.manifest.card.share_images)
+        if config.role == "similarity":
+            selection, train_images = Selection(metric=METRIC, value=None, epoch=0, epochs=0), 0
+            rows = similarity_rows(trainer.evaluator, _random(config, data.channels(corpus, task)))
+        else:
+            selection, train_images = trainer.fit(ctx, local / "metrics.jsonl")
+            rows = _measured(trainer, local, share_images=corpus.manifest.card.share_images)
         params, macs = cost(transplant.module, data.as_input(trainer.arrays("val").image[:1], trainer.arrays("val").slices).shape[1:])
         result = Result(
             **config.model_dump(include=OF_CONFIG),
@@ -154,6 +159,13 @@ def plant(config: CellConfig, channels: int) -> tuple[Transplant, str, dict[str,
     transplant = make.transplant(spec, weights, config.task, options, seed_of("cell", config.seed))
     verify(transplant, weights)
     return transplant, sha256, options.model_dump(mode="json")
+
+
+def _random(config: CellConfig, channels: int) -> Encoder:
+    """The network of the cell's source with random weights, drawn from the cell's seed alone."""
+    make, options = resolve(config.strategy)
+    spec, _ = source(config, channels)
+    return make.transplant(spec, None, config.task, options, seed_of("similarity", config.seed)).module.encoder
 
 
 def source(config: CellConfig, channels: int) -> tuple[EncoderSpec, State]:

@@ -59,7 +59,7 @@ class Tune(Strict):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training. None: what the strategy or the recipe says."""
+    """One training. None: what the strategy or the recipe says. epochs 0: no training, but the source compared with random weights."""
 
     cut: str | None = None
     lr: float | None = None
@@ -70,12 +70,16 @@ class Trial:
 @dataclass(frozen=True)
 class Outcome:
     """What a trial reached on validation: its metric (NaN: training diverged, or validation cannot define the metric), that number's
-    standard error over patients (NaN: not known), the parameters of its network, and the epochs it trained (None: it diverged)."""
+    standard error over patients (NaN: not known), the parameters of its network, and the epochs it trained (None: it diverged).
+
+    similarity: by cut, of a trial of no epochs, which has nothing else.
+    """
 
     value: float
     error: float = math.nan
     params: int = 0
     epochs: int | None = None
+    similarity: Mapping[str, float] | None = None
 
 
 Results = Mapping[Trial, Outcome]
@@ -86,7 +90,8 @@ class Search:
     """What is searched. `candidates`: rates from the smallest, or names of cuts from the stem on.
 
     ends: positions of the stages' last cuts. epochs: of the recipe, a full training; halving divides them. first: positions of the
-    cuts that halving begins with, or that were drawn.
+    cuts that halving begins with, or that were drawn. similarity: what guides halving, a number a candidate; auto: the result of a trial
+    of no epochs, in the light of which `first` is chosen anew; random: auto of a source that is random weights itself.
     """
 
     kind: Literal["rates", "two-stage", "halving", "random", "exhaustive"]
@@ -95,6 +100,7 @@ class Search:
     ends: tuple[int, ...] = ()
     epochs: int = 1
     first: tuple[int, ...] = ()
+    similarity: tuple[float, ...] | Literal["auto", "random"] | None = None
 
 
 class Point(Strict):
@@ -111,8 +117,10 @@ class Answer(Strict):
     """search.json: the choice and how it came about.
 
     trials: trainings that were asked for, of `exhaustive` that trying every candidate would have taken. cost: the epochs that they
-    trained, in full trainings; one that diverged counts with those that it was asked for. about: what the search was for, in the words
-    of a cell's configuration.
+    trained, in full trainings; one that diverged counts with those that it was asked for. similarity: what halving was to be guided by,
+    by cut. guided: what came of it, null where it was not asked for. `similarity`: it began around the cut where that falls; evenly
+    spread it began where similarity is much the same everywhere (`flat`) or the source is random weights (`random`). about: what the
+    search was for, in the words of a cell's configuration.
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -125,6 +133,8 @@ class Answer(Strict):
     trials: int
     exhaustive: int
     cost: float
+    similarity: dict[str, float] | None = None
+    guided: Literal["similarity", "flat", "random"] | None = None
     about: dict[str, Any] = Field({})
 
 
@@ -143,16 +153,17 @@ def cut_search(
     architecture: str,
     seeds: Sequence[int],
     epochs: int = 1,
-    similarity: Mapping[str, float] | None = None,
+    similarity: Mapping[str, float] | Literal["auto", "random"] | None = None,
     last: str | None = None,
 ) -> Search:
     """A search over the cuts of an architecture, or over those that a truncated source still has.
 
     Args:
         epochs: of the recipe; halving divides them.
-        similarity: by cut, how like the source's features are to those of random weights on the target's images (linear CKA, 1: alike).
-            Where it falls, features begin that only the source has; halving begins with the cuts around that place. Without it they
-            are spread evenly. Given for cuts that a truncated source has no more, it is passed over there.
+        similarity: of halving, by cut, how like the source's features are to those of random weights on the target's images (linear
+            CKA, 1: alike). Where it falls, features begin that only the source has; halving begins with the cuts around that place.
+            Without it they are spread evenly. Given for cuts that a truncated source has no more, it is passed over there. auto: the
+            first trial finds out; random: nothing is to be found out, since the source is random weights.
         last: the cut at which the source is truncated.
 
     Raises:
@@ -161,22 +172,28 @@ def cut_search(
     points = cuts(architecture)[: None if last is None else find(architecture, last) + 1]
     names = [cut.name for cut in points]
     known = {cut.name for cut in cuts(architecture)}
-    if similarity is not None and (wrong := ", ".join(sorted((set(similarity) - known) | (set(names) - set(similarity))))):
-        raise RequestError(f"similarity is given by cut, for every cut of {architecture} (not so: {wrong})", where="strategy.similarity")
+    guide: tuple[float, ...] | Literal["auto", "random"] | None
+    if isinstance(similarity, Mapping):
+        if wrong := ", ".join(sorted((set(similarity) - known) | (set(names) - set(similarity)))):
+            what = f"similarity is given by cut, for every cut of {architecture} (not so: {wrong})"
+            raise RequestError(what, where="strategy.similarity")
+        guide = tuple(similarity[name] for name in names)
+    else:
+        guide = similarity
     first: tuple[int, ...] = ()
     if kind == "halving":
-        first = _first([similarity[name] for name in names]) if similarity else _spread(len(names))
+        first = _first(guide) if isinstance(guide, tuple) else _spread(len(names))
     elif kind == "random":
         drawn = rng("cuts", architecture, *seeds).permutation(len(names))[: math.ceil(len(names) / 2)]
         first = tuple(sorted(int(i) for i in drawn))
-    return Search(kind, tuple(names), tuple(seeds), _ends(points), epochs, first)
+    return Search(kind, tuple(names), tuple(seeds), _ends(points), epochs, first, guide)
 
 
 class Way(Strict):
     """How the cut of a strategy is searched: what stands beside `cut: auto`. similarity: see `cut_search`."""
 
     search: CutSearch = "two-stage"
-    similarity: dict[str, float] | None = None
+    similarity: dict[str, float] | Literal["auto"] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Way":
@@ -208,7 +225,8 @@ def _ends(points: Sequence[Cut]) -> tuple[int, ...]:
     """The last cut of each resolution, the stem's apart; of a network with one resolution the ends of its four quarters."""
     ends = [points.index(cut) for cut in last_of_each(points)]
     if len(ends) == 1:
-        ends = sorted({max(0, round((i + 1) * len(points) / 4) - 1) for i in range(4)})
+        blocks = len(points) - 1  # beside the stem
+        ends = sorted({round((i + 1) * blocks / 4) for i in range(4)})
     return tuple(ends[1:] if ends[0] == 0 and len(ends) > 1 else ends)
 
 
@@ -233,12 +251,16 @@ def _spread(count: int) -> tuple[int, ...]:
 def _first(similarity: Sequence[float]) -> tuple[int, ...]:
     """The positions nearest to the first at which the similarity is under the middle of its range, of two as near the earlier; spread
     evenly where it is much the same everywhere."""
-    if max(similarity) - min(similarity) < FLAT:
+    if _flat(similarity):
         return _spread(len(similarity))
     middle = (max(similarity) + min(similarity)) / 2
     knee = next((i for i, value in enumerate(similarity) if value < middle), len(similarity) - 1)
     near = sorted(range(len(similarity)), key=lambda i: (abs(i - knee), i))
     return tuple(sorted(near[: _begins_with(len(similarity))]))
+
+
+def _flat(similarity: Sequence[float]) -> bool:
+    return max(similarity) - min(similarity) < FLAT
 
 
 # -- ask and tell
@@ -258,7 +280,7 @@ def answer(search: Search, results: Results, metric: str = "") -> Answer:
     Raises:
         WorkError: every candidate diverged, or the metric is not defined on validation.
     """
-    asked_for = list(dict.fromkeys(trial for stage in _stages(search, results) for trial in stage))
+    asked_for = list(dict.fromkeys(trial for stage in _stages(search, results) for trial in stage if trial.epochs != 0))
     last: dict[float | str, int | None] = {}
     for trial in asked_for:
         last[_candidate(trial)] = trial.epochs
@@ -269,6 +291,8 @@ def answer(search: Search, results: Results, metric: str = "") -> Answer:
         raise WorkError(what, where="search", hint="choose another metric of the task, or without cut: auto and tune")
     if not compared:
         raise WorkError(f"no trial has a finite validation metric, {len(asked_for)} were run", where="search", hint="try smaller rates")
+    numbers = _similarity(search, results)
+    guided = "random" if search.similarity == "random" else None if numbers is None else "flat" if _flat(numbers) else "similarity"
     order = [at for at in search.candidates if at in compared]
     choice = _ranked(order, compared)[0] if search.kind != "rates" else max(order, key=lambda at: _mean(compared[at]))
     trained = [next(n for n in (results[trial].epochs, trial.epochs, search.epochs) if n is not None) for trial in asked_for]
@@ -282,11 +306,13 @@ def answer(search: Search, results: Results, metric: str = "") -> Answer:
         trials=len(asked_for),
         exhaustive=len(search.candidates) * len(search.seeds),
         cost=round(sum(trained) / search.epochs, 6),
+        similarity=None if numbers is None else {str(at): number for at, number in zip(search.candidates, numbers, strict=True)},
+        guided=guided,
     )
 
 
 def most_trials(search: Search) -> int:
-    """The trials that the search takes at most."""
+    """The trials that the search takes at most: trainings, without the pass that compares the source with random weights."""
     if search.kind == "halving":
         return sum(_rungs(len(search.first))) * len(search.seeds)
     if search.kind == "two-stage":
@@ -319,6 +345,11 @@ def _stages(search: Search, results: Results) -> Iterator[list[Trial]]:
         yield _trials(search, [i for i in range(low + 1, high) if i not in search.ends])
     elif search.kind == "halving":
         sizes, left = _rungs(len(search.first)), search.first
+        if search.similarity == "auto":
+            yield [_comparison(search)]
+            numbers = _similarity(search, results)
+            assert numbers is not None
+            left = _first(numbers)
         for rung, size in enumerate(sizes):
             share = 2 ** (len(sizes) - 1 - rung)
             budget = math.ceil(search.epochs / share)
@@ -328,6 +359,20 @@ def _stages(search: Search, results: Results) -> Iterator[list[Trial]]:
             left = tuple(_by_mean(search, results, left, epochs))
     else:
         yield _trials(search, search.first or range(len(search.candidates)))
+
+
+def _comparison(search: Search) -> Trial:
+    """The trial of no epochs, in which the source is compared with random weights."""
+    return Trial(seed=search.seeds[0], epochs=0)
+
+
+def _similarity(search: Search, results: Results) -> tuple[float, ...] | None:
+    """What guides the search, by candidate: given, or found out by its first trial."""
+    if search.similarity == "auto":
+        found = results[_comparison(search)].similarity
+        assert found is not None
+        return tuple(found[str(at)] for at in search.candidates)
+    return None if search.similarity == "random" else search.similarity
 
 
 def _chosen(search: Search, results: Results, positions: Sequence[int]) -> list[int]:

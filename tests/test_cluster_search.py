@@ -8,6 +8,7 @@ from typing import Any
 
 import made_study
 import pytest
+import tiny_cell
 import tiny_study
 import yaml
 
@@ -50,6 +51,8 @@ TREE: dict[str, Any] = {
     },
 }
 
+GUIDED = [{"name": name, "cut": "auto", "search": "halving", "similarity": "auto"} for name in ("truncated", "fat")]
+
 
 def written(folder: Path, shards: str, **cells: object) -> Study:
     folder.mkdir(exist_ok=True)
@@ -63,6 +66,9 @@ def planned(study: Study, shards: str, **changes: Any) -> Searches:
 
 def result_of(config: CellConfig, value: float | None) -> dict[str, Any]:
     metric = config.task.metric
+    if config.role == "similarity":
+        names = [point.name for point in cuts(config.architecture)]
+        return {"metrics": [{"class": name, "value": 0.9 if i < 3 else 0.1} for i, name in enumerate(names)]}
     rows: list[dict[str, Any]] = [
         {"metric": metric, "class": "", "value": value},
         {"metric": f"{metric}_error", "class": "", "value": 0.01},
@@ -220,6 +226,63 @@ def test_a_truncated_source_is_searched_at_the_cuts_that_it_has(tmp_path: Path, 
     assert [config.strategy["cut"] for config in searches.cells] == ["layer3.0"] * 6
 
 
+def guided(study: Study, shards: str, sources: dict[str, str], **changes: Any) -> Searches:
+    """Searches of random weights and of exported ones, by their names and folders."""
+    corpora = {"phantom-chest": Packed(shards, manifest.read(shards))}
+    return Searches(plan.settings(study, corpora, {name: [read_weights(folder)] for name, folder in sources.items()}), **changes)
+
+
+def test_what_guides_a_search_is_computed_once_for_a_source_on_a_tasks_data(tmp_path: Path, phantom_chest: str) -> None:
+    folders = {name: str(tiny_cell.exported(tmp_path / name, architecture="resnet18")[0]) for name in ("a", "b")}
+    sources: list[Any] = ["random", *({"name": name, "source": folder} for name, folder in folders.items())]
+    cells: dict[str, Any] = {"sources": sources, "architectures": ["resnet18"], "strategies": GUIDED, "tune": None, "seeds": [0]}
+    study = written(tmp_path, phantom_chest, fractions=[0.5, 1.0], shuffled_labels=["a"], **cells)
+    searches = guided(study, phantom_chest, folders)
+    first = {config.key: config for config in searches.ready()}
+    assert [config.source for config in first.values() if config.role == "similarity"] == ["a", "b"]
+    assert {config.source for config in first.values() if config.role == "trial"} == {"random"}
+    asked, trials, _ = most(one.setting for one in searches.chosen)
+    ran = drive(searches, likes_cut)
+    assert sum(config.role == "similarity" for config in ran) == 2
+    assert sum(config.role == "trial" for config in ran) == trials == 6 * asked
+    answers = {key: parse(storage.read_json(f"{study.out}/analyses/{key}/search.json"), Answer, key) for key in searches_of(searches)}
+    names = [point.name for point in cuts("resnet18")]
+    for found in answers.values():
+        at = [names.index(str(point.at)) for point in found.curve]
+        if found.about["source"] == "random":
+            assert (found.guided, found.similarity) == ("random", None)
+            assert at == [0, 3, 5, 8]
+        else:
+            assert found.guided == "similarity"
+            assert found.similarity == {name: 0.9 if i < 3 else 0.1 for i, name in enumerate(names)}
+            assert at == [1, 2, 3, 4]
+    again = guided(study, phantom_chest, folders)
+    assert not again.ready()
+    for key in answers:
+        shutil.rmtree(f"{study.out}/analyses/{key}")
+    assert not guided(study, phantom_chest, folders).ready()  # a driver that starts again goes by the numbers that stand
+    assert searches_of(guided(study, phantom_chest, folders)) == set(answers)
+
+
+def searches_of(searches: Searches) -> set[str]:
+    return {key for row in searches.rows() for key in row["searches"]}
+
+
+def likes_cut(config: CellConfig) -> float:
+    return 0.5 + 0.01 * [point.name for point in cuts(config.architecture)].index(config.strategy.get("cut", "stem"))
+
+
+def test_a_comparison_with_random_weights_that_fails_stops_its_search(tmp_path: Path, phantom_chest: str) -> None:
+    folder = str(tiny_cell.exported(tmp_path / "a")[0])
+    study = written(tmp_path, phantom_chest, sources=[{"name": "a", "source": folder}], strategies=[*GUIDED, "linear"], tune=None)
+    searches = guided(study, phantom_chest, {"a": folder})
+    drive(searches, lambda config: WorkError("no channel ever changes") if config.role == "similarity" else likes_cut(config))
+    assert {(one.setting.strategy["name"], one.failed) for one in searches.open} == {
+        (way["name"], "a trial of its search failed: no channel ever changes") for way in GUIDED
+    }
+    assert {config.strategy["name"] for config in searches.cells} == {"linear"}
+
+
 def test_a_resolution_among_the_settings_of_a_task_is_that_of_its_cells(tmp_path: Path, phantom_chest: str) -> None:
     given = {"phantom-chest": {"resolution": 32}}
     study = written(tmp_path, phantom_chest, strategies=["linear"], tune=None, resolutions={}, task_settings=given)
@@ -345,30 +408,52 @@ def test_one_cell_searches_as_well(phantom_chest: str) -> None:
     assert [config.strategy["cut"] for config in searches.ready()] == ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]
 
 
+def test_one_cell_is_guided_as_well(tmp_path: Path, phantom_chest: str) -> None:
+    folder = str(tiny_cell.exported(tmp_path / "a")[0])
+    words = [f"data.phantom-chest.shards={phantom_chest}", f"source={folder}", "strategy.name=truncated", "strategy.cut=auto", "seed=3"]
+    words += ["strategy.search=halving", "strategy.similarity=auto"]
+    searches = guided(finetune_study("phantom-chest", words), phantom_chest, {"a": folder})
+    (config,) = searches.ready()
+    assert (config.role, config.source, config.seed) == ("similarity", "a", 3)
+    with pytest.raises(RequestError, match="halving begins by it"):
+        finetune_study("phantom-chest", [word.replace("halving", "random") for word in words])
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("on_head")
 def test_a_study_with_searches_runs_and_goes_on_where_it_was_cut_off(tmp_path: Path, phantom_chest: str) -> None:
-    study = written(tmp_path, phantom_chest, sources=["random"])
+    source = {"name": "a", "source": str(tiny_cell.exported(tmp_path / "a")[0])}
+    study = written(tmp_path, phantom_chest, sources=["random", source], strategies=[*TREE["cells"]["strategies"], GUIDED[1]])
     summary = run(study)
     assert not summary.failed
-    assert summary.cells_new == 4
+    assert summary.cells_new == 12
     held = {key: storage.read_json(f"{study.out}/cells/{key}/result.json") for key in storage.listing(f"{study.out}/cells")}
     trials = {key: result for key, result in held.items() if result["role"] == "trial"}
-    assert len(held) - len(trials) == 4
-    assert {row["split"] for result in trials.values() for row in result["metrics"]} == {"val"}  # the test split was never opened
+    ((likeness, compared),) = [(key, result) for key, result in held.items() if result["role"] == "similarity"]
+    assert len(held) - len(trials) == 12 + 1
+    # the test split was never opened
+    assert {row["split"] for result in [*trials.values(), compared] for row in result["metrics"]} == {"val"}
     assert all(any(row["metric"] == "auroc_mean_error" and row["value"] for row in result["metrics"]) for result in trials.values())
     rows = json.loads(storage.read_bytes(f"{study.out}/plan.json"))
     page = storage.read_bytes(summary.report).decode()
     assert "untuned" not in page
     assert 'id="searches"' in page
+    assert "cut, halving, evenly spread: the source is random weights" in page
+    of_cut = {row["source"]: row["searches"][0] for row in rows if row["asked"].get("search") == "halving"}
+    found = {source: storage.read_json(f"{study.out}/analyses/{key}/search.json") for source, key in of_cut.items()}
+    assert found["random"]["guided"] == "random"
+    assert found["a"]["guided"] in ("similarity", "flat")
+    assert found["a"]["similarity"] == {row["class"]: row["value"] for row in compared["metrics"]}
     gone = [rows[0]["key"], next(iter(trials))]
-    answered = next(key for key in rows[0]["searches"])
-    for folder in (*(f"cells/{key}" for key in gone), f"analyses/{answered}"):
+    for folder in (*(f"cells/{key}" for key in gone), f"analyses/{rows[0]['searches'][0]}", f"analyses/{of_cut['a']}"):
         shutil.rmtree(f"{study.out}/{folder}")
+    at = Path(f"{study.out}/cells/{likeness}/result.json").stat().st_mtime_ns
     again = run(study)
-    assert (again.cells_kept, again.cells_new) == (3, 1)
+    assert (again.cells_kept, again.cells_new) == (11, 1)
     assert json.loads(storage.read_bytes(f"{study.out}/plan.json")) == rows
+    assert storage.read_json(f"{study.out}/analyses/{of_cut['a']}/search.json") == found["a"]
+    assert Path(f"{study.out}/cells/{likeness}/result.json").stat().st_mtime_ns == at  # not compared again
 
 
 @pytest.mark.ray

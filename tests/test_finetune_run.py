@@ -12,15 +12,21 @@ import pytest
 import tiny_cell
 import tiny_corpus
 import torch
+from numpy.typing import NDArray
 
 from analysis.loaded import scores
 from analysis.replicates import metric_B
 from analysis.results import Cell
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
+from base.seeds import seed_of
+from encoders.build import build
+from encoders.cuts import cuts
+from encoders.export import export
+from encoders.truncate import truncate
 from encoders.weights import load_local, sha256_of
 from engine.context import LocalContext
-from finetune import data, predict
+from finetune import data, predict, similarity
 from finetune.cell import CELL_VERSION, CellConfig
 from finetune.measure import rows_of
 from finetune.run import plant, run
@@ -168,6 +174,59 @@ def test_the_test_split_is_read_once_and_last_and_never_in_a_trial(cell: Make, t
     result = run(cell(role="trial", out=str(tmp_path / "trial")), context(tmp_path))
     assert "test" not in read_splits
     assert {row["split"] for row in result["metrics"]} == {"val"}
+
+
+def unbiased_cka(x_ND: NDArray[np.float64], y_NE: NDArray[np.float64]) -> float:
+    """By the matrices of Song et al. 2012, eq. 5."""
+    n, (k, m) = len(x_ND), (z @ z.T * (1 - np.eye(len(z))) for z in (x_ND, y_NE))
+
+    def hsic(k: NDArray[np.float64], m: NDArray[np.float64]) -> float:
+        return float((k * m).sum() + k.sum() * m.sum() / (n - 1) / (n - 2) - 2 / (n - 2) * (k @ m).sum())
+
+    return hsic(k, m) / float(np.sqrt(hsic(k, k) * hsic(m, m)))
+
+
+def test_a_source_is_compared_with_random_weights_on_validation_images(cell: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_splits: list[str] = []
+    load = data.load
+
+    def recorded(url: str, digest: str, split: str, *rest: Any) -> data.Arrays:
+        read_splits.append(split)
+        return load(url, digest, split, *rest)
+
+    monkeypatch.setattr(data, "load", recorded)
+    monkeypatch.setattr(similarity, "IMAGES", 20)
+    config = cell(role="similarity", seed=3, **tiny_cell.weights(tmp_path))
+    result = run(config, context(tmp_path))
+    assert set(read_splits) == {"val"}
+    assert [row["class"] for row in result["metrics"]] == [cut.name for cut in cuts("test_resnet")]
+    assert {(row["split"], row["metric"], row["n"]) for row in result["metrics"]} == {("val", "cka_debiased", 20)}
+    assert (result["role"], result["train_images"], result["selection"]["epochs"]) == ("similarity", 0, 0)
+    arrays = load(config.shards, config.manifest_digest, "val", 32, config.task)
+    chosen = sorted(range(len(arrays)), key=lambda i: seed_of("similarity", 3, arrays.ids[i]))[:20]
+    images = torch.from_numpy(arrays.image[chosen])
+    assert config.encoder_dir
+    ours = plant(config, 1)[0].module.encoder.eval()
+    other = build("test_resnet", 1, ours.mean, ours.std, seed_of("similarity", 3)).eval()
+    with torch.no_grad():
+        expected = unbiased_cka(*(np.asarray(encoder(images).numpy(), np.float64) for encoder in (ours, other)))
+    last = result["metrics"][-1]["value"]
+    assert last == pytest.approx(expected, abs=1e-4)
+    assert 0 < last < 0.99
+    again = run(config.model_copy(update={"out": str(tmp_path / "again")}), context(tmp_path))
+    assert again["metrics"] == result["metrics"]
+
+
+def test_sources_that_are_cut_off_or_read_masks_are_compared_at_the_cuts_that_they_have(cell: Make, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"name": "short", "method": "made", "lineage": [], "data": [], "revision": "0"}
+    sha256 = export(truncate(build("test_resnet", 3, seed=1), "layer2.0"), tmp_path / "short", image_size=32, **facts)
+    short = {"source": "short", "source_kind": "weights", "encoder_dir": str(tmp_path / "short"), "encoder_sha256": sha256}
+    for name, fields in (("phantom-vessels", short), ("phantom-chest", {"architecture": "test_vit"})):
+        out = str(tmp_path / name)
+        result = run(cell(name, role="similarity", out=out, **fields), context(tmp_path))
+        names = [cut.name for cut in cuts(fields.get("architecture", "test_resnet"))]
+        assert [row["class"] for row in result["metrics"]] == names[: 3 if fields is short else None]
+        assert all(-0.2 < row["value"] < 1 for row in result["metrics"])
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(cell: Make, tmp_path: Path) -> None:
