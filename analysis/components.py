@@ -15,7 +15,7 @@ from scipy import optimize, special
 from analysis.replicates import Array, Bootstrap, Scores
 
 ROUNDING = 64 * float(np.finfo(float).eps)  # of a metric, relative: what varies by no more than this does not vary
-LEAST_LOG_P = -200.0  # under e to this p is 0: quantiles farther out are not found reliably
+HALVINGS = 40  # to 1e-12 of the distance between two quantiles
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,63 @@ class Parts:
         return math.sqrt(self.seeds + self.patients)
 
     def critical(self, tail: float) -> float:
-        """Standard errors from 0 that have this chance in each tail: the mean of Student's quantiles weighted by the variances (Cochran and
-        Cox); infinite where there is no variance."""
-        held = [(part, df) for part, df in ((self.seeds, self.seeds_df), (self.patients, self.patients_df)) if part > 0 and df > 0]
-        total = sum(part for part, _ in held)
-        return sum(part * -float(special.stdtrit(df, tail)) for part, df in held) / total if held else math.inf
+        """Standard errors from 0 that have this chance in each tail; infinite where there is no variance."""
+        held = self._held()
+        if not held:
+            return math.inf
+        return float(critical(self.seeds, self.seeds_df, self.patients, self.patients_df, tail)) if len(held) > 1 else t(held[0], tail)
 
     def p(self, away: float) -> float:
-        """Two-sided p of an estimate that is so many standard errors from 0."""
-
-        def beyond(log_p: float) -> float:
-            return self.critical(math.exp(log_p) / 2) - away
-
-        if beyond(LEAST_LOG_P) <= 0:
-            return 0.0
-        return math.exp(optimize.brentq(beyond, LEAST_LOG_P, 0.0, xtol=1e-12)) if away > 0 else 1.0
+        """Two-sided p of an estimate that is so many standard errors from 0; 1 where there is no variance."""
+        held = self._held()
+        if len(held) > 1:
+            return float(2 * beyond(away, weight(self.seeds, self.seeds_df, self.patients), self.seeds_df, self.patients_df))
+        return 2 * float(special.stdtr(held[0], -away)) if held else 1.0
 
     def df(self, tail: float) -> float:
         """Degrees of freedom of the one t distribution with this critical value; NaN where there is no variance."""
-        held = [df for part, df in ((self.seeds, self.seeds_df), (self.patients, self.patients_df)) if part > 0 and df > 0]
+        held = self._held()
         if not held:
             return math.nan
         if min(held) == max(held):
             return held[0]
-        # A part that is nothing beside the other rounds the mean of the quantiles to an end, or past it.
-        ends = [-float(special.stdtrit(df, tail)) for df in (max(held), min(held))]
+        # A part that is nothing beside the other rounds the critical value to an end, or past it.
+        ends = [t(max(held), tail), t(min(held), tail)]
         wanted = min(max(self.critical(tail), ends[0]), ends[1])
-        return float(optimize.brentq(lambda df: -float(special.stdtrit(df, tail)) - wanted, min(held), max(held)))
+        return float(optimize.brentq(lambda df: t(df, tail) - wanted, min(held), max(held)))
+
+    def _held(self) -> list[float]:
+        return [df for part, df in ((self.seeds, self.seeds_df), (self.patients, self.patients_df)) if part > 0 and df > 0]
+
+
+def t(df: float, tail: float) -> float:
+    return -float(special.stdtrit(df, tail))
+
+
+def weight(seeds: Array | float, seeds_df: Array | float, patients: Array | float) -> Array:
+    """The weight of Student's distribution for seeds: their share of the variance, to a power that rises with their degrees of freedom.
+
+    With few of them the share itself is often far too small by chance, which a power under 1 makes up for (docs/statistics.md).
+    """
+    half = np.asarray(seeds_df) / 2
+    return np.asarray((seeds / (np.asarray(seeds) + patients)) ** np.where(half < 1, half, np.sqrt(half)))
+
+
+def beyond(away: Array | float, weight: Array, seeds_df: Array | float, patients_df: Array | float) -> Array:
+    """Chance of one tail: that of Student's distribution for seeds and of that for patients, mixed."""
+    return np.asarray(weight * special.stdtr(seeds_df, -away) + (1 - weight) * special.stdtr(patients_df, -away))
+
+
+def critical(seeds: Array | float, seeds_df: Array | float, patients: Array | float, patients_df: float, tail: float) -> Array:
+    """Where `beyond` is `tail`, by halving: between the quantiles of the two."""
+    mixed = weight(seeds, seeds_df, patients)
+    ends = [-special.stdtrit(seeds_df, tail), -special.stdtrit(patients_df, tail) + np.zeros_like(mixed)]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        above = beyond(middle, mixed, seeds_df, patients_df) > tail
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.asarray((low + high) / 2)
 
 
 @dataclass(frozen=True)

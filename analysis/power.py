@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 from scipy import optimize, special, stats
 
-from analysis.components import Parts
+from analysis.components import Parts, critical
 from analysis.replicates import DECIDED, Array
 from base.seeds import rng
 
@@ -140,8 +140,7 @@ def _detectable(of_cell: float, spread: Spread, patients: int, seeds: int, pretr
 
 def _half_K(seeds_K: Array, df_K: Array, of_patients: float, patients: int, tail: float) -> Array:
     """Half of the interval that compare would give, from what it would find of the seeds' variance."""
-    weighted_K = seeds_K * special.stdtrit(df_K, tail) + of_patients * special.stdtrit(max(1, patients - 1), tail)
-    return np.asarray(-weighted_K / np.sqrt(seeds_K + of_patients))
+    return np.asarray(critical(seeds_K, df_K, of_patients, max(1, patients - 1), tail) * np.sqrt(seeds_K + of_patients))
 
 
 def _found(half_K: Array, se: float) -> float:

@@ -10,8 +10,8 @@ three changes. (1) Patients are drawn, and of each such draw the variance over d
 form: no noise from drawing seeds. (2) It is the unbiased one, with R - 1 and S - 1 where drawing from R or S seeds gives R or S: of 3
 seeds the plain bootstrap sees two thirds. (3) A bootstrap of crossed factors counts their interaction three times (Owen, Ann. Appl.
 Stat. 2007): once among seeds, once among patients, and once more in every draw of both. It stays among the seeds, which are fewer.
-Interval = estimate +- c sqrt(variance), c the mean of Student's quantiles for seeds and for patients weighted by their variances
-(Cochran and Cox), since a normal quantile knows nothing of a variance that was estimated from three seeds.
+Interval = estimate +- c sqrt(variance), since a normal quantile knows nothing of a variance that was estimated from three seeds: c is
+that of Student's distributions for seeds and for patients, mixed by their shares of the variance (`analysis.components.weight`).
 
 Fine-tuning seeds that both sides hold are paired. Pretraining seeds are not: seed 0 of two methods has nothing in common.
 With one seed only patients can be resampled: such an interval says so (`basis`) and declares nothing.

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 from simulated import World
 from simulated import study as simulated
 
 from analysis import metrics
-from analysis.components import Parts
+from analysis.components import Parts, critical
 from analysis.replicates import EXACT, Bootstrap, Scores, metric_B, resample
 from analysis.statistics import Comparison, compare, holm
 from base.seeds import rng
@@ -168,9 +168,14 @@ def test_dice_difference_matches_its_formula() -> None:
     assert result.seed_variance == pytest.approx(seed_part)
     assert result.patient_variance == pytest.approx(patient_part, rel=0.1)
     seed_part, patient_part = result.seed_variance, result.patient_variance
-    critical = (seed_part * stats.t.ppf(0.975, seeds - 1) + patient_part * stats.t.ppf(0.975, n - 1)) / (seed_part + patient_part)
-    assert result.high - result.estimate == pytest.approx(critical * result.se)
-    assert stats.t.ppf(0.975, result.df) == pytest.approx(critical)
+    weight = (seed_part / (seed_part + patient_part)) ** math.sqrt((seeds - 1) / 2)
+
+    def beyond(away: float) -> float:
+        return float(weight * stats.t.sf(away, seeds - 1) + (1 - weight) * stats.t.sf(away, n - 1)) - 0.025
+
+    expected = optimize.brentq(beyond, 1, 10)
+    assert result.high - result.estimate == pytest.approx(expected * result.se)
+    assert stats.t.ppf(0.975, result.df) == pytest.approx(expected)
     # p is the level at which the interval begins at 0.
     assert compare(a, b, "dice", bootstrap=Bootstrap(4000), level=1 - result.p).low == pytest.approx(0, abs=1e-9)
 
@@ -328,6 +333,19 @@ def test_does_not_repeat_certainty_from_scores_at_a_bound() -> None:
     assert result.why == "both at a bound: patients and seeds do not vary"
     whole = [dice(s, np.ones(60)) for s in range(3)]
     assert math.isinf(compare(whole, [dice(s, np.ones(60)) for s in range(3)], "dice", bootstrap=Bootstrap(100)).width)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.995, 0.999])
+@pytest.mark.parametrize(("seeds_df", "most"), [(1, 98.7), (2, 96.7), (4, 95.8), (9, 95.4)])
+def test_the_interval_holds_its_level_whatever_part_is_of_seeds(seeds_df: int, most: float, level: float) -> None:
+    """By integration over what is found of the seeds' variance, for an estimate that is normal: at Holm's steps too, and not much wider."""
+    found_K = stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, seeds_df) / seeds_df
+    for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
+        seeds_K = share * found_K
+        half_K = critical(seeds_K, seeds_df, 1 - share, 119, 0.5 - level / 2) * np.sqrt(seeds_K + 1 - share)
+        misses = 2 * float(stats.norm.sf(half_K).mean())
+        assert misses <= 1.03 * (1 - level)
+        assert level > 0.95 or 100 * (1 - misses) < most
 
 
 def test_the_parts_of_a_comparison_give_its_interval_and_its_p() -> None:
