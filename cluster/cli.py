@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +84,8 @@ def _stoppable() -> Iterator[None]:
     import os
     import signal
 
+    import psutil
+
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         # A job is stopped by this signal, and a cluster that was started in the background hands it down as ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +93,12 @@ def _stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        sys.stdout.flush()
+        # Not by Python's way out, on which Ray would shut down beside threads that still call it (cluster/session.py).
+        for process in psutil.Process().children(recursive=True):  # a Ray of our own
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        os._exit(130)
 
 
 @app.command(epilog=_example("allograft inspect s3://bucket/shards/montgomery --sheet montgomery.png"))

@@ -87,8 +87,12 @@ def session() -> Iterator[None]:
         raise RequestError(what, where=f"RAY_ADDRESS={address}", hint=hint) from error
     try:
         yield
-    finally:
+    except (RequestError, WorkError):
         ray.shutdown()
+        raise
+    # What else ends a study, Ctrl-C for one, leaves threads of it behind. One that calls Ray after a shutdown ends the whole process on the
+    # spot, before it has given its lock back or said why; so Ray ends with the process.
+    ray.shutdown()
 
 
 def _reach(address: str) -> None:

@@ -16,6 +16,28 @@ COMMAND = [
     *("resources.pretrain_workers=1", "settings.max_steps=null", "settings.epochs=400"),
 ]
 
+# Threads of a study cannot be ended; these ask Ray for something all the time.
+ASKING = """
+import sys, threading, time
+from contextlib import suppress
+from cluster.cli import _stoppable
+from cluster.lock import DriverLock
+from cluster.session import session
+
+def ask():
+    import ray
+    nothing = ray.remote(num_cpus=0)(lambda: None)
+    while True:
+        with suppress(Exception):
+            ray.get(nothing.remote())
+
+with _stoppable(), DriverLock(sys.argv[1]), session():
+    for _ in range(8):
+        threading.Thread(target=ask, daemon=True).start()
+    time.sleep(3)
+    raise KeyboardInterrupt
+"""
+
 
 def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -28,9 +50,13 @@ def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     _wait(lambda: any((out / "pretrain").glob("*/checkpoints/*/COMMIT")), interrupted)
+    of_ray = psutil.Process(interrupted.pid).children(recursive=True)
     interrupted.send_signal(signal.SIGINT)
     said = interrupted.communicate(timeout=60)[0]
     assert interrupted.returncode == 130, said
+    assert of_ray
+    assert not psutil.wait_procs(of_ray, timeout=30)[1]
+    assert not (out / "driver.lock").exists()
     assert "stopped; the same command goes on from here" in said
     assert "Traceback" not in said
     again = subprocess.Popen([*COMMAND, f"out={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -49,6 +75,13 @@ def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does
     rows = [json.loads(line) for path in (out / "pretrain").glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == sorted(set(steps))
+
+
+def test_does_not_repeat_an_end_without_a_word_by_a_thread_that_still_calls_ray(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", ASKING, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 130, said.stderr
+    assert "stopped; the same command goes on from here" in said.stderr
+    assert not (tmp_path / "driver.lock").exists()
 
 
 def _wait(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
