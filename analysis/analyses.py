@@ -16,7 +16,7 @@ from base import storage
 from base.config import Strict
 
 FILE = "analysis.json"
-Kind = Literal["similarity", "filters", "convergence", "efficiency", "transferability"]
+Kind = Literal["similarity", "filters", "convergence", "efficiency", "transferability", "accuracy"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 

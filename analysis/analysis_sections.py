@@ -1,10 +1,13 @@
-"""Sections of the report on what cluster.analyses has computed: similarity, first filters, convergence, efficiency, transferability.
+"""Sections of the report on what cluster.analyses has computed: similarity, first filters, convergence, efficiency, transferability,
+accuracy of the sources.
 
     for anchor, title, html in sections(evidence): ...
 
 Figures are set in as the SVG that stands beside each analysis.json, tables as the columns that it lists. What was asked for and is not
 there is said, with the reason where it failed.
 """
+
+import re
 
 from analysis.analyses import KINDS, Standing, standing
 from analysis.evidence import Evidence
@@ -17,13 +20,15 @@ TITLES = {
     "convergence": "Convergence",
     "efficiency": "Efficiency",
     "transferability": "Transferability",
+    "accuracy": "Accuracy of the source",
 }
 METHOD = {
     "similarity": (
-        "Layer by layer, how alike each source's encoder is to itself before and after training, mean over seeds; and, at the top layers,"
-        " trained encoders of a source against those of random weights, beside random against random. Every figure has its baseline: the"
-        " same images in another order on one side (same spectrum), through the same truncation. Directions kept and dead channels are in"
-        " the tables; where images are too few for CCA no number is given."
+        "Layer by layer, how alike each source's encoder is to itself before and after training, mean over seeds; and, at the top"
+        " layers, trained encoders of a source against those of random weights, beside random against random. Intervals there are 95 %,"
+        " over runs on the same images, by leaving out one at a time, with Student's t; they take three runs of each kind. Every figure"
+        " has its baseline: the same images in another order on one side (same spectrum), through the same truncation. Directions kept"
+        " and dead channels are in the tables; where images are too few for CCA no number is given."
     ),
     "filters": (
         "Movement is the distance between a filter before and after training as a share of its length. The Gabor score is the share of a"
@@ -41,6 +46,11 @@ METHOD = {
         "Guesses from the frozen features of each source on the task's labelled training images, nothing trained, and whether they order"
         " the sources as the results on test images do. An order takes at least 3 sources; p is of Spearman's rho over all orders, it"
         " is uncorrected and declares nothing."
+    ),
+    "accuracy": (
+        "Whether sources that are better at what they were pretrained for are better on the task: Spearman's rho between each source's"
+        " accuracy, as OUT/accuracy.csv gives it, and its mean on test images, within one task, strategy, share of the labels and"
+        " resolution, and one architecture unless the table names them. p is over all orders, uncorrected, and declares nothing."
     ),
 }
 
@@ -72,6 +82,11 @@ def _failed(out: str) -> dict[str, str]:
     return found
 
 
+def _number(text: str) -> int | None:
+    """What `23,508,032` is sorted by; a browser reads a number up to its first comma."""
+    return int(text.replace(",", "")) if re.fullmatch(r"\d{1,3}(,\d{3})+", text) else None
+
+
 def _whole(evidence: Evidence, found: Standing) -> str:
     held = found.analysis
     parts = []
@@ -87,7 +102,8 @@ def _whole(evidence: Evidence, found: Standing) -> str:
     for listed in held.tables:
         if not listed.rows:
             continue
-        rows = ["".join([f'<th scope="row">{esc(row[0])}</th>', *(cell(esc(value)) for value in row[1:])]) for row in listed.rows[:ROWS]]
+        cells = [[cell(esc(value), sort=_number(value)) for value in row[1:]] for row in listed.rows[:ROWS]]
+        rows = ["".join([f'<th scope="row">{esc(row[0])}</th>', *rest]) for row, rest in zip(listed.rows, cells, strict=False)]
         inner = table(listed.heads, rows, esc(listed.title), cls="numbers")
         parts.append(inner if len(held.tables) < 6 else f"<details><summary>{esc(listed.title)}</summary>{inner}</details>")
     parts += [f"<p>{esc(note)}</p>" for note in held.notes]

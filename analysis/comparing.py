@@ -4,11 +4,13 @@
 
 Cells are matched by task, architecture, source, strategy, options, fraction and resolution; differences are other minus first, by the
 primary analysis (analysis.statistics.compare), which pairs fine-tuning seeds and draws patients where both were tested on the same images.
-Nothing is declared: no family of these comparisons was fixed before either study ran. Works on storage alone.
+Nothing is declared: no family of these comparisons was fixed before either study ran. Differences whose interval holds seeds and patients
+are counted above and below 0; those of one seed, of an own source or of an exposed one are shown and not counted. Works on storage alone.
 """
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -81,6 +83,13 @@ def _difference(a: list[Cell], b: list[Cell], metric: str, bootstrap: Bootstrap)
     return compare(two, one, metric, bootstrap=bootstrap)
 
 
+def _apart(a: Evidence, b: Evidence, one: list[Cell], two: list[Cell]) -> str:
+    """A tag where the source has seen these labels or may have seen these test images, which makes a cell evidence for nothing."""
+    own = any(c.own_source for c in (*one, *two))
+    exposed = any(a.exposed(c) for c in one) or any(b.exposed(c) for c in two)
+    return f' <span class="tag own">{"own source" if own else "exposed"}</span>' if own or exposed else ""
+
+
 def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
     """The page as text."""
     bootstrap = bootstrap or Bootstrap()
@@ -89,7 +98,7 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
     held = _by_key(a.cells), _by_key(b.cells)
     both = [key for key in held[0] if key in held[1]]
     rows, points = [], []
-    same = worse = better = 0
+    same = worse = better = single = apart = 0
     for key in both[:ROWS]:
         one, two = held[0][key], held[1][key]
         metric = results.headline([*one, *two])
@@ -97,21 +106,29 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
             continue
         values = [results.mean_sd(c.value(metric) for c in side) for side in (one, two)]
         found = _difference(one, two, metric, bootstrap)
+        found = replace(found, pretraining_seeds=min(found.pretraining_seeds, a.independent(one), b.independent(two)))
+        paired = math.isfinite(found.estimate)
+        tag = _apart(a, b, one, two)
         same += found.why == "the same cells"
-        better, worse = better + (found.low > 0), worse + (found.high < 0)
+        apart += paired and bool(tag)
+        single += paired and not tag and found.basis != "seeds and patients"
+        if found.basis == "seeds and patients" and not tag:
+            better, worse = better + (found.low > 0), worse + (found.high < 0)
         points.append((values[0][0], values[1][0]))
-        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2])), cell(esc(results.setting(key[3], key[4]))), cell(esc(key[1]))]
+        parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2]) + tag), cell(esc(results.setting(key[3], key[4])))]
+        parts += [cell(esc(key[1]))]
         parts += [cell(f"{key[5] * 100:g} %", sort=key[5]), cell(str(key[6]), sort=key[6])]
         parts += [cell(f'{num(mean)} <span class="sd">± {num(sd)}, n {n}</span>', sort=mean) for mean, sd, n in values]
         # Of the seeds that both have, where only they can be paired: not of the means beside it.
-        paired = math.isfinite(found.estimate)
         difference = found.estimate if paired else values[1][0] - values[0][0]
         over = f" over {found.units} common seeds" if paired and 0 < found.units < max(n for _, _, n in values) else ""
         told = f"{difference:+.3f} {esc(a.unit(metric, one[0].dataset))}{over}" if math.isfinite(difference) else "–"
         parts.append(cell(told, sort=difference))
         interval = f"[{num(found.low)}, {num(found.high)}]" if math.isfinite(found.low) else esc(found.why or found.basis)
-        rows.append("".join([*parts, cell(interval, sort=found.low), cell(esc(pvalue(found.p)), sort=found.p)]))
+        parts += [cell(interval, sort=found.low), cell(esc(pvalue(found.p)), sort=found.p)]
+        rows.append("".join([*parts, cell(found.basis if paired else "–"), cell(esc(found.about) if paired else "–")]))
     heads = ["task", "encoder", "strategy", "architecture", "labels", "px", *titles, "difference", "95 % interval", "p, uncorrected"]
+    heads += ["interval over", "about"]
     body = [
         ("settings", "What was set otherwise", _settings(a, b, titles)),
         ("data", "Data", _data(a, b, titles)),
@@ -121,9 +138,11 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
     ]
     parted = [(key, title, text) for key, title, text in body if text]
     shown = f", of which the first {ROWS} are compared" if len(both) > ROWS else ""
+    reasons = [(single, "of one seed (patients only)"), (apart, "of an own or exposed source")]
+    left_out = "; not counted: " + ", ".join(f"{n} {why}" for n, why in reasons if n) if single or apart else ""
     answer = (
         f"{len(both)} settings stand in both studies{shown}, {same} of them with the very same cells; of the others {better} have an"
-        f" interval above 0 for {titles[1]} and {worse} below. Nothing is declared:"
+        f" interval over seeds and patients above 0 for {titles[1]} and {worse} below{left_out}. Nothing is declared:"
         " no family of these comparisons was fixed before the studies ran."
     )
     return Template((Path(__file__).parent / "report.html").read_text()).substitute(
@@ -213,7 +232,7 @@ def _statements(a: Evidence, b: Evidence, titles: list[str]) -> str:
         pair = [side.get(key, ("–", "–")) for side in found]
         if pair[0][0] != pair[1][0]:
             rows.append("".join([f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[1])), *(cell(esc(words)) for _, words in pair)]))
-    same = "<p>Both say the same of what both compare and claim.</p>"
+    same = "<p>No verdict differs. What neither declares may differ all the same: see the results.</p>"
     more = f"<p>The first {ROWS} of {len(rows)}.</p>" if len(rows) > ROWS else ""
     return table(["comparison or claim", "on", *titles], rows[:ROWS], cls="numbers") + more if rows else same
 

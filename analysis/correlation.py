@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from base.seeds import rng
 
 FEWEST = 3  # points, under which an order says nothing
+ALPHA = 0.05  # a test whose smallest p is above it is not made
 EXACT = 8  # points up to which all orders are tried
 FEWEST_OF_INTERVAL = 8  # under which Fisher's transformation, an approximation for many, is no guide
 
@@ -34,7 +35,7 @@ class Interval:
 @dataclass(frozen=True)
 class Rank:
     """Of `n` points: Spearman's rank correlation with its interval, the probability of as strong a one by chance, and Kendall's tau that
-    weighs the top. `why`: said where they are NaN."""
+    weighs the top. `why`: said where they are NaN, which of a p that no order could bring under 5 % is alone."""
 
     n: int
     rho: Interval = Interval(math.nan)
@@ -47,7 +48,8 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Rank:
     """Do sources that are better at one thing do better at the other? Pairs that are not finite are left out.
 
     Interval by Fisher's transformation with the variance of Bonett and Wright (Psychometrika 65, 2000), (1 + rho^2 / 2) / (n - 3): none
-    under 8 points, nor of a perfect order, where it would have no width; p from permutations, all of them up to 8 points; tau after Vigna
+    under 8 points, nor of a perfect order, where it would have no width; p from permutations, all of them up to 8 points, and refused where
+    the smallest that any order of these ranks has is above 5 % (of three and four points always: 1/3 and 1/12); tau after Vigna
     (2015), as You et al. (LogME, 2021) use it.
     """
     from scipy import stats
@@ -63,9 +65,13 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Rank:
     resamples = math.factorial(n) if n <= EXACT else 10_000
     of = {"permutation_type": "pairings", "n_resamples": resamples, "alternative": "two-sided", "rng": rng("spearman", n)}
     # Of standardised ranks the correlation is one product: all orders of eight sources in one array.
-    p = float(stats.permutation_test((one,), lambda one, axis: (one * other).sum(axis), vectorized=True, **of).pvalue)
+    test = stats.permutation_test((one,), lambda one, axis: (one * other).sum(axis), vectorized=True, **of)
     tau = float(stats.weightedtau(held[:, 0], held[:, 1]).statistic)
-    return Rank(n, _interval(float((one * other).sum()), n), p, tau)
+    rho, null = _interval(float((one * other).sum()), n), np.round(test.null_distribution, 12)
+    least = 2 * min(float((null == null.max()).mean()), float((null == null.min()).mean()))
+    if n <= EXACT and least > ALPHA:
+        return Rank(n, rho, math.nan, tau, f"refused: of these {n} sources the smallest p is {least:.2g}")
+    return Rank(n, rho, float(test.pvalue), tau)
 
 
 def _interval(rho: float, n: int) -> Interval:

@@ -2,16 +2,21 @@
 
 evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
 
-The family of comparisons is fixed by the study file before a number is seen. A study with claims has its claims, and Holm's correction
-runs over them alone (analysis.ledger); what else could be compared is printed and never declared. Any other study has every source
-against the baseline (the first random source, else the first), each link of a continual chain against the one before it, and, as a
-control, a source against its twin under another name (A/A): Holm's runs over the first two kinds together, and over the controls by
-themselves in either case; each over every one that is planned with two seeds a side, whether or not its cells have come. A statement
-is declared when its adjusted p is under 0.05 and its interval holds seeds and patients; everything else reads "no difference" with its
-interval, which only means that 0 is inside.
+The family of comparisons is fixed before a number is seen: a driver registers it in OUT/events.jsonl (cluster.claims). A study with
+claims has its claims, and Holm's correction runs over them alone (analysis.ledger); what else could be compared is printed and never
+declared. Any other study has every source against the baseline (the first random source, else the first), each link of a continual chain
+against the one before it, and, as a control, a source against its twin under another name (A/A): Holm's runs over the first two kinds
+together, and over the controls by themselves in either case; each over every one that is planned with two seeds a side, whether or not
+its cells have come, and over those that were registered and are planned no longer, with p = 1. One that was registered when results of
+both its sides stood is late: corrected for all, it costs the others nothing. A statement is declared when its adjusted p is under 0.05
+and its interval holds seeds and patients; everything else reads "no difference" with its interval, which only means that 0 is inside. A
+comparison is none where a cell of it failed or has no number: those that did not are a selection.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,9 +28,13 @@ from analysis.findings import APART, Finding
 from analysis.ledger import Entry
 from analysis.replicates import Bootstrap
 from analysis.results import Cell, Pretraining
-from analysis.statistics import Comparison, holm
+from analysis.statistics import Comparison, not_comparable
 from base import storage
-from base.config import parse
+from base.config import digest, parse
+
+DIGITS = 8  # of the digest of a setting in the diary
+SELECTED = "failed or ended without a number, and those that did not are a selection"
+Named = tuple[str, str, str, str]  # a comparison: architecture, digest of the rest of its setting, and its two sources, sorted
 
 
 @dataclass
@@ -44,6 +53,7 @@ class Evidence:
     findings: list[Finding] = field(default_factory=list)
     ledger: list[Entry] = field(default_factory=list)  # of the study's claims
     withdrawn: list[str] = field(default_factory=list)  # claims that stood in the study file once and no longer do
+    dropped: list[str] = field(default_factory=list)  # comparisons that were registered once and are planned no longer, in words
     earlier: int = 0  # finished cells that the present plan no longer asks for
     finished: list[Cell] | None = None  # every one, those of an earlier plan and the controls included
     comparisons: Comparisons = field(init=False)
@@ -94,9 +104,30 @@ class Evidence:
         return min(len({path[at] for path in paths}) for at in (*range(least), -1))
 
     def compared(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> Comparison:
-        """The primary comparison, which speaks of methods only where no side's pretrainings share a step."""
+        """The primary comparison, which speaks of methods only where no side's pretrainings share a step; none where cells are lost."""
+        if lost := self.lost(a) + self.lost(b):
+            return not_comparable(f"{lost} cell{' of it' if lost == 1 else 's of it'} {SELECTED}")
         found = self.comparisons.of(a, b, metric)
         return replace(found, pretraining_seeds=min(found.pretraining_seeds, self.independent(a), self.independent(b)))
+
+    @cached_property
+    def numberless(self) -> set[str]:
+        """Keys of finished cells without a number in their task's headline metric on test images."""
+        tasks = results.by(self.cells, "task").values()
+        held = [(results.headline(cells) or "", cell) for cells in tasks for cell in cells]
+        return {cell.key for metric, cell in held if not math.isfinite(cell.value(metric))}
+
+    @cached_property
+    def _failed_beside(self) -> dict[str, int]:
+        """By the key of a cell how many cells of its source in its setting failed."""
+        groups: dict[str, list[str]] = {}
+        for row in self.plan if self.failed else ():
+            groups.setdefault(results.canonical([*setting_of(row), row["source"]]), []).append(row["key"])
+        return {key: lost for keys in groups.values() if (lost := sum(key in self.failed for key in keys)) for key in keys}
+
+    def lost(self, cells: Sequence[Cell]) -> int:
+        """Of one side: how many cells failed or have no number."""
+        return sum(cell.key in self.numberless for cell in cells) + max((self._failed_beside.get(cell.key, 0) for cell in cells), default=0)
 
     def card(self, dataset: str) -> dict[str, Any]:
         return (self.manifests.get(dataset) or {}).get("card") or {}
@@ -134,8 +165,14 @@ class Evidence:
         """The study's answer in words, in one line."""
         if not self.cells:
             return f"no finished cell yet (0 of {self.asked})" if self.asked else "no finished cell yet"
+        low = self.floors.warning()
+        said = "; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources can be compared"
+        return self.lead() + (f"{low}; " if low else "") + said
+
+    def lead(self) -> str:
+        """What is missing, before anything is said."""
         lead = f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
-        return lead + ("; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources can be compared")
+        return lead + (f"{len(self.numberless)} of {len(self.cells)} have no number on test images: " if self.numberless else "")
 
 
 def pairs_of(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
@@ -174,7 +211,9 @@ def judge(evidence: Evidence) -> list[Entry]:
     evidence.withdrawn = [name for sha, (name, _) in known.items() if sha not in {claim.sha256 for claim in claims}]
 
     def apart(cell: Cell) -> str:
-        return APART["own"] if cell.own_source else APART["exposed"] if evidence.exposed(cell) else ""
+        if cell.own_source or evidence.exposed(cell):
+            return APART["own" if cell.own_source else "exposed"]
+        return f"cells of it {SELECTED}" if evidence.lost([cell]) else ""
 
     early = {sha: before for sha, (_, before) in known.items()}
     return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan)
@@ -201,67 +240,151 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     pairs = [(a, b) for a in order for b in order if a != b]
     twin = {frozenset(pair) for pair in pairs if weights.get(pair[0]) and weights.get(pair[0]) == weights.get(pair[1])}
     same = twin | {frozenset(pair) for pair in pairs if set(pair) <= random}
-    asked, planned = [], []
-    for units, held in _settings(evidence):
+    asked: list[tuple[str, Named, list[Cell], list[Cell], str]] = []
+    planned: dict[Named, str] = {}
+    known: set[Named] = set()
+    for (architecture, rest), units, held in _settings(evidence):
         metric = results.headline(cell for own in held.values() for cell in own)
         for kind, one, other in pairs_of(evidence.study, [source for source in order if source in units], same, random):
-            planned += [kind] if min(len(units[one]), len(units[other])) > 1 else []
-            asked += [(kind, held[one], held[other], metric)] if one in held and other in held and metric else []
-    evidence.comparisons.make([(a, b, metric) for _, a, b, metric in asked])
-    found = []
-    for kind, a, b, metric in asked:
+            name = named(architecture, rest, one, other)
+            known.add(name)
+            if min(len(units[one]), len(units[other])) > 1:
+                planned[name] = kind
+            asked += [(kind, name, held[one], held[other], metric)] if one in held and other in held and metric else []
+    evidence.comparisons.make([(a, b, metric) for *_, a, b, metric in asked if not evidence.lost(a) + evidence.lost(b)])
+    registered = family_of(evidence.out)
+    evidence.dropped = _in_words(_withdrawn(registered, known))
+    late = {name for name in known if registered and name[0] and not registered.get(name, registered.get(("", *name[1:]), ("", False)))[1]}
+    found, names = [], []
+    for kind, name, a, b, metric in asked:
         apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
-        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.compared(a, b, metric)))
-    found, _ = _adjust(found, ("control",), planned)
+        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.compared(a, b, metric), late=name in late))
+        names.append(name)
+    gone = [registered[name] for name in _withdrawn(registered, planned)]
+    found, _ = _adjust(found, names, ("control",), planned, late, [early for kind, early in gone if kind == "control"])
     if not evidence.ledger:
-        found, evidence.corrected = _adjust(found, ("gain", "chain"), planned)
+        left = [early for kind, early in gone if kind != "control"]
+        left += [early for name, early in registrations(evidence.out).values() if name in evidence.withdrawn]
+        found, evidence.corrected = _adjust(found, names, ("gain", "chain"), planned, late, left)
     return [*(of_claim(entry) for entry in evidence.ledger if entry.metric), *found]
+
+
+def named(architecture: str, rest: str, one: str, other: str) -> Named:
+    """A comparison as the diary has it."""
+    return architecture, rest, min(one, other), max(one, other)
+
+
+def _withdrawn(registered: Iterable[Named], there: Collection[Named]) -> list[Named]:
+    """Comparisons that are there no longer. One whose weights' architecture was or is not known is the same in any."""
+    rest, unknown = {name[1:] for name in there}, {name[1:] for name in there if not name[0]}
+    return [name for name in registered if name not in there and name[1:] not in (unknown if name[0] else rest)]
+
+
+def _in_words(names: Iterable[Named]) -> list[str]:
+    """Comparisons by their sources."""
+    counts = Counter((one, other) for _, _, one, other in names)
+    return [f"{one} and {other} in {n} setting{'s' * (n > 1)}" for (one, other), n in counts.items()]
+
+
+def family_of(out: str) -> dict[Named, tuple[str, bool]]:
+    """Comparisons that were ever planned: their kind, and whether they were before results of both sides stood. See cluster.claims."""
+    found: dict[Named, tuple[str, bool]] = {}
+    for row in storage.read_rows(storage.join(out, "events.jsonl")):
+        for pair in row["pairs"] if row.get("event") == "family" else ():
+            standing = set(pair["standing"])
+            for rest in pair["settings"]:
+                found.setdefault(named(pair["architecture"], rest, pair["a"], pair["b"]), (pair["kind"], rest not in standing))
+    return found
+
+
+def planned_family(study: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[Named, tuple[str, str, str]]:
+    """(kind, a, b) of the comparisons that rows of a plan make, told without a result: twins by their weights are not known yet."""
+    order, random = list(dict.fromkeys(str(row["source"]) for row in rows)), _named_random(study)
+    same = {frozenset((a, b)) for a in random for b in random}
+    found = {}
+    for (architecture, rest), sides in in_settings(rows, study).items():
+        for kind, one, other in pairs_of(study, [source for source in order if source in sides], same, random):
+            if sides[one][0] and sides[other][0]:
+                found[named(architecture, rest, one, other)] = kind, one, other
+    return found
+
+
+def _named_random(study: Mapping[str, Any]) -> set[str]:
+    """Sources that are random initializations by the study file."""
+    asked = (study.get("cells") or {}).get("sources") or []
+    spelled = [one if isinstance(one, dict) else {"name": one, "source": one} for one in asked]
+    return {str(one["name"]) for one in spelled if one["source"] == "random"}
 
 
 def _random(evidence: Evidence) -> set[str]:
     """Sources that are random initializations, also those without a finished cell."""
-    asked = (evidence.study.get("cells") or {}).get("sources") or []
-    spelled = [one if isinstance(one, dict) else {"name": one, "source": one} for one in asked]
-    named = {str(one["name"]) for one in spelled if one["source"] == "random"}
     first = {cell.source: cell for cell in reversed(evidence.cells)}
-    return named | {source for source, cell in first.items() if is_random(cell)}
+    return _named_random(evidence.study) | {source for source, cell in first.items() if is_random(cell)}
 
 
-def _settings(evidence: Evidence) -> Iterable[tuple[dict[str, set[Any]], dict[str, list[Cell]]]]:
-    """Of each setting by source: the units that the study asks for, none of those that are evidence for nothing; and the finished cells.
+def setting_of(row: Mapping[str, Any]) -> list[Any]:
+    """What two rows of a plan must share for their sources to be compared, the architecture first.
+
+    Of a search the strategy as it was asked for: sources whose cuts it chose otherwise are compared all the same.
+    """
+    return [*(row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")), row.get("asked") or row.get("options")]
+
+
+Side = tuple[set[Any], list[str]]  # of a source: its units (pretraining seed, fine-tuning seed), and the keys of its cells
+
+
+def in_settings(rows: Sequence[Mapping[str, Any]], study: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Side]]:
+    """Of each setting (architecture, digest of the rest) by source what the study asks for: units, none of those that are evidence for
+    nothing, and keys."""
+    spelled: dict[str, dict[str, Side]] = {}
+    for row in rows:
+        units, keys = spelled.setdefault(results.canonical(setting_of(row)), {}).setdefault(row["source"], (set(), []))
+        apart = row.get("own_source") or (row.get("exposed_to") and study.get("exposed") != "ranked")
+        units.update([] if apart else [(row.get("source_seed"), row["seed"])])
+        keys.append(row["key"])
+    held = [(json.loads(text), sides) for text, sides in spelled.items()]
+    return {(str(architecture), digest(rest)[:DIGITS]): sides for (architecture, *rest), sides in held}
+
+
+def _settings(evidence: Evidence) -> Iterable[tuple[tuple[str, str], dict[str, set[Any]], dict[str, list[Cell]]]]:
+    """Of each setting by source: the units that the study asks for, and the finished cells.
 
     A comparison is one that the plan has, whatever is missing of it: no source becomes the baseline because its cells came first.
     """
     if not evidence.plan:
-        for cells in results.in_groups(evidence.cells).values():
+        for group, cells in results.in_groups(evidence.cells).items():
             held = {source: own for (source,), own in results.by(cells, "source").items()}
-            yield {source: set() for source in held}, held
+            yield (str(group[0]), digest(group[1:])[:DIGITS]), {source: set() for source in held}, held
         return
     finished = {cell.key: cell for cell in evidence.cells}
-    groups: dict[str, tuple[dict[str, set[Any]], dict[str, list[Cell]]]] = {}
-    for row in evidence.plan:
-        # Of a search the strategy as it was asked for: sources whose cuts it chose otherwise are compared all the same.
-        options = row.get("asked") or row.get("options")
-        group = [row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")] + [options]
-        units, held = groups.setdefault(results.canonical(group), ({}, {}))
-        apart = row.get("own_source") or (row.get("exposed_to") and evidence.study.get("exposed") != "ranked")
-        units.setdefault(row["source"], set()).update([] if apart else [(row.get("source_seed"), row["seed"])])
-        if row["key"] in finished:
-            held.setdefault(row["source"], []).append(finished[row["key"]])
-    yield from groups.values()
+    for setting, sides in in_settings(evidence.plan, evidence.study).items():
+        done = {source: [finished[key] for key in keys if key in finished] for source, (_, keys) in sides.items()}
+        yield setting, {source: units for source, (units, _) in sides.items()}, {source: own for source, own in done.items() if own}
 
 
-def _adjust(found: list[Finding], family: tuple[str, ...], planned: Sequence[str]) -> tuple[list[Finding], int]:
-    """The findings after Holm's correction of one family, and its size; of what is planned and has no p it is 1."""
+def _adjust(
+    found: list[Finding],
+    names: Sequence[Named],
+    kinds: tuple[str, ...],
+    planned: Mapping[Named, str],
+    late: set[Named],
+    gone: Sequence[bool],
+) -> tuple[list[Finding], int]:
+    """The findings after Holm's correction of one family, and its size; of what is planned or was, and has no p, it is 1.
+
+    gone: of each that is planned no longer, whether it was registered before its results stood.
+    """
     adjusted = list(found)
-    at = [i for i, f in enumerate(found) if f.kind in family and f.comparison.basis == "seeds and patients"]
-    size = max(len(at), sum(kind in family for kind in planned))
-    p = [found[i].comparison.p for i in at] + [1.0] * (size - len(at))
-    for i, value in zip(at, holm(p), strict=False):
-        adjusted[i] = replace(found[i], adjusted=value)
-    return adjusted, size
+    at = [i for i, f in enumerate(found) if f.kind in kinds and f.comparison.basis == "seeds and patients"]
+    has = {names[i] for i in at}
+    without = [name for name, kind in planned.items() if kind in kinds and name not in has]
+    p = [*(found[i].comparison.p for i in at), *(1.0 for _ in without)]
+    corrected = ledger.corrected(p, [*(found[i].late for i in at), *(name in late for name in without)], gone)
+    for i, (value, size) in zip(at, corrected, strict=False):
+        adjusted[i] = replace(found[i], adjusted=value, family=size)
+    return adjusted, min((size for _, size in corrected), default=len(gone))
 
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:

@@ -179,7 +179,12 @@ def fractions(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tu
         axes.set_ylabel(label)
         axes.legend(loc="best", fontsize=8)
 
-    return svg(name, title, f"{label} against the share of labels, bars are one standard deviation over seeds", 4.6, 2.9, draw)
+    values = "; ".join(
+        f"{source}: {', '.join(f'{mean:.3f} at {fraction * 100:g} %' for fraction, mean, _ in sorted(points))}"
+        for source, (_, points) in series.items()
+    )
+    text = f"{label} against the share of labels, bars are one standard deviation over seeds. {values}"
+    return svg(name, title, text, 4.6, 2.9, draw)
 
 
 def traces(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], label: str) -> str:

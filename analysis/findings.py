@@ -7,7 +7,7 @@ What is compared, and why these, is analysis.evidence.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -42,12 +42,19 @@ class Finding:
     comparison: Comparison
     adjusted: float = math.nan
     entry: Entry | None = None
+    late: bool = False  # it was not registered before results of both its sides stood
+    family: int = 0  # how many Holm's correction ran over
 
     @property
     def declared(self) -> bool:
         if self.entry is not None:
             return self.entry.verdict == "holds" and self.comparison.basis == "seeds and patients"
         return self.kind not in APART and self.comparison.basis == "seeds and patients" and self.adjusted < LEVEL
+
+    @property
+    def detectable(self) -> float:
+        """`Comparison.detectable`; NaN of one seed, with which nothing is declared."""
+        return self.comparison.detectable if self.comparison.basis == "seeds and patients" else math.nan
 
     @property
     def mark(self) -> str:
@@ -79,9 +86,10 @@ class Finding:
             return self.entry.sentence()
         c, unit = self.comparison, evidence.unit(self.metric, self.dataset)
         where = "" if brief and self.kind == "control" and evidence.single else f" on {self.words(evidence)}"
+        where += f" ({self.about.removeprefix('encoders (').removesuffix(')')})" if self.kind in ("gain", "chain") else ""
         if c.basis == "not comparable":
             return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
-        numbers = effect(c, unit)
+        numbers = effect(c, unit) + (", ADDED AFTER THE RESULTS" if self.late and self.kind not in APART else "")
         if self.kind in APART:
             return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, nothing declared"
         if self.declared:
@@ -95,8 +103,7 @@ class Finding:
             control = self.kind == "control"
             if evidence.ledger and not control:
                 return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
-            size = sum(f.kind == "control" for f in evidence.findings) if control else evidence.family
-            after = f"after correction for {size} {'controls' if control else 'comparisons'}"
+            after = f"after correction for {self.family} {'controls' if control else 'comparisons'}"
             return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
         return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width, digits(c))} wide)"
 
@@ -127,8 +134,10 @@ def significance(evidence: "Evidence") -> pd.DataFrame:
         }
         own = {name: getattr(c, name) for name in ("estimate", "low", "high", "se", "df", "p")}
         rest = {name: getattr(c, name) for name in ("basis", "units", "patients", "images", "seed_variance", "patient_variance", "redrawn")}
-        least = {"detectable": c.detectable, "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
+        least = {"detectable": f.detectable, "claim": f.about, "per_seed": " ".join(f"{d:.6g}" for d in c.per_seed)}
         words = {"resolution": f.resolution, "metric": f.metric}
-        told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late} if f.entry else {}
+        told: dict[str, Any] = {"why": c.why, "late": f.late}
+        if f.entry:
+            told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late}
         rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least, **told})
     return pd.DataFrame(rows)

@@ -39,7 +39,10 @@ def _own(checks: Sequence[Row]) -> str:
     """Each task's training images against its own test images: the same for every encoder, so it moves no rank, and stops nothing."""
     rows = []
     for check in checks:
-        parts = [f'<th scope="row">{esc(check.test.dataset)}</th>', *(cell(f"{side.images:,}") for side in (check.corpus, check.test))]
+        parts = [
+            f'<th scope="row">{esc(check.test.dataset)}</th>',
+            *(cell(f"{side.images:,}", sort=side.images) for side in (check.corpus, check.test)),
+        ]
         parts += [cell(str(check.same_pixels)), cell(str(check.near_duplicate))]
         rows.append("".join([*parts, cell(str(check.corpus.unread + check.test.unread))]))
     heads = ["task's dataset", "training images", "test images", "same pixels", "near-duplicate", "not read"]

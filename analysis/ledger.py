@@ -2,7 +2,8 @@
 
 entries = ledger(evidence.cells, claims, registered, compared, planned=planned); entries[0].verdict, entries[0].sentence()
 
-A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims; it fails when the 95 %
+A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims, which is what its seeds
+are planned for; that is its direction only, unless the 95 % interval rules out differences under its margin too. It fails when the
 interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
 the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole. Everything
 else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every side. The
@@ -121,6 +122,14 @@ class Entry:
         return "holds" if self.adjusted < LEVEL else "underpowered"
 
     @property
+    def direction_only(self) -> bool:
+        """Whether a claim holds by 0 being ruled out, and not differences under its margin."""
+        c, margin = self.comparison, self.claim.margin
+        if self.verdict != "holds" or self.claim.expect == "equivalent":
+            return False
+        return not (c.low >= margin if self.claim.expect == "greater" else c.high <= -margin)
+
+    @property
     def why(self) -> str:
         """What stands behind the verdict, in words."""
         c, claim = self.comparison, self.claim
@@ -131,7 +140,8 @@ class Entry:
                 return f"the difference is larger than {claim.margin:g}, by its 95 % interval"
             return f"a difference of {self.wanted:+g} is ruled out"
         if self.verdict == "holds":
-            return f"p = {self.adjusted:.2g} after correction for {self.family} claims"
+            size = f"; of its direction: a difference of {self.wanted:+g} is not shown" if self.direction_only else ""
+            return f"p = {self.adjusted:.2g} after correction for {self.family} claims{size}"
         if self.p < LEVEL:
             return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
         if claim.expect == "equivalent":
@@ -198,7 +208,9 @@ class Entry:
         added += f", so far: {self.missing} of its cells are missing" if self.missing else ""
         if self.claim.outcome == "convergence":
             added = f", over seeds alone, on these validation images{added}"
-        judged = {"holds": "holds", "fails": "fails", "underpowered": "is not settled"}[self.verdict]
+        judged = {"holds": "holds in direction" if self.direction_only else "holds", "fails": "fails", "underpowered": "is not settled"}[
+            self.verdict
+        ]
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
 
 
@@ -253,7 +265,8 @@ def ledger(
             made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
         entries += made or [_absent(claim, {}, late)]
     gone = [before for sha, before in registered.items() if sha not in {claim.sha256 for claim in claims}]
-    return _adjusted(entries, gone)
+    found = corrected([entry.p for entry in entries], [entry.late for entry in entries], gone)
+    return [replace(entry, adjusted=p, family=size) for entry, (p, size) in zip(entries, found, strict=True)]
 
 
 def _absent(claim: Claim, setting: dict[str, Any], late: bool) -> Entry:
@@ -344,15 +357,13 @@ def _student(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]]], scale: floa
     return Comparison(estimate, estimate - half, estimate + half, se, df, p, "seeds", units=units, seed_variance=variance, seeds_df=df)
 
 
-def _adjusted(entries: list[Entry], gone: Sequence[bool]) -> list[Entry]:
-    """Holm over the claims that were written first; each later one together with all of those and the other later ones.
+def corrected(p: Sequence[float], late: Sequence[bool], gone: Sequence[bool]) -> list[tuple[float, int]]:
+    """(adjusted p, size of its family) of each: Holm over those that were registered first; each later one together with all of those and
+    the other later ones.
 
-    gone: of each claim that was withdrawn, whether it was written first. It stays in the family with p = 1.
+    gone: of each that was withdrawn, whether it was registered first. It stays in the family with p = 1.
     """
-    p = [entry.p for entry in entries]
-    first = [i for i, entry in enumerate(entries) if not entry.late]
+    first = [i for i, later in enumerate(late) if not later]
     early, every = [*(p[i] for i in first), *(1.0 for before in gone if before)], [*p, *(1.0 for _ in gone)]
     own, whole = dict(zip(first, holm(early), strict=False)), holm(every)
-    return [
-        replace(entry, adjusted=own.get(i, whole[i]), family=len(every) if entry.late else len(early)) for i, entry in enumerate(entries)
-    ]
+    return [(own.get(i, whole[i]), len(every) if later else len(early)) for i, later in enumerate(late)]

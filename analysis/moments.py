@@ -36,7 +36,8 @@ LEAST = 16  # images that it holds however large they are
 class Basis:
     """The directions of one side: singular values s_K of the centred rows, in falling order, and their channels V_PK.
 
-    channels: all; dead: those that never change; duplicates: those equal to an earlier one. Both are left out of the directions.
+    channels: all; dead: those that never change; duplicates: those equal to an earlier one. Both are left out of the directions, and so are
+    channels below the cut, which are among the directions that `rank` does not count.
     """
 
     s_K: Tensor
@@ -233,20 +234,20 @@ def _whitener(basis: Basis) -> Tensor:
     return basis.v_PK / basis.s_K
 
 
-def _kept(variance_P: Tensor, apart_PP: Tensor, dead: float, same: float) -> tuple[Tensor, int, int]:
-    """Channels that live and are not a copy of an earlier one, and how many are dead and copies. `apart`: squared distances."""
-    live_P = variance_P > dead * variance_P.max()
+def _kept(variance_P: Tensor, apart_PP: Tensor, dead: float, cut: float, same: float) -> tuple[Tensor, int, int]:
+    """Channels above the cut that are not a copy of an earlier one, and how many of all are dead and copies. `apart`: squared distances."""
+    live_P = variance_P > cut * variance_P.max()
     if not bool(live_P.any()):
         raise WorkError("no channel ever changes over these images: there is nothing to compare")
     close_PP = (apart_PP <= same * variance_P) & live_P[:, None] & live_P
     copy_P = close_PP.triu(1).any(0)
-    return (live_P & ~copy_P).nonzero()[:, 0], int((~live_P).sum()), int(copy_P.sum())
+    return (live_P & ~copy_P).nonzero()[:, 0], int((variance_P <= dead * variance_P.max()).sum()), int(copy_P.sum())
 
 
 def _of_covariance(xx_PP: Tensor) -> Basis:
     variance_P = xx_PP.diagonal()
     apart_PP = variance_P[:, None] + variance_P - 2 * xx_PP
-    kept_P, dead, duplicates = _kept(variance_P, apart_PP, CUT**2, SAME)
+    kept_P, dead, duplicates = _kept(variance_P, apart_PP, 0.0, CUT**2, SAME)  # shifted by its median, a constant is exactly 0
     values_P, v_PP = torch.linalg.eigh(xx_PP[kept_P][:, kept_P])
     s_P, v_PP = values_P.flip(0).clamp(min=0).sqrt(), v_PP.flip(1)
     some_P = s_P > CUT * s_P[0]
@@ -257,7 +258,7 @@ def _of_rows(x_NP: Tensor, n: int) -> tuple[Basis, Tensor]:
     """The basis of centred rows, and the orthonormal u_NK."""
     cut = torch.finfo(x_NP.dtype).eps * max(n, x_NP.shape[1])
     apart_PP = torch.cdist(x_NP.T, x_NP.T, compute_mode="donot_use_mm_for_euclid_dist").square()
-    kept_P, dead, duplicates = _kept(x_NP.square().sum(0), apart_PP, cut**2, cut**2)
+    kept_P, dead, duplicates = _kept(x_NP.square().sum(0), apart_PP, cut**2, cut**2, cut**2)
     u_NP, s_P, vt_PP = torch.linalg.svd(x_NP[:, kept_P], full_matrices=False)
     some_P = s_P > cut * s_P[0]
     return Basis(s_P[some_P], vt_PP[some_P].T, kept_P, x_NP.shape[1], dead, duplicates), u_NP[:, some_P]
@@ -417,15 +418,17 @@ def _fold(map_NChw: Tensor, positions: int | None) -> Tensor:
 
 
 def _frequencies(maps: list[Tensor], h: int, w: int) -> tuple[list[list[Tensor]], list[float]]:
-    """Each spatial frequency that all maps have: rows N x 2C. Half of the plane, since the other half is its mirror image: weight 2."""
-    spectra = [torch.fft.rfft2(one, norm="ortho") for one in maps]
-    views, weights = [], []
+    """Each spatial frequency that all maps have: rows N x 2C. One that is the mirror image of another in every map is counted with it: the
+    smaller map's highest frequency has its mirror image outside of what the larger one shares, and stands for itself."""
+    spectra = [torch.fft.fft2(one, norm="ortho") for one in maps]
+    views: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
+    weights: dict[tuple[tuple[int, int], ...], float] = {}
     for fy in range(-((h - 1) // 2), h // 2 + 1):
-        for fx in range(w // 2 + 1):
-            if fy < 0 and fx in (0, w / 2):
-                continue  # the mirror image of (-fy, fx)
-            parts = [s[:, :, fy % one.shape[2], fx] for s, one in zip(spectra, maps, strict=True)]
-            views.append([torch.cat([part.real, part.imag], 1) for part in parts])
-            alone = fy in (0, h / 2) and fx in (0, w / 2)
-            weights.append(1.0 if alone else 2.0)
-    return views, weights
+        for fx in range(-((w - 1) // 2), w // 2 + 1):
+            at, mirror = (tuple((sign * fy % one.shape[2], sign * fx % one.shape[3]) for one in maps) for sign in (1, -1))
+            if mirror in weights and mirror != at:
+                weights[mirror] += 1
+                continue
+            parts = [s[:, :, y, x] for s, (y, x) in zip(spectra, at, strict=True)]
+            views[at], weights[at] = [torch.cat([part.real, part.imag], 1) for part in parts], 1.0
+    return list(views.values()), list(weights.values())

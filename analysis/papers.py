@@ -6,7 +6,8 @@ transfusion-1: a row an architecture, a column a source, AUC % with deviation (R
 (Table 2). truncated: a row a strategy under the paper's names, AUROC, AUPRC, parameters, MACs, time (Peng et al. 2023). benchmark: a row a
 source, a column a task, percent, with stars of an independent two-sample t-test against one source (Hosseinzadeh Taher et al. 2021). These
 stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv.
-Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡) are never bold and have no stars.
+Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡), and means that lack a cell which
+failed or has no number (§), are never bold and have no stars.
 """
 
 import csv
@@ -83,6 +84,7 @@ def _tex(text: str) -> str:
         "±": r"$\pm$",
         "†": r"$\dagger$",
         "‡": r"$\ddagger$",
+        "§": r"\S{}",
         "–": "--",
         "→": r"$\to$",
     }
@@ -109,7 +111,7 @@ def section(evidence: Evidence) -> str:
             parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
     note = (
         "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over seeds, uncorrected, which"
-        " takes the test patients as given and declares nothing here. Numbers with † or ‡ are never bold and have no stars."
+        " takes the test patients as given and declares nothing here. Numbers with †, ‡ or § are never bold and have no stars."
     )
     return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
 
@@ -134,19 +136,23 @@ def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str |
 
 def _apart(evidence: Evidence, cells: Sequence[Cell]) -> str:
     own, exposed = any(c.own_source for c in cells), any(map(evidence.exposed, cells))
-    return ("†" if own else "") + ("‡" if exposed else "")
+    return ("†" if own else "") + ("‡" if exposed else "") + ("§" if evidence.lost(cells) else "")
 
 
 def _runs(sides: Iterable[Sequence[Cell]]) -> str:
     """How many runs stand behind each number: `n = 3`, `n = 2 to 3`."""
-    counts = sorted({len(side) for side in sides if side})
+    counts = sorted({sum(math.isfinite(cell.value(cell.primary() or "")) for cell in side) for side in sides if side})
     return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") if counts else "n = 0"
 
 
 def _legend(rows: Sequence[Sequence[str]]) -> str:
     """What the marks of a table mean, of those that it has."""
     text = " ".join(itertools.chain.from_iterable(rows))
-    said = [("†", "pretrained on these labels"), ("‡", "may have seen these test images")]
+    said = [
+        ("†", "pretrained on these labels"),
+        ("‡", "may have seen these test images"),
+        ("§", "without cells that failed or have no number"),
+    ]
     return "".join(f"; {mark} {words}" for mark, words in said if mark in text)
 
 

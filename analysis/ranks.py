@@ -46,7 +46,10 @@ def _cliques(average: dict[str, float], apart: float) -> list[tuple[str, ...]]:
 
 
 def ranks(table: pd.DataFrame, alpha: float = 0.05) -> Ranks:
-    """Ranks of the sources (columns) over the settings (rows) in which all of them have a number."""
+    """Ranks of the sources (columns) over the settings (rows) in which all of them have a number.
+
+    Friedman's test is refused where its smallest reachable p, of settings that all agree, is above alpha.
+    """
     whole = table.dropna()
     settings, sources = whole.shape
     nan = math.nan
@@ -58,10 +61,10 @@ def ranks(table: pd.DataFrame, alpha: float = 0.05) -> Ranks:
     statistic, p, why = nan, nan, ""
     if sources < 3:
         why = "Friedman's test is of three sources or more"
-    elif settings < 2:
-        why = "Friedman's test is of two settings or more"
     elif (np.ptp(whole.to_numpy(float), axis=1) == 0).all():
         why = "all sources are equal in every setting"
+    elif (least := float(stats.chi2.sf(settings * (sources - 1), sources - 1))) > alpha:
+        why = f"Friedman's test is refused: of {sources} sources in {settings} settings its smallest p is {least:.2g}"
     else:
         test = stats.friedmanchisquare(*(whole[name].to_numpy(float) for name in whole.columns))
         statistic, p = float(test.statistic), float(test.pvalue)

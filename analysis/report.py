@@ -49,8 +49,10 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     evidence = evidence or gather(out)
     results.write_results(out, evidence.finished)
     storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
-    evidence.comparisons.write()
+    for name in ("tables", "figures", "secondary.csv"):  # those of an earlier report
+        storage.remove(storage.join(out, "report", name))
     url, text = storage.join(out, "report", "index.html"), page(evidence)
+    evidence.comparisons.write()
     storage.put(url, text)
     for name, drawn in drawings(text).items():
         storage.put(storage.join(out, "report", "figures", f"{name}.svg"), drawn)
@@ -64,14 +66,15 @@ def drawings(text: str) -> dict[str, str]:
 
 
 def best_on_validation(evidence: Evidence) -> str:
-    """Which encoder and strategy lead on validation under the study's rule; own-source and exposed cells do not compete."""
+    """Which encoder and strategy lead on validation under the study's rule; own-source and exposed cells do not compete, nor do settings
+    that lost a cell."""
     rule = evidence.study.get("champion") or {}
     task, metric = rule.get("task"), rule.get("metric")
     competing = [c for c in evidence.cells if c.task == task and not (c.own_source or evidence.exposed(c))] if task and metric else []
     ranked = []
     for cells in results.by(competing, "source", "strategy", "options", "architecture", "fraction", "resolution").values():
         mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
-        if n:
+        if n and not evidence.lost(cells):
             ranked.append((mean, cells[0].source, in_study(evidence, cells[0]), n))
     if not ranked:
         return ""
@@ -88,7 +91,8 @@ def _tiles(evidence: Evidence) -> str:
     spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
     floors = evidence.floors
     shown = [
-        ("cells", f"{len(evidence.cells)} of {evidence.asked}", "bad" if evidence.failed else ""),
+        ("cells", f"{len(evidence.cells)} of {evidence.asked}", "bad" if evidence.failed or evidence.numberless else ""),
+        *([("without a number", f"{len(evidence.numberless)} of {len(evidence.cells)}", "bad")] if evidence.numberless else []),
         ("encoders", str(len(evidence.sources())), ""),
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
@@ -106,7 +110,7 @@ def _headline(evidence: Evidence) -> str:
         return esc(evidence.answer())
     low = evidence.floors.warning()
     warning = f'<span class="bad">{esc(low)}. </span>' if low else ""
-    lead = evidence.answer().removesuffix("; ".join(sentence for _, sentence in lines))
+    lead = evidence.lead()
     spans = [f'<span class="{mark}">{esc(sentence)} </span>' for mark, sentence in lines]
     return warning + (f"<span>{esc(lead)}</span>" if lead else "") + "".join(spans)
 
@@ -118,18 +122,19 @@ def _scope(evidence: Evidence) -> str:
         return ""
     rest = ", not about pretraining methods: that needs at least 3 pretraining seeds" if "methods" not in abouts else ""
     narrow = any(f.entry is not None and f.entry.claim.expect == "equivalent" for f in evidence.findings)
+    named = "Each sentence says whether it is about" if len(abouts) > 1 else "Each sentence is about"
     levels = "Intervals are 95 %" + (", of claims of equivalence 90 %" if narrow else "")
-    return f"Each sentence is about {' or '.join(abouts)}{rest}. {levels}."
+    return f"{named} {' or '.join(abouts)}{rest}. {levels}."
 
 
 METHOD = (
-    "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. Of an interval patients are"
-    " drawn, and what seeds add is computed in closed form, unbiased (after the Multi-Bootstrap, Sellam et al. 2022); with one seed it"
-    " holds patients alone. Its quantiles are"
-    " Student's. Statements are declared after Holm's correction over the family fixed by the study file; the intervals printed"
-    " are uncorrected. No difference means that the interval includes 0, not that the encoders are equal: its width says how much was"
-    " ruled out. Detectable is the smallest true difference found in 80 % of repetitions of this study at the 5 % level, before"
-    " correction. Redrawn counts bootstrap replicates in which a label lost a class."
+    "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. Of an interval patients"
+    " are drawn, and what seeds add is computed in closed form, unbiased (after the Multi-Bootstrap, Sellam et al. 2022); with one seed"
+    " it holds patients alone. Its quantiles are Student's. Statements are declared after Holm's correction over the family that was"
+    " registered before the run, what was withdrawn since included; the intervals printed are uncorrected. No difference means that the"
+    " interval includes 0, not that the encoders are equal: its width says how much was ruled out. Detectable is the smallest true"
+    " difference found in 80 % of repetitions of this study at the 5 % level, before correction, and with one seed there is none."
+    " Redrawn counts bootstrap replicates in which a label lost a class."
 )
 
 
@@ -153,7 +158,7 @@ def page(evidence: Evidence) -> str:
             "differences",
             "Differences",
             sections.forests(evidence) + tables.findings(evidence) + f'<p class="faint">{METHOD} {search_section.tuning(evidence)}</p>'
-            if found
+            if found or evidence.dropped
             else "",
         ),
         ("ranks", "Average ranks", statistics_sections.ranked(evidence)),
@@ -177,11 +182,14 @@ def page(evidence: Evidence) -> str:
     main = "".join(f'<section id="{key}"><h2>{esc(title)}</h2>{text}</section>' for key, title, text in shown)
     template = Template((Path(__file__).parent / "report.html").read_text())
     name = str(evidence.study.get("study") or "study")
-    state = f"Running or incomplete: {len(evidence.missing)} of {evidence.asked} cells have no result yet." if evidence.missing else ""
+    state = f"Running or incomplete: {len(evidence.missing)} of {evidence.asked} cells have no result yet. " if evidence.missing else ""
+    if evidence.numberless:
+        count = f"{len(evidence.numberless)} of {len(evidence.cells)} finished cells have no number on test images"
+        state += f"{count}: what is compared with them is not declared."
     return template.substitute(
         title=esc(name),
         answer=esc(evidence.answer()),
-        state=f'<p class="banner">{esc(state)}</p>' if state else "",
+        state=f'<p class="banner">{esc(state.strip())}</p>' if state else "",
         headline=_headline(evidence),
         scope=esc(_scope(evidence)),
         tiles=_tiles(evidence),

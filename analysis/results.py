@@ -319,7 +319,12 @@ def planned(out: str) -> set[str]:
 
 def expected(out: str) -> list[dict[str, Any]]:
     """Every cell that the study asks for, from OUT/plan.json, which the driver writes before the first cell runs; controls left out."""
-    return [{**row, "source": plain(str(row["source"]))} for row in plan(out) if not row.get("shuffle_labels")]
+    return without_controls(plan(out))
+
+
+def without_controls(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a plan without the controls, sources as people say them."""
+    return [{**row, "source": plain(str(row["source"]))} for row in rows if not row.get("shuffle_labels")]
 
 
 def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:

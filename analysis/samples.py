@@ -8,29 +8,18 @@ K H W u8, dice K f32). Where no cell kept one, the true masks are shown and the 
 """
 
 import io
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis import figures, heat, results
 from analysis.evidence import Evidence
+from analysis.heat import cases
 from analysis.results import Cell
 from analysis.tables import esc
 from base import storage
 from base.errors import AllograftError, WorkError
-
-Item = TypeVar("Item")
-
-WORDS = ("worst", "below the middle", "median", "above the middle", "best")
-
-
-def cases(ranked: Sequence[Item], count: int = 3) -> list[tuple[str, Item]]:
-    """Of items from the worst to the best the first, the last and those evenly between, each with its word; fewer where there are fewer."""
-    places = sorted({round(q * (len(ranked) - 1)) for q in np.linspace(0, 1, count)}) if ranked else []
-    words = {1: (WORDS[2],), 2: (WORDS[0], WORDS[4]), 3: WORDS[::2], 5: WORDS}.get(len(places), [""] * len(places))
-    return [(word, ranked[at]) for word, at in zip(words, places, strict=True)]
 
 
 def losses(frame: pd.DataFrame) -> dict[str, float]:

@@ -81,10 +81,9 @@ def _leading(evidence: Evidence, cells: list[results.Cell]) -> list[results.Cell
 def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:
     if len(evidence.varied["fraction"]) < 2:
         return []
-    parts = []
-    for i, ((task, dataset, strategy, options), held) in enumerate(
-        results.by(evidence.cells, "task", "dataset", "strategy", "options").items()
-    ):
+    parts: list[str] = []
+    panels = results.by(evidence.cells, "task", "dataset", "strategy", "options", "architecture", "resolution")
+    for i, ((task, dataset, *_), held) in enumerate(panels.items()):
         metric = held[0].primary()
         if metric is None or len({c.fraction for c in held}) < 2:
             continue
@@ -93,7 +92,10 @@ def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:
             mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
             if n:
                 series.setdefault(source, (order[source], []))[1].append((float(fraction), mean, sd))
-        title = ", ".join(word for word in (task, strategy, options) if word)
+        # Shares vary, or there were no figure: the last of the words is the share.
+        title = ", ".join(dict.fromkeys([task, held[0].setting, *evidence.where(held[0])[:-1]]))
+        if len(parts) == PANELS:
+            return [*parts, f'<p class="faint">The first {PANELS} settings with several shares.</p>']
         parts.append(figures.fractions(f"frac{i}", title, series, f"test {evidence.unit(metric, dataset)}"))
     return parts
 

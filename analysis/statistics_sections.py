@@ -38,7 +38,8 @@ def claims(evidence: Evidence) -> str:
     rows = []
     for entry in evidence.ledger:
         mark = {"holds": "good", "fails": "bad"}.get(entry.verdict, "")
-        late = ' <span class="tag bad">added after the results</span>' if entry.late else ""
+        late = ' <span class="tag">direction only</span>' if entry.direction_only else ""
+        late += ' <span class="tag bad">added after the results</span>' if entry.late else ""
         late += f' <span class="tag">so far: {entry.missing} of its cells are missing</span>' if entry.missing else ""
         c = entry.comparison
         parts = [f'<th scope="row">{esc(entry.claim.name)}</th>', cell(esc(entry.claim.sentence), cls="words")]
@@ -51,7 +52,8 @@ def claims(evidence: Evidence) -> str:
     heads += ["patients", "would settle it"]
     gone = f'<p class="bad">Withdrawn after they were registered: {esc(", ".join(evidence.withdrawn))}.</p>' if evidence.withdrawn else ""
     note = (
-        f"{_when(evidence)} Holds: the difference goes the claim's way after Holm's correction over the claims; fails: the 95 % interval"
+        f"{_when(evidence)} Holds: the difference goes the claim's way after Holm's correction over the claims, in direction only where"
+        " its interval holds differences under the margin; fails: the 95 % interval"
         " rules out what it says; underpowered: neither. Intervals are 95 %, of claims of equivalence 90 % where it is said. An interval"
         " over seeds alone says nothing of other patients. Claims about encoders speak of these weights alone."
     )
@@ -69,12 +71,14 @@ def _when(evidence: Evidence) -> str:
 
 
 def settings_by_source(evidence: Evidence) -> pd.DataFrame:
-    """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing."""
+    """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing,
+    and means that lack a cell."""
     rows: dict[str, dict[str, float]] = {}
     for group, held in results.in_groups(c for c in evidence.cells if not c.own_source and not evidence.exposed(c)).items():
         metric = results.headline(held)
         if metric is not None:
-            means = {source: results.mean_sd(c.value(metric) for c in own)[0] for (source,), own in results.by(held, "source").items()}
+            sides = {source: own for (source,), own in results.by(held, "source").items() if not evidence.lost(own)}
+            means = {source: results.mean_sd(c.value(metric) for c in own)[0] for source, own in sides.items()}
             rows[" ".join(map(str, group))] = means
     return pd.DataFrame.from_dict(rows, orient="index", columns=evidence.sources() if rows else [])
 

@@ -14,6 +14,10 @@ from analysis.findings import Finding, digits, effect
 from analysis.results import Cell
 from analysis.study_floors import WORDS, bar, not_reached
 
+LEADING = (
+    "Leading on validation; test images decided nothing. Certainty is over the source named, not over the runner-up, whose interval is"
+    " uncorrected and declares nothing."
+)
 ROWS = 2000  # cells listed in the page; results.csv has all
 
 
@@ -82,7 +86,10 @@ def matrix(evidence: Evidence) -> str:
         }
         for column in shown
     }
-    declared = {(f.a, *_setting(f)): f for f in evidence.findings if f.kind in ("gain", "chain") and f.declared}
+    declared: dict[tuple[object, ...], list[Finding]] = {}
+    for f in evidence.findings:
+        if f.kind in ("gain", "chain") and f.declared:
+            declared.setdefault((f.a, *_setting(f)), []).append(f)
     varied = [("architecture", 1)] if len(evidence.varied["architecture"]) > 1 else []
     varied += [(name, at) for at, name in enumerate(within, 4)]
     rows = []
@@ -118,16 +125,12 @@ def matrix(evidence: Evidence) -> str:
         its_own = [results.share(float(one.fraction))] if "fraction" not in within and len(evidence.varied["fraction"]) > 1 else []
         its_own += [f"{one.resolution} px"] if "resolution" not in within and len(evidence.varied["resolution"]) > 1 else []
         heads.append(f"{', '.join([task, *its_own])}: {evidence.unit(metric, dataset)}{mark}")
-    return table(
-        heads,
-        rows,
-        "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column. ▲ ▼: declared after correction.",
-        foot,
-        "matrix",
-    )
+    said = "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column. "
+    said += 'What is declared: <a href="#claims">claims</a>.' if evidence.ledger else "▲ ▼: declared after correction."
+    return table(heads, rows, said, foot, "matrix")
 
 
-def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, declared: dict[tuple[object, ...], Finding]) -> str:
+def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, declared: dict[tuple[object, ...], list[Finding]]) -> str:
     """One <td> of the matrix: the mean of one setting's cells, with what must be known of it."""
     mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
     first = cells[0]
@@ -137,10 +140,10 @@ def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, decl
     spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
     marks = '<span class="tag own">own source</span>' if own else ""
     marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
-    marks += f'<span class="tag bad">under floor {num(under)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
+    marks += f'<span class="tag bad">{lost} failed or without a number</span>' if (lost := evidence.lost(cells)) else ""
+    marks += _under(under, missed)
     setting = (first.architecture, first.strategy, first.options, first.task, float(first.fraction), int(first.resolution), metric)
-    found = declared.get((first.source, *setting))
-    if found is not None:
+    for found in declared.get((first.source, *setting), []):
         better = found.comparison.estimate > 0
         marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
     why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
@@ -148,12 +151,18 @@ def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, decl
     return cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why)
 
 
+def _under(floor: float, missed: Sequence[str]) -> str:
+    """The tag of a mean that is under its floor."""
+    return f'<span class="tag bad">under floor {num(floor)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
+
+
 def _setting(f: Finding) -> tuple[object, ...]:
     return f.architecture, f.strategy, f.options, f.task, f.fraction, f.resolution, f.metric
 
 
 def winners(evidence: Evidence) -> str:
-    """For each task the source and strategy that lead on validation: what they reach on test images, what is declared, and the cost."""
+    """For each task the source and strategy that lead on validation: what they reach on test images, over what they are declared, by how
+    much they lead on test images before the next on validation, and the cost."""
     rows = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
         metric = results.headline(cells)
@@ -164,7 +173,7 @@ def winners(evidence: Evidence) -> str:
         sides = results.by(competing, "source", "architecture", "strategy", "options", "fraction", "resolution")
         for side, own in sides.items():
             mean, _, n = results.mean_sd(c.value(metric, "val") for c in own)
-            if n:
+            if n and not evidence.lost(own):
                 ranked.append((mean, side, own))
         if not ranked:
             continue
@@ -178,21 +187,31 @@ def winners(evidence: Evidence) -> str:
         ]
         against = next((f for f in said if f.kind in ("gain", "chain", "control")), None)
         sure = "no comparison" if against is None else f"{effect(against.comparison, '')} against {against.b}".replace("  ", " ")
-        mark = "good" if against is not None and against.mark == "good" else ""
-        verdict = "declared" if against is not None and against.declared and against.kind != "control" else "not declared"
+        floor = evidence.floors.under(own)
+        low = _under(bar(floor, metric)[0], not_reached(floor, metric, mean))
+        mark = "good" if against is not None and against.mark == "good" and not low else ""
+        verdict = "not declared"
+        if evidence.ledger:
+            verdict = '<a href="#claims">see claims</a>'
+        elif against is not None and against.declared and against.kind != "control":
+            verdict = f"declared {'over' if against.comparison.estimate > 0 else 'under'} {esc(against.b)}"
+        second = "none"
+        if len(ranked) > 1:
+            other = ranked[1][2]
+            found = evidence.compared(own, other, metric)
+            said_of = effect(found, "").replace("  ", " ") if math.isfinite(found.estimate) else found.why
+            second = f"{said_of} over {other[0].source}, {in_study(evidence, other[0])}"
         setting = own[0].setting + (f", {results.share(float(fraction))}" if float(fraction) < 1 else "")
         seconds = results.mean_sd(results.number(c.result.get("seconds")) for c in own)[0]
         parts = [f'<th scope="row">{esc(task)}</th>', cell(f"<b>{esc(source)}</b>"), cell(esc(setting)), cell(esc(architecture))]
-        parts.append(cell(f"{num(mean)} {esc(evidence.unit(metric, dataset))}", sort=mean, title=f"sd {num(sd, 4)}, n {n}"))
-        parts += [cell(esc(sure)), cell(f'<span class="tag {mark}">{verdict}</span>')]
+        reached = f"{num(mean)} {esc(evidence.unit(metric, dataset))}" + (f"<br>{low}" if low else "")
+        parts.append(cell(reached, sort=mean, title=f"sd {num(sd, 4)}, n {n}"))
+        parts += [cell(esc(sure)), cell(f'<span class="tag {mark}">{verdict}</span>'), cell(esc(second), cls="words")]
         parts += [cell(short(results.number(own[0].result.get(name))), sort=own[0].result.get(name)) for name in ("params", "macs")]
         rows.append("".join([*parts, cell(short(seconds), sort=seconds), cell(str(len(ranked)), sort=len(ranked))]))
-    heads = ["task", "encoder", "strategy", "architecture", "test", "difference, 95 %", "certainty", "parameters", "MACs"]
-    return (
-        table([*heads, "seconds a cell", "tried"], rows, "Leading on validation; test images decided nothing.", cls="numbers")
-        if rows
-        else ""
-    )
+    heads = ["task", "encoder", "strategy", "architecture", "test", "difference, 95 %", "certainty", "runner-up, 95 %"]
+    heads += ["parameters", "MACs"]
+    return table([*heads, "seconds a cell", "tried"], rows, LEADING, cls="numbers") if rows else ""
 
 
 def findings(evidence: Evidence) -> str:
@@ -236,13 +255,17 @@ def findings(evidence: Evidence) -> str:
         parts += [
             cell(esc(pvalue(c.p)), sort=c.p),
             cell(esc(pvalue(f.adjusted)), sort=f.adjusted),
-            cell(f'<span class="tag {mark}">{verdict}</span>'),
+            cell(
+                f'<span class="tag {mark}">{verdict}</span>' + (' <span class="tag bad">added after the results</span>' if f.late else "")
+            ),
         ]
-        parts += [cell(num(c.detectable), sort=c.detectable), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
+        parts += [cell(num(f.detectable), sort=f.detectable), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]
         parts += [cell(words[f.kind]), cell(esc(f.about)), cell(str(c.redrawn), sort=c.redrawn)]
         rows.append("".join(parts))
     heads = ["comparison", "on", "metric", "difference", "95 % interval", "p", "p after Holm", "verdict", "detectable", "seeds", "patients"]
     more = f"<p>The first {ROWS} of {len(compared)}; significance.csv has all.</p>" if len(compared) > ROWS else ""
+    gone = f"Registered once and planned no longer, each with p = 1 in its family: {'; '.join(evidence.dropped)}."
+    more += f'<p class="bad">{esc(gone)}</p>' if evidence.dropped else ""
     return table([*heads, "kind", "claim about", "redrawn"], rows, cls="numbers") + more
 
 

@@ -35,11 +35,12 @@ from cluster.outs import require_study
 from cluster.sources import cell_config
 from cluster.study import Study
 
-VERSION = 1  # raised by whoever changes what an analysis computes or draws
+VERSION = 2  # raised by whoever changes what an analysis computes or draws
 GROUPS = 12  # settings that are drawn, and of similarity computed; tables of the others are whole
 IMAGES = {"cpu": 500, "cuda": 2000}  # of a probe
 ROWS = 2000  # training images that transferability is guessed from
 MEASURE = "svcca"
+ACCURACY = "accuracy.csv"  # in OUT: source, accuracy and, of several ones, architecture
 NOTHING = "No cell of this study kept its trained encoder: similarity before and after training takes cells.keep: encoder."
 
 
@@ -58,13 +59,21 @@ def run_analyses(study: Study, progress: Any, events: Events) -> None:
             events.add("analysed", kind=kind, key=key)
 
 
-def of_study(out: str, kinds: Sequence[str]) -> None:
-    """`allograft analyze study`. Raises RequestError where no study stands, or there is no such analysis."""
+def of_study(out: str, kinds: Sequence[str], accuracy: str | None = None) -> None:
+    """`allograft analyze study`; a table of accuracies is kept as OUT/accuracy.csv, where later runs find it.
+
+    Raises:
+        RequestError: no study stands, there is no such analysis, or no such table.
+    """
     url = absolute(out)
     for kind in kinds:
         if kind not in NODES:
             raise unknown("analysis", kind, NODES, "--what")
     require_study(url)
+    if accuracy is not None:
+        convergence.accuracies(absolute(accuracy))
+        storage.put(storage.join(url, ACCURACY), storage.read_bytes(absolute(accuracy)))
+        kinds = [*kinds, *({"accuracy"} - set(kinds))]
     events = Events(url)
     for kind in kinds:
         key = analyse(url, kind, None)
@@ -91,6 +100,9 @@ def analyse(out: str, kind: str, say: Callable[[str], None] | None = None) -> st
         settings |= {"measure": MEASURE, "images": IMAGES[device], "split": "val", "energy": "s2", "spatial": "fold"}
     if kind == "transferability":
         settings |= {"images": ROWS}
+    if kind == "accuracy":
+        table = convergence.accuracies(storage.join(out, ACCURACY))
+        settings |= {"table": digest(table.to_csv(index=False))[:16]}
     key = digest({"kind": kind, "cells": sorted(cell.key for cell in cells), "settings": settings})[:16]
     place = folder(out, kind, key)
     if storage.exists(storage.join(place, FILE)):
@@ -169,9 +181,9 @@ def _config(cell: Cell) -> tuple[Any, int]:
 
 def _convergence(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
     try:
-        count = convergence.of_cells(cells, None, "steps", "random", leaf, most=GROUPS)
+        count = convergence.of_cells(cells, None, "steps", None, leaf, most=GROUPS)
     except RequestError:  # cells of an earlier version do not count steps
-        count = convergence.of_cells(cells, None, "epochs", "random", leaf, most=GROUPS)
+        count = convergence.of_cells(cells, None, "epochs", None, leaf, most=GROUPS)
         leaf.notes.append("In epochs: some cells were trained by a version that did not write down steps.")
     if not count:
         leaf.notes.append("No finished cell has a learning curve: nothing was trained epoch by epoch, or the metric was not defined.")
@@ -235,8 +247,9 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
             both = [source for source in reached if source in guesses]
             for name in heads[2:] if both else ():
                 sides = [guesses[s][name] for s in both], [reached[s] for s in both]
-                rank = correlation(*sides)  # p of all orders: of three sources at best 1/3
-                numbers = [rank.rho.words(2), f"{rank.p:.3f}", f"{rank.tau:.2f}"] if not rank.why else [rank.why, "-", "-"]
+                rank = correlation(*sides)
+                p = f"{rank.p:.3f}" if math.isfinite(rank.p) else rank.why
+                numbers = [rank.rho.words(2), p, f"{rank.tau:.2f}"] if math.isfinite(rank.tau) else [rank.why, "-", "-"]
                 ranked.append([setting, results.setting(strategy, options), name, *numbers, str(rank.n)])
     shown = [
         [row["setting"], row["source"], *(f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in heads[2:])] for row in rows
@@ -286,10 +299,15 @@ def _probes(out: str) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def _accuracy(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
+    convergence.ranks(cells, storage.join(out, ACCURACY), leaf, most=GROUPS)
+
+
 NODES: dict[str, Callable[[str, Sequence[Cell], dict[str, Any], Leaf], None]] = {
     "similarity": _similarity,
     "filters": _filters,
     "convergence": _convergence,
     "efficiency": _efficiency,
     "transferability": _transferability,
+    "accuracy": _accuracy,
 }

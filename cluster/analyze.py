@@ -11,6 +11,7 @@ app = typer.Typer(
     epilog="Example: allograft analyze similarity runs/demo/pretrain/simclr-1a2b random --data runs/demo/shards/phantom-chest",
 )
 ENCODER = "an export's folder (or one that holds export/ or encoder/), timm:TAG, zoo:NAME, or random:SEED"
+ACCURACY = "CSV with the columns source, accuracy and, to hold several networks against each other, architecture"
 
 
 @app.command(epilog="Example: allograft analyze similarity before after --data s3://bucket/shards/nih-cxr14 --images 2000")
@@ -54,10 +55,8 @@ def convergence(
         float | None, typer.Option(help="of the validation metric; default: what the typical run of every source reaches")
     ] = None,
     by: Annotated[str, typer.Option(help="epochs, steps or seconds")] = "epochs",
-    base: Annotated[str, typer.Option(help="the source that speed-ups are over")] = "random",
-    accuracy: Annotated[
-        str | None, typer.Option(help="CSV with the columns source, accuracy: does it foretell the task's metric (Spearman)")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="the source that speed-ups are over; default: that of random weights")] = None,
+    accuracy: Annotated[str | None, typer.Option(help=f"{ACCURACY}: does it foretell the task's metric (Spearman)")] = None,
     out: Annotated[str, typer.Option(help="folder for tables and figures")] = "convergence",
 ) -> None:
     """How soon each source's runs reach a threshold, speed-up over random weights, and what each transfused depth saves."""
@@ -82,10 +81,11 @@ def efficiency(
 def study(
     out: Annotated[str, typer.Argument(metavar="OUT", help="the out of a study, path or URL")],
     what: Annotated[
-        str, typer.Option(help="of similarity, filters, convergence, efficiency, transferability; with commas between")
+        str, typer.Option(help="of similarity, filters, convergence, efficiency, transferability, accuracy; with commas between")
     ] = "similarity,filters,convergence,efficiency,transferability",
+    accuracy: Annotated[str | None, typer.Option(help=f"{ACCURACY}; kept as OUT/accuracy.csv, and its analysis is added to --what")] = None,
 ) -> None:
     """What a study's `analyses` would compute of its cells, into OUT/analyses, where `allograft report OUT` reads it."""
     from cluster.analyses import of_study
 
-    of_study(out, what.split(","))
+    of_study(out, what.split(","), accuracy)

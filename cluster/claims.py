@@ -1,15 +1,17 @@
 """Claims in the plan, in the diary and on the screen.
 
 register_claims(study, events)                a driver writes down every claim that is new, before anything runs
+register_family(study, rows, events)          and every comparison of its plan that is
 Asked(study).setting(setting)                 whether the study has cells of a setting of its matrix
 show(outs)                                    `allograft claims OUT...`: the ledger of each study
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.claims import load_claim, settings_of
+from base import storage
 from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import absolute, names
@@ -114,6 +116,38 @@ def register_claims(study: Study, events: Events) -> None:
         events.add("claim", claim=claim.name, sha256=claim.sha256, standing=len(settings_of(claim, seen)))
 
 
+def register_family(study: Study, rows: Iterable[Mapping[str, Any]], events: Events) -> None:
+    """One event for the comparisons of a plan (analysis.evidence.pairs_of) that are not in the diary, by their two sources, with the
+    settings, and of these the ones in which results stand on both sides already. Where nothing was ever registered, what an earlier version
+    planned is first.
+
+    rows: of plan.json, as it will be written.
+    """
+    from analysis import results
+    from analysis.evidence import family_of, in_settings, planned_family
+
+    tree, known = results.read_study(study.out), family_of(study.out)
+    asked, before = results.without_controls(rows), results.expected(study.out)
+    first = {} if known else planned_family(tree, before)
+    planned = first | planned_family(tree, asked)
+    new = {name: held for name, held in planned.items() if not {name, ("", *name[1:])} & known.keys()}
+    if not new:
+        return
+    stand = set(storage.holding(storage.join(study.out, "cells"), "result.json"))
+    # Cells that an earlier plan had by their keys, where this one does not know them yet.
+    sides = [in_settings(held, tree) for held in (asked, before)]
+    done = {(*where, source) for one in sides for where, by in one.items() for source, (_, keys) in by.items() if stand.intersection(keys)}
+    pairs: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for name, (kind, a, b) in new.items():
+        architecture, rest = name[:2]
+        pair: dict[str, Any] = {"architecture": architecture, "kind": kind, "a": a, "b": b, "settings": [], "standing": []}
+        pair = pairs.setdefault((architecture, kind, a, b), pair)
+        pair["settings"].append(rest)
+        stands = name not in first and {(architecture, rest, a), (architecture, rest, b)} <= done
+        pair["standing"] += [rest] if stands else []
+    events.add("family", pairs=list(pairs.values()))
+
+
 # -- on the screen
 
 
@@ -160,7 +194,8 @@ def _study(url: str) -> None:
 def row(entry: "Entry") -> tuple[str, ...]:
     """A line of the ledger."""
     sides = entry.claim.comparison
-    verdict = entry.verdict + (f" so far, {entry.missing} cells missing" if entry.missing else "")
+    verdict = entry.verdict + (", direction only" if entry.direction_only else "")
+    verdict += f" so far, {entry.missing} cells missing" if entry.missing else ""
     verdict += ", added after the results" if entry.late else ""
     compared = f"{sides.a.words()} against {sides.b.words()}: {entry.claim.expect}, margin {entry.claim.margin:g}"
     return entry.claim.name, verdict, entry.effect(), entry.why, entry.needs() or "-", entry.about, entry.where(), compared

@@ -151,8 +151,6 @@ def _closing(study: Any, summary: Any) -> None:
         for folder, health in encoders(study.out):
             print(f"folder    {folder}   ({health})")
     else:
-        if summary.low:
-            print(f"beware    {summary.low}")
         print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {summary.cells_failed} failed")
     if summary.restarts or summary.deaths:
         print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")

@@ -1,7 +1,7 @@
 """`allograft analyze convergence`: how soon the cells of studies reach a threshold; tables and figures written, the main of it printed."""
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast, get_args
@@ -11,16 +11,18 @@ import pandas as pd
 from analysis import convergence as speed
 from analysis import plots, results
 from analysis.correlation import correlation
+from base import storage
 from base.errors import RequestError, unknown
 from base.paths import absolute, safe_name
 from cluster.leaf import Leaf
 from cluster.outs import require_study
+from cluster.sources import baseline
 from encoders.cuts import find
 
 SHOWN = 12  # rows of a table on the screen
 
 
-def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str, accuracy: str | None, out: str) -> None:
+def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str | None, accuracy: str | None, out: str) -> None:
     """`allograft analyze convergence`. Raises RequestError where no study stands or no cell has a curve."""
     if by not in get_args(speed.By):
         raise unknown("unit", by, get_args(speed.By), "--by")
@@ -32,17 +34,26 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
     if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):
         raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
     if accuracy is not None:
-        ranks(cells, accuracy, leaf)
+        ranks(cells, absolute(accuracy), leaf)
     print(folder)
 
 
-def of_cells(cells: Sequence[results.Cell], threshold: float | None, by: speed.By, base: str, leaf: Leaf, most: int | None = None) -> int:
+def of_cells(
+    cells: Sequence[results.Cell], threshold: float | None, by: speed.By, base: str | None, leaf: Leaf, most: int | None = None
+) -> int:
     """Tables and figures of these cells' learning curves, figures of the first `most` settings; how many curves there are.
+
+    Args:
+        base: the source that speed-ups are over; by default that of random weights.
 
     Raises:
         RequestError: `by` names what their rows do not count.
     """
     curves = speed.curves_of(cells, by)
+    base = base or baseline(cells) or "random"
+    if curves and base not in {curve.source for curve in curves}:
+        leaf.notes.append(f"No learning curve of {base}, which speed-ups are over: none is given.")
+        leaf.say(leaf.notes[-1])
     runs: list[dict[str, Any]] = []
     summary: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
@@ -163,34 +174,66 @@ def _line(row: speed.Reached) -> list[str]:
     return [row.source, row.strategy, row.words(), censored, row.speedup.words(), f"{row.area:.4f}", f"{row.best:.4f}"]
 
 
-def ranks(cells: Sequence[results.Cell], accuracy: str, leaf: Leaf) -> None:
-    """Does a source's own accuracy foretell the task's metric? Spearman over sources, in each setting; table and figure.
+def accuracies(table: str) -> pd.DataFrame:
+    """A CSV of `source` and `accuracy`, of some also `architecture`: the accuracy of each source on what it was pretrained for.
+
+    Raises:
+        RequestError: no such file, or other columns.
+    """
+    raw = storage.read_or_none(table)
+    if raw is None:
+        raise RequestError("no such file", where=table, hint="a CSV with the columns source, accuracy and, of several ones, architecture")
+    frame = pd.read_csv(io.BytesIO(raw))
+    if not {"source", "accuracy"} <= set(frame.columns):
+        raise RequestError("the columns source and accuracy are needed", where=table)
+    return frame
+
+
+def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | None = None) -> None:
+    """Does a source's own accuracy foretell the task's metric? Spearman over sources, in each setting; tables, figures of the first `most`.
+
+    With a column `architecture` a point is a source in an architecture, and a setting holds all architectures (one corpus, several
+    networks). Without it each architecture is a setting of its own. Controls are left out.
 
     Raises:
         RequestError: not a CSV of source and accuracy.
     """
-    if not os.path.isfile(accuracy):
-        raise RequestError("no such file", where=accuracy, hint="a CSV with the columns source, accuracy")
-    frame = pd.read_csv(accuracy)
-    if not {"source", "accuracy"} <= set(frame.columns):
-        raise RequestError("the columns source and accuracy are needed", where=accuracy)
-    known = {str(source): float(value) for source, value in zip(frame["source"], frame["accuracy"], strict=True)}
+    frame = accuracies(table)
+    pooled = "architecture" in frame
+    point, own = (("source", "architecture"), ()) if pooled else (("source",), ("architecture",))
+    known = {tuple(map(str, name)): float(value) for *name, value in frame[[*point, "accuracy"]].itertuples(index=False, name=None)}
+    named = [cell for cell in cells if not cell.shuffled]
     rows, listed = [], []
-    for group, held in results.by([cell for cell in cells if not cell.shuffled], "task", "architecture", "strategy", "options").items():
+    for group, held in results.by(named, "task", "fraction", "resolution", "strategy", "options", *own).items():
+        task, fraction, resolution, strategy, options, *network = group
         metric = held[0].primary()
-        scores = {source: [cell.value(metric) for cell in own] for (source,), own in results.by(held, "source").items()} if metric else {}
-        both = [(known[name], results.mean_sd(values)[0], name) for name, values in scores.items() if name in known]
+        points = results.by(held, *point) if metric else {}
+        both = [
+            (known[name], results.mean_sd(cell.value(str(metric)) for cell in points[name])[0], " ".join(name))
+            for name in points
+            if name in known
+        ]
         if len(both) < 3:
             continue
-        rank = correlation([point[0] for point in both], [point[1] for point in both])
-        title = ", ".join(str(part) for part in group if part)
-        rows += [{"setting": title, "source": name, "accuracy": x, str(metric): y} for x, y, name in both]
-        listed.append([title, str(metric), rank.rho.words(2), f"{rank.p:.3f}", str(rank.n)])
-        drawn = partial(plots.ranked, both, f"{rank.rho.words(2)}, p {rank.p:.3f}", str(metric), title)
-        text = f"Spearman {rank.rho.words(2)}, p {rank.p:.3f}, over {rank.n} sources"
-        leaf.draw(f"accuracy-{len(listed)}", f"{title}: accuracy of the source against {metric}", text, drawn, 4.6, 3.2)
+        rank = correlation([x for x, _, _ in both], [y for _, y, _ in both])
+        where = results.in_words(task, network[0] if network else "all architectures", fraction, resolution)
+        title = f"{where}, {results.setting(strategy, options)}"
+        chance = f"p {rank.p:.3f}" if math.isfinite(rank.p) else rank.why
+        rows += [{"setting": title, "source": name, "accuracy": x, "metric": metric, "value": y} for x, y, name in both]
+        listed.append([title, str(metric), rank.rho.words(2), chance.removeprefix("p "), str(rank.n)])
+        if most is None or len(listed) <= most:
+            drawn = partial(plots.ranked, both, f"{rank.rho.words(2)}, {chance}", str(metric), title)
+            text = f"Spearman {rank.rho.words(2)}, {chance}, over {rank.n} sources"
+            leaf.draw(f"accuracy-{len(listed)}", f"{title}: accuracy of the source against {metric}", text, drawn, 4.6, 3.2)
     if not listed:
-        raise RequestError("fewer than three sources of a setting stand in the table", where=accuracy, hint=", ".join(sorted(known)))
+        names = ", ".join(sorted(" ".join(name) for name in known))
+        raise RequestError("fewer than three sources of a setting stand in the table", where=table, hint=names)
+    if most is not None and len(listed) > most:
+        leaf.notes.append(f"Figures of the first {most} of {len(listed)} settings; the tables have all.")
+    if without := sorted({" ".join(name) for name in results.by(named, *point) if name not in known}):
+        leaf.notes.append(f"Without an accuracy, and so left out: {', '.join(without)}.")
     heads = ("setting", "metric", "Spearman", "p", "sources")
-    leaf.table("accuracy.csv", "accuracy of sources against the task's metric", rows, listed, heads)
+    leaf.table("accuracy.csv", "accuracy and result of every source", rows)
+    made = [dict(zip(heads, line, strict=True)) for line in listed]
+    leaf.table("correlation.csv", "accuracy of sources against the task's metric", made, listed, heads)
     leaf.show(listed, heads)

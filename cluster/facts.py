@@ -3,7 +3,7 @@
 Chosen for the two pages on which encoders are compared, the table of runs and the comparison of a few of them: what tells runs apart is a
 parameter, what they are judged by is a metric, one value each, and the rest stays in config.yaml and result.json, which are artifacts.
 
-    pretraining    parameters: method, start, data, the recipe; metrics: what its cells reached, means by task and strategy; speed
+    pretraining    parameters: method, start, data, the recipe; metrics: what its cells reached, means by setting; speed
     cell           parameters: its axes and its recipe; metrics: each metric over all labels, on validation and on test
     both           curves over epochs or steps, under `training/`, apart from the values that runs are judged by
 """
@@ -20,6 +20,7 @@ from finetune.catalogue import STRATEGIES
 # How often something is written tells no two runs apart.
 UNTOLD = {"schema", "method", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
 PLACES = ("step", "steps", "epoch", "seconds")  # where a row stands, not what it measured
+ALIKE = ("architecture", "fraction")  # of an encoder's cells, not in the name of their mean: it has one of each
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,16 @@ def name(kind: str, config: dict[str, Any]) -> str:
         return f"pretrain {config['name']} seed {config['seed']}"
     task = config["task"]["task"] + (" shuffled labels" if config.get("shuffle_labels") else "")
     amount = f" {config['fraction']:g}" if config["fraction"] != 1 else ""
-    trial = "trial of " if config.get("role") == "trial" else ""
+    role = config.get("role", "cell")
+    trial = f"{role} of " if role != "cell" else ""
     return f"{trial}{task} {config['source']} {config['strategy']['name']}{amount} seed {config['seed']}"
 
 
 def kind(folder: str, config: dict[str, Any]) -> str:
-    """The tag `allograft.kind`: pretrain, cell, control, trial (of a search)."""
-    if folder == "pretrain" or config.get("role") == "trial":
-        return "pretrain" if folder == "pretrain" else "trial"
+    """The tag `allograft.kind`: pretrain, cell, control, trial (of a search), similarity (that guides one)."""
+    role = str(config.get("role", "cell"))
+    if folder == "pretrain" or role != "cell":
+        return "pretrain" if folder == "pretrain" else role
     return "control" if config.get("shuffle_labels") else "cell"
 
 
@@ -107,35 +110,50 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
     return {re.sub(r"[^\w\-./: ]", "_", f"{row['split']}_{row['metric']}"): float(row["value"]) for row in rows}
 
 
-def downstream(mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]], exposed: str = "apart") -> dict[str, float]:
-    """What the cells of one encoder reached: means by task and strategy, `phantom-chest/linear/test_auroc_mean`, and the number of cells.
+def downstream(
+    mine: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]], baseline: str | None, exposed: str = "apart"
+) -> dict[str, float]:
+    """What the cells of one encoder reached: means by task, strategy with its options and resolution, over seeds alone, and the number of
+    cells: `phantom-chest/truncated cut layer3 head pooled/224 px/test_auroc_mean`.
 
-    Where the study has the same cells from random weights, the difference in the task's metric stands beside it (`..._over_random`);
-    whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels the encoder has seen or,
-    unless the study ranks them, whose test images, and all but the largest fraction of the labels.
+    Where the study has the same cells of the encoder's architecture from random weights, the difference in the task's metric stands beside
+    it (`..._over_random`); whether it is more than chance is for the report to say. Left out are controls, cells on data whose labels the
+    encoder has seen or, unless the study ranks them, whose test images, and all but the largest fraction of the labels.
 
     Args:
-        mine: results of the encoder's cells. everything: results of all cells of the study. exposed: the study's setting of that name.
+        mine: results of the encoder's cells. everything: results of all cells of the study. baseline: the source of random weights.
+        exposed: the study's setting of that name.
     """
     found: dict[str, float] = {}
+    drawn = [result for result in everything if result["source"] == baseline and _counts(result, exposed)]
     for group, members in _groups(mine, exposed).items():
         metric = f"test_{members[0]['selection']['metric']}"
         means = {name: value for name, value in _means(members).items() if name.endswith((metric[4:], "_within_mean"))}
         found |= {f"{group}/{name}": value for name, value in means.items()}
         # Named so that it does not come before what encoders are judged by: MLflow's tables go by the alphabet.
         found[f"{group}/tested_cells"] = float(len(members))
-        floor = _means(_groups([result for result in everything if result["source"] == "random"], exposed).get(group, []))
+        like = [result for result in drawn if _group(result) == group and all(result[name] == members[0][name] for name in ALIKE)]
+        floor = _means(like)
         if metric in means and metric in floor:
             found[f"{group}/{metric}_over_random"] = means[metric] - floor[metric]
     return _numbers(found)
 
 
+def _counts(result: dict[str, Any], exposed: str) -> bool:
+    apart = result.get("own_source") or (exposed != "ranked" and result.get("exposed_to"))
+    return result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not apart
+
+
+def _group(result: dict[str, Any]) -> str:
+    options = [f"{key} {value}" for key, value in result["options"].items() if value is not None]
+    return f"{result['task']}/{' '.join([result['strategy'], *options])}/{result['resolution']} px"
+
+
 def _groups(results: Sequence[dict[str, Any]], exposed: str) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        apart = result.get("own_source") or (exposed != "ranked" and result.get("exposed_to"))
-        if result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not apart:
-            groups.setdefault(f"{result['task']}/{result['strategy']}", []).append(result)
+        if _counts(result, exposed):
+            groups.setdefault(_group(result), []).append(result)
     largest = {group: max(member["fraction"] for member in members) for group, members in groups.items()}
     return {group: [member for member in members if member["fraction"] == largest[group]] for group, members in groups.items()}
 

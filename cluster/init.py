@@ -76,7 +76,7 @@ champion:                         # whose encoder is $study@champion in MLflow: 
     #comparison: {a: {source: simclr}, b: {source: random}}
     #expect: greater              # less, equivalent
     #margin: 0.02                 # of the metric
-#analyses: [similarity, filters]  # also convergence, efficiency, transferability: of the trained encoders, for the report
+#analyses: [similarity, filters]  # also convergence, efficiency, transferability, accuracy: of the trained encoders, for the report
 #leakage: exclude                 # pretraining images that match test images: train without them; left out: stop
 #exposed: ranked                  # cells whose source has seen test images: ranked with the others; left out: apart
 

@@ -19,12 +19,11 @@ from base.paths import safe_name
 from cluster.compare import located, opened, placed, rows_of, write
 from cluster.leaf import Leaf
 from cluster.outs import require_study
-from cluster.sources import cell_config
+from cluster.sources import baseline, cell_config
 from encoders.build import Encoder
 from encoders.export import read_export
 from finetune.run import plant
-
-BASE = "random"  # what every other source is held against
+from shards.splitting import count
 
 
 @dataclass(frozen=True)
@@ -117,17 +116,24 @@ def _figures(runs: Sequence[Kept], probe: Probe, measure: str, how: dict[str, An
     }
     names = {source: [run.name for run in runs if run.cell.source == source] for source in sources}
     listed = []
+    base = baseline(run.cell for run in runs)
     for source in sources:
-        if source == BASE or len(names.get(BASE, [])) < 2:
+        if base is None or source == base or len(names[base]) < 2:
             continue
-        found = layers.against_random(names[source], names[BASE], values)
-        rows = {f"{source} and {BASE}": found.pretrained_random, f"{BASE} and {BASE}": found.random_random, "difference": found.difference}
+        found = layers.against_random(names[source], names[base], values)
+        rows = {f"{source} and {base}": found.pretrained_random, f"{base} and {base}": found.random_random, "difference": found.difference}
         said = [(what, one.words()) for what, one in rows.items()]
         listed += said
         unit = f"{measure} at {' and '.join(highest)}"
-        text = f"Mean {unit}, with 95 % intervals. " + "; ".join(f"{what}: {numbers}" for what, numbers in said)
+        counted = f"{count(len(names[source]), 'run')} of {source} and {len(names[base])} of {base}"
+        few = min(len(names[source]), len(names[base])) < layers.FEWEST
+        over = f"an interval takes {layers.FEWEST} runs of each" if few else "95 % intervals over runs: what further runs would show"
+        text = f"Mean {unit} of {counted}; {over}. " + "; ".join(f"{what}: {numbers}" for what, numbers in said)
         drawn = partial(plots.intervals, rows, unit, title)
-        leaf.draw(f"top-{safe_name(source)}", f"{title}: top layers, {source} against {BASE}", text, drawn, 6.0, 2.2)
+        leaf.draw(f"top-{safe_name(source)}", f"{title}: top layers, {source} against {base}", text, drawn, 6.0, 2.2)
+        if few:
+            leaf.notes.append(f"{title}: {counted} kept their encoder, and {over}.")
+            leaf.say(leaf.notes[-1])
     if len(runs) >= 3:
         before = layers.across(starts, [(f"{a} before", f"{b} before") for a, b in pairs], probe, [first], **how)
         at_start = {(a, b): before.pairs[f"{a} before", f"{b} before"][0].values[measure] for a, b in pairs}

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
-from analysis.results import planned, read_study
+from analysis.results import Cell, planned, read_study
 from base import storage
 from base.paths import is_url
 from cluster import facts, pages, showcase
@@ -88,10 +88,13 @@ class Projection:
         """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""
         from mlflow.entities import Metric
 
+        from cluster.sources import baseline
+
         # The same cells as in the report, and its word on exposed ones.
         held, exposed = list(self.cells().values()), str(read_study(self.out).get("exposed"))
+        random = baseline(Cell(storage.join(self.out, "cells", result["key"]), result) for result in held)
         reached = {
-            run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held, exposed)
+            run: facts.downstream([result for result in held if result["encoder_sha256"] == sha256], held, random, exposed)
             for sha256, run in self.encoders.items()
         }
         for run, numbers in reached.items():

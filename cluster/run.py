@@ -14,7 +14,7 @@ from base.paths import revision
 from cluster import leakage, observe, plan, stages
 from cluster.cells import write_plan
 from cluster.changes import changes, held
-from cluster.claims import register_claims
+from cluster.claims import register_claims, register_family
 from cluster.events import Events
 from cluster.lock import DriverLock
 from cluster.mlflow_store import require_server, tracking_uri
@@ -42,7 +42,6 @@ class Summary:
     champion: str | None
     report: str
     answer: str
-    low: str  # what is under its floor, in words
 
 
 def run(study: Study, progress: Progress | None = None) -> Summary:
@@ -98,6 +97,7 @@ def _stages(
     checked = leakage.standing(study, corpora) if complete else None
     weights, missing = standing_weights(study, checked) if checked is not None else (foreseen(study, {}, {}), ["everything"])
     searches = Searches(plan.settings(study, checked or {}, weights))
+    register_family(study, searches.rows(), events)
     for line in changes(study, before, checked, searches):
         progress.say(line)
     if not (missing or searches.foreseen or searches.open or searches.ready()):
@@ -146,7 +146,6 @@ def _finish(study: Study, projector: Projector, progress: Progress, failed: dict
         champion=champion,
         report=path,
         answer=words,
-        low=evidence.floors.warning(),
     )
 
 

@@ -3,9 +3,10 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
+from analysis.results import Cell
 from base import storage
 from base.config import parse, read
 from base.errors import RequestError, WorkError, in_a_line
@@ -34,6 +35,14 @@ def read_weights(url: str, seed: int = 0) -> Weights:
 def cell_config(url: str) -> CellConfig:
     """The configuration of a cell, from its folder."""
     return read(storage.join(url, "config.yaml"), CellConfig)
+
+
+def baseline(cells: Iterable[Cell]) -> str | None:
+    """The source of random weights that others are held against, whatever its name: of several the first by name; None without one."""
+    from analysis.evidence import is_random
+
+    first = {cell.source: cell for cell in cells}
+    return min((source for source, cell in first.items() if is_random(cell)), default=None)
 
 
 def external(source: str, out: str, uri: str) -> Weights:

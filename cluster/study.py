@@ -16,7 +16,7 @@ from finetune.task import Metric, load_task
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
 Workers = Annotated[int, Field(ge=1)]
-Analysis = Literal["similarity", "filters", "convergence", "efficiency", "transferability"]
+Analysis = Literal["similarity", "filters", "convergence", "efficiency", "transferability", "accuracy"]
 
 
 class DataEntry(Strict):

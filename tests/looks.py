@@ -17,12 +17,13 @@ SILENT = f"""{FIGURES}.filter(function (one) {{
 DANGLING = """Array.from(document.querySelectorAll('[aria-labelledby], a[href^="#"]')).map(function (one) {
   return one.getAttribute('aria-labelledby') || one.getAttribute('href').slice(1); }).join(' ').split(' ').filter(function (id) {
   return id && !document.getElementById(id); })"""
-# Every head of every table is clicked twice. Numbers come before what has none, as the page's own script orders them.
+# Every head of every table is clicked twice. Numbers come before what has none, as the page's own script orders them; what is printed with
+# commas between its thousands is read as people read it.
 UNSORTED = """Array.from(document.querySelectorAll('table.sortable')).flatMap(function (table, number) {
   return Array.from(table.tHead.rows[0].cells).filter(function (head, at) {
     var read = function () { head.querySelector('button').click();
       return Array.from(table.tBodies[0].rows, function (row) { var cell = row.cells[at];
-        return cell.dataset.v !== undefined ? cell.dataset.v : cell.textContent.trim(); }); };
+        return cell.dataset.v !== undefined ? cell.dataset.v : cell.textContent.trim().replace(/([0-9]),(?=[0-9]{3})/g, '$1'); }); };
     var up = read(), said = head.getAttribute('aria-sort'), down = read(), numbers = up.map(parseFloat).filter(isFinite);
     var rises = numbers.every(function (x, i) { return !i || numbers[i - 1] <= x; });
     var same = up.slice().sort().join() === down.slice().sort().join();

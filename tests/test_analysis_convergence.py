@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -223,6 +224,25 @@ def test_pretrained_against_random_finds_what_was_planted_and_no_more() -> None:
         against_random(p, r[:1], values)
 
 
+@pytest.mark.parametrize("runs", [3, 5])
+def test_intervals_of_similarity_to_random_hold_what_further_runs_would_show(runs: int) -> None:
+    """Runs with an offset of their own, which all their pairs share, and noise of the pairs."""
+    draw, studies = rng("coverage of runs", runs), 1000
+    p, r = [f"p{i}" for i in range(runs)], [f"r{i}" for i in range(runs)]
+    truth, held = (0.5, 0.6, -0.1), [0, 0, 0]
+    for _ in range(studies):
+        offset = dict(zip(p + r, draw.normal(0, 0.02, 2 * runs), strict=True))
+        values = {
+            (a, b): (0.5 if a in p and b in r else 0.6) + offset[a] + offset[b] + draw.normal(0, 0.005)
+            for a, b in itertools.combinations(p + r, 2)
+        }
+        found = against_random(p, r, values)
+        intervals = (found.pretrained_random, found.random_random, found.difference)
+        held = [count + (one.low <= true <= one.high) for count, one, true in zip(held, intervals, truth, strict=True)]
+    assert min(held) >= 0.93 * studies
+    assert held[1] <= 0.97 * studies  # of one kind of run: no wider than it has to be
+
+
 def test_spearman_agrees_with_all_permutations() -> None:
     x, y = [1.0, 2, 3, 4, 5], [0.70, 0.72, 0.71, 0.75, 0.78]
     found = correlation(x, y)
@@ -233,10 +253,20 @@ def test_spearman_agrees_with_all_permutations() -> None:
     assert math.isnan(correlation([1, 2, math.nan], [1, 2, 3]).rho.estimate)
 
 
+@pytest.mark.parametrize(("n", "least"), [(3, "0.33"), (4, "0.083")])
+def test_spearman_that_no_order_could_bring_under_5_percent_is_refused(n: int, least: str) -> None:
+    found = correlation(range(n), range(n))
+    assert math.isnan(found.p)
+    assert found.why == f"refused: of these {n} sources the smallest p is {least}"
+    assert found.rho.estimate == pytest.approx(1)
+    assert correlation(range(5), range(5)).p == pytest.approx(2 / 120)
+    tied = correlation([1, 1, 1, 1, 2], [1, 1, 1, 1, 2])
+    assert (math.isnan(tied.p), tied.why.endswith("is 0.4")) == (True, True)
+
+
 def test_spearman_has_an_interval_only_where_one_says_something() -> None:
-    """Of four to seven sources Fisher's transformation is no guide, and a perfect order has an interval of no width beside p = 0.083."""
+    """Of four to seven sources Fisher's transformation is no guide, and a perfect order has an interval of no width."""
     four = correlation([1, 2, 3, 4], [1, 2, 3, 4])
-    assert four.p == pytest.approx(2 / 24)
     assert four.rho.words() == "1.000"
     assert correlation([1, 2, 3, 4], [2, 1, 3, 4]).rho.words() == "0.800"
     for n, rho in itertools.product((4, 7, 8, 12), (-1.0, -0.5, 0.9, 1.0)):
@@ -309,6 +339,68 @@ def test_the_command_says_and_draws_it(tmp_path: Path, allograft: Allograft) -> 
     assert len(censored)
     assert censored["at"].isna().all()
     assert set(censored["shown"]) == {">20"}
+
+
+def test_random_weights_are_the_base_by_what_they_are(tmp_path: Path, allograft: Allograft) -> None:
+    """Named by their configuration, whatever the study calls them; without any, no speed-up is given and that is said."""
+    out = study(tmp_path / "study", {("noise", "full", "{}"): 8.0, ("pretrain:simclr", "full", "{}"): 2.0})
+    words = ["analyze", "convergence", str(out), "--threshold", "0.85", "--out"]
+    said = allograft(*words, str(tmp_path / "without"))
+    assert said.code == 0, said.err
+    assert "No learning curve of random, which speed-ups are over" in said.out
+    for cell in (out / "cells").iterdir():
+        kind = "random" if cell.name.startswith("0") else "weights"
+        (cell / "config.yaml").write_text(f"source_kind: {kind}\n")
+    said = allograft(*words, str(tmp_path / "made"))
+    assert "No learning curve" not in said.out
+    assert "times faster than noise" in said.out
+    summary = pd.read_csv(tmp_path / "made" / "convergence.csv").set_index("source")
+    assert summary.loc["simclr", "speedup"] == pytest.approx(19 / 5)
+
+
+def ranked(out: Path, changes: dict[str, dict[str, Any]], table: str, allograft: Allograft) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Points and rank correlations of a study whose cells, by the start of their key, are given other axes and results."""
+    for key, change in changes.items():
+        for file in (out / "cells").glob(f"{key}?/result.json"):
+            held = json.loads(file.read_text())
+            held["metrics"][0]["value"] = change.pop("value", held["metrics"][0]["value"])
+            file.write_text(json.dumps(held | change))
+    (out / "table.csv").write_text(table)
+    said = allograft("analyze", "convergence", str(out), "--accuracy", str(out / "table.csv"), "--out", str(out / "made"))
+    assert said.code == 0, said.err
+    return pd.read_csv(out / "made" / "accuracy.csv"), pd.read_csv(out / "made" / "correlation.csv")
+
+
+def test_accuracy_is_held_against_results_of_one_share_of_the_labels(tmp_path: Path, allograft: Allograft) -> None:
+    """A source with all labels alone must not stand beside means over shares."""
+    sources = ("random", "pretrain:simclr", "pretrain:moco")
+    out = study(
+        tmp_path / "study", {(source, "full", "{}"): 4.0 for source in sources} | {(s, "full", "{ }"): 4.0 for s in sources[:2]}, seeds=1
+    )
+    few = {"fraction": 0.05}
+    changes = {"0": {"value": 0.7}, "1": {"value": 0.8}, "2": {"value": 0.9}, "3": {**few, "value": 0.1}, "4": {**few, "value": 0.2}}
+    points, ranks = ranked(out, changes, "source,accuracy\nrandom,0.1\nsimclr,0.6\nmoco,0.7\n", allograft)
+    assert ranks["setting"].tolist() == ["phantom-chest, resnet18, 32 px, full"]  # of 5 % only two sources are there
+    assert dict(zip(points["source"], points["value"], strict=True)) == {"random": 0.7, "simclr": 0.8, "moco": 0.9}
+    assert ranks["Spearman"].tolist() == [1.0]
+
+
+def test_accuracies_of_one_source_in_several_architectures_are_one_order(tmp_path: Path, allograft: Allograft) -> None:
+    out = study(tmp_path / "study", {("imagenet", "full", " " * n + "{}"): 4.0 for n in range(3)}, seeds=1)
+    changes: dict[str, dict[str, Any]] = {
+        str(n): {"architecture": name, "value": value}
+        for n, (name, value) in enumerate((("resnet18", 0.8), ("resnet50", 0.7), ("densenet121", 0.9)))
+    }
+    table = "source,architecture,accuracy\nimagenet,resnet18,0.70\nimagenet,resnet50,0.76\nimagenet,densenet121,0.75\n"
+    points, ranks = ranked(out, changes, table, allograft)
+    assert dict(zip(points["source"], points["value"], strict=True)) == {
+        "imagenet resnet18": 0.8,
+        "imagenet resnet50": 0.7,
+        "imagenet densenet121": 0.9,
+    }
+    assert ranks["setting"].tolist() == ["phantom-chest, all architectures, 32 px, full"]
+    assert ranks["Spearman"].tolist() == [-0.5]
+    assert ranks["sources"].tolist() == [3]
 
 
 def test_the_command_shows_each_run_by_its_own_end(tmp_path: Path, allograft: Allograft) -> None:

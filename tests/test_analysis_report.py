@@ -66,9 +66,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_answer_is_a_sentence_for_each_comparison(whole: Path) -> None:
     line = gather(str(whole), QUICK).answer()
     gain, control = line.split("; ")
-    assert re.fullmatch(r"simclr beats random on phantom-chest: \+0\.\d\d AUROC \[0\.\d\d, 0\.\d\d\]", gain)
+    number = r"0\.\d{2,3}"
+    assert re.fullmatch(rf"simclr beats random on phantom-chest \(these weights\): \+{number} AUROC \[{number}, {number}\]", gain)
     assert re.fullmatch(r"random against random-b: no difference \([+-]0\.\d+ AUROC \[-0\.\d+, 0\.\d+\], 0\.\d+ wide\)", control)
-    assert reports.answer(str(whole)).startswith("simclr beats random on phantom-chest: +0.")
+    assert reports.answer(str(whole)).startswith("simclr beats random on phantom-chest (these weights): +0.")
 
 
 def test_the_page_is_one_file_and_holds_what_it_should(whole: Path) -> None:
@@ -246,7 +247,7 @@ def test_metrics_that_are_not_numbers_and_a_flagged_control(tmp_path: Path) -> N
         Path(cell.url, "result.json").write_text(json.dumps(held))
     page = text_of(out)
     assert "no number" in page
-    assert gather(str(out), QUICK).answer() == "no two sources can be compared"
+    assert gather(str(out), QUICK).answer() == "9 of 9 have no number on test images: no two sources can be compared"
 
 
 def test_shuffled_labels_stand_among_the_controls_only(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_wins_where_says_certainty_and_cost(tmp_path: Path) -> None:
     said = tables.winners(evidence)
     assert "<b>simclr</b>" in said
     assert "against random" in said
-    assert '<span class="tag good">declared</span>' in said
+    assert '<span class="tag good">declared over random</span>' in said
     assert "11.2 M" in said
     assert "▲ above random" in tables.matrix(evidence)
 
@@ -202,6 +202,21 @@ def test_the_tables_are_written(tmp_path: Path) -> None:
         assert "<desc" in text
 
 
+# -- analyses
+
+
+def test_numbers_printed_with_commas_are_sorted_by_what_they_are(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0}, seeds=1, images=60)
+    rows = [["t", "23,508,032", "4.1 G"], ["t", "464,154", "0.02 G"]]
+    listed = {"file": "efficiency.csv", "title": "cost", "heads": ["task", "parameters", "MACs"], "rows": rows}
+    told = {"kind": "efficiency", "key": "0", "made": "now", "revision": "0", "cells": 1, "tables": [listed]}
+    (out / "analyses" / "efficiency-0").mkdir(parents=True)
+    (out / "analyses" / "efficiency-0" / "analysis.json").write_text(json.dumps(told))
+    ((_, _, said),) = analysis_sections.sections(gather(str(out), QUICK))
+    assert '<td data-v="23508032">23,508,032</td><td>4.1 G</td>' in said
+    assert '<td data-v="464154">464,154</td>' in said
+
+
 # -- two studies
 
 
@@ -229,11 +244,45 @@ def test_two_studies_are_compared_where_they_meet(tmp_path: Path) -> None:
     assert "cells.sources" in keys
     page = Path(compare_studies(str(one), str(two), QUICK)).read_text()
     assert "2 settings stand in both studies" in page
-    assert "of the others 1 have an interval above 0" in page
+    assert "of the others 1 have an interval over seeds and patients above 0 for made (two) and 0 below. Nothing" in page
+    assert "<td>seeds and patients</td><td>encoders (these weights)</td>" in page
     assert "Nothing is declared" in page
     assert "the same cells" in page  # random was drawn alike: the keys are the same
     assert "simclr-sup" in page[page.index("Results that one has alone") :]
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "basis", "tag", "said"),
+    [
+        (1, {}, "patients only", "", "1 of one seed (patients only)"),
+        (3, {"own_source": True}, "seeds and patients", "own source", "1 of an own or exposed source"),
+        (3, {"exposed_to": ["nih-cxr14"]}, "seeds and patients", "exposed", "1 of an own or exposed source"),
+    ],
+)
+def test_two_studies_count_nothing_that_declares_nothing(
+    tmp_path: Path, seeds: int, changes: dict[str, Any], basis: str, tag: str, said: str
+) -> None:
+    one = make(tmp_path / "one", {"simclr": 0.0}, seeds=seeds, images=200)
+    two = make(tmp_path / "two", {"random": 1.0, "simclr": 2.0}, seeds=seeds, images=200)
+    for folder in (two / "cells").iterdir():
+        held = json.loads((folder / "result.json").read_text())
+        key = f"f{held['key'][1:]}"
+        (folder / "result.json").write_text(json.dumps({**held, **changes, "key": key}))
+        folder.rename(folder.with_name(key))
+    (two / "plan.json").unlink()
+    page = Path(compare_studies(str(one), str(two), QUICK)).read_text()
+    assert f"0 have an interval over seeds and patients above 0 for made (two) and 0 below; not counted: {said}." in page
+    row = page[page.index('<section id="results">') : page.index('<section id="statements">')]
+    assert f"<td>{basis}</td>" in row
+    assert (f'<span class="tag own">{tag}</span>' in row) is bool(tag)
+
+
+def test_two_studies_that_declare_nothing_are_not_said_to_agree(tmp_path: Path) -> None:
+    outs = [make(tmp_path / name, {"random": 0.0, "simclr": lift}, seeds=1) for name, lift in (("one", 0.0), ("two", 2.0))]
+    page = Path(compare_studies(str(outs[0]), str(outs[1]), QUICK)).read_text()
+    assert "Both say the same" not in page
+    assert "No verdict differs. What neither declares may differ all the same" in page
 
 
 # -- bad input

@@ -17,12 +17,16 @@ from analysis.analyses import Analysis, Standing
 from analysis.claims import Claim
 from analysis.comparing import compare_studies
 from analysis.evidence import Evidence, gather
+from analysis.findings import effect, significance
 from analysis.loaded import Loaded, scores
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
-from analysis.statistics import compare
+from analysis.statistics import compare, holm
 from analysis.study_floors import StudyFloors, not_reached
 from base.seeds import rng
+from cluster.claims import register_family
+from cluster.events import Events
+from cluster.study import Study
 
 QUICK = Bootstrap(150)
 
@@ -331,3 +335,217 @@ def test_does_not_repeat_claims_that_fail_by_an_uncorrected_interval_as_declared
     held = claimed(out, claim(margin=0.9))
     assert [entry.verdict for entry in held.ledger] == ["fails"]
     assert (held.findings[0].declared, held.findings[0].mark) == (False, "worse")
+
+
+def diverged(out: Path, source: str, seeds: int) -> None:
+    """The first cells of a source end as not a number, in metrics and predictions."""
+    for cell in [cell for cell in finished(str(out)) if cell.source == source][:seeds]:
+        rows = [{**row, "value": None} for row in cell.metrics]
+        Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": rows}))
+        frame = pd.read_parquet(Path(cell.url, "predictions.parquet"))
+        for name in [name for name in frame if str(name).startswith("score_")]:
+            frame[name] = np.nan
+        frame.to_parquet(Path(cell.url, "predictions.parquet"))
+
+
+def test_does_not_repeat_survivors_of_runs_that_diverged_as_the_source(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 2.0, "moco": 1.0}, seeds=5, images=100)
+    diverged(out, "simclr", 2)
+    evidence = gather(str(out), QUICK)
+    answer = evidence.answer()
+    assert answer.startswith("2 of 15 have no number on test images: ")
+    assert "simclr beats" not in answer
+    why = "2 cells of it failed or ended without a number, and those that did not are a selection"
+    assert f"simclr against random on phantom-chest (these weights): not comparable, {why}" in answer
+    assert "moco beats random" in answer
+    (moco,) = [f for f in evidence.findings if f.a == "moco"]
+    assert moco.adjusted == pytest.approx(min(1, 2 * moco.comparison.p))  # the other stays in the family with p = 1
+    page = text_of(evidence)
+    assert "2 of 15 finished cells have no number on test images" in page
+    assert '<div class="tile bad"><b>2 of 15</b><span>without a number</span></div>' in page
+    assert "▲ above random" in page
+    assert "2 failed or without a number" in tables.matrix(evidence)
+    assert "<b>moco</b>" in tables.winners(evidence)
+    assert "moco</b>" in reports.best_on_validation(evidence)
+    assert statistics_sections.settings_by_source(evidence)["simclr"].isna().all()
+    benchmark = {one.name: one for one in papers.layouts(evidence)}["benchmark-resnet18-full"]
+    assert "n = 3 to 5" in benchmark.caption
+    assert next(row for row in benchmark.rows if row[0] == "simclr")[1].endswith(" §")
+    assert benchmark.rows[max(benchmark.best)[0]][0] == "moco"
+    (claimed_of,) = claimed(out, claim()).ledger
+    assert (claimed_of.verdict, "are a selection" in claimed_of.why) == ("underpowered", True)
+
+
+def test_does_not_repeat_survivors_of_runs_that_failed_as_the_source(tmp_path: Path) -> None:
+    """A network that diverges raises: its cell is a failed one, without a result."""
+    out = make(tmp_path, {"random": 0.0, "simclr": 2.0}, seeds=5, images=100)
+    cell = next(cell for cell in finished(str(out)) if cell.source == "simclr")
+    Path(cell.url, "result.json").unlink()
+    assert "simclr beats random" in gather(str(out), QUICK).answer()  # one that has yet to run is no selection
+    event = {"event": "cell failed", "key": cell.key, "reason": "the network's output is not finite on split val"}
+    (out / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert "not comparable, 1 cell of it failed or ended without a number" in gather(str(out), QUICK).answer()
+
+
+def text_of(evidence: Evidence) -> str:
+    return Path(reports.report(evidence.out, evidence)).read_text()
+
+
+def planned_again(out: Path, keep: set[str], events: bool = True) -> None:
+    """The driver of a study that now has some of its sources: it writes the plan, and into the diary what is new of it."""
+    plan = [row for row in json.loads((out.parent / "whole.json").read_text()) if row["source"].removeprefix("pretrain:") in keep]
+    if events:
+        register_family(Study.model_construct(out=str(out)), plan, Events(str(out)))  # type: ignore[call-arg]
+    (out / "plan.json").write_text(json.dumps(plan))
+
+
+FOUR = {"random": 0.0, "moco": 0.12, "simclr": 0.0, "simclr-sup": 0.0}
+
+
+def test_does_not_repeat_a_family_that_shrinks_when_sources_are_taken_out_after_the_results(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", FOUR, strategies=("full", "linear"), seeds=3, images=60)
+    cells, away = out / "cells", tmp_path / "cells"
+    (out / "plan.json").rename(tmp_path / "whole.json")
+    cells.rename(away)
+    planned_again(out, set(FOUR))
+    away.rename(cells)
+    whole = gather(str(out), QUICK)
+    assert (whole.family, whole.dropped, {f.late for f in whole.findings}) == (8, [], {False})  # 3 and a link of a chain, twice
+    p = {(f.a, f.b, f.strategy): f.adjusted for f in whole.findings}
+    planned_again(out, {"random", "moco"})
+    part = gather(str(out), QUICK)
+    assert (part.family, [f.a for f in part.findings]) == (8, ["moco", "moco"])
+    assert all(f.adjusted >= p[f.a, f.b, f.strategy] for f in part.findings)
+    assert [f.adjusted for f in part.findings] == holm([*(f.comparison.p for f in part.findings), *[1.0] * 6])[:2]
+    assert part.dropped == ["random and simclr in 2 settings", "random and simclr-sup in 2 settings", "simclr and simclr-sup in 2 settings"]
+    said = "Registered once and planned no longer, each with p = 1 in its family: random and simclr in 2 settings;"
+    assert said in text_of(part)
+    rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["family"]  # nothing was new the second time
+
+
+def test_does_not_repeat_comparisons_that_were_thought_of_after_the_results_as_planned(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "moco": 0.3, "simclr": 0.0}, seeds=3, images=60)
+    (out / "plan.json").rename(tmp_path / "whole.json")
+    cells, away = out / "cells", tmp_path / "cells"
+    cells.rename(away)
+    planned_again(out, {"random", "moco"})
+    away.rename(cells)
+    planned_again(out, {"random", "moco", "simclr"})
+    evidence = gather(str(out), QUICK)
+    held = {f.a: f for f in evidence.findings}
+    assert {name: (f.late, f.family) for name, f in held.items()} == {"moco": (False, 1), "simclr": (True, 2)}
+    assert held["moco"].adjusted == pytest.approx(held["moco"].comparison.p)  # a later one takes nothing from an earlier one
+    assert "ADDED AFTER THE RESULTS" in held["simclr"].sentence(evidence)
+    assert '<span class="tag bad">added after the results</span>' in tables.findings(evidence)
+    planned_again(out, {"moco", "simclr"}, events=False)  # by hand, another baseline
+    assert [(f.a, f.late) for f in gather(str(out), QUICK).findings] == [("simclr", True)]
+
+
+def test_does_not_repeat_withdrawn_comparisons_of_weights_whose_architecture_was_not_known_yet(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.3}, seeds=2, images=60)
+    plan = json.loads((out / "plan.json").read_text())
+    unknown = [row | {"architecture": "", "key": ""} for row in plan]
+    register_family(Study.model_construct(out=str(out)), unknown, Events(str(out)))  # type: ignore[call-arg]
+    register_family(Study.model_construct(out=str(out)), plan, Events(str(out)))  # type: ignore[call-arg]
+    assert len((out / "events.jsonl").read_text().splitlines()) == 1
+    evidence = gather(str(out), QUICK)
+    assert (evidence.family, evidence.dropped) == (1, [])
+    (out / "plan.json").write_text(json.dumps(unknown))
+    assert gather(str(out), QUICK).dropped == []
+
+
+def test_does_not_repeat_sentences_that_do_not_say_of_what_they_are(tmp_path: Path) -> None:
+    """Two drawn sources speak of methods, one checkpoint of its weights."""
+    out = make(tmp_path, {"random": 0.0, "drawn": 2.0, "simclr": 1.0}, seeds=3, images=100)
+    for cell in finished(str(out)):
+        if cell.source != "simclr":
+            Path(cell.url, "result.json").write_text(json.dumps(cell.result | {"source_seed": cell.seed}))
+    evidence = gather(str(out), QUICK)
+    assert "drawn beats random on phantom-chest (methods): +" in evidence.answer()
+    assert "simclr beats random on phantom-chest (these weights): +" in evidence.answer()
+    assert reports._scope(evidence).startswith("Each sentence says whether it is about encoders (these weights) or methods.")
+
+
+def test_does_not_repeat_not_declared_beside_a_claim_that_holds(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 2.0}, seeds=4, images=150)
+    evidence = claimed(out, claim())
+    assert evidence.ledger[0].verdict == "holds"
+    winners = tables.winners(evidence)
+    assert '<a href="#claims">see claims</a>' in winners
+    assert "not declared" not in winners
+    assert "▲" not in tables.matrix(evidence)
+    assert '<a href="#claims">claims</a>' in tables.matrix(evidence)
+
+
+def test_does_not_repeat_certainty_over_the_baseline_as_certainty_of_the_lead(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.5, "simclr-sup": 1.5}, seeds=3, images=200)
+    evidence = gather(str(out), QUICK)
+    said = tables.winners(evidence)
+    assert '<span class="tag good">declared over random</span>' in said
+    order = sorted(
+        ("random", "simclr", "simclr-sup"),
+        key=lambda name: -results.mean_sd(c.value("auroc_mean", "val") for c in evidence.cells if c.source == name)[0],
+    )
+    a, b = ([held for c in evidence.cells if c.source == name and (held := scores(c))] for name in order[:2])
+    assert f"{effect(compare(a, b, 'auroc_mean', bootstrap=QUICK), '').replace('  ', ' ')} over {order[1]}, full" in said
+
+
+def test_does_not_repeat_a_green_lead_of_what_is_under_its_floor(tmp_path: Path) -> None:
+    evidence = gather(str(make(tmp_path, {"random": 0.0, "simclr": 1.5}, seeds=3, images=200)), QUICK)
+    evidence.floors = StudyFloors(evidence, {("phantom-chest", 1.0): {"pixels": {"auroc_mean": 0.999}}}, [])
+    said = tables.winners(evidence)
+    assert "under floor 0.999 (pixels)" in said
+    assert "tag good" not in said
+    assert evidence.answer().startswith("2 of 2 results are under a floor: ")
+
+
+def test_does_not_repeat_architectures_and_sizes_as_a_deviation_over_seeds(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=4, fractions=(1.0, 0.1), images=60)
+    plan = json.loads((out / "plan.json").read_text())
+    for cell in finished(str(out)):
+        changed = {"resolution": 96 if cell.seed % 2 else 48, "architecture": "resnet50" if cell.seed > 1 else "resnet18"}
+        Path(cell.url, "result.json").write_text(json.dumps(cell.result | changed))
+        next(row for row in plan if row["key"] == cell.key).update(changed)
+    (out / "plan.json").write_text(json.dumps(plan))
+    evidence = gather(str(out), QUICK)
+    drawn = sections._by_fraction(evidence, sections.colours(evidence))
+    titles = [one[one.index("<title") :].partition(">")[2].partition("<")[0] for one in drawn]
+    assert titles == [f"phantom-chest, full, resnet{of}, {px} px" for of in (18, 50) for px in (48, 96)]
+    of = [c for c in evidence.cells if (c.source, c.fraction, c.architecture, c.resolution) == ("simclr", 0.1, "resnet18", 48)]
+    assert f"simclr: {of[0].value('auroc_mean'):.3f} at 10 %, " in drawn[0]
+
+
+def test_does_not_repeat_what_one_seed_could_detect(tmp_path: Path) -> None:
+    evidence = gather(str(make(tmp_path, {"random": 0.0, "simclr": 2.0}, seeds=1, images=100)), QUICK)
+    (finding,) = evidence.findings
+    assert np.isfinite(finding.comparison.detectable)
+    assert f">{finding.comparison.detectable:.3f}</td>" not in tables.findings(evidence)
+    assert significance(evidence)["detectable"].isna().all()
+    assert "with one seed there is none" in reports.METHOD
+
+
+def test_does_not_repeat_one_mark_where_two_comparisons_are_declared(tmp_path: Path) -> None:
+    evidence = gather(str(make(tmp_path, {"random": 0.0, "simclr": 1.0, "simclr-sup": 3.0}, seeds=4, images=200)), QUICK)
+    assert {f.b for f in evidence.findings if f.a == "simclr-sup" and f.declared} == {"random", "simclr"}
+    said = tables.matrix(evidence)
+    assert said.count("▲ above random") == 2
+    assert said.count("▲ above simclr") == 1
+
+
+def test_does_not_repeat_tables_of_sources_that_were_withdrawn(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, strategies=("full", "linear"), seeds=2, images=60)
+    evidence = gather(str(out), QUICK)
+    text_of(evidence)
+    folder = out / "report"
+    (folder / "compare-other.html").write_text("another report's")
+    first = {path.name for path in folder.rglob("*.*")}
+    assert {"truncated-phantom-chest-simclr-resnet18-48.md", "secondary.csv"} <= first
+    plan = [row for row in json.loads((out / "plan.json").read_text()) if row["source"] == "random" and row["strategy"] == "full"]
+    (out / "plan.json").write_text(json.dumps(plan))
+    text_of(gather(str(out), QUICK))
+    second = {path.name for path in folder.rglob("*.*")}
+    assert not {name for name in second if "simclr" in name}
+    assert "secondary.csv" not in second
+    assert second < first
+    assert "compare-other.html" in second

@@ -200,5 +200,9 @@ def test_ranks_of_incomplete_and_equal_tables_are_truthful() -> None:
     assert ranks(held[["+m", "+cf"]]).why == "Friedman's test is of three sources or more"
     assert ranks(held[["+m"]]).why == "fewer than two sources"
     assert ranks(pd.DataFrame({"a": [math.nan], "b": [1.0]})).why == "no setting has every source"
+    two = ranks(pd.DataFrame({"a": [3.0, 3.0], "b": [2.0, 2.0], "c": [1.0, 1.0]}))
+    assert (math.isnan(two.p), two.why) == (True, "Friedman's test is refused: of 3 sources in 2 settings its smallest p is 0.14")
+    assert list(two.average) == ["a", "b", "c"]
+    assert math.isfinite(ranks(pd.DataFrame({"a": [3.0] * 3, "b": [2.0] * 3, "c": [1.0] * 3})).p)
     apart = ranks(pd.DataFrame({"a": [3.0] * 9, "b": [2.0] * 9, "c": [1.0] * 9}))
     assert apart.cliques == [("a", "b"), ("b", "c")]

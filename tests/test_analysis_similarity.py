@@ -315,6 +315,16 @@ def test_a_constant_channel_is_dead_however_large_beside_small_ones() -> None:
     assert found.values["cca"] == pytest.approx(sim.cca(x, y), abs=1e-8)
 
 
+def test_a_channel_below_the_cut_is_no_direction_and_not_dead() -> None:
+    x, y = planted(100, 4, 3, 0.5, 1)
+    tiny = np.concatenate([x, rng("tiny").normal(size=(100, 1)) * 1e-7], 1)
+    found = sim.similarity(tiny, y)
+    assert (found.dead, found.rank) == ((0, 0), (4, 3))
+    assert found.values["cca"] == pytest.approx(sim.cca(x, y), abs=1e-8)
+    exact = sim.similarity(tiny, y, exact=True)
+    assert (exact.dead, exact.rank) == ((0, 0), (5, 3))
+
+
 def test_no_live_channel_is_an_error() -> None:
     with pytest.raises(WorkError, match="no channel ever changes"):
         sim.cka(np.ones((20, 3)), planted(20, 2, 2, 0, 1)[0])
@@ -368,6 +378,23 @@ def test_frequencies_make_up_the_plane(size: tuple[int, int]) -> None:
     assert sum(weights) == size[0] * size[1]
     energy = sum(weight * float(view[0].square().sum()) for view, weight in zip(views, weights, strict=True))
     assert energy == pytest.approx(float(maps.square().sum()))
+
+
+@pytest.mark.parametrize(("large", "small"), [((6, 6), (3, 4)), ((6, 6), (4, 3)), ((6, 6), (4, 4)), ((4, 8), (4, 4)), ((5, 6), (6, 5))])
+def test_frequencies_of_maps_of_two_sizes_are_those_of_the_whole_plane(large: tuple[int, int], small: tuple[int, int]) -> None:
+    """Each frequency from minus to plus half of the smaller sides by itself, by definition."""
+    draw = rng("two sizes", *large, *small)
+    x, y = (draw.normal(size=(60, 3, *size)) for size in (large, small))
+    h, w = min(large[0], small[0]), min(large[1], small[1])
+    spectra = [np.fft.fft2(one) for one in (x, y)]
+    found = []
+    for fy in range(-((h - 1) // 2), h // 2 + 1):
+        for fx in range(-((w - 1) // 2), w // 2 + 1):
+            sides = [one[:, :, fy % one.shape[2], fx % one.shape[3]] for one in spectra]
+            one, other = (np.concatenate([side.real, side.imag], 1) for side in sides)
+            found.append(cka_by_definition(one, other, False))
+    assert len(found) == h * w
+    assert sim.similarity(x, y, spatial="dft").values["cka"] == pytest.approx(np.mean(found), abs=1e-10)
 
 
 def test_dft_does_not_mind_a_shifted_network() -> None:

@@ -15,6 +15,7 @@ from made_study import CLAIM, claim, make, write_claims
 from scipy import stats
 
 from analysis.claims import Claim, load_claim
+from analysis.components import Parts
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
 from analysis.ledger import LEAST_EVALUATIONS, Entry
@@ -113,6 +114,17 @@ def test_verdicts(expect: str, estimate: float, se: float, verdict: str) -> None
     assert entry(expect, estimate, se).verdict == verdict
 
 
+@pytest.mark.parametrize(("expect", "sign"), [("greater", 1), ("less", -1)])
+def test_a_claim_that_holds_under_its_margin_says_that_it_is_of_its_direction(expect: str, sign: int) -> None:
+    under, over = (entry(expect, sign * estimate, 0.005) for estimate in (0.025, 0.05))
+    assert (under.verdict, over.verdict) == ("holds", "holds")
+    assert (under.direction_only, over.direction_only) == (True, False)
+    assert under.why.endswith(f"; of its direction: a difference of {sign * 0.02:+g} is not shown")
+    assert "holds in direction for these encoders" in under.sentence()
+    assert "direction" not in over.sentence()
+    assert not entry("equivalent", 0.001, 0.005).direction_only
+
+
 @given(st.sampled_from(["greater", "less", "equivalent"]), st.floats(-0.2, 0.2), st.floats(1e-4, 0.2), st.integers(1, 40))
 def test_more_claims_never_turn_one_into_holding_and_never_change_a_failure(expect: str, estimate: float, se: float, family: int) -> None:
     alone, among = entry(expect, estimate, se), entry(expect, estimate, se, family=family)
@@ -151,9 +163,12 @@ def test_what_a_claim_would_take_is_enough() -> None:
     seeds = int(words.split()[0])
     assert seeds > 5
     of_seed, of_patients = short.comparison.seed_variance * 5, short.comparison.patient_variance
-    se = math.sqrt(of_seed / seeds + of_patients)
-    power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, 0.02 / se)
-    assert power > 0.78
+    drawn = np.random.default_rng(0)
+    found = of_seed / seeds * drawn.chisquare(seeds - 1, 2_000) / (seeds - 1)
+    parts = [Parts(float(seed_part), seeds - 1, of_patients, short.comparison.patients - 1) for seed_part in found]
+    away = drawn.normal(0.02, math.sqrt(of_seed / seeds + of_patients), 2_000)
+    held = [estimate > part.critical(0.025) * part.se for estimate, part in zip(away, parts, strict=True)]
+    assert np.mean(held) > 0.78
     assert entry("greater", 0.05, 0.01).needs() == ""
     assert needs("equivalent", 0.0, 0.02, of_seeds=0.02).endswith("times the test patients")
 

@@ -25,7 +25,7 @@ from base import storage
 from base.errors import RequestError
 from base.paths import ROOT
 from cluster import analyses
-from cluster.analyses import NODES, analyse, run_analyses
+from cluster.analyses import NODES, analyse, of_study, run_analyses
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.plan import Packed
@@ -64,6 +64,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, phantom_chest: str) -> Study
     for config in tiny_study.cells(made, corpora, weights):
         run(config, LocalContext(dir=str(folder / "work")))
     (folder / "out" / "study.yaml").write_text((folder / "study.yaml").read_text())
+    (folder / "out" / "accuracy.csv").write_text("source,accuracy\nrandom,0.1\none,0.6\ntwo,0.7\n")
     return made
 
 
@@ -135,6 +136,24 @@ def test_efficiency_and_transferability_are_of_every_source(analysed: Study) -> 
     ranks = pd.read_csv(Path(held["transferability"].url, "correlation.csv"), dtype=str)
     assert ranks.loc[ranks["guess"] == "LogME", "sources"].tolist() == ["3"]
     assert ranks.loc[ranks["guess"] == "LogME", "Spearman"].astype(float).abs().le(1).all()
+
+
+def test_accuracies_are_kept_with_the_study_and_held_against_its_results(analysed: Study, tmp_path: Path) -> None:
+    held = {one.analysis.kind: one for one in standing(analysed.out)}["accuracy"]
+    (listed,) = (listed for listed in held.analysis.tables if listed.file == "correlation.csv")
+    assert [row[-1] for row in listed.rows] == ["3"]
+    out = tmp_path / "out"
+    shutil.copytree(analysed.out, out, ignore=shutil.ignore_patterns("encoder"))
+    (tmp_path / "mine.csv").write_text("source,accuracy\nrandom,0.9\none,0.6\ntwo,0.7\n")
+    of_study(str(out), ["accuracy"], str(tmp_path / "mine.csv"))
+    assert (out / "accuracy.csv").read_text() == (tmp_path / "mine.csv").read_text()
+    newest = {one.analysis.kind: one for one in standing(str(out))}["accuracy"]
+    assert newest.analysis.key != held.analysis.key
+    points = pd.read_csv(Path(newest.url, "accuracy.csv"))
+    assert dict(zip(points["source"], points["accuracy"], strict=True)) == {"random": 0.9, "one": 0.6, "two": 0.7}
+    (out / "accuracy.csv").unlink()
+    with pytest.raises(RequestError, match="no such file"):
+        analyse(str(out), "accuracy")
 
 
 def test_the_report_shows_them_and_says_what_is_missing(analysed: Study) -> None:

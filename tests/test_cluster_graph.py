@@ -352,7 +352,7 @@ def test_what_a_lost_dataset_takes_with_it_is_said_once_for_each_result(tmp_path
 def test_a_pretraining_that_failed_is_no_failed_cell(packed: Study, capsys: pytest.CaptureFixture[str]) -> None:
     failed = {"pretrain simclr": "not finite", "phantom-chest random linear seed 0 (0123)": "no memory"}
     counts = {"cells_kept": 0, "cells_new": 3, "cells_failed": 1, "restarts": 0, "deaths": 0}
-    _closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer="", low=""))
+    _closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer=""))
     assert "cells     0 kept, 3 new, 1 failed" in capsys.readouterr().out
 
 

@@ -105,7 +105,7 @@ def test_the_server_holds_one_finished_run_a_cell_and_the_champion(services: Ser
     assert len(runs) == len(cells) + 2
     (pretrained,) = [found for found in runs if found.data.tags.get("allograft.kind") == "pretrain"]
     assert {found.data.tags["mlflow.source.git.commit"] for found in runs if found.data.tags.get("allograft.kind")} == {"as-submitted"}
-    reached = pretrained.data.metrics["phantom-chest/linear/test_auroc_mean"]
+    reached = pretrained.data.metrics["phantom-chest/linear/32 px/test_auroc_mean"]
     of_simclr = [row for row in _rows(OUT) if (row["source"], row["split"], row["metric"]) == ("simclr", "test", "auroc_mean")]
     assert reached == pytest.approx(sum(float(row["value"]) for row in of_simclr) / 3, abs=1e-9)
     champion = client.get_model_version_by_alias("tiny", "champion")

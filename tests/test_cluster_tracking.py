@@ -28,36 +28,66 @@ def result(source: str, task: str = "t", seed: int = 0, value: float = 0.5, **ch
         for split in ("val", "test")
         for label, metric in (("", "auroc_mean"), ("", "auprc_mean"), ("nodule", "auroc"))
     ]
-    base = {"task": task, "strategy": "linear", "fraction": 1.0, "source": source, "seed": seed, "metrics": rows}
+    base = {"task": task, "strategy": "linear", "options": {}, "fraction": 1.0, "source": source, "seed": seed, "metrics": rows}
+    base |= {"architecture": "resnet18", "resolution": 64}
     return {**base, "selection": {"metric": "auroc_mean", "epoch": 3}, "own_source": False, **changes}
 
 
 def test_an_encoder_is_told_what_its_cells_reached_and_by_how_much_more_than_random() -> None:
     mine = [result("a", seed=0, value=0.7), result("a", seed=1, value=0.9)]
     other = [result("random", seed=0, value=0.5), result("random", seed=1, value=0.6)]
-    told = facts.downstream(mine, mine + other)
-    assert told["t/linear/test_auroc_mean"] == pytest.approx(0.8)
-    assert told["t/linear/test_auroc_mean_over_random"] == pytest.approx(0.25)
-    assert told["t/linear/tested_cells"] == 2
+    told = facts.downstream(mine, mine + other, "random")
+    assert told["t/linear/64 px/test_auroc_mean"] == pytest.approx(0.8)
+    assert told["t/linear/64 px/test_auroc_mean_over_random"] == pytest.approx(0.25)
+    assert told["t/linear/64 px/tested_cells"] == 2
     assert not any("auprc" in name or "nodule" in name for name in told)
+
+
+@pytest.mark.parametrize("other", [{"architecture": "cbr_tiny"}, {"fraction": 0.1}, {"resolution": 224}, {"options": {"k": 5}}])
+def test_random_weights_of_another_setting_are_no_baseline(other: dict[str, Any]) -> None:
+    mine, like = [result("a", value=0.78)], result("random-a", value=0.70)
+    unlike = result("random-a", value=0.90, **other)
+    told = facts.downstream(mine, [*mine, like, unlike], "random-a")
+    assert told["t/linear/64 px/test_auroc_mean_over_random"] == pytest.approx(0.08)
+    assert not any("over_random" in name for name in facts.downstream(mine, [*mine, unlike], "random-a"))
+
+
+def test_cuts_and_resolutions_of_one_encoder_are_not_averaged() -> None:
+    mine = [
+        result("a", value=value, strategy="truncated", options={"cut": cut, "head": "pooled"}, resolution=side)
+        for cut, side, value in (("layer1", 64, 0.6), ("layer3", 64, 0.8), ("layer3", 224, 0.9))
+    ]
+    told = {name: value for name, value in facts.downstream(mine, mine, None).items() if name.endswith("test_auroc_mean")}
+    assert told == {
+        "t/truncated cut layer1 head pooled/64 px/test_auroc_mean": pytest.approx(0.6),
+        "t/truncated cut layer3 head pooled/64 px/test_auroc_mean": pytest.approx(0.8),
+        "t/truncated cut layer3 head pooled/224 px/test_auroc_mean": pytest.approx(0.9),
+    }
 
 
 def test_what_must_not_count_for_an_encoder_does_not() -> None:
     whole = result("a", value=0.7)
     others = [result("a", value=0.1, fraction=0.1), result("a", value=0.1, own_source=True), result("a", value=0.1, shuffle_labels=True)]
-    assert facts.downstream([whole, *others], [whole, *others]) == facts.downstream([whole], [whole])
+    assert facts.downstream([whole, *others], [whole, *others], None) == facts.downstream([whole], [whole], None)
 
 
 def test_exposed_cells_count_where_the_study_ranks_them() -> None:
     plain, seen = result("a", seed=0, value=0.6), result("a", seed=1, value=0.8, exposed_to=["nih-cxr14"])
-    assert facts.downstream([plain, seen], [plain, seen])["t/linear/test_auroc_mean"] == pytest.approx(0.6)
-    assert facts.downstream([plain, seen], [plain, seen], "ranked")["t/linear/test_auroc_mean"] == pytest.approx(0.7)
+    assert facts.downstream([plain, seen], [plain, seen], None)["t/linear/64 px/test_auroc_mean"] == pytest.approx(0.6)
+    assert facts.downstream([plain, seen], [plain, seen], None, "ranked")["t/linear/64 px/test_auroc_mean"] == pytest.approx(0.7)
 
 
 def test_a_metric_that_is_not_defined_is_left_out() -> None:
     rows = [{"split": "test", "class": "", "metric": "auroc_mean", "unit": "fraction", "value": None, "n": 0}]
     assert facts.headline(result("a", metrics=rows)) == {}
     assert facts.curves({"epoch": 1, "train_loss": float("nan"), "val_loss": 0.5, "event": "health"}) == {"training/val_loss": 0.5}
+
+
+def test_what_a_search_ran_is_named_apart_from_cells() -> None:
+    config = {"task": {"task": "t"}, "source": "a", "strategy": {"name": "full"}, "fraction": 1, "seed": 0}
+    for role, kind, name in (("cell", "cell", "t"), ("trial", "trial", "trial of t"), ("similarity", "similarity", "similarity of t")):
+        assert facts.kind("cells", config | {"role": role}) == kind
+        assert facts.name("cells", config | {"role": role}) == f"{name} a full seed 0"
 
 
 def test_pages_link_to_both_tables_and_choose_their_columns() -> None:
@@ -307,7 +337,11 @@ def test_a_replay_shows_what_is_planned_and_reads_each_result_once(tmp_path: Pat
     again.close(ok=True)
     table = again.client.load_table(again.experiment, "tables/results.json", extra_columns=["run_id"])
     assert sorted(table.loc[table["run_id"] == again.parent, "seed"]) == [0, 1]
-    assert sorted(url for url in reads if "/cells/0" in url) == [str(out / "cells" / key / "result.json") for key in keys[:2]]
+    of_cells = [url for url in reads if "/cells/0" in url]
+    assert sorted(url for url in of_cells if not url.endswith("config.yaml")) == [
+        str(out / "cells" / key / "result.json") for key in keys[:2]
+    ]
+    assert sum(url.endswith("config.yaml") for url in of_cells) == 1  # of one source: is it of random weights?
     assert set(again.cells()) == set(keys[:2])
     (out / "plan.json").unlink()
     assert set(again.cells()) == set(keys)

@@ -157,7 +157,13 @@ def test_the_same_images_are_shown_for_every_strategy(tmp_path: Path, task: str)
             assert arrays.target[at, trainer.task.labels.index(label)] == 1
     drawn = heat.figure(held)
     FigureCanvasAgg(drawn).draw()
-    assert len(drawn.axes) == 4 * (1 + len(held))
+    assert len(drawn.axes) == 3 * (1 + len(held))
+    loss = {str(key): wrong for key, wrong in zip(full["ids"], (3, 9, 4, 8, 1, 7, 2, 6), strict=True)}
+    drawn = heat.figure(held, loss)
+    first = drawn.axes[:: 1 + len(held)]
+    assert [one.get_ylabel().splitlines()[0] for one in first] == ["worst", "median", "best"]
+    for one, at in zip(first, (1, 2, 4), strict=True):  # of losses 9, 4 and 1
+        assert (one.images[0].get_array() == full["image"][at]).all()
     with pytest.raises(ValueError, match="no image in common"):
         heat.figure({"a": full, "b": full | {"ids": np.array(["other"] * SHOWN)}})
 
@@ -176,3 +182,10 @@ def test_the_report_shows_what_cells_kept(tmp_path: Path) -> None:
     assert "Grad-CAM of random full" in made
     assert "linear" not in made
     assert "data:image/png;base64," in made
+    assert "the first" not in made
+    with np.load(tmp_path / "full" / "heat.npz") as arrays:
+        loss = {str(key): 0.0 for key in arrays["ids"]}
+    many = [Cell(cells[0].url, cells[0].result | {"source": f"s{n}"}) for n in range(8)]
+    made = heat.section(many, loss)
+    assert "the worst, the median and the best by the loss of the best cell on validation; the first 6 of 8 that kept them." in made
+    assert "the worst" not in heat.section(many, {"a study": 0.0})  # whose images have no loss of their own

@@ -73,6 +73,20 @@ def test_nothing_is_wider_than_the_window_and_it_can_be_read(page: Page, width: 
     assert (tmp_path / "shot.png").stat().st_size > 10_000
 
 
+def test_what_is_folded_away_is_printed(browser: Browser, out: Path) -> None:
+    page = browser.open((out / "report" / "index.html").as_uri())
+    closed = "Array.from(document.querySelectorAll('details')).filter(function (one) { return !one.open; }).length"
+    before = page.run(closed)
+    assert before > 0
+    printed = page.call("Page.printToPDF")["data"]
+    page.run("dispatchEvent(new Event('beforeprint')), 0")
+    assert page.run(closed) == 0
+    page.run("dispatchEvent(new Event('afterprint')), 0")
+    assert page.run(closed) == before
+    page.run("document.querySelectorAll('details').forEach(function (one) { one.remove(); }), 0")
+    assert len(page.call("Page.printToPDF")["data"]) < 0.95 * len(printed)
+
+
 def test_two_studies_beside_each_other(browser: Browser, out: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "other", {"random": 0.0, "simclr": 1.5}, tasks={"phantom-chest": "classification"}, seeds=4, images=120)
     url = compare_studies(str(out), str(other), QUICK)
@@ -92,5 +106,9 @@ def test_what_is_wrong_with_a_page_is_found(browser: Browser, out: Path, tmp_pat
     said = "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
     for word in ("console: ", "request: http://127.0.0.1:1/x.png", "without words: <img", "reference to nothing: nowhere", "px wide in"):
         assert word in said
+    rows = "".join(f"<tr><td>{n:,}</td></tr>" for n in (9_000, 23_508_032, 464_154))
+    commas = f'<table class="sortable"><thead><tr><th><button>parameters</button></th></tr></thead><tbody>{rows}</tbody></table>'
+    (tmp_path / "index.html").write_text(text.replace("<main>", f"<main>{commas}", 1))
+    assert "does not sort: table 0, parameters" in wrong(browser.open((tmp_path / "index.html").as_uri()))
     (tmp_path / "index.html").write_text(text.replace("a, b) {", "a, b) { return 0;"))
     assert "does not sort: table" in "\n".join(wrong(browser.open((tmp_path / "index.html").as_uri())))
