@@ -294,9 +294,15 @@ def official_views() -> dict[str, ViewsConfig]:
 
 
 @pytest.mark.parametrize(("name", "cfg"), official_views().items())
+def test_official_views_are_those_of_the_papers_recipe(name: str, cfg: ViewsConfig) -> None:
+    recipe = yaml.safe_load((ROOT / "pretrain" / "recipes" / name / "paper.yaml").read_text())
+    assert ViewsConfig.model_validate(recipe["views"]) == cfg
+
+
+@pytest.mark.parametrize(("name", "cfg"), official_views().items())
 @pytest.mark.parametrize("channels", [1, 3])
 def test_official_views_are_made_of_grey_and_colour(name: str, cfg: ViewsConfig, channels: int) -> None:
-    expected = {"swav": [224] * 2 + [96] * 6, "dino": [224] * 2 + [96] * 6, "mae": [224], "pirl": [224] + [64] * 9}
+    expected = {"swav": [224] * 2 + [96] * 6, "dino": [224] * 2 + [96] * 8, "mae": [224], "pirl": [224] + [64] * 9}
     expected |= {"infomin": [224] * 2 + [64] * 9}
     views, _ = make(picture(0, 320, channels), None, cfg, (0, 0, 0))
     assert [view.shape for view in views] == [(side, side, channels) for side in expected.get(name, [224, 224])]
