@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import psutil
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE_S = 30.0
@@ -152,6 +153,8 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self._loop.run_until_complete(self._session.close())
         self._loop.close()
+        helpers = psutil.Process(self._process.pid).children(recursive=True)
         self._process.terminate()
         self._process.wait(10)
+        psutil.wait_procs(helpers, 10)  # they write into the profile to their end
         self._profile.cleanup()
