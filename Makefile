@@ -1,4 +1,5 @@
-# make demo: the main job on generated images.  make test: all tests but those of some minutes each (make test-long).  Each makes .venv first.
+# make demo: the main job on generated images.  make test: all tests but those of half a minute or more; make test-all: these too, as CI does;
+# make test-long: the few that take minutes each.  Each makes .venv first.
 PY := .venv/bin/python
 STAMP := .venv/.allograft-setup
 ROOMS := base shards encoders engine analysis finetune pretrain cluster
@@ -7,7 +8,7 @@ JOBS ?= 2
 # Without compiled modules every worker of every run compiles some 900 files again: 5 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo demo-chaos test test-long lint lock format
+.PHONY: setup demo demo-chaos test test-all test-long lint lock format
 
 setup: $(STAMP)
 
@@ -25,6 +26,9 @@ demo-chaos: setup
 	@$(PY) benchmarks/chaos_demo.py
 
 test: setup
+	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
+
+test-all: setup
 	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: setup

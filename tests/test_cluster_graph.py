@@ -413,6 +413,7 @@ def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
     assert results.planned(packed.out)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("on_head")

@@ -23,7 +23,7 @@ from cluster.load import load_study
 from cluster.run import run
 from engine.context import LocalContext
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
 
 
 def test_every_service_of_the_compose_file_is_healthy(services: Services) -> None:

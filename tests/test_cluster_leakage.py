@@ -98,6 +98,7 @@ def test_a_finding_stops_the_study_and_can_be_left_out(leaky: Study) -> None:
     assert [(row["corpus"]["split"], row["same_pixels"]) for row in summary["own"]] == [("train", LEAKED)]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("on_head")

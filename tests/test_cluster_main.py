@@ -20,7 +20,7 @@ from cluster.load import load_study
 from cluster.run import Summary, run, sync
 from cluster.study import Study
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def make(folder: Path, **changes: object) -> Study:

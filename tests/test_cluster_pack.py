@@ -13,6 +13,7 @@ from shards.card import load_card
 from shards.pack import pack
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_killed_pack_goes_on_to_the_same_bytes(head: str, tmp_path: Path) -> None:

@@ -419,6 +419,7 @@ def test_one_cell_is_guided_as_well(tmp_path: Path, phantom_chest: str) -> None:
         finetune_study("phantom-chest", [word.replace("halving", "random") for word in words])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("on_head")

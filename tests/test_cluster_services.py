@@ -16,7 +16,7 @@ from base import storage
 from base.errors import RequestError
 from cluster.mlflow_store import require_server
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.mark.skipif(postgres() is None, reason="needs PostgreSQL: apt-get install postgresql")

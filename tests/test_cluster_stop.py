@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
 COMMAND = [
     *(sys.executable, "-m", "cluster", "pretrain", "simclr/smoke", "data.phantom-chest.raw=phantom:300", "architecture=test_resnet"),
     *("resources.pretrain_workers=1", "settings.max_steps=null", "settings.epochs=400"),

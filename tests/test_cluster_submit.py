@@ -24,7 +24,7 @@ from base.errors import RequestError
 from base.paths import ROOT
 from cluster import submit
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 CELL = {**tiny_study.SMALLER["cells"], "sources": ["random"], "architectures": ["test_resnet"]}
 STUDY = {**tiny_study.SMALLER, "pretrain": [], "cells": CELL}
 DIVERGES = {**STUDY, "cells": {**CELL, "task_settings": {"phantom-chest": {"linear.epochs": 3, "linear.lr": 1e30}}}}

@@ -189,6 +189,7 @@ ALONE = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "bash", "-c"]  #
 ALLOWED = subprocess.run([*ALONE, "mount -t tmpfs none /mnt && ip link set lo up"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not ALLOWED, reason="namespaces need privileges, and without one `ray stop` would end every Ray of this machine")

@@ -163,6 +163,7 @@ def runs(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_resumed_is_bit_identical(runs: Path, chosen: list[str], name: str) -> None:
     """From the checkpoint of step 6 of 8, in the second epoch; test_pretrain_run.py has runs that are asked to stop there."""

@@ -26,6 +26,7 @@ from pretrain.recipe import load_recipe
 from pretrain.run import PretrainConfig, run
 
 # What has to survive: nothing but weights, a teacher, a queue, a bank by sample id, clusters of an epoch.
+pytestmark = pytest.mark.slow
 FAMILIES = {"none": "barlow-twins", "EMA": "byol", "queue": "moco-v2", "bank": "insdis", "clusters": "deepcluster-v2"}
 SHORT = {"epochs": 4, "global_batch": 20, "max_steps": 10, "checkpoint_every_steps": 3, "log_every_steps": 1}
 ALONE = {"start_from": None, "start_from_sha256": None, "start_from_name": None}
