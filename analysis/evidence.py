@@ -113,9 +113,11 @@ class Evidence:
     @cached_property
     def numberless(self) -> set[str]:
         """Keys of finished cells without a number in their task's headline metric on test images."""
-        tasks = results.by(self.cells, "task").values()
-        held = [(results.headline(cells) or "", cell) for cells in tasks for cell in cells]
-        return {cell.key for metric, cell in held if not math.isfinite(cell.value(metric))}
+        lost: set[str] = set()
+        for cells in results.by(self.cells, "task").values():
+            metric = results.headline(cells) or ""
+            lost |= {cell.key for cell in cells if not math.isfinite(cell.value(metric))}
+        return lost
 
     @cached_property
     def _failed_beside(self) -> dict[str, int]:

@@ -54,6 +54,8 @@ def svg(name: str, title: str, text: str, width: float, height: float, draw: Cal
         "grid.alpha": 0.5,
         "legend.frameon": False,
         "axes.prop_cycle": cycler(color=SERIES),
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
     }
     with matplotlib.rc_context(settings):
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -61,13 +63,13 @@ def svg(name: str, title: str, text: str, width: float, height: float, draw: Cal
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         figure, layout = Figure(figsize=(width, height)), ConstrainedLayoutEngine()
-        FigureCanvasSVG(figure)
+        canvas = FigureCanvasSVG(figure)
         figure.set_layout_engine(layout)
         draw(figure)
         layout.execute(figure)
-        figure.set_layout_engine("none")  # laid out once: saving would draw everything a second time for it
+        figure.set_layout_engine("none")  # laid out once: drawing would do it again
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})  # savefig draws everything once more before
     raw = buffer.getvalue()
     raw = raw[raw.index("<svg") :]
     raw = re.sub(r"<metadata>.*?</metadata>", "", raw, count=1, flags=re.S)

@@ -1,7 +1,6 @@
 """The report of a study: one HTML file that opens without a server or a network, with the answer first.
 
 url = report(out)         OUT/report/index.html, results.csv, significance.csv, tables/*.md and *.tex, figures/*.svg
-line = answer(out)        the first line of the report, for the terminal
 
 Works on storage alone (`out` may be a URL), for a study that is empty, running, or partly failed.
 """
@@ -28,11 +27,6 @@ from analysis.evidence import Evidence, gather
 from analysis.findings import significance
 from analysis.tables import esc, in_study, num, short
 from base import storage
-
-
-def answer(out: str) -> str:
-    """The study's answer in words, one line: the same as the report's first."""
-    return gather(out).answer()
 
 
 def report(out: str, evidence: Evidence | None = None) -> str:
@@ -104,7 +98,7 @@ def _tiles(evidence: Evidence) -> str:
 
 
 def _headline(evidence: Evidence) -> str:
-    """The answer, one sentence a line: the same words as `answer`."""
+    """The answer, one sentence a line: the same words as `evidence.answer()`."""
     lines = evidence.headlines()
     if not evidence.cells or not lines:
         return esc(evidence.answer())

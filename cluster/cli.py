@@ -267,11 +267,12 @@ def report(
         print(f"report    {compare_studies(one, two)}")
         return
     url = require_study(absolute(outs[0]))  # before the imports: a wrong path is refused at once
-    from analysis.report import answer
+    from analysis.evidence import gather
     from analysis.report import report as write
 
-    print(f"report    {write(url)}")
-    print(answer(url))
+    evidence = gather(url)
+    print(f"report    {write(url, evidence)}")
+    print(evidence.answer())
 
 
 @app.command(epilog=_example("allograft claims runs/claims"))

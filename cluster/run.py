@@ -181,7 +181,7 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     Raises:
         RequestError: no study there.
     """
-    from analysis.report import answer
+    from analysis.evidence import gather
     from cluster.registry import register
 
     study = study_at(out)
@@ -189,7 +189,7 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     projection.update()
     _, champion = register(projection, study)
     projection.write_runs()
-    projection.close(ok=True, words=answer(out))
+    projection.close(ok=True, words=gather(out).answer())
     return len(projection.finished), champion
 
 

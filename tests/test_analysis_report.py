@@ -69,7 +69,7 @@ def test_the_answer_is_a_sentence_for_each_comparison(whole: Path) -> None:
     number = r"0\.\d{2,3}"
     assert re.fullmatch(rf"simclr beats random on phantom-chest \(these weights\): \+{number} AUROC \[{number}, {number}\]", gain)
     assert re.fullmatch(r"random against random-b: no difference \([+-]0\.\d+ AUROC \[-0\.\d+, 0\.\d+\], 0\.\d+ wide\)", control)
-    assert reports.answer(str(whole)).startswith("simclr beats random on phantom-chest (these weights): +0.")
+    assert gather(str(whole)).answer().startswith("simclr beats random on phantom-chest (these weights): +0.")
 
 
 def test_the_page_is_one_file_and_holds_what_it_should(whole: Path) -> None:
