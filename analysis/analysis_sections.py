@@ -44,13 +44,14 @@ METHOD = {
     ),
     "transferability": (
         "Guesses from the frozen features of each source on the task's labelled training images, nothing trained, and whether they order"
-        " the sources as the results on test images do. An order takes at least 3 sources; p is of Spearman's rho over all orders, it"
-        " is uncorrected and declares nothing."
+        " the sources as the results on test images do. Own-source and exposed cells are in no order. An order takes at least 3 sources;"
+        " p is of Spearman's rho over all orders, it is uncorrected and declares nothing."
     ),
     "accuracy": (
         "Whether sources that are better at what they were pretrained for are better on the task: Spearman's rho between each source's"
-        " accuracy, as OUT/accuracy.csv gives it, and its mean on test images, within one task, strategy, share of the labels and"
-        " resolution, and one architecture unless the table names them. p is over all orders, uncorrected, and declares nothing."
+        " accuracy, as OUT/accuracy.csv gives it, and its mean on test images, own-source and exposed cells left out, within one task,"
+        " strategy, share of the labels and resolution, and one architecture unless the table names them. p is over all orders,"
+        " uncorrected, and declares nothing."
     ),
 }
 

@@ -58,7 +58,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Rank:
     n = len(held)
     if n < FEWEST:
         return Rank(n, why=f"{n} sources: an order takes {FEWEST}")
-    if held.std(0).min() == 0:
+    if np.ptp(held, axis=0).min() == 0:  # of equal numbers the standard deviation may be that of rounding
         return Rank(n, why="all sources are alike on one side")
     ranks = stats.rankdata(held, axis=0)
     one, other = ((ranks - ranks.mean(0)) / np.sqrt(((ranks - ranks.mean(0)) ** 2).sum(0))).T

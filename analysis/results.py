@@ -215,6 +215,12 @@ def read_yaml(url: str) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def counted(out: str, cells: Iterable[Cell]) -> list[Cell]:
+    """Cells that sources may be ranked by: not of labels that theirs has seen nor, unless the study ranks them, of images it may have."""
+    exposed = read_study(out).get("exposed") == "ranked"
+    return [cell for cell in cells if not cell.own_source and (exposed or not cell.exposed_to)]
+
+
 def read_rows(url: str) -> list[dict[str, Any]]:
     """Rows of a .jsonl file; no file, no rows."""
     raw = storage.read_or_none(url)

@@ -35,7 +35,7 @@ from cluster.outs import require_study
 from cluster.sources import cell_config
 from cluster.study import Study
 
-VERSION = 2  # raised by whoever changes what an analysis computes or draws
+VERSION = 3  # raised by whoever changes what an analysis computes or draws
 GROUPS = 12  # settings that are drawn, and of similarity computed; tables of the others are whole
 IMAGES = {"cpu": 500, "cuda": 2000}  # of a probe
 ROWS = 2000  # training images that transferability is guessed from
@@ -241,7 +241,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
                 continue
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
             rows.append({"setting": setting, "source": source, **guesses[source]})
-        for (strategy, options), tried in results.by(held, "strategy", "options").items():
+        for (strategy, options), tried in results.by(results.counted(out, held), "strategy", "options").items():
             metric = tried[0].primary()
             reached = {s: results.mean_sd(c.value(metric) for c in own)[0] for (s,), own in results.by(tried, "source").items() if metric}
             both = [source for source in reached if source in guesses]
@@ -300,7 +300,7 @@ def _probes(out: str) -> dict[str, float]:
 
 
 def _accuracy(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
-    convergence.ranks(cells, storage.join(out, ACCURACY), leaf, most=GROUPS)
+    convergence.ranks(results.counted(out, cells), storage.join(out, ACCURACY), leaf, most=GROUPS)
 
 
 NODES: dict[str, Callable[[str, Sequence[Cell], dict[str, Any], Leaf], None]] = {

@@ -26,15 +26,17 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
     """`allograft analyze convergence`. Raises RequestError where no study stands or no cell has a curve."""
     if by not in get_args(speed.By):
         raise unknown("unit", by, get_args(speed.By), "--by")
-    cells = []
-    for place in outs:
-        cells += results.finished(require_study(absolute(place)))
+    cells, counted = [], []
+    for study in (require_study(absolute(place)) for place in outs):
+        held = results.finished(study)
+        cells += held
+        counted += results.counted(study, held)
     folder = absolute(out)
     leaf = Leaf(folder)
     if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):
         raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
     if accuracy is not None:
-        ranks(cells, absolute(accuracy), leaf)
+        ranks(counted, absolute(accuracy), leaf)
     print(folder)
 
 
@@ -195,6 +197,9 @@ def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | Non
     With a column `architecture` a point is a source in an architecture, and a setting holds all architectures (one corpus, several
     networks). Without it each architecture is a setting of its own. Controls are left out.
 
+    Args:
+        cells: those that sources may be ranked by (`results.counted`).
+
     Raises:
         RequestError: not a CSV of source and accuracy.
     """
@@ -227,7 +232,9 @@ def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | Non
             leaf.draw(f"accuracy-{len(listed)}", f"{title}: accuracy of the source against {metric}", text, drawn, 4.6, 3.2)
     if not listed:
         names = ", ".join(sorted(" ".join(name) for name in known))
-        raise RequestError("fewer than three sources of a setting stand in the table", where=table, hint=names)
+        raise RequestError(
+            "fewer than three sources of a setting stand in the table, own and exposed ones left out", where=table, hint=names
+        )
     if most is not None and len(listed) > most:
         leaf.notes.append(f"Figures of the first {most} of {len(listed)} settings; the tables have all.")
     if without := sorted({" ".join(name) for name in results.by(named, *point) if name not in known}):

@@ -385,6 +385,18 @@ def test_accuracy_is_held_against_results_of_one_share_of_the_labels(tmp_path: P
     assert ranks["Spearman"].tolist() == [1.0]
 
 
+def test_cells_that_prove_nothing_are_in_no_order_of_sources(tmp_path: Path, allograft: Allograft) -> None:
+    sources = ("random", "pretrain:simclr", "pretrain:moco", "saw-labels", "saw-images")
+    out = study(tmp_path / "study", {(source, "full", "{}"): 4.0 for source in sources}, seeds=1)
+    changes: dict[str, dict[str, Any]] = {"3": {"own_source": True}, "4": {"exposed_to": ["nih-cxr14"]}}
+    table = "source,accuracy\nrandom,0.1\nsimclr,0.6\nmoco,0.7\nsaw-labels,0.8\nsaw-images,0.9\n"
+    points, _ = ranked(out, changes, table, allograft)
+    assert set(points["source"]) == {"random", "simclr", "moco"}
+    (out / "study.yaml").write_text((out / "study.yaml").read_text() + "exposed: ranked\n")
+    points, _ = ranked(out, {}, table, allograft)
+    assert set(points["source"]) == {"random", "simclr", "moco", "saw-images"}
+
+
 def test_accuracies_of_one_source_in_several_architectures_are_one_order(tmp_path: Path, allograft: Allograft) -> None:
     out = study(tmp_path / "study", {("imagenet", "full", " " * n + "{}"): 4.0 for n in range(3)}, seeds=1)
     changes: dict[str, dict[str, Any]] = {

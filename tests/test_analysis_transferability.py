@@ -162,3 +162,4 @@ def test_the_correlation_with_real_results_is_scipys_and_few_sources_have_none()
     assert math.isnan(correlation([1, 2], [2, 3]).tau)
     assert "takes 3" in correlation([1, 2], [2, 3]).why
     assert "alike" in correlation([1, 1, 1], [2, 3, 4]).why
+    assert "alike" in correlation([0.1, 0.1, 0.1], [2, 3, 4]).why  # whose standard deviation rounds to more than 0
