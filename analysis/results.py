@@ -235,19 +235,21 @@ def read_study(out: str) -> dict[str, Any]:
 def finished(out: str, held: Mapping[str, Any] | None = None) -> list[Cell]:
     """Finished cells of role `cell`, sorted by what they are. Search trials never open the test split and are left out.
 
-    Where a search chose for a cell, its options are those that were asked for (`cut: auto`): its siblings may have got other ones.
-
     Args:
         held: results by key, as somebody read them before: these alone.
     """
-    root, chosen = storage.join(out, "cells"), {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
-    cells = []
-    for name, result in (_results(root) if held is None else held).items():
-        url = storage.join(root, name)
-        if isinstance(result, dict) and result.get("role", "cell") == "cell":
-            options = {**(result.get("options") or {}), **chosen.get(name, {})}
-            cells.append(Cell(url, {**result, "options": options}))
+    root = storage.join(out, "cells")
+    there = {name: result for name, result in (_results(root) if held is None else held).items() if isinstance(result, dict)}
+    asked = as_asked(out, there).items()
+    cells = [Cell(storage.join(root, name), result) for name, result in asked if result.get("role", "cell") == "cell"]
     return sorted(cells, key=lambda cell: (str(cell.group), cell.source, cell.source_seed, cell.seed, cell.key))
+
+
+def as_asked(out: str, held: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by key. Where a search chose for a cell, its options are those that were asked for (`cut: auto`): its siblings may have got
+    other ones."""
+    chosen = {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
+    return {key: {**result, "options": {**(result.get("options") or {}), **chosen.get(key, {})}} for key, result in held.items()}
 
 
 def _results(root: str) -> dict[str, Any]:

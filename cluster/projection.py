@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
-from analysis.results import Cell, planned, read_study
+from analysis.results import Cell, as_asked, planned, read_study
 from base import storage
 from base.paths import is_url
 from cluster import facts, pages, showcase
@@ -82,7 +82,7 @@ class Projection:
         with ThreadPoolExecutor(WRITERS) as pool:
             read = pool.map(lambda key: storage.read_json(storage.join(root, key, "result.json")), missing)
             self.results.update(zip(missing, read, strict=True))
-        return {key: self.results[key] for key in keys}
+        return as_asked(self.out, {key: self.results[key] for key in keys})
 
     def _describe(self, words: str) -> None:
         """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""

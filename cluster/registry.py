@@ -87,21 +87,22 @@ def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, 
     """An encoder's validation metric on the champion's task: the mean over seeds under the strategy that suits it best, as in the report.
 
     Returns:
-        None where it has no cell there, or only controls and cells on datasets whose labels it has seen.
+        None where it has no cell there, or only controls, cells on datasets whose labels it has seen, and settings of which a cell has no
+        number: those that did not diverge are a selection.
     """
     if study.champion is None:
         return None
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    groups: dict[tuple[Any, ...], list[Any]] = {}
     for cell in cells:
         counts = cell["role"] == "cell" and not cell["own_source"] and not cell.get("shuffle_labels")
         counts = counts and (study.exposed == "ranked" or not cell.get("exposed_to"))
         if not counts or cell["task"] != study.champion.task or cell["encoder_sha256"] != encoder_sha256:
             continue
         for row in cell["metrics"]:
-            if row["split"] == "val" and row["metric"] == study.champion.metric and not row["class"] and row["value"] is not None:
+            if row["split"] == "val" and row["metric"] == study.champion.metric and not row["class"]:
                 how = (cell["strategy"], str(cell["options"]), cell["fraction"], cell["resolution"])
                 groups.setdefault(how, []).append(row["value"])
-    return max((fmean(values) for values in groups.values()), default=None)
+    return max((fmean(values) for values in groups.values() if None not in values), default=None)
 
 
 def promote(name: str, version: str, reason: str, uri: str) -> str:

@@ -173,6 +173,9 @@ def test_controls_own_sources_and_other_strategies_do_not_move_the_champion() ->
     ]
     assert champion_score(study, "e", cells + others) == pytest.approx(0.7)
     assert champion_score(study, "e", others[1:]) is None
+    diverged = result("a", seed=2, **shared)
+    diverged["metrics"] = [{**row, "value": None} for row in diverged["metrics"]]
+    assert champion_score(study, "e", [*cells, others[0], diverged]) == pytest.approx(0.1)  # two seeds of three are no mean
 
 
 # -- the projection of a folder into a store
@@ -243,6 +246,23 @@ def test_a_projection_holds_what_stands_once_and_may_be_repeated(tmp_path: Path)
     assert "http://127.0.0.1:8265" in parent.data.tags["allograft.ray_dashboard"]
     load = again.client.get_metric_history(parent.info.run_id, "system/host-1/cpu_utilization_percentage")
     assert [(point.step, point.value) for point in load] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 0.0)]
+
+
+def test_cells_whose_cuts_a_search_chose_are_one_setting(tmp_path: Path) -> None:
+    """Each seed may have got another cut: the study's own means, and the champion by them, are over all of them."""
+    out = finished_out(tmp_path, 2)
+    keys = [f"{i:016x}" for i in range(2)]
+    for key, cut in zip(keys, ("layer1", "layer3"), strict=True):
+        file = out / "cells" / key / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"strategy": "truncated", "options": {"cut": cut, "head": "pooled"}}))
+    put(out, {"plan.json": json.dumps([{"key": key, "asked": {"cut": "auto"}} for key in keys])})
+    view = Projection(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    view.update()
+    assert [held["options"] for held in view.cells().values()] == [{"cut": "auto", "head": "pooled"}] * 2
+    view.close(ok=True)
+    (run,) = [run for run in view.client.search_runs([view.experiment]) if run.info.run_id in view.encoders.values()]
+    (cells,) = [value for name, value in run.data.metrics.items() if name.endswith("tested_cells")]
+    assert cells == 2
 
 
 def test_a_run_whose_answer_was_lost_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
