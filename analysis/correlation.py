@@ -1,7 +1,7 @@
 """How two rows of numbers go together, one number a source or a pair of runs on each side, with what chance alone would do.
 
 found = correlation(x, y); found.rho.words(2), found.p, found.tau, found.n        # of ranks: which source is the better one
-r_squared(x, y)                                                                   # of the numbers themselves
+pearson(x, y)                                                                     # of the numbers themselves
 """
 
 import math
@@ -82,12 +82,12 @@ def _interval(rho: float, n: int) -> Interval:
     return Interval(rho, math.tanh(centre - half), math.tanh(centre + half))
 
 
-def r_squared(x: Sequence[float], y: Sequence[float]) -> float:
-    """Square of the correlation; NaN where one of the two does not vary or fewer than three pairs are finite."""
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation; NaN where one of the two does not vary or fewer than three pairs are finite."""
     held = _finite(x, y)
     if len(held) < FEWEST or held.std(0).min() < 1e-12:
         return math.nan
-    return float(np.asarray(np.corrcoef(held.T))[0, 1] ** 2)
+    return float(np.asarray(np.corrcoef(held.T))[0, 1])
 
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> NDArray[np.float64]:

@@ -14,23 +14,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.activations import walk
-from analysis.correlation import Interval, r_squared
+from analysis.correlation import Interval, pearson
 from analysis.moments import Spatial, Sums
 from analysis.similarity import MEASURES, THRESHOLD, Similarity, summarise
 from base.errors import RequestError
-from base.seeds import rng
 from encoders.build import Encoder
 from encoders.cuts import Cut, last_of_each
 
 Names = tuple[str, str]
-REPLICATES = 2000
 FEWEST = 3  # runs of a group, under which no interval is given
+FEWEST_OF_LINE = 5  # starts, of R squared
 SAME = 1e-9  # from 1: similarity of equal weights
 POSITIONS = 64  # of a map that are folded: rows far outnumber channels, and the first layers have thousands
 
@@ -168,7 +167,7 @@ def against_random(pretrained: Sequence[str], random: Sequence[str], values: Val
     )
 
 
-def _jackknife(of: Callable[..., float], *groups: Sequence[str]) -> Interval:
+def _jackknife(of: Callable[..., float], *groups: Sequence[Any]) -> Interval:
     """A statistic of groups of runs, its 95 % interval from leaving out one run at a time: a run's own share moves all pairs that it is in.
 
     Student's t with one degree of freedom fewer than the smallest group has runs. Source: Arvesen, Jackknifing U-statistics, Annals of
@@ -187,18 +186,6 @@ def _jackknife(of: Callable[..., float], *groups: Sequence[str]) -> Interval:
     return Interval(estimate, estimate - half, estimate + half)
 
 
-def _again(runs: Sequence[str], draw: np.random.Generator) -> list[str]:
-    return [runs[i] for i in draw.integers(0, len(runs), len(runs))]
-
-
-def _interval(estimate: float, replicates: NDArray[np.float64], enough: bool) -> Interval:
-    held = replicates[np.isfinite(replicates)]
-    if not enough or not len(held):
-        return Interval(estimate)
-    low, high = np.quantile(held, (0.025, 0.975))
-    return Interval(estimate, float(low), float(high))
-
-
 @dataclass(frozen=True)
 class StartAgainstEnd:
     """Similarity of each pair of runs at initialisation and after training, and the square of their correlation. same: pairs left out."""
@@ -213,6 +200,9 @@ def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str]) -> 
 
     Pairs that start from the same weights (one source, fine-tuned twice) are left out: a crowd of them at 1 would make R squared by itself.
 
+    The interval is that of the correlation on Fisher's scale, by leaving out the runs of one start at a time, squared; none under
+    FEWEST_OF_LINE starts. (A bootstrap of runs never holds a true 0, which no square is under.)
+
     Raises:
         RequestError: fewer than three pairs of different starting weights.
     """
@@ -221,12 +211,20 @@ def start_against_end(at_start: Values, at_end: Values, runs: Sequence[str]) -> 
     if len(pairs) < 3:
         counted = f"{len(pairs)} pairs of runs with different starting weights"
         raise RequestError(f"{counted} are too few for R squared", hint="at least three runs of different starting weights")
-    draw, kept = rng("start against end", len(runs)), {pair[:2] for pair in pairs}
 
-    def again(_: int) -> float:
-        drawn = [(a, b) for a, b in itertools.combinations(_again(runs, draw), 2) if (a, b) in kept or (b, a) in kept]
-        return r_squared([value_of(at_start, *pair) for pair in drawn], [value_of(at_end, *pair) for pair in drawn])
+    starts: list[list[str]] = []
+    for run in runs:
+        same = [held for held in starts if value_of(at_start, held[0], run) >= 1 - SAME]
+        starts = [*starts, [run]] if not same else [[*held, run] if held is same[0] else held for held in starts]
 
-    whole = r_squared([pair[2] for pair in pairs], [pair[3] for pair in pairs])
-    replicated = np.array([again(i) for i in range(REPLICATES)])
-    return StartAgainstEnd(pairs, len(every) - len(pairs), _interval(whole, replicated, len(runs) >= 5))
+    def line(left: Sequence[Sequence[str]]) -> float:
+        held = {run for start in left for run in start}
+        among = [pair for pair in pairs if held >= {*pair[:2]}]
+        return float(np.arctanh(pearson([pair[2] for pair in among], [pair[3] for pair in among])))
+
+    r = pearson([pair[2] for pair in pairs], [pair[3] for pair in pairs])
+    if len(starts) < FEWEST_OF_LINE or not abs(r) < 1 - 1e-12:
+        return StartAgainstEnd(pairs, len(every) - len(pairs), Interval(r**2))
+    found = _jackknife(line, starts)
+    low, high = sorted((math.tanh(found.low) ** 2, math.tanh(found.high) ** 2))
+    return StartAgainstEnd(pairs, len(every) - len(pairs), Interval(r**2, 0.0 if found.low < 0 < found.high else low, high))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_cluster_cli import Allograft, allograft
 
 from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, median, reached, shown, speedup
-from analysis.correlation import _interval, correlation, r_squared
+from analysis.correlation import _interval, correlation, pearson
 from analysis.layers import against_random, start_against_end
 from analysis.results import finished
 from base.errors import RequestError
@@ -192,12 +192,12 @@ def test_similarity_at_the_start_against_the_end_is_1_on_copies_and_chance_on_no
     runs = list("abcdef")
     start = {pair: float(draw.random()) for pair in itertools.combinations(runs, 2)}
     assert start_against_end(start, start, runs).r_squared.estimate == pytest.approx(1)
-    assert start_against_end(start, start, runs).r_squared.low == pytest.approx(1)
+    assert math.isnan(start_against_end(start, start, runs).r_squared.low)  # an interval of a perfect line would have no width
     noise = {(b, a): float(draw.random()) for a, b in start}  # pairs in the other order are the same pairs
     found = start_against_end(start, noise, runs)
     assert found.r_squared.estimate < 0.3
     assert found.r_squared.low < 0.1
-    assert math.isnan(r_squared([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(pearson([1, 1, 1], [1, 2, 3]))
     with pytest.raises(RequestError, match="1 pairs of runs with different starting weights"):
         start_against_end(start, start, runs[:2])
     # Runs of one source share their beginning: those pairs are left out, and do not make a line of two clouds.
@@ -206,6 +206,24 @@ def test_similarity_at_the_start_against_the_end_is_1_on_copies_and_chance_on_no
     left = start_against_end(shared, ends, runs)
     assert left.same == 3
     assert len(left.pairs) == 12
+
+
+@pytest.mark.parametrize(("starts", "of_each"), [(5, 1), (8, 1), (5, 2)])
+@pytest.mark.parametrize("correlated", [0.0, 0.5, 0.9])
+def test_intervals_of_r_squared_hold_what_further_runs_would_show(starts: int, of_each: int, correlated: float) -> None:
+    """Starts with an offset of their own in both similarities, which two runs of one share. Also where nothing goes together."""
+    draw, studies, held = rng("coverage of R squared", starts, of_each), 300, 0
+    runs = [(i, j) for i in range(starts) for j in range(of_each)]
+    names = [f"{i}.{j}" for i, j in runs]
+    for _ in range(studies):
+        x, y = draw.multivariate_normal([0, 0], [[1, correlated], [correlated, 1]], starts).T * 0.05
+        before, after = {}, {}
+        for (one, (a, _)), (other, (b, _)) in itertools.combinations(zip(names, runs, strict=True), 2):
+            before[one, other] = 1.0 if a == b else 0.5 + x[a] + x[b]
+            after[one, other] = 0.5 + y[a] + y[b] + draw.normal(0, 0.015)
+        found = start_against_end(before, after, names).r_squared
+        held += found.low <= (2 * correlated) ** 2 / (2 * 2.09) <= found.high
+    assert held >= 0.93 * studies
 
 
 def test_pretrained_against_random_finds_what_was_planted_and_no_more() -> None:
