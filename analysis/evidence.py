@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis import ledger, results, study_floors
 from analysis.claims import Claim
@@ -244,19 +244,22 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     same = twin | {frozenset(pair) for pair in pairs if set(pair) <= random}
     asked: list[tuple[str, Named, list[Cell], list[Cell], str]] = []
     planned: dict[Named, str] = {}
-    known: set[Named] = set()
-    for (architecture, rest), units, held in _settings(evidence):
+    there: set[Named] = set()
+    for (architecture, rest), sides, held in _settings(evidence):
         metric = results.headline(cell for own in held.values() for cell in own)
-        for kind, one, other in pairs_of(evidence.study, [source for source in order if source in units], same, random):
+        for kind, one, other in pairs_of(evidence.study, [source for source in order if source in sides], same, random):
             name = named(architecture, rest, one, other)
-            known.add(name)
-            if min(len(units[one]), len(units[other])) > 1:
+            if min(sides[one].cells, sides[other].cells) > 1:
+                there.add(name)
+            if min(len(sides[one].units), len(sides[other].units)) > 1:
                 planned[name] = kind
             asked += [(kind, name, held[one], held[other], metric)] if one in held and other in held and metric else []
     evidence.comparisons.make([(a, b, metric) for *_, a, b, metric in asked if not evidence.lost(a) + evidence.lost(b)])
     registered = family_of(evidence.out)
-    evidence.dropped = _in_words(_withdrawn(registered, known))
-    late = {name for name in known if registered and name[0] and not registered.get(name, registered.get(("", *name[1:]), ("", False)))[1]}
+    gone = _withdrawn((name for name, held in registered.items() if held.several), there)
+    evidence.dropped = _in_words(gone)
+    early = {name for name, held in registered.items() if held.early}
+    late = {name for name in planned if registered and name[0] and not early & {name, ("", *name[1:])}}
     found, names = [], []
     for kind, name, a, b, metric in asked:
         apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
@@ -264,10 +267,10 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
         found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.compared(a, b, metric), late=name in late))
         names.append(name)
-    gone = [registered[name] for name in _withdrawn(registered, planned)]
-    found, _ = _adjust(found, names, ("control",), planned, late, [early for kind, early in gone if kind == "control"])
+    controls = [registered[name].early for name in gone if registered[name].kind == "control"]
+    found, _ = _adjust(found, names, ("control",), planned, late, controls)
     if not evidence.ledger:
-        left = [early for kind, early in gone if kind != "control"]
+        left = [registered[name].early for name in gone if registered[name].kind != "control"]
         left += [early for name, early in registrations(evidence.out).values() if name in evidence.withdrawn]
         found, evidence.corrected = _adjust(found, names, ("gain", "chain"), planned, late, left)
     return [*(of_claim(entry) for entry in evidence.ledger if entry.metric), *found]
@@ -290,26 +293,45 @@ def _in_words(names: Iterable[Named]) -> list[str]:
     return [f"{one} and {other} in {n} setting{'s' * (n > 1)}" for (one, other), n in counts.items()]
 
 
-def family_of(out: str) -> dict[Named, tuple[str, bool]]:
-    """Comparisons that were ever planned: their kind, and whether they were before results of both sides stood. See cluster.claims."""
-    found: dict[Named, tuple[str, bool]] = {}
+class Registered(NamedTuple):
+    """early: before results of both sides stood. several: with two seeds a side or more, now or later, so that it may be declared."""
+
+    kind: str
+    early: bool
+    several: bool
+
+
+def family_of(out: str) -> dict[Named, Registered]:
+    """Comparisons that were ever planned. See cluster.claims."""
+    found: dict[Named, Registered] = {}
     for row in storage.read_rows(storage.join(out, "events.jsonl")):
         for pair in row["pairs"] if row.get("event") == "family" else ():
-            standing = set(pair["standing"])
+            standing, single = set(pair["standing"]), set(pair.get("single", ()))
             for rest in pair["settings"]:
-                found.setdefault(named(pair["architecture"], rest, pair["a"], pair["b"]), (pair["kind"], rest not in standing))
+                name = named(pair["architecture"], rest, pair["a"], pair["b"])
+                held = found.get(name, Registered(pair["kind"], rest not in standing, False))
+                found[name] = held._replace(several=held.several or rest not in single)
     return found
 
 
-def planned_family(study: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[Named, tuple[str, str, str]]:
-    """(kind, a, b) of the comparisons that rows of a plan make, told without a result: twins by their weights are not known yet."""
+class Planned(NamedTuple):
+    """A comparison of a plan: `several` as of Registered."""
+
+    kind: str
+    a: str
+    b: str
+    several: bool
+
+
+def planned_family(study: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[Named, Planned]:
+    """The comparisons that rows of a plan make, told without a result: twins by their weights are not known yet."""
     order, random = list(dict.fromkeys(str(row["source"]) for row in rows)), _named_random(study)
     same = {frozenset((a, b)) for a in random for b in random}
     found = {}
     for (architecture, rest), sides in in_settings(rows, study).items():
         for kind, one, other in pairs_of(study, [source for source in order if source in sides], same, random):
-            if sides[one][0] and sides[other][0]:
-                found[named(architecture, rest, one, other)] = kind, one, other
+            if fewest := min(len(sides[one][0]), len(sides[other][0])):
+                found[named(architecture, rest, one, other)] = Planned(kind, one, other, fewest > 1)
     return found
 
 
@@ -350,20 +372,28 @@ def in_settings(rows: Sequence[Mapping[str, Any]], study: Mapping[str, Any]) -> 
     return {(str(architecture), digest(rest)[:DIGITS]): sides for (architecture, *rest), sides in held}
 
 
-def _settings(evidence: Evidence) -> Iterable[tuple[tuple[str, str], dict[str, set[Any]], dict[str, list[Cell]]]]:
-    """Of each setting by source: the units that the study asks for, and the finished cells.
+class Asked(NamedTuple):
+    """Of one side what the plan has: units that are evidence, and cells."""
+
+    units: set[Any]
+    cells: int
+
+
+def _settings(evidence: Evidence) -> Iterable[tuple[tuple[str, str], dict[str, Asked], dict[str, list[Cell]]]]:
+    """Of each setting by source: what the study asks for, and the finished cells.
 
     A comparison is one that the plan has, whatever is missing of it: no source becomes the baseline because its cells came first.
     """
     if not evidence.plan:
         for group, cells in results.in_groups(evidence.cells).items():
             held = {source: own for (source,), own in results.by(cells, "source").items()}
-            yield (str(group[0]), digest(group[1:])[:DIGITS]), {source: set() for source in held}, held
+            yield (str(group[0]), digest(group[1:])[:DIGITS]), {source: Asked(set(), len(own)) for source, own in held.items()}, held
         return
     finished = {cell.key: cell for cell in evidence.cells}
     for setting, sides in in_settings(evidence.plan, evidence.study).items():
         done = {source: [finished[key] for key in keys if key in finished] for source, (_, keys) in sides.items()}
-        yield setting, {source: units for source, (units, _) in sides.items()}, {source: own for source, own in done.items() if own}
+        asked = {source: Asked(units, len(keys)) for source, (units, keys) in sides.items()}
+        yield setting, asked, {source: own for source, own in done.items() if own}
 
 
 def _adjust(

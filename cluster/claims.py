@@ -118,8 +118,8 @@ def register_claims(study: Study, events: Events) -> None:
 
 def register_family(study: Study, rows: Iterable[Mapping[str, Any]], events: Events) -> None:
     """One event for the comparisons of a plan (analysis.evidence.pairs_of) that are not in the diary, by their two sources, with the
-    settings, and of these the ones in which results stand on both sides already. Where nothing was ever registered, what an earlier version
-    planned is first.
+    settings, and of these the ones in which results stand on both sides already and those with one seed on a side (which are written down
+    again when they have several). Where nothing was ever registered, what an earlier version planned is first.
 
     rows: of plan.json, as it will be written.
     """
@@ -130,7 +130,11 @@ def register_family(study: Study, rows: Iterable[Mapping[str, Any]], events: Eve
     asked, before = results.without_controls(rows), results.expected(study.out)
     first = {} if known else planned_family(tree, before)
     planned = first | planned_family(tree, asked)
-    new = {name: held for name, held in planned.items() if not {name, ("", *name[1:])} & known.keys()}
+    new = {}
+    for name, held in planned.items():
+        before_it = known.get(name) or known.get(("", *name[1:]))
+        if before_it is None or held.several > before_it.several:
+            new[name] = held
     if not new:
         return
     stand = set(storage.holding(storage.join(study.out, "cells"), "result.json"))
@@ -138,11 +142,12 @@ def register_family(study: Study, rows: Iterable[Mapping[str, Any]], events: Eve
     sides = [in_settings(held, tree) for held in (asked, before)]
     done = {(*where, source) for one in sides for where, by in one.items() for source, (_, keys) in by.items() if stand.intersection(keys)}
     pairs: dict[tuple[str, str, str, str], dict[str, Any]] = {}
-    for name, (kind, a, b) in new.items():
+    for name, (kind, a, b, several) in new.items():
         architecture, rest = name[:2]
-        pair: dict[str, Any] = {"architecture": architecture, "kind": kind, "a": a, "b": b, "settings": [], "standing": []}
+        pair: dict[str, Any] = {"architecture": architecture, "kind": kind, "a": a, "b": b, "settings": [], "standing": [], "single": []}
         pair = pairs.setdefault((architecture, kind, a, b), pair)
         pair["settings"].append(rest)
+        pair["single"] += [] if several else [rest]
         stands = name not in first and {(architecture, rest, a), (architecture, rest, b)} <= done
         pair["standing"] += [rest] if stands else []
     events.add("family", pairs=list(pairs.values()))

@@ -5,6 +5,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -422,6 +423,51 @@ def test_does_not_repeat_a_family_that_shrinks_when_sources_are_taken_out_after_
     assert said in text_of(part)
     rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows] == ["family"]  # nothing was new the second time
+
+
+def registered_before(out: Path, plan: list[dict[str, Any]]) -> None:
+    """The first driver's event, written while nothing stood."""
+    held = [(path, path.rename(out.parent / path.name)) for path in (out / "cells", out / "plan.json")]
+    register_family(Study.model_construct(out=str(out)), plan, Events(str(out)))  # type: ignore[call-arg]
+    for path, away in held:
+        away.rename(path)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_does_not_repeat_own_sources_as_withdrawn_or_late(tmp_path: Path, foreseen: bool) -> None:
+    """That an encoder has seen a task's labels is known once it is made: until then its pairs are planned as any other."""
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.2}, tasks={"t1": "classification", "t2": "classification"}, seeds=3, images=60)
+    for cell in finished(str(out)):
+        own = cell.source == "simclr" and cell.task == "t1"
+        Path(cell.url, "result.json").write_text(json.dumps(cell.result | {"own_source": own}))
+    plan = json.loads((out / "plan.json").read_text())
+    known = [row | {"own_source": row["source"].endswith("simclr") and row["task"] == "t1"} for row in plan]
+    (out / "plan.json").write_text(json.dumps(known))
+    alone = gather(str(out), QUICK)
+    registered_before(out, known if foreseen else [row | {"own_source": False, "key": ""} for row in plan])
+    told = gather(str(out), QUICK)
+    assert [(f.kind, f.task, f.late, f.family) for f in told.findings] == [(f.kind, f.task, False, f.family) for f in alone.findings]
+    assert sorted(f.kind for f in told.findings) == ["gain", "own"]
+    assert (told.family, told.dropped) == (1, [])
+    assert "added after the results" not in tables.findings(told)
+
+
+def test_does_not_repeat_comparisons_of_one_seed_in_a_family_that_others_are_corrected_for(tmp_path: Path) -> None:
+    """What has one seed on a side can never be declared; when it gets more it was thought of before all the same."""
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.1, "moco": 0.2}, seeds=3, images=60)
+    whole = json.loads((out / "plan.json").read_text())
+    few = [row for row in whole if row["seed"] == 0 or not row["source"].endswith("moco")]
+    registered_before(out, few)
+    (out / "plan.json").write_text(json.dumps(few))
+    told = gather(str(out), QUICK)
+    assert {f.a: (f.late, f.family) for f in told.findings if f.comparison.basis == "seeds and patients"} == {"simclr": (False, 1)}
+    assert (told.family, told.dropped) == (1, [])
+    register_family(Study.model_construct(out=str(out)), whole, Events(str(out)))  # type: ignore[call-arg]
+    (out / "plan.json").write_text(json.dumps(whole))
+    assert {f.a: (f.late, f.family) for f in gather(str(out), QUICK).findings} == {"simclr": (False, 2), "moco": (False, 2)}
+    (out / "plan.json").write_text(json.dumps(few))  # back to one seed, now that it has been looked at
+    back = gather(str(out), QUICK)
+    assert (back.family, back.dropped) == (2, ["moco and random in 1 setting"])
 
 
 def test_does_not_repeat_comparisons_that_were_thought_of_after_the_results_as_planned(tmp_path: Path) -> None:
