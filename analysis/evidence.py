@@ -121,11 +121,7 @@ class Evidence:
 
     @cached_property
     def _failed_beside(self) -> dict[str, int]:
-        """By the key of a cell how many cells of its source in its setting failed."""
-        groups: dict[str, list[str]] = {}
-        for row in self.plan if self.failed else ():
-            groups.setdefault(results.canonical([*setting_of(row), row["source"]]), []).append(row["key"])
-        return {key: lost for keys in groups.values() if (lost := sum(key in self.failed for key in keys)) for key in keys}
+        return failed_beside(self.plan, self.failed)
 
     def lost(self, cells: Sequence[Cell]) -> int:
         """Of one side: how many cells failed or have no number."""
@@ -357,6 +353,27 @@ def setting_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 Side = tuple[set[Any], list[str]]  # of a source: its units (pretraining seed, fine-tuning seed), and the keys of its cells
+
+
+def failed_beside(rows: Sequence[Mapping[str, Any]], failed: Collection[str]) -> dict[str, int]:
+    """By the key of a cell how many cells of its source in its setting failed, where any did."""
+    groups: dict[str, list[str]] = {}
+    for row in rows if failed else ():
+        groups.setdefault(results.canonical([*setting_of(row), row["source"]]), []).append(row["key"])
+    return {key: lost for keys in groups.values() if (lost := sum(key in failed for key in keys)) for key in keys}
+
+
+def losses(out: str) -> dict[str, int]:
+    """`failed_beside` of the cells whose last attempt failed."""
+    done = storage.holding(storage.join(out, "cells"), "result.json")
+    return failed_beside(results.expected(out), results.failures(out).keys() - set(done))
+
+
+def counted(out: str, cells: Iterable[Cell]) -> list[Cell]:
+    """Cells that sources may be ranked by: not of labels that theirs has seen nor, unless the study ranks them, of images it may have, and
+    none of a setting that lost another of them."""
+    ranked, beside = results.read_study(out).get("exposed") == "ranked", losses(out)
+    return [cell for cell in cells if not cell.own_source and (ranked or not cell.exposed_to) and cell.key not in beside]
 
 
 def in_settings(rows: Sequence[Mapping[str, Any]], study: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Side]]:

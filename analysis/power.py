@@ -156,9 +156,10 @@ def _found(half_K: Array, se: float) -> float:
 def observed(parts: Parts, patients: int, alpha: float, equivalent: bool = False) -> float:
     """`detectable` of a study whose variances were seen; with `equivalent` the smallest margin that two one-sided tests at alpha keep a
     difference of nothing within in 80 % of repetitions."""
-    seeds, free, of_patients = parts.seeds, max(parts.seeds_df, 1e-3), parts.patients
+    seeds, of_patients = parts.seeds, parts.patients
     if seeds + of_patients == 0:
         return 0.0
+    free = parts.seeds_df if seeds > 0 else 1.0  # of seeds that do not vary any will do
     seeds_K = seeds * stats.chi2.ppf(_uniform()[0], free) / free
     df_K = np.full(DRAWS, free)
     half_K = _half_K(seeds_K, df_K, of_patients, patients, alpha if equivalent else alpha / 2)

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from base import storage
+from base.config import digest
 from base.paths import is_url
 
 if TYPE_CHECKING:
@@ -215,12 +216,6 @@ def read_yaml(url: str) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def counted(out: str, cells: Iterable[Cell]) -> list[Cell]:
-    """Cells that sources may be ranked by: not of labels that theirs has seen nor, unless the study ranks them, of images it may have."""
-    exposed = read_study(out).get("exposed") == "ranked"
-    return [cell for cell in cells if not cell.own_source and (exposed or not cell.exposed_to)]
-
-
 def read_rows(url: str) -> list[dict[str, Any]]:
     """Rows of a .jsonl file; no file, no rows."""
     raw = storage.read_or_none(url)
@@ -247,9 +242,13 @@ def finished(out: str, held: Mapping[str, Any] | None = None) -> list[Cell]:
 
 def as_asked(out: str, held: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Results by key. Where a search chose for a cell, its options are those that were asked for (`cut: auto`): its siblings may have got
-    other ones."""
-    chosen = {row["key"]: row["asked"] for row in plan(out) if row.get("asked")}
+    other ones. Of a similarity that was given for every cut there is its digest."""
+    chosen = {row["key"]: {name: _brief(value) for name, value in row["asked"].items()} for row in plan(out) if row.get("asked")}
     return {key: {**result, "options": {**(result.get("options") or {}), **chosen.get(key, {})}} for key, result in held.items()}
+
+
+def _brief(value: Any) -> Any:
+    return f"given {digest(value)[:6]}" if isinstance(value, dict) else value
 
 
 def _results(root: str) -> dict[str, Any]:

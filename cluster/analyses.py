@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis import evidence, plots, results
 from analysis import filters as kernels
-from analysis import plots, results
 from analysis import transferability as guess
 from analysis.analyses import FILE, Analysis, folder
 from analysis.correlation import correlation
@@ -241,9 +241,9 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
                 continue
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
             rows.append({"setting": setting, "source": source, **guesses[source]})
-        for (strategy, options), tried in results.by(results.counted(out, held), "strategy", "options").items():
-            metric = tried[0].primary()
-            reached = {s: results.mean_sd(c.value(metric) for c in own)[0] for (s,), own in results.by(tried, "source").items() if metric}
+        for (strategy, options), tried in results.by(evidence.counted(out, held), "strategy", "options").items():
+            metric = results.headline(tried)
+            reached = {source: convergence.mean_of_all(own, metric) for (source,), own in results.by(tried, "source").items()}
             both = [source for source in reached if source in guesses]
             for name in heads[2:] if both else ():
                 sides = [guesses[s][name] for s in both], [reached[s] for s in both]
@@ -300,7 +300,7 @@ def _probes(out: str) -> dict[str, float]:
 
 
 def _accuracy(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
-    convergence.ranks(results.counted(out, cells), storage.join(out, ACCURACY), leaf, most=GROUPS)
+    convergence.ranks(evidence.counted(out, cells), storage.join(out, ACCURACY), leaf, most=GROUPS)
 
 
 NODES: dict[str, Callable[[str, Sequence[Cell], dict[str, Any], Leaf], None]] = {

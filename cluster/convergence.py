@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast, get_args
 
+import numpy as np
 import pandas as pd
 
 from analysis import convergence as speed
-from analysis import plots, results
+from analysis import evidence, plots, results
 from analysis.correlation import correlation
 from base import storage
-from base.errors import RequestError, unknown
+from base.errors import RequestError, in_a_line, unknown
 from base.paths import absolute, safe_name
 from cluster.leaf import Leaf
 from cluster.outs import require_study
@@ -30,7 +31,7 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
     for study in (require_study(absolute(place)) for place in outs):
         held = results.finished(study)
         cells += held
-        counted += results.counted(study, held)
+        counted += evidence.counted(study, held)
     folder = absolute(out)
     leaf = Leaf(folder)
     if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):
@@ -177,18 +178,29 @@ def _line(row: speed.Reached) -> list[str]:
 
 
 def accuracies(table: str) -> pd.DataFrame:
-    """A CSV of `source` and `accuracy`, of some also `architecture`: the accuracy of each source on what it was pretrained for.
+    """A CSV of `source` and `accuracy`, of some also `architecture`: the accuracy of each source on what it was pretrained for. Rows
+    without an accuracy are left out.
 
     Raises:
-        RequestError: no such file, or other columns.
+        RequestError: no such file, no table, other columns, or an accuracy that is not a number.
     """
-    raw = storage.read_or_none(table)
+    raw, hint = storage.read_or_none(table), "a CSV with the columns source, accuracy and, of several ones, architecture"
     if raw is None:
-        raise RequestError("no such file", where=table, hint="a CSV with the columns source, accuracy and, of several ones, architecture")
-    frame = pd.read_csv(io.BytesIO(raw))
-    if not {"source", "accuracy"} <= set(frame.columns):
-        raise RequestError("the columns source and accuracy are needed", where=table)
-    return frame
+        raise RequestError("no such file", where=table, hint=hint)
+    try:
+        frame = pd.read_csv(io.BytesIO(raw))
+        if not {"source", "accuracy"} <= set(frame.columns):
+            raise RequestError("the columns source and accuracy are needed", where=table, hint=hint)
+        frame["accuracy"] = pd.to_numeric(frame["accuracy"])
+    except ValueError as error:
+        raise RequestError(in_a_line(error), where=table, hint=hint) from error
+    return frame[np.isfinite(frame["accuracy"])]
+
+
+def mean_of_all(cells: Sequence[results.Cell], metric: str | None) -> float:
+    """Mean over the seeds of a source; NaN where one of them has no number: those that did not diverge are a selection."""
+    mean, _, n = results.mean_sd(cell.value(metric or "") for cell in cells)
+    return mean if n == len(cells) else math.nan
 
 
 def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | None = None) -> None:
@@ -198,7 +210,7 @@ def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | Non
     networks). Without it each architecture is a setting of its own. Controls are left out.
 
     Args:
-        cells: those that sources may be ranked by (`results.counted`).
+        cells: those that sources may be ranked by (`analysis.evidence.counted`).
 
     Raises:
         RequestError: not a CSV of source and accuracy.
@@ -211,13 +223,9 @@ def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | Non
     rows, listed = [], []
     for group, held in results.by(named, "task", "fraction", "resolution", "strategy", "options", *own).items():
         task, fraction, resolution, strategy, options, *network = group
-        metric = held[0].primary()
-        points = results.by(held, *point) if metric else {}
-        both = [
-            (known[name], results.mean_sd(cell.value(str(metric)) for cell in points[name])[0], " ".join(name))
-            for name in points
-            if name in known
-        ]
+        metric = results.headline(held)
+        means = {name: mean_of_all(own, metric) for name, own in results.by(held, *point).items()}
+        both = [(known[name], mean, " ".join(name)) for name, mean in means.items() if name in known and math.isfinite(mean)]
         if len(both) < 3:
             continue
         rank = correlation([x for x, _, _ in both], [y for _, y, _ in both])

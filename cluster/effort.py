@@ -23,6 +23,10 @@ def effort(config: CellConfig, images: Mapping[str, int], forward: float) -> flo
         images: of each split, whole.
         forward: operations of one image through the network, once.
     """
+    if config.role == "similarity":
+        from finetune.similarity import IMAGES
+
+        return 2 * min(images.get("val", 0), IMAGES) * forward
     strategy = STRATEGIES[str(config.strategy["name"])]
     train, val = images.get("train", 0) * config.fraction, images.get("val", 0)
     test = 0 if config.role != "cell" else images.get("test", 0)

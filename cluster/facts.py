@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from base.config import digest
 from finetune.catalogue import STRATEGIES
 
 # How often something is written tells no two runs apart.
 UNTOLD = {"schema", "method", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
 PLACES = ("step", "steps", "epoch", "seconds")  # where a row stands, not what it measured
+NAME = 250  # letters that MLflow takes in a name
 ALIKE = ("architecture", "fraction")  # of an encoder's cells, not in the name of their mean: it has one of each
 
 
@@ -200,5 +202,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _safe(text: str) -> str:
-    # MLflow's alphabet for names.
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in text)
+    # MLflow's alphabet for names, and its length.
+    name = "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in text)
+    return name if len(name) <= NAME else f"{name[: NAME - 9]} {digest(text)[:8]}"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from analysis.evidence import losses
 from base import storage
 from base.errors import RequestError, WorkError, unknown
 from base.paths import timestamp
@@ -41,7 +42,8 @@ def register(projection: Projection, study: Study) -> tuple[dict[str, str], str 
     versions = {version.tags[KEY_TAG]: version for version in client.search_model_versions(f"name='{name}'") if KEY_TAG in version.tags}
     registered: dict[str, str] = {}
     best: tuple[float, str, str] | None = None
-    cells = list(projection.cells().values()) if study.champion else []
+    lost = losses(study.out) if study.champion else {}
+    cells = [held for key, held in projection.cells().items() if key not in lost] if study.champion else []
     for folder in storage.listing(storage.join(study.out, "pretrain")):
         path = storage.join(study.out, "pretrain", folder)
         if not storage.exists(storage.join(path, "result.json")):

@@ -403,6 +403,17 @@ def test_accuracy_is_held_against_results_of_one_share_of_the_labels(tmp_path: P
     assert ranks["Spearman"].tolist() == [1.0]
 
 
+def test_sources_without_an_accuracy_or_with_a_seed_that_diverged_are_in_no_order(tmp_path: Path, allograft: Allograft) -> None:
+    sources = ("pretrain:moco", "random", "pretrain:simclr", "one", "two")
+    out = study(tmp_path / "study", {(source, "full", "{}"): 4.0 for source in sources}, seeds=2)
+    diverged = out / "cells" / "00" / "result.json"  # the first of all
+    held = json.loads(diverged.read_text())
+    diverged.write_text(json.dumps(held | {"metrics": [row | {"value": None} for row in held["metrics"]]}))
+    points, ranks = ranked(out, {}, "source,accuracy\nrandom,0.1\nsimclr,0.6\nmoco,0.7\none,0.2\ntwo,\n", allograft)
+    assert set(points["source"]) == {"random", "simclr", "one"}
+    assert ranks["sources"].tolist() == [3]
+
+
 def test_cells_that_prove_nothing_are_in_no_order_of_sources(tmp_path: Path, allograft: Allograft) -> None:
     sources = ("random", "pretrain:simclr", "pretrain:moco", "saw-labels", "saw-images")
     out = study(tmp_path / "study", {(source, "full", "{}"): 4.0 for source in sources}, seeds=1)
@@ -464,11 +475,15 @@ def test_seconds_add_up_and_steps_are_refused_where_rows_have_none(tmp_path: Pat
         (["{study}", "--by", "epoch"], "did you mean 'epochs'"),
         (["{study}", "--accuracy", "/nowhere.csv"], "no such file"),
         (["{study}", "--accuracy", "{few}"], "fewer than three sources"),
+        (["{study}", "--accuracy", "{blank}"], "No columns to parse from file"),
+        (["{study}", "--accuracy", "{words}"], "Unable to parse string '70 %'"),
     ],
 )
 def test_bad_requests_end_with_2_and_one_line(words: list[str], says: str, tmp_path: Path, allograft: Allograft) -> None:
-    places = {"empty": study(tmp_path / "empty", {}), "study": study(tmp_path / "study", TAUS, seeds=1), "few": tmp_path / "few.csv"}
-    places["few"].write_text("source,accuracy\nsimclr,0.7\n")
+    places = {"empty": study(tmp_path / "empty", {}), "study": study(tmp_path / "study", TAUS, seeds=1)}
+    for name, text in {"few": "source,accuracy\nsimclr,0.7\n", "blank": "", "words": "source,accuracy\nsimclr,70 %\n"}.items():
+        places[name] = tmp_path / f"{name}.csv"
+        places[name].write_text(text)
     said = allograft("analyze", "convergence", *(word.format(**places) for word in words), "--out", str(tmp_path / "out"))
     assert said.code == 2
     assert says in said.err

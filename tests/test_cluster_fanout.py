@@ -62,6 +62,7 @@ def test_effort_is_images_times_epochs_times_operations_times_what_the_strategy_
     assert passes("knn") < passes("linear") < 1.2 * passes("knn")  # features once, whatever the epochs
     assert passes("lp-ft") > passes("full")
     assert passes("full", role="trial") == pytest.approx(passes("full") - COUNTS["test"] / COUNTS["train"])
+    assert passes("full", role="similarity") == pytest.approx(2 * min(COUNTS["val"], 300) / COUNTS["train"])  # two networks, once
     whole = golden(fraction=1.0)
     assert effort(whole, COUNTS, 2.0) == 2 * effort(whole, COUNTS, 1.0)
 

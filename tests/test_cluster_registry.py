@@ -95,6 +95,19 @@ def test_a_champion_by_hand_stays_whatever_the_rule_says_later(
     assert [tiny.register()[1] for _ in range(2)] == ["a", "a"]
 
 
+def test_a_setting_of_which_a_seed_failed_leads_nowhere(tmp_path: Path) -> None:
+    """One that diverges leaves no result, only its reason: those that did not are a selection, as in the report."""
+    tiny = Registered(tmp_path)
+    tiny.cell("b", 1, 0.9)
+    assert tiny.register()[1] == "b"
+    setting = {"architecture": "resnet18", "strategy": "linear", "task": "t", "fraction": 1.0, "resolution": 48, "options": {}}
+    rows = [{**setting, "source": name, "key": f"{name}{seed:015x}"} for name in "ab" for seed in range(3)]
+    put(tiny.out, {"plan.json": json.dumps(rows), "events.jsonl": json.dumps({"event": "cell failed", "key": rows[-1]["key"]}) + "\n"})
+    assert tiny.register()[1] == "a"
+    tiny.cell("b", 2, 0.9)  # tried again, and done
+    assert tiny.register()[1] == "b"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from analysis.results import as_asked
 from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
@@ -263,6 +264,19 @@ def test_cells_whose_cuts_a_search_chose_are_one_setting(tmp_path: Path) -> None
     (run,) = [run for run in view.client.search_runs([view.experiment]) if run.info.run_id in view.encoders.values()]
     (cells,) = [value for name, value in run.data.metrics.items() if name.endswith("tested_cells")]
     assert cells == 2
+
+
+def test_names_of_long_options_fit_into_mlflow(tmp_path: Path) -> None:
+    """A similarity for every cut of a ResNet-50 stands in the options: of it there is a digest, and a name has 250 letters at most."""
+    cuts = {f"layer{i}.{j}": 0.123456789 for i in range(1, 5) for j in range(6)}
+    put(tmp_path, {"plan.json": json.dumps([{"key": "a", "asked": {"cut": "auto", "search": "halving", "similarity": cuts}}])})
+    (held,) = as_asked(str(tmp_path), {"a": result("a", strategy="truncated", options={"cut": "stem"})}).values()
+    assert set(held["options"]) == {"cut", "search", "similarity"}
+    assert len(held["options"]["similarity"]) == len("given 012345")
+    long = [result("a", value=value, options={"note": 300 * letter}) for letter, value in (("x", 0.2), ("y", 0.8))]
+    told = facts.downstream(long, long, None)
+    assert sorted(value for value in told.values() if value < 1) == pytest.approx([0.2, 0.2, 0.8, 0.8])  # on validation and on test
+    assert max(map(len, told)) <= 250
 
 
 def test_a_run_whose_answer_was_lost_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
