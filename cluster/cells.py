@@ -111,8 +111,9 @@ class CellStage:
         if not tally.running:  # there are none yet, or they wait for a pretraining to end
             self.progress.gone("cells")
             return
-        counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left"
-        self.progress.line(f"cells: {counts}, to go {minutes(tally.eta_s)}", of="cells")
+        counts = f"{tally.done} done, {tally.running} running, {len(tally.failed)} failed, {tally.left} left, to go {minutes(tally.eta_s)}"
+        waiting = sum(len(one.setting.seeds) for one in self.searches.foreseen)
+        self.progress.line(f"cells: {counts}" + (f", and {waiting} that wait for data or encoders" if waiting else ""), of="cells")
 
     def _conclude(self, tally: "Tally") -> None:
         made, searches, add = self.made, self.searches, self.events.add

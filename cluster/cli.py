@@ -144,6 +144,9 @@ def _closing(study: Any, summary: Any) -> None:
     if summary.champion:
         print(f"encoder   allograft pull {study.study}@champion DIR --tracking {where}   ({summary.champion})")
     elif summary.versions:
+        if study.champion:
+            why = f"no encoder has cells of {study.champion.task} that count: own-source, exposed and incomplete settings do not"
+            print(f"champion  none: {why}; allograft promote {study.study} VERSION --reason WHY --tracking {where}")
         print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
     if study.cells is None:
         from cluster.standing import encoders
@@ -309,7 +312,9 @@ def sync(
 
 @app.command(epilog=_example("allograft pull demo@champion ./encoder --tracking runs/demo"))
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]", help="a registered encoder; alias champion by default")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME[@ALIAS]", help="a registered encoder; alias champion by default, a version by its number")
+    ],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="an empty or new folder")],
     tracking: Tracking = None,
 ) -> None:

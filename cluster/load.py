@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, at, unknown
-from base.paths import absolute, is_url, named, names, safe_name, with_preset
+from base.paths import absolute, is_url, named, names, with_preset
 from cluster.study import Cells, PretrainEntry, Study
 from finetune.task import METRICS, Task, load_task
 
@@ -147,13 +147,10 @@ def check_claims(study: Study, where: str) -> None:
 
 def check_names(study: Study, where: str) -> None:
     """Every card, recipe, task, strategy and source that the study names must exist."""
-    from shards.card import load_card
-
     cards: dict[str, Card] = {}
     for name in study.data:
         with at(f"{where}: data.{name}"):
-            cards[name] = load_card(name)
-    _refuse_one_folder(study, where)
+            cards[name] = study.card(name)
     earlier: dict[str, PretrainEntry] = {}
     for i, entry in enumerate(study.pretrain):
         with at(f"{where}: pretrain[{i}]"):
@@ -181,17 +178,6 @@ def check_names(study: Study, where: str) -> None:
             raise unknown("task", study.champion.task, held, where=f"{where}: champion.task")
         if study.champion.metric not in METRICS[held[study.champion.task].kind]:
             raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
-
-
-def _refuse_one_folder(study: Study, where: str) -> None:
-    """Cards `a/b.yaml` and `a-b.yaml`, say, would pack into the same one."""
-    of: dict[str, str] = {}
-    for name, entry in study.data.items():
-        folder = safe_name(name)
-        if not entry.shards and folder in of:
-            what = f"its shards would stand in the folder of {of[folder]}, {folder}"
-            raise RequestError(what, where=f"{where}: data.{name}", hint="give one of the two files another name")
-        of[folder] = name
 
 
 def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, PretrainEntry], cards: Mapping[str, "Card"], key: str) -> None:
@@ -263,7 +249,7 @@ def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: s
     wanted = Asked(study)
     for i, (name, task) in enumerate(tasks.items()):
         if task.dataset not in study.data:
-            hint = f"data.{task.dataset}.raw=PATH"
+            hint = f"data.{key_of(task.dataset)}.raw=PATH"
             raise RequestError(f"task '{name}' needs the dataset '{task.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
         for j, strategy in enumerate(cells.strategies):
             for architecture in _architectures(study):
@@ -274,6 +260,11 @@ def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: s
         for name in values if isinstance(values, dict) else ():
             if name not in cells.tasks:
                 raise unknown("task", name, cells.tasks, where=f"{where}: cells.{axis}")
+
+
+def key_of(dataset: str) -> str:
+    """What an entry of `data` begins with: the name of one of our cards, or the file of a user's own."""
+    return dataset if dataset in names("card") else "CARD.yaml"
 
 
 def _one_kind(datasets: Sequence[str], cards: Mapping[str, "Card"], where: str, hint: str | None = None) -> None:
@@ -316,5 +307,10 @@ def _check_source(source: str, earlier: Mapping[str, PretrainEntry], where: str)
         raise unknown("pretraining run", rest, earlier, where=where)
     if kind == "zoo" and rest not in names("weights"):
         raise unknown("published weights", rest, names("weights"), where=where)
+    if kind == "timm":
+        from encoders.weights import timm_architecture
+
+        with at(where):
+            timm_architecture(rest)
     if source != "random" and kind not in KINDS and not is_url(source) and not _is_path(source):
         raise unknown("source", source, ["random", *(f"pretrain:{name}" for name in earlier)], where=where)

@@ -379,7 +379,7 @@ def _in_all(study: Study, total: Total, rate: float | None) -> Iterator[Row]:
     price = "" if rate is None else f", {total.hours * rate:,.2f} at {rate:g} an hour"
     least = "at least " if total.partly else ""
     if total.hours:
-        yield "in all", f"{least}{_hours(total.hours, unit)}{price}"
+        yield "in all", f"{least}{_hours(total.hours, unit)}{price}, without packing, starts, analyses and report"
     else:
         yield "in all", UNTOLD if total.partly else "nothing to compute" + price
     more = f"{least}{_size(total.bytes)} more" if total.bytes or not total.partly else UNTOLD

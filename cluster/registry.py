@@ -142,7 +142,7 @@ def _named(version: Any) -> str:
 
 
 def resolve(client: Any, reference: str) -> Any:
-    """The model version of `NAME`, `NAME@ALIAS` or `NAME/VERSION`.
+    """The model version of `NAME`, `NAME@ALIAS`, `NAME@VERSION` or `NAME/VERSION`.
 
     Raises:
         RequestError: no such model, alias or version, with what there is.
@@ -151,6 +151,7 @@ def resolve(client: Any, reference: str) -> Any:
 
     name, _, alias = reference.partition("@")
     name, _, version = name.partition("/")
+    alias, version = ("", alias) if alias.isdigit() else (alias, version)
     known = [model.name for model in client.search_registered_models()]
     if name not in known:
         raise unknown("registered encoder", name, known)
@@ -160,6 +161,8 @@ def resolve(client: Any, reference: str) -> Any:
         versions = sorted(client.search_model_versions(f"name='{name}'"), key=lambda one: int(one.version))
         there = [f"{one.version} ({_named(one)})" for one in versions]
         hint = f"versions: {', '.join(there) or 'none'}; aliases: {', '.join(client.get_registered_model(name).aliases) or 'none'}"
+        if not version and alias in ("", CHAMPION):
+            hint += f"; {name}/VERSION is one by its number, allograft promote {name} VERSION --reason WHY makes it the champion"
         raise RequestError(f"no '{alias or version or CHAMPION}' of '{name}'", hint=hint) from error
 
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from base.config import Strict, apply, parse
 from base.errors import RequestError
 from base.paths import named, with_preset
-from cluster.load import check_names, resolve_paths
-from cluster.study import DataEntry, Resources, Study
+from cluster.load import check_names, key_of, resolve_paths
+from cluster.study import Data, Resources, Study
 from finetune.search import Tune
 from finetune.task import load_task
 
@@ -18,7 +18,7 @@ from finetune.task import load_task
 class OnePretraining(Strict):
     """Settings of `allograft pretrain`."""
 
-    data: dict[str, DataEntry] = Field(min_length=1)
+    data: Data
     split: str = "train"
     out: str = "runs/pretrain"
     architecture: str | None = None
@@ -32,7 +32,7 @@ class OnePretraining(Strict):
 class OneCell(Strict):
     """Settings of `allograft finetune`."""
 
-    data: dict[str, DataEntry] = Field(min_length=1)
+    data: Data
     out: str = "runs/finetune"
     source: str = "random"
     architecture: str | None = None
@@ -68,15 +68,13 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
     """A study with one cell."""
     where = f"allograft finetune {task}"
     one = parse(_with_data(settings, where, load_task(task).dataset), OneCell, where)
-    if one.architecture and one.source != "random":
-        raise RequestError(f"'{one.source}' brings its own architecture", where=f"{where}: architecture", hint="leave it out")
     matrix = {
         "sources": [{"name": one.source.rstrip("/").rsplit("/", 1)[-1], "source": one.source}],
         "strategies": [one.strategy],
         "tasks": [task],
         "architectures": [one.architecture] if one.architecture else [],
         "fractions": [one.fraction],
-        "resolutions": [one.resolution] if one.resolution else {},
+        "resolutions": {} if one.resolution is None else [one.resolution],
         "seeds": [one.seed],
         "tune": one.tune,
         "trial_seeds": [one.seed],
@@ -84,13 +82,16 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
     }
     stem, preset = with_preset(task)
     name = Path(stem).stem + ("" if stem == task else f"-{preset}")
-    return _study(f"finetune-{name}", one, {"cells": matrix}, where)
+    study = _study(f"finetune-{name}", one, {"cells": matrix}, where)
+    if one.architecture and one.source != "random":
+        raise RequestError(f"'{one.source}' brings its own architecture", where=f"{where}: architecture", hint="leave it out")
+    return study
 
 
 def _with_data(settings: Sequence[str], where: str, dataset: str) -> dict[str, Any]:
     asked = apply({}, settings)
     if "data" not in asked:
-        hint = f"data.{dataset}.raw=FOLDER, or data.{dataset}.shards=URL where it is packed already"
+        hint = f"data.{key_of(dataset)}.raw=FOLDER, or data.{key_of(dataset)}.shards=URL where it is packed already"
         raise RequestError("where are the images?", where=where, hint=hint + ("; allograft list datasets" if dataset == "DATASET" else ""))
     return asked
 

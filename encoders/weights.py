@@ -104,13 +104,7 @@ def timm_pretrained(tag: str, file: str | None = None) -> Published:
     """
     import timm
 
-    from encoders.cuts import family
-
-    architecture = tag.partition(".")[0]
-    family(architecture)
-    known = timm.list_models(f"{architecture}.*", pretrained=True)
-    if tag not in known:
-        raise unknown("published weights", tag, known)
+    architecture = timm_architecture(tag)
     overlay = {"file": file} if file else None
     try:
         net = timm.create_model(tag, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
@@ -128,6 +122,24 @@ def timm_pretrained(tag: str, file: str | None = None) -> Published:
         image_size=int(cfg["input_size"][-1]),
         licence=str(cfg.get("license") or "unknown"),
     )
+
+
+def timm_architecture(tag: str) -> str:
+    """The architecture of weights that timm knows as `tag`.
+
+    Raises:
+        RequestError: timm has no such tag, or we no such architecture.
+    """
+    import timm
+
+    from encoders.cuts import family
+
+    architecture = tag.partition(".")[0]
+    family(architecture)
+    known = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag not in known:
+        raise unknown("published weights", tag, known)
+    return architecture
 
 
 def adapt_input(weight_OIHW: Tensor, in_chans: int) -> Tensor:

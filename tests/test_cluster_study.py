@@ -244,6 +244,12 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60"])
     with pytest.raises(RequestError, match="did you mean 'seed'"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "sed=3"])
+    with pytest.raises(RequestError, match=r"cells\.resolutions\.0: 0 is less than 16"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet", "resolution=0"])
+    with pytest.raises(RequestError, match=r"cells\.sources\[0\]: unknown published weights 'resnet18.foo'"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=timm:resnet18.foo"])
+    with pytest.raises(RequestError, match=r"unknown source 'rando'.*did you mean 'random'"):
+        finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=rando", "architecture=test_resnet"])
     with pytest.raises(RequestError, match=r"architecture: '\./encoder' brings its own architecture"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=./encoder", "architecture=resnet18"])
 
