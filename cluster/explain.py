@@ -13,6 +13,7 @@ from pretrain.explain import Explained, explain
 from pretrain.recipe import Recipe, load_recipe
 
 SHARE = 0.5  # of the roofline: good code reaches 50 to 60 %
+USUAL = {"dino": "vit_small_patch16_224"}  # of methods that take any encoder, where the paper's recipe is a transformer's
 GIB = 2**30
 MOST_GPUS = 4096
 END_OF_VALUE = "...\n"  # which PyYAML writes after a value that stands alone
@@ -52,7 +53,8 @@ def show(recipe: str, settings: Sequence[str], architecture: str | None, images:
     loaded = load_recipe(recipe, apply({}, settings))
     gpu = gpus.get(gpu_name)
     usual = "vit_base_patch16_224" if methods.method_class(loaded.method).only == "vit" else "resnet50"
-    asked = Asked(recipe, settings, architecture or usual, images, channels, gpu_count)
+    chosen = architecture or USUAL.get(loaded.method, usual)
+    asked = Asked(recipe, settings, chosen, images, channels, gpu_count)
     found = asked.explained()
     about = [
         ("encoder", f"{asked.architecture}, {channels} channel(s); {found.parameters / 1e6:.1f} million parameters with heads"),
@@ -94,7 +96,10 @@ def _memory(found: Explained, asked: Asked, gpu: Gpu, gpu_name: str) -> list[tup
     rows = [(f"memory, {found.cost.images} images a GPU", f"{_gib(found):.1f} GiB: {parts}")]
     if _gib(found) <= gpu.memory:
         return rows
-    fitting = [f"{way.words}: {_gib(other):.1f} GiB, {other.least_hours(gpu) / SHARE:.1f} h" for way, other in _fitting(found, asked, gpu)]
+    fitting = [
+        f"{way.words}: {_gib(other):.1f} GiB, {other.least_hours(gpu) / SHARE:.1f} h at {SHARE:.0%} of the roofline"
+        for way, other in _fitting(found, asked, gpu)
+    ]
     rows.append(("does not fit", f"{_gib(found):.1f} GiB into the {gpu.memory} of {gpu_name}"))
     return rows + [("would fit", words) for words in fitting or ["nothing that is known here"]]
 

@@ -92,6 +92,7 @@ def test_transformers_are_chosen_where_only_they_fit(explain: Say) -> None:
     code, said = explain("mae/smoke", "--images", "100")
     assert code == 0
     assert "vit_base_patch16_224, 1 channel" in said
+    assert "vit_small_patch16_224, 1 channel" in explain("dino/smoke", "--images", "100")[1]  # whose recipes are a transformer's
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_promotion_wants_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_without_a_rule_the_champion_is_left_to_hands(tmp_path: Path) -> None:
     ward = Registered(tmp_path, rule=None)
     assert ward.register()[1] is None
-    with pytest.raises(RequestError, match="no 'champion' of 'tiny'.*allograft promote tiny VERSION"):
+    with pytest.raises(RequestError, match=r"no 'champion' of 'tiny'.*allograft promote tiny VERSION"):
         resolve(connect(ward.uri), "tiny")
     assert [resolve(connect(ward.uri), f"tiny{mark}2").version for mark in "/@"] == [2, 2]
     assert promote("tiny", "2", "the only one with a licence", ward.uri) == "tiny@champion is version 2 (b)"
