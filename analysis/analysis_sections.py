@@ -37,6 +37,7 @@ METHOD = {
     "convergence": (
         "Steps until validation first stands at the threshold, by default the level that the typical run of every source reaches. Runs that"
         " ended below it are censored and shown as such; where half of a side is, its ratio is a bound. Intervals are bootstraps over runs."
+        " A threshold that chance, a floor or an untrained network reaches gives no speed-up, and the reason is in its row."
     ),
     "efficiency": (
         "Parameters and multiply-accumulates are the network's own; latency is of the machine that made this analysis, median of repeated"

@@ -18,7 +18,7 @@ from typing import Any
 from analysis import results
 from analysis.evidence import Evidence, gather
 from analysis.figures import svg
-from analysis.findings import effect
+from analysis.findings import brief
 from analysis.loaded import scores
 from analysis.replicates import Bootstrap
 from analysis.results import Cell
@@ -44,28 +44,32 @@ def compare_studies(out: str, other: str, bootstrap: Bootstrap | None = None) ->
     return url
 
 
-def settings(tree: object, prefix: str = "") -> dict[str, str]:
-    """A study's keys with dots between and their values as JSON; lists of named entries by their names."""
-    if isinstance(tree, dict):
-        found: dict[str, str] = {}
-        for key, value in tree.items():
-            found |= settings(value, f"{prefix}.{key}" if prefix else str(key))
-        return found
+def settings(tree: Any) -> Any:
+    """A study's tree with lists of named entries by their names, and without nulls and what is empty."""
     if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
-        names = [str(item["name"]) for item in tree]
-        if len(set(names)) == len(names):
-            found = {}
-            for item in tree:
-                rest = {key: value for key, value in item.items() if key != "name"}
-                found |= settings(rest, f"{prefix}.{item['name']}") if rest else {f"{prefix}.{item['name']}": "there"}
-            return found
-    return {prefix: json.dumps(tree, default=str)}
+        named = {str(item["name"]): settings({key: value for key, value in item.items() if key != "name"}) or "there" for item in tree}
+        tree = named if len(named) == len(tree) else tree
+    if not isinstance(tree, dict):
+        return tree
+    held = {str(key): settings(value) for key, value in tree.items()}
+    return {key: value for key, value in held.items() if value is not None and value not in ({}, [])}
 
 
 def changed(a: Evidence, b: Evidence) -> list[tuple[str, str, str]]:
-    """(key, value of the first, value of the other) of what the two study files set otherwise."""
-    one, two = ({key: value for key, value in settings(e.study).items() if key.partition(".")[0] not in IGNORED} for e in (a, b))
-    return [(key, one.get(key, "–"), two.get(key, "–")) for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
+    """(key, value of the first, value of the other) of what the two study files set otherwise, keys with dots between and values as JSON;
+    what one of them has alone, such as a claim, is one row."""
+    one, two = (settings({key: value for key, value in e.study.items() if key not in IGNORED}) for e in (a, b))
+    return _changed(one, two, "")
+
+
+def _changed(one: Any, two: Any, key: str) -> list[tuple[str, str, str]]:
+    if "." not in key:  # a section of the file: what stands in it is told one by one, also where the other study has none
+        one, two = ({} if side is None and isinstance(other, dict) else side for side, other in ((one, two), (two, one)))
+    if isinstance(one, dict) and isinstance(two, dict):
+        names = dict.fromkeys([*one, *two])
+        return [row for name in names for row in _changed(one.get(name), two.get(name), f"{key}.{name}" if key else name)]
+    shown = ["–" if value is None else json.dumps(value, default=str) for value in (one, two)]
+    return [(key, shown[0], shown[1])] if one != two else []
 
 
 def _by_key(cells: list[Cell]) -> dict[Key, list[Cell]]:
@@ -218,7 +222,7 @@ def _statements(a: Evidence, b: Evidence, titles: list[str]) -> str:
             if f.kind in ("gain", "chain", "control"):
                 mark = f.mark if f.declared else "not declared"
                 place = f"{f.task}, {f.setting}, {f.architecture}, {f.fraction * 100:g} %, {f.resolution} px"
-                held[f"{f.a} − {f.b}", place] = mark, f"{effect(f.comparison, '')}, {mark}"
+                held[f"{f.a} − {f.b}", place] = mark, f"{brief(f.comparison)}, {mark}"
         for entry in e.ledger:
             late = ", added after the results" if entry.late else ""
             margin = f"{entry.claim.expect} by {entry.claim.margin:g}"

@@ -8,7 +8,8 @@
 
 A run that ends below the threshold is censored: it took longer than it ran itself, and nothing here gives it a number. A median lies
 between what it would be if every censored run had got there just after its own end, and if none ever had; where the two differ it is told
-as bounds, and so is the ratio (">", "<", with "=" where the bound may be the value), never as a number that looks measured.
+as bounds, and so is the ratio (">", "<", with "=" where the bound may be the value), never as a number that looks measured. Of a threshold
+that takes no training (chance, a trivial predictor, where the runs of the base begin) no ratio is given: it would be noise.
 """
 
 import math
@@ -28,12 +29,14 @@ Array = NDArray[np.float64]
 By = Literal["epochs", "steps", "seconds"]
 REPLICATES = 2000
 FEWEST = 3  # runs a side, under which no interval is given
+CHANCE = 0.5  # AUROC of any predictor that knows nothing
 
 
 @dataclass(frozen=True)
 class Curve:
     """A run's validation metric where it was evaluated: `at_T` rising, in epochs, steps or seconds. group: what runs must share to be
-    compared; label: what is compared (source, and strategy where it has options)."""
+    compared; label: what is compared (source, and strategy where it has options); apart: "own source" or "exposed" of a run that is
+    evidence for nothing."""
 
     group: tuple[str, ...]
     source: str
@@ -43,6 +46,7 @@ class Curve:
     at_T: Array
     value_T: Array
     source_seed: int = 0
+    apart: str = ""
 
     @property
     def run(self) -> tuple[int, int]:
@@ -51,11 +55,16 @@ class Curve:
 
     @property
     def label(self) -> str:
-        return f"{self.source}, {self.strategy}"
+        return f"{marked(self.source, self.apart)}, {self.strategy}"
 
     @property
     def end(self) -> float:
         return float(self.at_T[-1])
+
+
+def marked(source: str, apart: str) -> str:
+    """`sup (own source)`."""
+    return f"{source} ({apart})" if apart else source
 
 
 def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
@@ -80,7 +89,8 @@ def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
         options = cell.result.get("options") or {}
         strategy = " ".join([str(cell.strategy), *(f"{key}={value}" for key, value in sorted(options.items()))])
         places, values = np.array([at[i] for i, _ in held]), np.array([value for _, value in held])
-        curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values, cell.source_seed))
+        apart = "own source" if cell.own_source else "exposed" if cell.exposed_to else ""
+        curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values, cell.source_seed, apart))
     return curves
 
 
@@ -124,6 +134,11 @@ def common_threshold(curves: Sequence[Curve]) -> float:
     for curve in curves:
         best.setdefault(curve.label, []).append(float(curve.value_T.max()))
     return min(float(np.quantile(values, 0.5, method="lower")) for values in best.values())
+
+
+def chance(metric: str) -> float:
+    """What a predictor that knows nothing scores; NaN where that depends on the data."""
+    return CHANCE if metric.startswith("auroc") else math.nan
 
 
 @dataclass(frozen=True)
@@ -237,7 +252,7 @@ def _ratio(base: Median, own: Median) -> tuple[float, str]:
 @dataclass(frozen=True)
 class Reached:
     """One source and strategy in one setting: steps of each run by its pretraining and fine-tuning seed (infinite: censored) and where it
-    ended, their median, and how many times as many random weights took."""
+    ended, their median, and how many times as many random weights took; why: of a speed-up that is not given; apart: as of its curves."""
 
     group: tuple[str, ...]
     source: str
@@ -248,6 +263,12 @@ class Reached:
     area: float
     speedup: Speedup
     best: float
+    why: str = ""
+    apart: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{marked(self.source, self.apart)}, {self.strategy}"
 
     @property
     def median(self) -> float:
@@ -268,10 +289,12 @@ def shown(steps: float, end: float) -> str:
     return f">{end:g}" if math.isinf(steps) else f"{steps:g}"
 
 
-def reached(curves: Sequence[Curve], threshold: float, base: str = "random") -> list[Reached]:
+def reached(curves: Sequence[Curve], threshold: float, base: str = "random", untrained: Sequence[tuple[float, str]] = ()) -> list[Reached]:
     """A row for each source and strategy of one setting, against the runs of `base` with the same strategy.
 
     A strategy that random weights were not given (a depth of transfusion, say) is held against random weights trained whole (`full`).
+    No speed-up is given to a threshold that is not above all that takes no training, `untrained` with its names (NaN: not known), and not
+    above the median first value of those runs.
 
     Raises:
         RequestError: curves of several settings or metrics, which one threshold does not fit.
@@ -288,14 +311,19 @@ def reached(curves: Sequence[Curve], threshold: float, base: str = "random") -> 
     for (source, strategy), held in sides.items():
         name = (source, strategy)
         against = next((other for other in ((base, strategy), (base, "full")) if other in sides), None)
-        ratio = Speedup(math.nan, math.nan, math.nan)
+        ratio, why = Speedup(math.nan, math.nan, math.nan), ""
         if against and against != name:
+            first = float(np.quantile([c.value_T[0] for c in sides[against]], 0.5, method="lower"))
+            begins = (first, f"the first evaluation of {', '.join(against)}")
+            why = next((f"{words}, {value:.4g}" for value, words in (*untrained, begins) if threshold <= value), "")
+        if against and against != name and not why:
             base_S, steps_S, base_ends_S, ends_S = (list(held[side].values()) for held in (steps, ends) for side in (against, name))
             ratio = speedup(base_S, steps_S, base_ends_S, ends_S)
         areas = [area(c.at_T, c.value_T, horizon) for c in held]
         best = float(np.mean([c.value_T.max() for c in held]))
         known = median(list(steps[name].values()), list(ends[name].values()))
-        rows.append(Reached(held[0].group, source, strategy, steps[name], ends[name], known, float(np.mean(areas)), ratio, best))
+        numbers = (known, float(np.mean(areas)), ratio, best)
+        rows.append(Reached(held[0].group, source, strategy, steps[name], ends[name], *numbers, why, held[0].apart))
     return rows
 
 

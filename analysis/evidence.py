@@ -123,9 +123,22 @@ class Evidence:
     def _failed_beside(self) -> dict[str, int]:
         return failed_beside(self.plan, self.failed)
 
+    @cached_property
+    def damaged(self) -> list[str]:
+        """Files of results that stand and cannot be read, by their place in OUT."""
+        whole = {cell.key for cell in self.finished or ()}
+        return [url.removeprefix(self.out).strip("/") for url in results.damaged(self.out, whole)]
+
     def lost(self, cells: Sequence[Cell]) -> int:
         """Of one side: how many cells failed or have no number."""
         return sum(cell.key in self.numberless for cell in cells) + max((self._failed_beside.get(cell.key, 0) for cell in cells), default=0)
+
+    def under_floor(self, cells: Sequence[Cell]) -> bool:
+        """Whether a trivial predictor does better than one side's mean on test images."""
+        metric = results.headline(cells)
+        if metric is None:
+            return False
+        return bool(study_floors.not_reached(self.floors.under(cells), metric, results.mean_sd(c.value(metric) for c in cells)[0]))
 
     def card(self, dataset: str) -> dict[str, Any]:
         return (self.manifests.get(dataset) or {}).get("card") or {}
@@ -162,15 +175,21 @@ class Evidence:
     def answer(self, limit: int = 6) -> str:
         """The study's answer in words, in one line."""
         if not self.cells:
-            return f"no finished cell yet (0 of {self.asked})" if self.asked else "no finished cell yet"
+            return self._unread() + (f"no finished cell yet (0 of {self.asked})" if self.asked else "no finished cell yet")
         low = self.floors.warning()
         said = "; ".join(sentence for _, sentence in self.headlines(limit)) or "no two sources can be compared"
         return self.lead() + (f"{low}; " if low else "") + said
 
     def lead(self) -> str:
         """What is missing, before anything is said."""
-        lead = f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
+        lead = self._unread()
+        lead += f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
         return lead + (f"{len(self.numberless)} of {len(self.cells)} have no number on test images: " if self.numberless else "")
+
+    def _unread(self) -> str:
+        """Damaged files, in words."""
+        more = f" and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
+        return f"{self.damaged[0]}{more} cannot be read (run the study again); " if self.damaged else ""
 
 
 def pairs_of(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
@@ -238,7 +257,7 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     pairs = [(a, b) for a in order for b in order if a != b]
     twin = {frozenset(pair) for pair in pairs if weights.get(pair[0]) and weights.get(pair[0]) == weights.get(pair[1])}
     same = twin | {frozenset(pair) for pair in pairs if set(pair) <= random}
-    asked: list[tuple[str, Named, list[Cell], list[Cell], str]] = []
+    asked: list[tuple[str, Named, int, list[Cell], list[Cell], str]] = []
     planned: dict[Named, str] = {}
     there: set[Named] = set()
     for (architecture, rest), sides, held in _settings(evidence):
@@ -249,7 +268,9 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
                 there.add(name)
             if min(len(sides[one].units), len(sides[other].units)) > 1:
                 planned[name] = kind
-            asked += [(kind, name, held[one], held[other], metric)] if one in held and other in held and metric else []
+            if one in held and other in held and metric:
+                missing = sum(sides[source].cells - len(held[source]) for source in (one, other))
+                asked.append((kind, name, missing, held[one], held[other], metric))
     evidence.comparisons.make([(a, b, metric) for *_, a, b, metric in asked if not evidence.lost(a) + evidence.lost(b)])
     registered = family_of(evidence.out)
     gone = _withdrawn((name for name, held in registered.items() if held.several), there)
@@ -257,11 +278,12 @@ def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding
     early = {name for name, held in registered.items() if held.early}
     late = {name for name in planned if registered and name[0] and not early & {name, ("", *name[1:])}}
     found, names = [], []
-    for kind, name, a, b, metric in asked:
+    for kind, name, missing, a, b, metric in asked:
         apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
-        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, evidence.compared(a, b, metric), late=name in late))
+        compared = evidence.compared(a, b, metric)
+        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, compared, late=name in late, missing=missing))
         names.append(name)
     controls = [registered[name].early for name in gone if registered[name].kind == "control"]
     found, _ = _adjust(found, names, ("control",), planned, late, controls)
@@ -434,6 +456,15 @@ def _adjust(
     for i, (value, size) in zip(at, corrected, strict=False):
         adjusted[i] = replace(found[i], adjusted=value, family=size)
     return adjusted, min((size for _, size in corrected), default=len(gone))
+
+
+def floors_of(out: str, cells: Sequence[Cell], compute: bool) -> study_floors.StudyFloors:
+    """Floors of the tasks of finished cells, of those that the study still asks for; without `compute` only what stands in OUT/analyses."""
+    planned = results.planned(out)
+    asked = [cell for cell in cells if not cell.shuffled and (cell.key in planned or not planned)]
+    shards = results.shard_urls(out, asked)
+    manifests = {name: results.read_json(storage.join(url, "manifest.json")) for name, url in shards.items()}
+    return study_floors.of_study(Evidence(out, {}, asked, [], [], {}, [], manifests, shards), compute)
 
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:

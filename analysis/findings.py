@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis import results
-from analysis.ledger import Entry
+from analysis.ledger import Entry, one_seed
 from analysis.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Finding:
     entry: Entry | None = None
     late: bool = False  # it was not registered before results of both its sides stood
     family: int = 0  # how many Holm's correction ran over
+    missing: int = 0  # cells of its sides that have no result yet
 
     @property
     def declared(self) -> bool:
@@ -60,7 +61,7 @@ class Finding:
     def mark(self) -> str:
         """How the page marks it: good, worse, bad (a flagged control) or none."""
         if self.entry is not None:
-            return {"holds": "good", "fails": "worse", "underpowered": "none"}[self.entry.verdict]
+            return {"holds": "good", "fails": "worse"}.get(self.entry.verdict, "none")
         if not self.declared:
             return "none"
         return "bad" if self.kind == "control" else "good" if self.comparison.estimate > 0 else "worse"
@@ -90,38 +91,39 @@ class Finding:
         if c.basis == "not comparable":
             return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
         numbers = effect(c, unit) + (", ADDED AFTER THE RESULTS" if self.late and self.kind not in APART else "")
+        single = one_seed(self.missing) if c.basis == "patients only" else ""
         if self.kind in APART:
-            return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, nothing declared"
+            return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, {single or 'nothing declared'}"
         if self.declared:
             if self.kind == "control":
                 return f"{self.a} against {self.b}{where}: FLAGGED, {numbers}, though the two are the same source"
             verb = "beats" if c.estimate > 0 else "is worse than"
             return f"{self.a} {verb} {self.b}{where}: {numbers}"
-        if c.basis == "patients only":
-            return f"{self.a} against {self.b}{where}: {numbers}, one seed: patients only, nothing declared"
+        if single:
+            return f"{self.a} against {self.b}{where}: {numbers}, {single}"
         if c.excludes_zero:
             control = self.kind == "control"
             if evidence.ledger and not control:
                 return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
             after = f"after correction for {self.family} {'controls' if control else 'comparisons'}"
             return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
-        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width, digits(c))} wide)"
+        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width)} wide)"
 
 
-def digits(c: Comparison) -> int:
-    """Two decimals, three where two would hide which side of 0 a bound is on, the whole effect, or how wide its interval is."""
-    near = min(abs(c.low), abs(c.high))
-    return 3 if abs(c.estimate) < 0.02 or near < 0.005 or c.width < 0.02 else 2
-
-
-def decimal(value: float, places: int) -> str:
-    return f"{value:.{places}f}" if math.isfinite(value) else "unbounded"
+def decimal(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
 
 
 def effect(c: Comparison, unit: str) -> str:
-    """`+0.11 AUROC [0.06, 0.16]`."""
-    places = digits(c)
-    return f"{c.estimate:+.{places}f} {unit} [{decimal(c.low, places)}, {decimal(c.high, places)}]"
+    """`+0.110 AUROC [0.060, 0.160]`."""
+    return f"{c.estimate:+.3f} {unit} [{decimal(c.low)}, {decimal(c.high)}]"
+
+
+def brief(c: Comparison) -> str:
+    """The difference without its metric, saying where its interval is over patients alone; else why there is none."""
+    if not math.isfinite(c.estimate):
+        return c.why
+    return effect(c, "").replace("  ", " ") + (", patients only" if c.basis == "patients only" else "")
 
 
 def significance(evidence: "Evidence") -> pd.DataFrame:

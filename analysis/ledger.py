@@ -1,4 +1,4 @@
-"""The ledger: every claim of a study beside what its results say of it: holds, fails or underpowered, with the interval.
+"""The ledger: every claim of a study beside what its results say of it: holds, fails, underpowered or not comparable, with the interval.
 
 entries = ledger(evidence.cells, claims, registered, compared, planned=planned); entries[0].verdict, entries[0].sentence()
 
@@ -6,9 +6,10 @@ A directed claim holds when its difference goes its way and 0 is ruled out after
 are planned for; that is its direction only, unless the 95 % interval rules out differences under its margin too. It fails when the
 interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
 the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole. Everything
-else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every side. The
-family is what the study file held before it ran: every claim in every setting that is planned, whether or not its cells have come, and
-those that were withdrawn since. A claim that was added when both of its sides stood already says so and is corrected for all of them.
+else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every side. Not
+comparable is what no number of seeds settles: a side whose cells are evidence for nothing (own source, exposed, failed). The family
+is what the study file held before it ran: every claim in every setting that is planned, whether or not its cells have come, and those
+that were withdrawn since. A claim that was added when both of its sides stood already says so and is corrected for all of them.
 """
 
 import math
@@ -26,7 +27,7 @@ from analysis.power import observed
 from analysis.results import Cell
 from analysis.statistics import Comparison, holm, not_comparable
 
-Verdict = Literal["holds", "fails", "underpowered"]
+Verdict = Literal["holds", "fails", "underpowered", "not comparable"]
 LEVEL = 0.05
 LEAST_EVALUATIONS = 3  # of a run, under which a learning curve is its first value and little more
 MOST = 1000  # seeds, and times the test patients, that are asked for
@@ -80,6 +81,7 @@ class Entry:
     adjusted: float = math.nan
     family: int = 1
     short: str = ""  # why the study cannot judge the claim at all, or ""
+    comparable: bool = True  # no cell of its sides is evidence for nothing
 
     @property
     def p(self) -> float:
@@ -117,6 +119,8 @@ class Entry:
 
     @property
     def verdict(self) -> Verdict:
+        if not self.comparable:
+            return "not comparable"
         if self.contradicted:
             return "fails"
         return "holds" if self.adjusted < LEVEL else "underpowered"
@@ -134,7 +138,7 @@ class Entry:
         """What stands behind the verdict, in words."""
         c, claim = self.comparison, self.claim
         if self.short:
-            return self.short
+            return self.short + (f", {one_seed(self.missing)}" if c.basis == "patients only" else "")
         if self.verdict == "fails":
             if claim.expect == "equivalent":
                 return f"the difference is larger than {claim.margin:g}, by its 95 % interval"
@@ -161,7 +165,7 @@ class Entry:
 
     def needs(self) -> str:
         """What would settle it in 80 % of repetitions: so many seeds, else so many test patients, and where neither alone does, that. Empty
-        for a claim that is settled, or of whose variance nothing is known."""
+        for a claim that is settled or cannot be, or of whose variance nothing is known."""
         if self.verdict != "underpowered":
             return ""
         c, seeds = self.comparison, self.comparison.units
@@ -205,13 +209,22 @@ class Entry:
     def sentence(self) -> str:
         """The claim with its verdict, in one sentence that says of what it speaks."""
         added = ", ADDED AFTER THE RESULTS" if self.late else ""
-        added += f", so far: {self.missing} of its cells are missing" if self.missing else ""
+        added += f", {so_far(self.missing)}" if self.missing else ""
         if self.claim.outcome == "convergence":
             added = f", over seeds alone, on these validation images{added}"
-        judged = {"holds": "holds in direction" if self.direction_only else "holds", "fails": "fails", "underpowered": "is not settled"}[
-            self.verdict
-        ]
+        judged = {"underpowered": "is not settled", "not comparable": "cannot be judged"}.get(self.verdict, self.verdict)
+        judged += " in direction" if self.direction_only else ""
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
+
+
+def one_seed(missing: int) -> str:
+    """What an interval of one seed a side holds, whose comparison lacks as many cells."""
+    return f"one seed{' so far' if missing else ''}: patients only, nothing declared"
+
+
+def so_far(missing: int) -> str:
+    """What a verdict without all of its cells is."""
+    return f"so far: {missing} of its cells {'is' if missing == 1 else 'are'} missing"
 
 
 def _fewest(low: int, enough: Callable[[int], bool]) -> int | None:
@@ -292,21 +305,20 @@ def _entry(
         comparison, metric = of_curves(a, b), f"best validation {selected} so far, a share of the run's own best"
     pretrained = min(independent(side) for side in (a, b))
     entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, comparison.units or pretrained), late)
-    return replace(entry, short=_lacking(entry, a, b, apart))
+    reason = next((reason for cell in (*a, *b) if (reason := apart(cell))), "")
+    return replace(entry, short=reason or _lacking(entry, a, b), comparable=not reason)
 
 
-def _lacking(entry: Entry, a: list[Cell], b: list[Cell], apart: Callable[[Cell], str]) -> str:
-    """Why the study cannot judge the claim, or nothing."""
+def _lacking(entry: Entry, a: list[Cell], b: list[Cell]) -> str:
+    """Why the study cannot judge the claim as it stands, or nothing."""
     c = entry.comparison
     for side in (a, b):
         if len({results.canonical([cell.strategy, cell.result.get("options"), cell.source, cell.architecture]) for cell in side}) > 1:
             return "one of its sides fits several settings of this study"
-    if reason := next((reason for cell in (*a, *b) if (reason := apart(cell))), ""):
-        return reason
     if c.basis == "not comparable":
         return c.why
     if c.basis == "patients only":
-        return "one seed: nothing is known of how seeds differ"
+        return "nothing is known of how seeds differ"
     if c.se == 0 and not math.isfinite(c.width):
         return c.why
     if entry.claim.about == "methods" and entry.pretraining_seeds < PRETRAINING_SEEDS:

@@ -6,8 +6,8 @@ transfusion-1: a row an architecture, a column a source, AUC % with deviation (R
 (Table 2). truncated: a row a strategy under the paper's names, AUROC, AUPRC, parameters, MACs, time (Peng et al. 2023). benchmark: a row a
 source, a column a task, percent, with stars of an independent two-sample t-test against one source (Hosseinzadeh Taher et al. 2021). These
 stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv.
-Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡), and means that lack a cell which
-failed or has no number (§), are never bold and have no stars.
+Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡), means that lack a cell which
+failed or has no number (§), and means under a floor of their task (¶) are never bold and have no stars.
 """
 
 import csv
@@ -85,6 +85,7 @@ def _tex(text: str) -> str:
         "†": r"$\dagger$",
         "‡": r"$\ddagger$",
         "§": r"\S{}",
+        "¶": r"\P{}",
         "–": "--",
         "→": r"$\to$",
     }
@@ -111,7 +112,7 @@ def section(evidence: Evidence) -> str:
             parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
     note = (
         "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over seeds, uncorrected, which"
-        " takes the test patients as given and declares nothing here. Numbers with †, ‡ or § are never bold and have no stars."
+        " takes the test patients as given and declares nothing here. Numbers with †, ‡, § or ¶ are never bold and have no stars."
     )
     return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
 
@@ -130,7 +131,7 @@ def percent(values: Sequence[float]) -> tuple[float, str]:
 def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str | None = None) -> tuple[float, str]:
     """`percent` of cells; marked, and NaN in comparisons, where they are no evidence."""
     mean, text = percent([c.value(metric, label=label) for c in cells])
-    mark = _apart(evidence, cells)
+    mark = _apart(evidence, cells) + ("¶" if evidence.under_floor(cells) else "")
     return (math.nan if mark else mean), text + (f" {mark}" if mark else "")
 
 
@@ -152,6 +153,7 @@ def _legend(rows: Sequence[Sequence[str]]) -> str:
         ("†", "pretrained on these labels"),
         ("‡", "may have seen these test images"),
         ("§", "without cells that failed or have no number"),
+        ("¶", "of a setting whose mean is under a floor"),
     ]
     return "".join(f"; {mark} {words}" for mark, words in said if mark in text)
 
@@ -275,7 +277,7 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
                     values[i].append(math.nan)
                     continue
                 mean, text = _number(evidence, cells, metric)
-                tested = source != against and not _apart(evidence, [*cells, *base])
+                tested = source != against and not _apart(evidence, [*cells, *base]) and not evidence.under_floor(cells)
                 rows[i].append(text + (f" {mark}" if tested and (mark := stars(cells, base, metric)) else ""))
                 values[i].append(mean)
         if len(heads) < 2 or len(sources) < 2:

@@ -207,7 +207,7 @@ def steps(rows: Sequence[Reached], by: str, title: str, figure: Any) -> None:
         ratio = row.speedup.words()
         words = row.words() + (f"   x {ratio}" if ratio != "-" else "")
         axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
-    axes.set_yticks(range(len(rows)), [f"{row.source}, {row.strategy}" for row in rows])
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.set_xlim(left=0)
     axes.xaxis.get_major_locator().set_params(integer=by != "seconds")

@@ -79,8 +79,10 @@ def best_on_validation(evidence: Evidence) -> str:
 
 def _tiles(evidence: Evidence) -> str:
     sick = [run.name for run in evidence.pretrainings if run.result and run.result.get("health") not in ("healthy", "too short", None)]
-    unfinished = [run.name for run in evidence.pretrainings if not run.result]
-    state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + (f", {len(sick)} not healthy" if sick else "")
+    unfinished = [run for run in evidence.pretrainings if not run.result]
+    failed = sum(run.ending.status == "FAILED" for run in unfinished)
+    counts = {"failed": failed, "not finished": len(unfinished) - failed, "not healthy": len(sick)}
+    state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + "".join(f", {n} {word}" for word, n in counts.items() if n)
     spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
     spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
     floors = evidence.floors
@@ -90,7 +92,7 @@ def _tiles(evidence: Evidence) -> str:
         ("encoders", str(len(evidence.sources())), ""),
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
-        ("pretrainings", state, "bad" if sick else ""),
+        ("pretrainings", state, "bad" if sick or failed else ""),
         *([("under a floor", f"{len(floors.below)} of {floors.known}", "bad")] if floors.below else []),
         ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
     ]

@@ -10,11 +10,11 @@ import functools
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -30,6 +30,8 @@ COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", 
 COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
 ORDER = ("architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key")
 AT_ONCE = 32  # files asked of an object store
+RESULT = "result.json"
+INTERRUPTED = ("KeyboardInterrupt", "SystemExit")  # what ends a driver from outside
 ITS_OWN = ("iou", "kappa_quadratic", "balanced_accuracy", "accuracy", "auprc_mean")  # headlines of tasks that select on them
 PRIMARY = (*ITS_OWN, "dice", "auroc_within_mean", "auroc_mean")  # of all others the first that a cell reports
 WORDS = {
@@ -254,11 +256,14 @@ def _brief(value: Any) -> Any:
 def _results(root: str) -> dict[str, Any]:
     """result.json by the name of its folder; None where it is not there."""
     names = storage.listing(root)
-    urls = [storage.join(root, name, "result.json") for name in names]
-    if not is_url(root):
-        return dict(zip(names, map(read_json, urls), strict=True))
+    return dict(zip(names, _read_all([storage.join(root, name, RESULT) for name in names]), strict=True))
+
+
+def _read_all(urls: Sequence[str]) -> list[Any]:
+    if not any(map(is_url, urls)):
+        return list(map(read_json, urls))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(names, pool.map(read_json, urls), strict=True))
+        return list(pool.map(read_json, urls))
 
 
 def write_results(out: str, cells: Sequence[Cell] | None = None) -> str:
@@ -341,17 +346,67 @@ def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def failures(out: str) -> dict[str, str]:
-    """Reasons by key, from the `failed` events of OUT/events.jsonl. A key that succeeded later is for the caller to leave out."""
-    reasons = {}
+    """Reasons by key, from the `cell failed` events of OUT/events.jsonl. A key that succeeded later is for the caller to leave out."""
+    rows = storage.read_rows(storage.join(out, "events.jsonl"))
+    return {row["key"]: _reason(row) for row in rows if row.get("event") == "cell failed"}
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return str(row.get("error") or row.get("reason") or "no reason recorded")
+
+
+class Ending(NamedTuple):
+    """How work stands, in MLflow's words (RUNNING, FINISHED, FAILED, KILLED), and why it ended early."""
+
+    status: str
+    why: str = ""
+
+
+RUNNING = Ending("RUNNING")
+
+
+def endings(out: str) -> dict[str, Ending]:
+    """How each pretraining without a result stands, by key, and the study itself by the empty key; from OUT/events.jsonl.
+
+    A run that is not named here goes on, or was started by no driver.
+    """
+    found: dict[str, Ending] = {}
     for row in storage.read_rows(storage.join(out, "events.jsonl")):
-        if row.get("key") and "fail" in str(row.get("event", row.get("kind", ""))):
-            reasons[str(row["key"])] = str(row.get("error") or row.get("what") or row.get("reason") or "no reason recorded")
-    return reasons
+        event, key = row.get("event"), str(row.get("key", ""))
+        if event == "start":
+            found = _cut_off(found, Ending("KILLED", "its driver ended without a word")) | {"": RUNNING}
+        elif event == "stop":
+            why = str(row.get("error", "")).strip(": ")
+            found = _cut_off(found, Ending("KILLED" if why.startswith(INTERRUPTED) else "FAILED", why))
+        elif event == "end":
+            found[""] = Ending("FAILED" if row.get("failed") else "FINISHED")
+        elif event == "pretraining":
+            found[key] = RUNNING
+        elif event == "pretrained":
+            found.pop(key, None)
+        elif event == "pretraining failed" and found.get(key) == RUNNING:  # not what its driver took down with it
+            found[key] = Ending("FAILED", _reason(row))
+    return found
+
+
+def _cut_off(found: Mapping[str, Ending], ending: Ending) -> dict[str, Ending]:
+    return {key: ending if one == RUNNING else one for key, one in found.items()}
+
+
+def damaged(out: str, whole: Collection[str] = ()) -> list[str]:
+    """Addresses of the result.json of cells and pretrainings that stand and are no JSON.
+
+    Args:
+        whole: names of folders that need not be looked at.
+    """
+    roots = [storage.join(out, "cells"), storage.join(out, "pretrain")]
+    urls = [storage.join(root, name, RESULT) for root in roots for name in storage.holding(root, RESULT) if name not in whole]
+    return [url for url, held in zip(urls, _read_all(urls), strict=True) if held is None]
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One pretraining as far as it got: `result` is None while it is not finished."""
+    """One pretraining as far as it got: `result` is None while it is not finished, `ending` says how it stands then."""
 
     name: str
     key: str
@@ -359,19 +414,19 @@ class Pretraining:
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     result: dict[str, Any] | None
+    ending: Ending = RUNNING
 
 
 def pretrainings(out: str) -> list[Pretraining]:
     """Every folder of OUT/pretrain, finished or not."""
-    root = storage.join(out, "pretrain")
+    root, ended = storage.join(out, "pretrain"), endings(out)
     found = []
     for folder in storage.listing(root):
-        url = storage.join(root, folder)
-        config, result = read_yaml(storage.join(url, "config.yaml")), read_json(storage.join(url, "result.json"))
+        url, key = storage.join(root, folder), folder.rsplit("-", 1)[-1]
+        config, result = read_yaml(storage.join(url, "config.yaml")), read_json(storage.join(url, RESULT))
         name = str((result or config).get("name") or folder.rsplit("-", 1)[0])
-        found.append(
-            Pretraining(name, folder.rsplit("-", 1)[-1], url, config, storage.read_rows(storage.join(url, "metrics.jsonl")), result)
-        )
+        rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
+        found.append(Pretraining(name, key, url, config, rows, result, ended.get(key, RUNNING)))
     return found
 
 

@@ -107,10 +107,9 @@ def health(evidence: Evidence) -> str:
     rows = []
     for run in evidence.pretrainings:
         held = run.result or {}
-        steps = [row for row in run.rows if "loss" in row]
-        verdict = str(held.get("health", "")) or (f"not finished, at step {steps[-1].get('step', '?')}" if steps else "not finished")
+        verdict = str(held.get("health", "")) or _ended(run)
         said = next((str(row["why"]) for row in reversed(run.rows) if row.get("event") == "health" and row.get("why")), "")
-        good = "good" if verdict == "healthy" else "bad" if held else ""
+        good = "good" if verdict == "healthy" else "bad" if held or run.ending.status == "FAILED" else ""
         recipe = run.config.get("recipe")
         method = held.get("method") or (recipe.get("method") if isinstance(recipe, dict) else recipe) or "–"
         data = ", ".join(str(entry.get("dataset", "")) for entry in run.config.get("data") or [])
@@ -143,6 +142,13 @@ def health(evidence: Evidence) -> str:
         if series:
             panels.append(figures.traces(f"pre-{name}", label, series, label))
     return table(heads, rows, cls="numbers") + _forgotten(evidence) + _unread(evidence) + f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _ended(run: results.Pretraining) -> str:
+    """How far a run without a result came, and why no further."""
+    step = max((int(row["step"]) for row in run.rows if "step" in row), default=0)
+    words = {"FAILED": f"failed at step {step}", "KILLED": f"stopped at step {step}"}
+    return ": ".join([words.get(run.ending.status, f"not finished, at step {step}"), *filter(None, [run.ending.why])])
 
 
 def _forgotten(evidence: Evidence) -> str:
@@ -214,7 +220,7 @@ def controls(evidence: Evidence) -> str:
     lines += [
         f'<li class="{"bad" if f.declared else ""}">{esc(f.sentence(evidence))} (A/A: the same source under two names).</li>' for f in twins
     ]
-    if not twins:
+    if not twins and len(evidence.sources()) > 1:
         lines.append("<li>No A/A control: no source stands in this study under two names.</li>")
     for cells in results.in_groups(evidence.controls).values():
         lines += [_shuffled(evidence, own) for own in results.by(cells, "source").values()]
@@ -271,8 +277,12 @@ def data(evidence: Evidence) -> str:
 
 
 def missing(evidence: Evidence) -> str:
-    """Failed and unfinished cells, as far as anything is recorded."""
+    """Damaged, failed and unfinished cells, as far as anything is recorded."""
     parts = []
+    if evidence.damaged:
+        what = "<code>allograft run</code> removes it and computes it again; in an object store remove it first"
+        rows = [f'<th scope="row"><code>{esc(file)}</code></th>{cell(what)}' for file in evidence.damaged[:ROWS]]
+        parts.append(table(["result that cannot be read", "what to do"], rows))
     if evidence.failed:
         rows = [
             "".join([f'<th scope="row"><code>{esc(key)}</code></th>', cell(esc(why))]) for key, why in list(evidence.failed.items())[:ROWS]
@@ -294,18 +304,22 @@ def missing(evidence: Evidence) -> str:
 
 def environment(evidence: Evidence) -> str:
     """Where the numbers were computed, and the commands that compute them again."""
-    cells = evidence.cells + evidence.controls
+    cells = [c.result for c in evidence.cells + evidence.controls]
+    runs = [run.result for run in evidence.pretrainings if run.result]
     facts = []
     for name, word in (("revision", "revision"), ("host", "hosts"), ("device", "devices"), ("cell_version", "cell version")):
-        held = Counter(str(c.result[name]) for c in cells if c.result.get(name) is not None)
-        facts.append((word, ", ".join(f"{value} ({n} cells)" for value, n in held.most_common(8)) or "–"))
+        told = []
+        for what, held in (("cells", cells), ("pretrainings", runs)):
+            counts = Counter(str(result[name]) for result in held if result.get(name) is not None)
+            told += [f"{value} ({n} {what})" for value, n in counts.most_common(8)]
+        facts.append((word, ", ".join(told) or "–"))
     from importlib import metadata
 
     named = ("torch", "timm", "lightly", "deepspeed", "ray", "webdataset", "mlflow")
     facts.append(("packages of this report", ", ".join(f"{name} {_version(metadata, name)}" for name in named)))
     facts.append(("report made", f"{paths.timestamp()}, revision {paths.revision()}"))
     lines = "".join(f"<dt>{esc(word)}</dt><dd>{esc(value)}</dd>" for word, value in facts)
-    revision = next((str(c.result["revision"]) for c in cells if c.result.get("revision")), paths.revision())
+    revision = next((str(result["revision"]) for result in cells + runs if result.get("revision")), paths.revision())
     clean = revision.removesuffix("-dirty")
     again = "allograft run study.yaml      # the study below; only missing cells are computed"
     commands = f"git checkout {clean} && make setup\n{again}\nallograft report {evidence.out}"

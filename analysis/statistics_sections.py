@@ -13,7 +13,8 @@ import pandas as pd
 
 from analysis import figures, results
 from analysis.evidence import Evidence
-from analysis.findings import Finding
+from analysis.findings import APART, Finding
+from analysis.ledger import so_far
 from analysis.loaded import Loaded
 from analysis.ranks import ranks
 from analysis.results import Cell
@@ -40,7 +41,7 @@ def claims(evidence: Evidence) -> str:
         mark = {"holds": "good", "fails": "bad"}.get(entry.verdict, "")
         late = ' <span class="tag">direction only</span>' if entry.direction_only else ""
         late += ' <span class="tag bad">added after the results</span>' if entry.late else ""
-        late += f' <span class="tag">so far: {entry.missing} of its cells are missing</span>' if entry.missing else ""
+        late += f' <span class="tag">{so_far(entry.missing)}</span>' if entry.missing else ""
         c = entry.comparison
         parts = [f'<th scope="row">{esc(entry.claim.name)}</th>', cell(esc(entry.claim.sentence), cls="words")]
         parts += [cell(f'<span class="tag {mark}">{entry.verdict}</span>{late}'), cell(esc(entry.where()))]
@@ -54,8 +55,9 @@ def claims(evidence: Evidence) -> str:
     note = (
         f"{_when(evidence)} Holds: the difference goes the claim's way after Holm's correction over the claims, in direction only where"
         " its interval holds differences under the margin; fails: the 95 % interval"
-        " rules out what it says; underpowered: neither. Intervals are 95 %, of claims of equivalence 90 % where it is said. An interval"
-        " over seeds alone says nothing of other patients. Claims about encoders speak of these weights alone."
+        " rules out what it says; underpowered: neither; not comparable: a side's source has seen the labels or may have seen the test"
+        " images, or a cell of it failed, which no number of seeds mends. Intervals are 95 %, of claims of equivalence 90 % where it is"
+        " said. An interval over seeds alone says nothing of other patients. Claims about encoders speak of these weights alone."
     )
     return (table(heads, rows) if rows else "") + gone + f'<p class="faint">{note}</p>'
 
@@ -122,6 +124,8 @@ def secondary_tests(evidence: Evidence) -> str:
     for f in compared[:TESTED]:
         a, b = ([held for one in side(f, name) if (held := load(one)) is not None] for name in (f.a, f.b))
         found = secondary(a, b, f.metric, family=family)
+        if f.kind in APART or evidence.under_floor(side(f, f.a)):
+            found.pop("stars", None)
         listed.append({"a": f.a, "b": f.b, "on": f.words(evidence), "metric": f.metric, **found})
         parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)), cls="words")]
         for name, _ in TESTS:
@@ -148,6 +152,7 @@ def secondary_tests(evidence: Evidence) -> str:
     why = f"<details><summary>Why tests were refused</summary><ul>{reasons}</ul></details>" if reasons else ""
     note = (
         "Uncorrected, and nothing is declared from them: tests over seeds take the test patients as given, DeLong takes the trained"
-        f" networks as given. Stars are the benchmark's own (t-test over seeds).{more}"
+        " networks as given. Stars are the benchmark's own (t-test over seeds); own and exposed sources, and those under a floor, have"
+        f" none.{more}"
     )
     return table(heads, rows, cls="numbers") + why + f'<p class="faint">{note}</p>'

@@ -118,8 +118,8 @@ def not_reached(floors: Floors, metric: str, mean: float) -> list[str]:
     return [name for name, values in floors.items() if mean < results.number(values.get(metric))]
 
 
-def of_study(evidence: "Evidence") -> StudyFloors:
-    """Those of every task whose shards are readable; computed where they do not stand in OUT/analyses."""
+def of_study(evidence: "Evidence", compute: bool = True) -> StudyFloors:
+    """Those of every task whose shards are readable; computed where they do not stand in OUT/analyses, or left out."""
     found: dict[tuple[str, float], Floors] = {}
     notes = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
@@ -135,6 +135,8 @@ def of_study(evidence: "Evidence") -> StudyFloors:
         asked |= {"mask_class": mask_class} if mask_class else {}
         url = storage.join(evidence.out, "analyses", digest(asked)[:16], "floors.json")
         held = results.read_json(url)
+        if held is None and not compute:
+            continue
         if held is None:
             try:
                 strata = evidence.card(dataset).get("stratify_by")

@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis import results
 from analysis.evidence import Evidence
-from analysis.findings import Finding, digits, effect
+from analysis.findings import Finding, brief
 from analysis.results import Cell
 from analysis.study_floors import WORDS, bar, not_reached
 
@@ -162,7 +162,9 @@ def _setting(f: Finding) -> tuple[object, ...]:
 
 def winners(evidence: Evidence) -> str:
     """For each task the source and strategy that lead on validation: what they reach on test images, over what they are declared, by how
-    much they lead on test images before the next on validation, and the cost."""
+    much they lead on test images before the next on validation, and the cost. Empty for a study of one source, in which none leads."""
+    if len(evidence.sources()) < 2:
+        return ""
     rows = []
     for (task, dataset), cells in results.by(evidence.cells, "task", "dataset").items():
         metric = results.headline(cells)
@@ -186,7 +188,7 @@ def winners(evidence: Evidence) -> str:
             if f.a == source and _setting(f) == (architecture, strategy, options, task, float(fraction), int(resolution), metric)
         ]
         against = next((f for f in said if f.kind in ("gain", "chain", "control")), None)
-        sure = "no comparison" if against is None else f"{effect(against.comparison, '')} against {against.b}".replace("  ", " ")
+        sure = "no comparison" if against is None else f"{brief(against.comparison)} against {against.b}"
         floor = evidence.floors.under(own)
         low = _under(bar(floor, metric)[0], not_reached(floor, metric, mean))
         mark = "good" if against is not None and against.mark == "good" and not low else ""
@@ -199,8 +201,7 @@ def winners(evidence: Evidence) -> str:
         if len(ranked) > 1:
             other = ranked[1][2]
             found = evidence.compared(own, other, metric)
-            said_of = effect(found, "").replace("  ", " ") if math.isfinite(found.estimate) else found.why
-            second = f"{said_of} over {other[0].source}, {in_study(evidence, other[0])}"
+            second = f"{brief(found)} over {other[0].source}, {in_study(evidence, other[0])}"
         setting = own[0].setting + (f", {results.share(float(fraction))}" if float(fraction) < 1 else "")
         seconds = results.mean_sd(results.number(c.result.get("seconds")) for c in own)[0]
         parts = [f'<th scope="row">{esc(task)}</th>', cell(f"<b>{esc(source)}</b>"), cell(esc(setting)), cell(esc(architecture))]
@@ -221,11 +222,8 @@ def findings(evidence: Evidence) -> str:
     compared = [f for f in evidence.findings if f.kind != "claim"]
     for f in compared[:ROWS]:
         c = f.comparison
-        places = max(3, digits(c))
         interval = (
-            f"[{num(c.low, places)}, {num(c.high, places)}]"
-            if math.isfinite(c.low)
-            else ("unbounded" if c.basis != "not comparable" else esc(c.why))
+            f"[{num(c.low)}, {num(c.high)}]" if math.isfinite(c.low) else ("unbounded" if c.basis != "not comparable" else esc(c.why))
         )
         verdict = (
             "flagged"

@@ -5,6 +5,7 @@ study = load("studies/demo.yaml", Study, ["cells.seeds=[0]"])
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,6 +18,9 @@ from base.problems import problems
 
 # A float that need not be finite, for which JSON has no number: of models with ser_json_inf_nan="strings".
 Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
+
+# Where a key is cut: at its dots, but for those of a file's name (`data.../cards/mine.yaml.raw`), which may have one before its suffix.
+KEY_CUT = re.compile(r"(?<![./])\.(?!ya?ml(?:[./]|$))")
 
 
 class Strict(BaseModel):
@@ -121,7 +125,7 @@ def apply(tree: dict[str, Any], settings: Settings) -> dict[str, Any]:
 def assign(tree: dict[str, Any], key: str, value: object) -> None:
     """Set `tree.a.b = value`, making mappings on the way."""
     # OmegaConf.update cannot address a list entry by name; `pretrain.simclr.seeds` is what people type.
-    *parents, last = key.split(".")
+    *parents, last = KEY_CUT.split(key)
     node: Any = tree
     for depth, part in enumerate(parents):
         if isinstance(node, list):

@@ -35,7 +35,7 @@ from cluster.outs import require_study
 from cluster.sources import cell_config
 from cluster.study import Study
 
-VERSION = 3  # raised by whoever changes what an analysis computes or draws
+VERSION = 4  # raised by whoever changes what an analysis computes or draws
 GROUPS = 12  # settings that are drawn, and of similarity computed; tables of the others are whole
 IMAGES = {"cpu": 500, "cuda": 2000}  # of a probe
 ROWS = 2000  # training images that transferability is guessed from
@@ -180,10 +180,11 @@ def _config(cell: Cell) -> tuple[Any, int]:
 
 
 def _convergence(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
+    floors = evidence.floors_of(out, cells, compute=True).values
     try:
-        count = convergence.of_cells(cells, None, "steps", None, leaf, most=GROUPS)
+        count = convergence.of_cells(cells, None, "steps", None, leaf, floors, most=GROUPS)
     except RequestError:  # cells of an earlier version do not count steps
-        count = convergence.of_cells(cells, None, "epochs", None, leaf, most=GROUPS)
+        count = convergence.of_cells(cells, None, "epochs", None, leaf, floors, most=GROUPS)
         leaf.notes.append("In epochs: some cells were trained by a version that did not write down steps.")
     if not count:
         leaf.notes.append("No finished cell has a learning curve: nothing was trained epoch by epoch, or the metric was not defined.")

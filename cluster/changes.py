@@ -16,11 +16,13 @@ from base.errors import RequestError
 from cluster.outs import study_at
 from cluster.plan import Packed
 from cluster.searches import Searches
+from cluster.single import spelled
 from cluster.standing import finished, pretrainings
 from cluster.study import Study
 from pretrain.run import differing
 
 SHOWN = 8  # keys of a study file
+AGAIN = "computed again, since what they are made of has changed"
 SAME = ("task", "source", "source_seed", "architecture", "strategy", "options", "fraction", "resolution", "seed", "shuffle_labels")
 
 
@@ -32,19 +34,24 @@ def held(out: str) -> Study | None:
         return None
 
 
-def changes(study: Study, before: Study | None, corpora: Mapping[str, Packed] | None, searches: Searches) -> list[str]:
+def changes(
+    study: Study, before: Study | None, corpora: Mapping[str, Packed] | None, searches: Searches, *, typed: bool = False
+) -> list[str]:
     """Lines for a person; none where nothing has been computed yet.
 
     Args:
         corpora: as they are trained on; None while they are not packed and compared.
         searches: of the study as it is now.
+        typed: it is that of a command without a study file.
     """
     lines = []
     if before is not None:
         plain = [one.model_dump(mode="json", by_alias=True, exclude={"out", "presets", "preset"}) for one in (before, study)]
         if keys := differing(plain[0], plain[1]):
+            keys = list(dict.fromkeys(map(spelled, keys))) if typed else keys
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-            lines.append(f"the study file has changed: {', '.join(keys[:SHOWN])}{more}")
+            what = "changed since the last command here" if typed else "the study file has changed"
+            lines.append(f"{what}: {', '.join(keys[:SHOWN])}{more}")
     runs = _runs(study, corpora)
     if runs:
         lines.append(f"pretrainings: {_words(runs)}")
@@ -55,25 +62,34 @@ def changes(study: Study, before: Study | None, corpora: Mapping[str, Packed] | 
 
 
 def _runs(study: Study, corpora: Mapping[str, Packed] | None) -> Counter[str]:
-    """Pretrainings by what becomes of them; empty where none has finished."""
-    stand = finished(storage.join(study.out, "pretrain"))
-    if not stand or corpora is None:
+    """Pretrainings by what becomes of them; empty where none was begun."""
+    from engine.checkpoint import newest_step
+
+    folder = storage.join(study.out, "pretrain")
+    begun = set(storage.listing(folder))
+    if not begun or corpora is None:
         return Counter()
-    names = {folder.rpartition("-")[0] for folder in stand}
+    stand = finished(folder)
+    known = pretrainings(study, corpora)
+    asked = {f"{config.name}-{config.key}" for _, _, config, _ in known if config is not None}
+    earlier = {_run_of(storage.join(folder, name)) for name in stand - asked}
     found: Counter[str] = Counter()
-    asked = set()
-    for entry, _, config, weights in pretrainings(study, corpora):
-        if weights is None:
-            again = entry.name in names and config is not None
-            found["computed again, since what they are made of has changed" if again else "new"] += 1
-        elif config is not None:
+    for entry, seed, config, weights in known:
+        if weights is not None:
             found["kept"] += 1
-        if config is not None:
-            asked.add(f"{config.name}-{config.key}")
-    found["no longer asked for"] = sum(
-        folder not in asked and folder.rpartition("-")[0] not in {e.name for e in study.pretrain} for folder in stand
-    )
+        elif config is not None and newest_step(storage.join(config.out, "checkpoints")):
+            found["begun, to go on from a checkpoint"] += 1
+        else:
+            found[AGAIN if config is not None and (entry.name, seed) in earlier else "new"] += 1
+    names = {entry.name for entry in study.pretrain}
+    found["no longer asked for"] = sum(name.rpartition("-")[0] not in names for name in stand - asked)
     return found
+
+
+def _run_of(url: str) -> tuple[str, int]:
+    """The name and the seed of a finished pretraining."""
+    result = storage.read_json(storage.join(url, "result.json"))
+    return result["name"], result["seed"]
 
 
 def _cells(study: Study, searches: Searches) -> Counter[str]:
@@ -94,7 +110,7 @@ def _cells(study: Study, searches: Searches) -> Counter[str]:
         elif not key:
             found["known once data, encoders and searches stand"] += 1
         elif same in old:
-            found["computed again, since what they are made of has changed"] += 1
+            found[AGAIN] += 1
             again.add(old[same])
         else:
             found["new"] += 1
@@ -108,6 +124,6 @@ def _identity(row: Mapping[str, Any]) -> str:
 
 
 def _words(counts: Counter[str]) -> str:
-    order = ("kept", "computed again, since what they are made of has changed", "new")
+    order = ("kept", AGAIN, "new")
     known = [*order, *(what for what in counts if what not in order)]
     return "; ".join(f"{counts[what]:,} {what}" for what in known if counts[what])

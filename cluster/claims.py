@@ -200,7 +200,7 @@ def row(entry: "Entry") -> tuple[str, ...]:
     """A line of the ledger."""
     sides = entry.claim.comparison
     verdict = entry.verdict + (", direction only" if entry.direction_only else "")
-    verdict += f" so far, {entry.missing} cells missing" if entry.missing else ""
+    verdict += f" so far, {entry.missing} cell{'s' * (entry.missing > 1)} missing" if entry.missing else ""
     verdict += ", added after the results" if entry.late else ""
     compared = f"{sides.a.words()} against {sides.b.words()}: {entry.claim.expect}, margin {entry.claim.margin:g}"
     return entry.claim.name, verdict, entry.effect(), entry.why, entry.needs() or "-", entry.about, entry.where(), compared

@@ -80,7 +80,7 @@ def pack(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C ends work that can go on later cleanly, and says so."""
+    """Ctrl-C, and SIGTERM (Slurm, Kubernetes, timeout), end work that can go on later cleanly, and say so."""
     import os
     import signal
 
@@ -89,16 +89,25 @@ def _stoppable() -> Iterator[None]:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         # A job is stopped by this signal, and a cluster that was started in the background hands it down as ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.stdout.flush()
         # Not by Python's way out, on which Ray would shut down beside threads that still call it (cluster/session.py).
         for process in psutil.Process().children(recursive=True):  # a Ray of our own
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        os._exit(130)
+        os._exit(143 if isinstance(error, Terminated) else 130)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminated(*_: object) -> None:
+    raise Terminated
 
 
 @app.command(epilog=_example("allograft inspect s3://bucket/shards/montgomery --sheet montgomery.png"))
@@ -124,12 +133,12 @@ def run(
     _run(load_study(study, settings or []))
 
 
-def _run(study: Any) -> None:
+def _run(study: Any, *, typed: bool = False) -> None:
     from cluster.run import require_done
     from cluster.run import run as run_study
 
     with _stoppable():
-        summary = run_study(study)
+        summary = run_study(study, typed=typed)
     _closing(study, summary)
     require_done(summary)
 
@@ -214,16 +223,34 @@ def pretrain(
 ) -> None:
     """One pretraining: a study without cells. Keys: data, out, architecture, start_from, seed, settings, resources, tracking."""
     if resume is not None:
-        from cluster.resume import resumed
-
-        _run(resumed(resume, [word for word in (recipe, *(settings or [])) if word]))
+        _resume(resume, [word for word in (recipe, *(settings or [])) if word])
         return
     from base.errors import RequestError
-    from cluster.single import pretrain_study
+    from cluster.single import as_typed, pretrain_study
 
     if recipe is None:
         raise RequestError("no recipe", hint="allograft list recipes, or --resume RUN")
-    _run(pretrain_study(recipe, settings or []))
+    with as_typed():
+        _run(pretrain_study(recipe, settings or []), typed=True)
+
+
+def _resume(run: str, words: list[str]) -> None:
+    from base import storage
+    from cluster.resume import resumed
+    from cluster.standing import done
+
+    study, config = resumed(run, words)
+    if done(config.out):
+        steps = storage.read_json(storage.join(config.out, "result.json"))["steps"]
+        print(f"pretrain {config.name}: finished at step {steps}, nothing to do")
+        return
+    from cluster.run import go_on
+
+    with _stoppable():
+        summary = go_on(study, config)
+    _closing(study.model_copy(update={"cells": None}), summary)
+    if study.cells is not None or len(study.pretrain) > 1:
+        print(f"study     allograft run {study.out}/study.yaml   (what else it asks for)")
 
 
 @app.command(epilog=_example("allograft explain simclr/paper optimizer.lr=2.4 --images 112120 --gpu a100-80 --gpus 8"))
@@ -245,9 +272,10 @@ def explain(
 @app.command(epilog=_example("allograft finetune dxc14 data.nih-cxr14.raw=/data/nih source=random architecture=resnet18"))
 def finetune(task: Annotated[str, typer.Argument(help="a task (allograft list tasks)")], settings: Settings = None) -> None:
     """One cell. Keys: data, out, source, architecture, strategy, fraction, resolution, seed, settings, resources, tracking."""
-    from cluster.single import finetune_study
+    from cluster.single import as_typed, finetune_study
 
-    _run(finetune_study(task, settings or []))
+    with as_typed():
+        _run(finetune_study(task, settings or []), typed=True)
 
 
 @app.command(epilog=_example("allograft report runs/demo"))
@@ -284,7 +312,7 @@ def claims(
     run: Annotated[bool, typer.Option("--run", help="run the study first: only what is missing")] = False,
     study: Annotated[str, typer.Option(help="with --run: a study file with claims, or the name of one in studies/ or here")] = "claims",
 ) -> None:
-    """The ledger of claims: holds, fails or underpowered, with intervals. Without anything: the ready claims."""
+    """The ledger of claims: holds, fails, underpowered or not comparable, with intervals. Without anything: the ready claims."""
     from cluster.claims import show
 
     if not run:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -12,6 +12,8 @@ import pandas as pd
 from analysis import convergence as speed
 from analysis import evidence, plots, results
 from analysis.correlation import correlation
+from analysis.floors import Floors
+from analysis.study_floors import WORDS, bar
 from base import storage
 from base.errors import RequestError, in_a_line, unknown
 from base.paths import absolute, safe_name
@@ -28,13 +30,15 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
     if by not in get_args(speed.By):
         raise unknown("unit", by, get_args(speed.By), "--by")
     cells, counted = [], []
+    floors: dict[tuple[str, float], Floors] = {}
     for study in (require_study(absolute(place)) for place in outs):
         held = results.finished(study)
         cells += held
         counted += evidence.counted(study, held)
+        floors |= evidence.floors_of(study, held, compute=False).values
     folder = absolute(out)
     leaf = Leaf(folder)
-    if not of_cells(cells, threshold, cast(speed.By, by), base, leaf):
+    if not of_cells(cells, threshold, cast(speed.By, by), base, leaf, floors):
         raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
     if accuracy is not None:
         ranks(counted, absolute(accuracy), leaf)
@@ -42,12 +46,19 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
 
 
 def of_cells(
-    cells: Sequence[results.Cell], threshold: float | None, by: speed.By, base: str | None, leaf: Leaf, most: int | None = None
+    cells: Sequence[results.Cell],
+    threshold: float | None,
+    by: speed.By,
+    base: str | None,
+    leaf: Leaf,
+    floors: Mapping[tuple[str, float], Floors],
+    most: int | None = None,
 ) -> int:
     """Tables and figures of these cells' learning curves, figures of the first `most` settings; how many curves there are.
 
     Args:
         base: the source that speed-ups are over; by default that of random weights.
+        floors: by task and share of its labels, of test images; to a threshold that is not above them no speed-up is given.
 
     Raises:
         RequestError: `by` names what their rows do not count.
@@ -69,7 +80,7 @@ def of_cells(
         drawn_too = most is None or number < most
         held = [curve for curve in curves if (*curve.group, curve.metric) == group]
         level = speed.common_threshold(held) if threshold is None else threshold
-        rows = speed.reached(held, level, base)
+        rows = speed.reached(held, level, base, untrained(group[-1], floors.get((group[0], float(group[2])), {})))
         runs += _runs(rows, group, level, by)
         summary += _summary(rows, group, level, by)
         title, name = _title(group), safe_name(*group)
@@ -87,6 +98,9 @@ def of_cells(
             leaf.draw(f"{name}-steps", what, f"How long every run took. {text}", drawn, 7.4, 1.3 + 0.34 * len(rows))
         leaf.say(what)
         leaf.show(body[:SHOWN], heads)
+        for why in dict.fromkeys(row.why for row in rows if row.why):
+            leaf.notes.append(f"No speed-up over {base}, {title}: the threshold of {level:.4g} is not above {why}.")
+            leaf.say(leaf.notes[-1])
         if len(rows) > SHOWN:
             leaf.say(f"and {len(rows) - SHOWN} others")
         for source in dict.fromkeys(row.source for row in rows):
@@ -108,11 +122,19 @@ def of_cells(
     return len(curves)
 
 
+def untrained(metric: str, floors: Floors) -> list[tuple[float, str]]:
+    """What takes no training and how much it scores; NaN where that is not known."""
+    value, name = bar(floors, metric)
+    return [(speed.chance(metric), "chance"), (value, f"a floor of test images ({WORDS.get(name, name)})")]
+
+
 def transfused(rows: Sequence[speed.Reached], source: str, architecture: str, base: str) -> list[speed.Depth]:
-    """From random weights over each transfused cut to all weights; nothing where the source was not transfused at two cuts."""
+    """From random weights over each transfused cut to all weights; nothing where the source was not transfused at two cuts, or where the
+    threshold says nothing of speed."""
     mark = "transfusion cut="
-    by_cut = {row.strategy.removeprefix(mark): row.median for row in rows if row.source == source and row.strategy.startswith(mark)}
-    if len(by_cut) < 2:
+    held = [row for row in rows if row.source == source and row.strategy.startswith(mark)]
+    by_cut = {row.strategy.removeprefix(mark): row.median for row in held}
+    if len(by_cut) < 2 or any(row.why for row in held):
         return []
     chain = [(cut, by_cut[cut]) for cut in sorted(by_cut, key=lambda cut: find(architecture, cut))]
     ends = {(row.source, row.strategy): row.median for row in rows}
@@ -137,6 +159,7 @@ def _runs(rows: Sequence[speed.Reached], group: Sequence[str], level: float, by:
             "threshold": level,
             "source": row.source,
             "strategy": row.strategy,
+            "apart": row.apart,
             "source_seed": source_seed,
             "seed": seed,
             "by": by,
@@ -157,6 +180,7 @@ def _summary(rows: Sequence[speed.Reached], group: Sequence[str], level: float, 
             "by": by,
             "source": row.source,
             "strategy": row.strategy,
+            "apart": row.apart,
             "runs": len(row.steps),
             "censored": row.censored,
             "median": row.words(),
@@ -165,6 +189,7 @@ def _summary(rows: Sequence[speed.Reached], group: Sequence[str], level: float, 
             "speedup_low": row.speedup.low,
             "speedup_high": row.speedup.high,
             "speedup_undefined": row.speedup.undefined,
+            "why": row.why,
             "area": row.area,
             "best": row.best,
         }
@@ -174,7 +199,15 @@ def _summary(rows: Sequence[speed.Reached], group: Sequence[str], level: float, 
 
 def _line(row: speed.Reached) -> list[str]:
     censored = f"{row.censored} of {len(row.steps)}"
-    return [row.source, row.strategy, row.words(), censored, row.speedup.words(), f"{row.area:.4f}", f"{row.best:.4f}"]
+    return [
+        speed.marked(row.source, row.apart),
+        row.strategy,
+        row.words(),
+        censored,
+        row.speedup.words(),
+        f"{row.area:.4f}",
+        f"{row.best:.4f}",
+    ]
 
 
 def accuracies(table: str) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from analysis.results import Pretraining
+from analysis.results import Pretraining, read_json
 from base import storage
 from base.config import canonical_json
 from cluster.effort import effort, forward_of
@@ -105,12 +105,13 @@ class Speeds:
         """From finished cells, of many from some: what each took, and the operations that it was expected to take."""
         finished = list(configs)
         some = finished[:: -(-len(finished) // SAMPLED) or 1]
-        results = [storage.read_json(storage.join(config.out, "result.json")) for config in some]
-        for config, result in zip(some, results, strict=True):
+        held = [(config, read_json(storage.join(config.out, "result.json"))) for config in some]
+        told = [(config, result) for config, result in held if result]
+        for config, result in told:
             # The largest is the whole network: what a cut or a narrower copy leaves of it counts for its share of the time.
             macs = 2 * result["macs"] / config.resolution**2
             self.forward[_network(config)] = max(macs, self.forward.get(_network(config), 0.0))
-        for config, result in zip(some, results, strict=True):
+        for config, result in told:
             for key in _alike(config):
                 self.known[key].append((self.operations(config, seen[config.task.dataset]), float(result["seconds"])))
 
@@ -174,10 +175,11 @@ class Run:
     def estimate(self, resources: Resources, gpu: Gpu, finished: Sequence[Pretraining]) -> Estimate:
         """By finished runs of the same method, architecture, views, batch and workers; else by operations."""
         recipe, cost = self.explained.recipe, self.explained.cost
-        alike = [run.result["img_per_s"] for run in finished if run.result and self._like(run, resources)]
+        alike = [run.result for run in finished if run.result and self._like(run, resources)]
         if alike:
-            seconds = self.explained.steps * recipe.global_batch / (sum(alike) / len(alike))
-            return Estimate(seconds, f"measured on {len(alike)} finished runs")
+            # Of all that they took: `img_per_s` is the median of the steps, without the start, the probes and the clusterings.
+            image_s = sum(held["seconds"] for held in alike) / sum(held["images"] for held in alike)
+            return Estimate(self.explained.steps * recipe.global_batch * image_s, f"measured on {len(alike)} finished runs")
         if resources.gpus_per_pretrain_worker:
             seconds = self.explained.least_hours(gpu) * 3600 / PRETRAIN_SHARE
             return Estimate(seconds, f"by operations, at {PRETRAIN_SHARE:.0%} of the GPU's roofline in {recipe.precision}")

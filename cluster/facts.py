@@ -54,7 +54,7 @@ def kind(folder: str, config: dict[str, Any]) -> str:
 
 
 def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
-    """A finished pretraining; what its cells reached is added by `downstream` as they finish."""
+    """A pretraining, `result` empty while it has none; what its cells reached is added by `downstream` as they finish."""
     recipe = config["recipe"]
     params = {
         "source": config["name"],
@@ -77,7 +77,8 @@ def pretraining(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
 
 
 def cell(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
-    """A finished cell. Metrics of single labels stay in result.json: fourteen labels in two splits would hide the rest."""
+    """A cell, `result` empty of one that failed. Metrics of single labels stay in result.json: fourteen labels in two splits would hide
+    the rest."""
     recipe = config["task"][STRATEGIES[config["strategy"]["name"]].trains_by or "recipe"]
     options = {f"strategy.{key}": value for key, value in config["strategy"].items() if key != "name"}
     params = {
@@ -94,12 +95,14 @@ def cell(config: dict[str, Any], result: dict[str, Any]) -> Tracked:
         **{f"recipe.{key}": value for key, value in recipe.items()},
         f"digest.{config['task']['dataset']}": config["manifest_digest"],
     }
-    metrics = headline(result) | {
-        "best_epoch": result["selection"]["epoch"],
-        "seconds": result["seconds"],
-        "params_million": result["params"] / 1e6,
-        "macs_million": result["macs"] / 1e6,
-    }
+    metrics: dict[str, Any] = {}
+    if result:
+        metrics = headline(result) | {
+            "best_epoch": result["selection"]["epoch"],
+            "seconds": result["seconds"],
+            "params_million": result["params"] / 1e6,
+            "macs_million": result["macs"] / 1e6,
+        }
     tags = _tags(config["source"], result) | {"allograft.own_source": str(config.get("own_source", False)).lower()}
     if config.get("exposed_to"):
         tags["allograft.exposed_to"] = ", ".join(config["exposed_to"])

@@ -56,7 +56,7 @@ def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> N
             raise RequestError(
                 f"views of {wanted} px from images of '{ref.dataset}' that are at most {largest} px",
                 where="recipe: views.size",
-                hint=f"pretrain.{entry.name}.settings={{views.size: {largest}}}, or larger images",
+                hint=f"pretrain.{entry.name}.settings.views.size={largest}, or larger images",
             )
 
 

@@ -26,7 +26,7 @@ study: $study                     # also the name of its experiment and of its r
 out: runs/$study                  # where all of it goes: a folder, or a URL such as s3://bucket/$study
 tracking: sqlite                  # MLflow's store, in out; or http://HOST:5000, which an out that is a URL needs
 
-data:                             # by the name of a card (allograft list datasets); allograft survey drafts one for files of your own
+data:                             # by the name of a card (allograft list datasets), or by the file of your own, my.yaml (allograft survey)
   phantom-chest:
     raw: "phantom:1200"           # the folder of the raw files; here how many are generated
   #montgomery:

@@ -200,6 +200,8 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     for count in study.resources.pretrain_range:
         rank_batch(recipe.global_batch, count, recipe.accumulate)
     for dataset in entry.data:
+        if own := next((name for name, held in study.data.items() if held.card == dataset), None):
+            raise RequestError(f"'{dataset}' is a file", where=f"{key}.data", hint=f"write the name that its card has: {own}")
         if dataset not in study.data:
             raise unknown("dataset", dataset, study.data, where=f"{key}.data")
     if len(set(entry.seeds)) < len(entry.seeds):
@@ -208,6 +210,8 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     read = [cards[dataset] for dataset in [*entry.data, *(dataset for dataset, _ in study.replayed(entry))]]
     if not any(card.labels_found for card in read):
         pretrain_labels(entry, recipe.method, read, f"{key}.labels")
+        if methods.method_class(recipe.method).labelled and not any(card.labels for card in read):
+            raise RequestError(f"{recipe.method} needs labels, and the datasets' cards name none", where=f"{key}.data")
     _check_source(entry.start_from, earlier, f"{key}.start_from")
     start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
     if entry.architecture and start and entry.architecture != start:

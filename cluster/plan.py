@@ -68,21 +68,9 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
     in_chans = corpora[data[0].dataset].manifest.card.channels
     labels = pretrain_labels(entry, recipe.method, [corpora[ref.dataset].manifest.card for ref in data], f"pretrain.{entry.name}.labels")
     labelled = {name: (name, split) for name, split in study.earlier(entry) if _can_be_probed(corpora[name], in_chans)}
-    identity = {
-        "name": entry.name,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "architecture": architecture,
-        # What is left out, and labels, are named only where something is, so that other runs keep their keys.
-        "data": [ref.model_dump(exclude={"shards"} if ref.without else {"shards", "without"}) for ref in data],
-        "start_from_sha256": start.sha256 if start else None,
-        "seed": seed,
-        "threads": study.resources.threads,
-        "version": PRETRAIN_VERSION,
-    } | ({"labels": labels} if labels else {})
-    key = digest(identity)[:KEY_DIGITS]
-    return PretrainConfig(
+    config = PretrainConfig(
         name=entry.name,
-        key=key,
+        key="",
         recipe=recipe,
         architecture=architecture,
         in_chans=in_chans,
@@ -94,10 +82,28 @@ def pretrain_config(study: Study, entry: PretrainEntry, seed: int, corpora: Mapp
         labels=labels,
         earlier=_refs(corpora, labelled.values(), None),
         seed=seed,
-        out=join(study.out, "pretrain", f"{entry.name}-{key}"),
+        out="",
         threads=study.resources.threads,
         workers=study.resources.loader_workers,
     )
+    key = pretrain_key(config)
+    return config.model_copy(update={"key": key, "out": join(study.out, "pretrain", f"{entry.name}-{key}")})
+
+
+def pretrain_key(config: PretrainConfig) -> str:
+    """Of what the run computes, by this version of pretraining."""
+    identity = {
+        "name": config.name,
+        "recipe": config.recipe.model_dump(mode="json", by_alias=True),
+        "architecture": config.architecture,
+        # What is left out, and labels, are named only where something is, so that other runs keep their keys.
+        "data": [ref.model_dump(exclude={"shards"} if ref.without else {"shards", "without"}) for ref in config.data],
+        "start_from_sha256": config.start_from_sha256,
+        "seed": config.seed,
+        "threads": config.threads,
+        "version": PRETRAIN_VERSION,
+    } | ({"labels": config.labels} if config.labels else {})
+    return digest(identity)[:KEY_DIGITS]
 
 
 def pretrain_data(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> list[DataRef]:

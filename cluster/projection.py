@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
-from analysis.results import Cell, as_asked, planned, read_study
+from analysis.results import RUNNING, Cell, Ending, as_asked, endings, failures, planned, read_json, read_study
 from base import storage
 from base.paths import is_url
 from cluster import facts, pages, showcase
@@ -23,6 +23,8 @@ from cluster.mlflow_store import connect
 
 KEY_TAG = "allograft.key"
 SHA_TAG = "allograft.encoder_sha256"
+REASON_TAG = "allograft.reason"  # why a run ended early
+LONGEST = 5000  # letters of a reason; MLflow takes 8,000
 LARGEST = 1000  # entries that MLflow takes in a request
 WRITERS = 8  # requests at a time, where a server takes them
 
@@ -37,6 +39,7 @@ class Projection:
         self.runs: dict[str, str] = {}
         self.began: dict[str, int] = {}
         self.finished: set[str] = set()
+        self.standing: dict[str, Ending] = {}  # of every run, as MLflow has it
         self.rows: dict[str, int] = {}  # that stand, by key or by file
         self.dashboard = b""
         self.encoders: dict[str, str] = {}
@@ -50,25 +53,41 @@ class Projection:
         if self.doubted:
             self._recall()
         self._nodes()
-        root = storage.join(self.out, "pretrain")
-        for name in storage.listing(root):
-            self._pretraining(storage.join(root, name), name.rsplit("-", 1)[-1])
-        root = storage.join(self.out, "cells")
+        self.pretrainings()
+        root, failed = storage.join(self.out, "cells"), failures(self.out)
         missing = [key for key in storage.listing(root) if key not in self.finished]
         # A server and a store answer several at a time; SQLite has one writer.
         with ThreadPoolExecutor(1 if self.uri.startswith("sqlite:") else WRITERS) as pool:
-            for _ in pool.map(lambda key: self._cell(storage.join(root, key), key), missing):
+            for _ in pool.map(lambda key: self._cell(storage.join(root, key), key, failed.get(key)), missing):
                 pass
 
+    def pretrainings(self) -> None:
+        """The study's own run and those of its pretrainings, as the diary says that they stand."""
+        ended, root = endings(self.out), storage.join(self.out, "pretrain")
+        if ended.get("") == RUNNING:
+            self._stand(self.parent, f"study:{self.study}", RUNNING)
+        for name in storage.listing(root):
+            key = name.rsplit("-", 1)[-1]
+            self._pretraining(storage.join(root, name), key, ended.get(key, RUNNING))
+
     def close(self, ok: bool, words: str = "") -> None:
-        """End the study's parent run, with the report and the tables as its artifacts and the answer as its description."""
+        """End the study's parent run, with the report and the tables as its artifacts and the answer as its description.
+
+        Args:
+            ok: whether nothing failed; where the diary says how the study ended, that counts.
+        """
         self._describe(words)
         for name in ("study.yaml", "report/index.html", "report/results.csv", "report/significance.csv"):
             url = storage.join(self.out, name)
             if storage.exists(url):
                 self._artifact(self.parent, url, name)
         showcase.show(self.client, self.out, self.parent, self.encoders, self.cells())
-        self.client.set_terminated(self.parent, "FINISHED" if ok else "FAILED")
+        told = endings(self.out).get("", RUNNING)
+        self.end(("FINISHED" if ok else "FAILED") if told == RUNNING else told.status)
+
+    def end(self, status: str) -> None:
+        """The study's run gets its status."""
+        self.client.set_terminated(self.parent, status)
 
     def write_runs(self) -> None:
         """OUT/tracking.json: the run of each key, for the report's tables."""
@@ -80,9 +99,9 @@ class Projection:
         keys = [key for key in storage.listing(root) if key in self.finished and (key in asked or not asked)]
         missing = [key for key in keys if key not in self.results]
         with ThreadPoolExecutor(WRITERS) as pool:
-            read = pool.map(lambda key: storage.read_json(storage.join(root, key, "result.json")), missing)
-            self.results.update(zip(missing, read, strict=True))
-        return as_asked(self.out, {key: self.results[key] for key in keys})
+            read = pool.map(lambda key: read_json(storage.join(root, key, "result.json")), missing)
+            self.results.update({key: result for key, result in zip(missing, read, strict=True) if result})
+        return as_asked(self.out, {key: self.results[key] for key in keys if key in self.results})
 
     def _describe(self, words: str) -> None:
         """What its cells reached, on the run of each encoder, and the pages on which runs are compared."""
@@ -123,6 +142,7 @@ class Projection:
         for run in self._existing():
             key = run.data.tags[KEY_TAG]
             self.runs[key], self.began[key] = run.info.run_id, run.info.start_time
+            self.standing[key] = Ending(run.info.status, run.data.tags.get(REASON_TAG, ""))
             if run.info.status == "FINISHED":
                 self.finished.add(key)
                 if run.data.tags.get("allograft.kind") == "pretrain" and SHA_TAG in run.data.tags:
@@ -155,38 +175,49 @@ class Projection:
             self.runs[key] = run.info.run_id
         return self.runs[key]
 
-    def _pretraining(self, url: str, key: str) -> None:
+    def _pretraining(self, url: str, key: str, ending: Ending) -> None:
         """A pretraining as far as it got."""
         if key in self.finished or (raw := storage.read_or_none(storage.join(url, "config.yaml"))) is None:
             return
-        config, held = storage.from_yaml(raw), storage.read_or_none(storage.join(url, "result.json"))
-        result = json.loads(held) if held is not None else {}
-        run = self._run(key, facts.name("pretrain", config), self.parent, {"allograft.kind": "pretrain"}, float(result.get("seconds", 0)))
-        rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
-        self._log(run, _curves(rows[self.rows.get(key, 0) :]))
+        config, result = storage.from_yaml(raw), read_json(storage.join(url, "result.json")) or {}
+        told, rows = facts.pretraining(config, result), storage.read_rows(storage.join(url, "metrics.jsonl"))
+        seconds = float(result.get("seconds") or max((row.get("seconds", 0) for row in rows), default=0))
+        run = self._run(key, facts.name("pretrain", config), self.parent, {"allograft.kind": "pretrain"}, seconds)
+        given = (told.params, told.tags) if result or key not in self.rows else ()
+        self._log(run, _curves(rows[self.rows.get(key, 0) :]) + _values(told.metrics), *given)
         self.rows[key] = len(rows)
-        if held is None:
+        if not result:
+            self._stand(run, key, ending, seconds)
             return
-        told = facts.pretraining(config, result)
         self.encoders[result["encoder_sha256"]] = run
-        self._log(run, _values(told.metrics), told.params, told.tags)
         for file in storage.listing(storage.join(url, "export")):
             self._artifact(run, storage.join(url, "export", file), f"encoder/{file}")
         used = [(ref["dataset"], ref["digest"], ref["shards"], f"pretrain on {ref['split']}") for ref in config["data"]]
         self._end(run, key, url, used, result)
 
-    def _cell(self, url: str, key: str) -> None:
-        """A cell, once it is done: before that nothing stands in storage."""
-        if (held := storage.read_or_none(storage.join(url, "result.json"))) is None:
+    def _cell(self, url: str, key: str, failed: str | None) -> None:
+        """A cell, once it is done, or has failed and left its configuration: before that nothing stands in storage.
+
+        Args:
+            failed: why its last attempt did.
+        """
+        result = read_json(storage.join(url, "result.json")) or {}
+        raw = storage.read_or_none(storage.join(url, "config.yaml")) if result or failed else None
+        if raw is None:
             return
-        result, config = json.loads(held), storage.read_yaml(storage.join(url, "config.yaml"))
+        config = storage.from_yaml(raw)
         told = facts.cell(config, result)
-        self.results[key] = result
         tags = told.tags | {"allograft.kind": facts.kind("cells", config)}
         if result.get("encoder_sha256") in self.encoders:
             tags["allograft.encoder_run"] = self.encoders[result["encoder_sha256"]]
         known = key in self.runs
         run = self._run(key, facts.name("cells", config), self.parent, tags, float(result.get("seconds", 0)))
+        if not result:
+            if not known:
+                self._log(run, [], told.params)
+            self._stand(run, key, Ending("FAILED", str(failed)))
+            return
+        self.results[key] = result
         rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
         self._log(run, _curves(rows) + _values(told.metrics), told.params, tags if known else {})
         self._end(run, key, url, [(config["task"]["dataset"], config["manifest_digest"], config["shards"], "fine-tuning")], result)
@@ -208,9 +239,22 @@ class Projection:
         self._datasets(run, used)
         for file in ("config.yaml", "result.json"):
             self._artifact(run, storage.join(url, file), file)
-        # The duration is that of the work, not of this view of it.
-        self.client.set_terminated(run, "FINISHED", end_time=self.began[key] + int(float(result.get("seconds", 0)) * 1000))
+        self._stand(run, key, Ending("FINISHED"), float(result.get("seconds", 0)))
         self.finished.add(key)
+
+    def _stand(self, run: str, key: str, ending: Ending, seconds: float = 0.0) -> None:
+        """A run's status, and the reason where it ended early. seconds: of its work."""
+        ending, held = ending._replace(why=ending.why[:LONGEST]), self.standing.get(key, RUNNING)
+        if ending == held:
+            return
+        if ending.why != held.why:
+            self.client.set_tag(run, REASON_TAG, ending.why)
+        if ending.status == "RUNNING":
+            self.client.update_run(run, ending.status)
+        else:
+            # The duration is that of the work, not of this view of it.
+            self.client.set_terminated(run, ending.status, end_time=self.began[key] + int(seconds * 1000))
+        self.standing[key] = ending
 
     def _nodes(self) -> None:
         """The load of every node, as MLflow names system metrics, on the study's run; and where Ray's dashboard is while it runs."""

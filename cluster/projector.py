@@ -55,12 +55,14 @@ class Projector:
         return None
 
     def stop(self, status: str) -> None:
-        """Where a study ends early: nothing is written after it, and its run in MLflow, where there is one, gets this status."""
+        """Where a study ends early: nothing is written after it. Its run in MLflow, where there is one, gets this status, and those of its
+        pretrainings theirs."""
         self._stop.set()
         self._thread.join(STOP_S)
         if self._projection is not None and not self._thread.is_alive():
             with suppress(Exception):  # the study has its own error to tell
-                self._projection.client.set_terminated(self._projection.parent, status)
+                self._projection.end(status)
+                self._projection.pretrainings()
 
     def finish(self) -> Projection:
         """A last, complete projection in the caller's thread.

@@ -1,4 +1,4 @@
-"""`allograft pretrain --resume RUN`: a pretraining goes on as it was begun, from its newest checkpoint, with the study around it."""
+"""`allograft pretrain --resume RUN`: a pretraining goes on as it was begun, by its own configuration, from its newest checkpoint."""
 
 import posixpath
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from base import storage
 from base.config import read
 from base.errors import RequestError
 from base.paths import absolute
-from cluster import leakage, plan
-from cluster.outs import FILE, study_at
-from cluster.plan import Weights
-from cluster.standing import standing_corpora
+from cluster.outs import study_at
+from cluster.plan import pretrain_key
+from cluster.standing import done, shards_url
 from cluster.study import Study
-from pretrain.run import PretrainConfig, differing
+from pretrain.run import DataRef, PretrainConfig
 
 
-def resumed(run: str, words: Sequence[str]) -> Study:
-    """The study of a run's folder (`OUT/pretrain/<name>-<key>`), once it is sure that running it continues that run.
+def resumed(run: str, words: Sequence[str]) -> tuple[Study, PretrainConfig]:
+    """The configuration of a run's folder (`OUT/pretrain/<name>-<key>`), and the study around it, which may ask for other runs by now.
 
     Args:
         words: the other words of the command; a resumed run takes none.
 
     Raises:
-        RequestError: settings, among them start_from; no run there; or the study or this version would begin another run.
+        RequestError: settings, among them start_from; no run there; or one that has not finished and cannot go on: this version would
+            compute another, or its shards are not there any more.
     """
     url = absolute(run)
     if words:
@@ -32,19 +32,23 @@ def resumed(run: str, words: Sequence[str]) -> Study:
         raise RequestError(f"{what}: '{words[0]}' cannot be given", where="--resume", hint=hint)
     if not storage.exists(storage.join(url, "config.yaml")):
         raise RequestError("no pretraining here (no config.yaml)", where=url, hint="the folder OUT/pretrain/NAME-KEY of a run")
-    held = read(storage.join(url, "config.yaml"), PretrainConfig)
-    out = posixpath.dirname(posixpath.dirname(url))
-    study, where = study_at(out), storage.join(out, FILE)
-    entries = [entry for entry in study.pretrain if entry.name == held.name and held.seed in entry.seeds]
-    corpora = standing_corpora(study)
-    checked = leakage.standing(study, corpora) if set(corpora) == set(study.data) else None
-    if not entries or checked is None:
-        raise RequestError(f"the study does not ask for '{held.name}' seed {held.seed} of these data any more", where=where)
-    start = None
-    if held.start_from and held.start_from_sha256:
-        start = Weights(url=held.start_from, sha256=held.start_from_sha256, architecture=held.architecture)
-    now = plan.pretrain_config(study, entries[0], held.seed, checked, start)
-    if now.key != held.key:
-        keys = ", ".join(differing(held.model_dump(mode="json"), now.model_dump(mode="json"))) or "the version of pretraining"
-        raise RequestError(f"it would be another run: {keys} changed", where=url, hint=f"allograft run {where} begins that one")
-    return study
+    config = read(storage.join(url, "config.yaml"), PretrainConfig)
+    study = study_at(posixpath.dirname(posixpath.dirname(url)))
+    if done(url):
+        return study, config
+    if pretrain_key(config) != config.key:
+        raise RequestError("another version of pretraining began it: this one would compute another run", where=url)
+    # The folder may have been moved or copied, with the shards in it.
+    data, earlier = ([_standing(study, ref) for ref in refs] for refs in (config.data, config.earlier))
+    return study, config.model_copy(update={"out": url, "data": data, "earlier": earlier})
+
+
+def _standing(study: Study, ref: DataRef) -> DataRef:
+    """Where its shards are by now."""
+    from shards import manifest
+
+    places = [ref.shards, *([shards_url(study, ref.dataset)] if ref.dataset in study.data else [])]
+    for url in places:
+        if storage.exists(storage.join(url, manifest.MANIFEST)) and manifest.read(url).digest == ref.digest:
+            return ref.model_copy(update={"shards": url})
+    raise RequestError(f"the shards of '{ref.dataset}' that the run was begun with are not here", where=" and ".join(dict.fromkeys(places)))

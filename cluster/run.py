@@ -5,12 +5,15 @@ is missing.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
+from analysis.results import damaged
 from base import storage
 from base.config import to_yaml
 from base.errors import WorkError
-from base.paths import revision
+from base.paths import is_url, revision
 from cluster import leakage, observe, plan, stages
 from cluster.cells import write_plan
 from cluster.changes import changes, held
@@ -18,14 +21,15 @@ from cluster.claims import register_claims, register_family
 from cluster.events import Events
 from cluster.lock import DriverLock
 from cluster.mlflow_store import require_server, tracking_uri
-from cluster.outs import refuse_other_out, study_at
+from cluster.outs import FILE, refuse_other_out, study_at
 from cluster.plan import Packed
 from cluster.progress import Progress
 from cluster.projection import Projection
 from cluster.projector import Projector, mlflow_trouble
 from cluster.searches import Searches
-from cluster.standing import foreseen, standing_corpora, standing_weights
+from cluster.standing import foreseen, standing_corpora, standing_sources, standing_weights
 from cluster.study import Study
+from pretrain.run import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -44,27 +48,104 @@ class Summary:
     answer: str
 
 
-def run(study: Study, progress: Progress | None = None) -> Summary:
-    """Run a study to its end.
+def run(study: Study, progress: Progress | None = None, *, typed: bool = False) -> Summary:
+    """Run a study to its end. What can be refused before data are packed is refused before anything is written.
+
+    Args:
+        typed: it is that of a command without a study file, in whose spelling keys are named.
 
     Raises:
         RequestError: `out` belongs to another study or another driver, bad raw data, no MLflow server, no cluster or none that can run it.
         WorkError: storage failed. A pretraining or a cell that failed is in the summary.
     """
     progress = progress or Progress()
+    refuse_other_out(study)
     uri = tracking_uri(study.out, study.tracking)
     require_server(uri)
-    refuse_other_out(study)
-    corpora = standing_corpora(study)  # looks at the raw files too: what is wrong with them is found before anything is written
-    with DriverLock(study.out) as lock:
-        before = held(study.out)
-        storage.put(storage.join(study.out, "study.yaml"), to_yaml(study))
+    remove_damaged(study.out, progress)
+    corpora = standing_corpora(study)
+    complete = set(corpora) == set(study.data)
+    checked = leakage.standing(study, corpora) if complete else None
+    unknown = foreseen(study, {}, standing_sources(study)), ["everything"]
+    weights, missing = unknown if checked is None else standing_weights(study, checked)
+    searches = Searches(plan.settings(study, checked or {}, weights))
+    stands = not (missing or searches.foreseen or searches.open or searches.ready())
+    if not stands:
+        if complete:  # what is packed in this run is checked when it is
+            from cluster.fit import fits
+
+            fits(study, corpora)
+        stages.refuse_other_secrets(study)
+
+    before = held(study.out)
+
+    def work(events: Events) -> dict[str, Any]:
+        register_claims(study, events)
+        register_family(study, searches.rows(), events)
+        for line in changes(study, before, checked, searches, typed=typed):
+            progress.say(line)
+        return _standing(study, corpora, searches, progress, events) if stands else _made(study, uri, progress, events)
+
+    # A finished study needs no cluster: looking at storage is enough.
+    return _drive(study, uri, progress, work, cluster=not stands, file=to_yaml(study))
+
+
+def remove_damaged(out: str, progress: Progress) -> None:
+    """Results that are no JSON are taken away, so that they are computed again.
+
+    Only files can be cut in half: an object store's PUT is whole by itself, and asking for all of them would take its time.
+    """
+    for url in [] if is_url(out) else damaged(out):
+        storage.remove(url)
+        progress.say(f"{url} was damaged and is removed: computed again")
+
+
+def go_on(study: Study, config: PretrainConfig, progress: Progress | None = None) -> Summary:
+    """A pretraining that was begun, by its own configuration, to its end; of the study around it nothing else. See cluster.resume.
+
+    Raises:
+        RequestError: another driver works on this `out`, no MLflow server, no cluster or none that can run it.
+        WorkError: the run failed, or storage did.
+    """
+    progress = progress or Progress()
+    uri = tracking_uri(study.out, study.tracking)
+    require_server(uri)
+
+    def work(events: Events) -> dict[str, Any]:
+        _, restarts = stages.pretrain(study, config, f"pretrain {config.name}", progress, events)
+        return {"kept": 0, "restarts": restarts}
+
+    return _drive(study, uri, progress, work, cluster=True)
+
+
+def _drive(
+    study: Study, uri: str, progress: Progress, work: Callable[[Events], dict[str, Any]], *, cluster: bool, file: str | None = None
+) -> Summary:
+    """The frame of all work: the lock, Ray where it needs a cluster, and once that is there what is written; then the report.
+
+    Args:
+        work: returns what `_finish` is told of it.
+        file: what is to stand in OUT/study.yaml; None leaves it.
+    """
+    from cluster.doctor import require
+    from cluster.session import session
+
+    with DriverLock(study.out) as lock, ExitStack() as ray:
+        if cluster:
+            progress.say("starting Ray")
+            ray.enter_context(session())
+            require(study)
+        if file is not None:  # first: a folder without it is taken for another's
+            storage.put(storage.join(study.out, FILE), file)
         events = Events(study.out)
         events.add("start", revision=revision())
-        register_claims(study, events)
         projector = Projector(study.out, study.study, uri)
         try:
-            summary = _stages(study, before, corpora, progress, events, projector, uri)
+            if cluster:
+                events.add("ray", dashboard=observe.note_dashboard(study.out))
+            told = work(events)
+            ray.close()  # the report needs no cluster
+            summary = _finish(study, projector, progress, **told)
         except BaseException as error:
             progress.close()
             if lock.lost:  # all that is there is the other driver's
@@ -78,49 +159,27 @@ def run(study: Study, progress: Progress | None = None) -> Summary:
     return summary
 
 
-def _stages(
-    study: Study,
-    before: Study | None,
-    corpora: dict[str, Packed],
-    progress: Progress,
-    events: Events,
-    projector: Projector,
-    uri: str,
-) -> Summary:
-    from cluster.doctor import require
-    from cluster.fit import fits
+def _standing(study: Study, corpora: dict[str, Packed], searches: Searches, progress: Progress, events: Events) -> dict[str, Any]:
+    """Of a study all of whose work stands, what follows from it."""
+    leakage.summarise(study, corpora)
+    write_plan(study.out, searches)
+    progress.say(f"all {searches.kept} cells stand already" if study.cells else "all of it stands already")
+    if study.analyses:
+        from cluster.analyses import run_analyses
+
+        run_analyses(study, progress, events)
+    return {"kept": searches.kept}
+
+
+def _made(study: Study, uri: str, progress: Progress, events: Events) -> dict[str, Any]:
+    """What is missing, made on Ray."""
     from cluster.nodes import Making
-    from cluster.session import session
 
-    # A finished study needs no cluster: looking at storage is enough.
-    complete = set(corpora) == set(study.data)
-    checked = leakage.standing(study, corpora) if complete else None
-    weights, missing = standing_weights(study, checked) if checked is not None else (foreseen(study, {}, {}), ["everything"])
-    searches = Searches(plan.settings(study, checked or {}, weights))
-    register_family(study, searches.rows(), events)
-    for line in changes(study, before, checked, searches):
-        progress.say(line)
-    if not (missing or searches.foreseen or searches.open or searches.ready()):
-        leakage.summarise(study, corpora)
-        write_plan(study.out, searches)
-        progress.say(f"all {searches.kept} cells stand already")
-        if study.analyses:
-            from cluster.analyses import run_analyses
-
-            run_analyses(study, progress, events)
-        return _finish(study, projector, progress, kept=searches.kept)
-    if complete:  # what is packed in this run is checked when it is
-        fits(study, corpora)
-    stages.refuse_other_secrets(study)
-    progress.say("starting Ray")
-    with session():
-        require(study)
-        events.add("ray", dashboard=observe.note_dashboard(study.out))
-        making = Making(study, uri, progress, events)
-        making.run()
-    made, failed = making.fanned, making.failed()
+    making = Making(study, uri, progress, events)
+    making.run()
+    made = making.fanned
     counts = {"kept": making.searches.kept, "new": made.new, "lost": len(made.failed), "restarts": making.restarts, "deaths": made.deaths}
-    return _finish(study, projector, progress, failed=failed, **counts)
+    return {"failed": making.failed(), **counts}
 
 
 def _finish(study: Study, projector: Projector, progress: Progress, failed: dict[str, str] | None = None, **counts: int) -> Summary:

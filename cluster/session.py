@@ -7,6 +7,7 @@ with session():
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,11 +72,12 @@ def session() -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address and address != "local":
-            _reach(address)
-            ray.init(address="auto", **quiet)
-        else:
-            _start_here(quiet)
+        with _own_sigterm():
+            if address and address != "local":
+                _reach(address)
+                ray.init(address="auto", **quiet)
+            else:
+                _start_here(quiet)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster at {address}", where="RAY_ADDRESS", hint="ray start --head, or unset RAY_ADDRESS") from error
     except RuntimeError as error:
@@ -93,6 +95,24 @@ def session() -> Iterator[None]:
     # What else ends a study, Ctrl-C for one, leaves threads of it behind. One that calls Ray after a shutdown ends the whole process on the
     # spot, before it has given its lock back or said why; so Ray ends with the process.
     ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """SIGTERM does what this process has set for it, if anything, while Ray starts and after. Ray sets a handler in Python, which ends the
+    process without a word, and at last one in C++, which prints the stacks of its threads."""
+    import ray
+
+    held, set_by_ray = signal.getsignal(signal.SIGTERM), ray._private.utils.set_sigterm_handler
+    if not callable(held):
+        yield
+        return
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+        signal.signal(signal.SIGTERM, held)
+    finally:
+        ray._private.utils.set_sigterm_handler = set_by_ray
 
 
 def _reach(address: str) -> None:

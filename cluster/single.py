@@ -1,6 +1,8 @@
 """One pretraining or one cell as a study of its own, so that both take the one main job's path."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,20 @@ from cluster.load import check_names, key_of, resolve_paths
 from cluster.study import Data, Resources, Study
 from finetune.search import Tune
 from finetune.task import load_task
+
+# Keys of the study that stands for a command, and how the command spells them.
+ENTRY = r"(?:\[0\]|\.0)"
+SPELLED = (
+    (rf"\bpretrain(?:{ENTRY}|\.[a-z0-9._-]+?)\.(?=(?:architecture|data|recipe|seeds|settings|start_from)\b)", ""),
+    (r": pretrain\[0\]", ""),
+    (rf"\bcells\.sources{ENTRY}(?:\.(?:name|source))?", "source"),
+    (rf"\bcells\.strategies(?:{ENTRY}(?:\.name)?)?", "strategy"),
+    (r"\bcells\.task_settings\.[^.:]+", "settings"),
+    (rf"\bcells\.tasks{ENTRY}", "task"),
+    (rf"\b(?:cells\.)?(?:trial_)?seeds{ENTRY}", "seed"),
+    (rf"\bcells\.(architecture|fraction|resolution)s(?:{ENTRY})?(?:=\[(\w+)\])?", lambda m: m[1] + (f"={m[2]}" if m[2] else "")),
+    (r"\bcells\.(?=tune\b)", ""),
+)
 
 
 class OnePretraining(Strict):
@@ -67,7 +83,7 @@ def pretrain_study(recipe: str, settings: Sequence[str]) -> Study:
 def finetune_study(task: str, settings: Sequence[str]) -> Study:
     """A study with one cell."""
     where = f"allograft finetune {task}"
-    one = parse(_with_data(settings, where, load_task(task).dataset), OneCell, where)
+    one = parse(_with_data(settings, where, key_of(load_task(task).dataset)), OneCell, where)
     matrix = {
         "sources": [{"name": one.source.rstrip("/").rsplit("/", 1)[-1], "source": one.source}],
         "strategies": [one.strategy],
@@ -91,7 +107,7 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
 def _with_data(settings: Sequence[str], where: str, dataset: str) -> dict[str, Any]:
     asked = apply({}, settings)
     if "data" not in asked:
-        hint = f"data.{key_of(dataset)}.raw=FOLDER, or data.{key_of(dataset)}.shards=URL where it is packed already"
+        hint = f"data.{dataset}.raw=FOLDER, or data.{dataset}.shards=URL where it is packed already"
         raise RequestError("where are the images?", where=where, hint=hint + ("; allograft list datasets" if dataset == "DATASET" else ""))
     return asked
 
@@ -107,3 +123,20 @@ def _study(name: str, one: OnePretraining | OneCell, parts: dict[str, Any], wher
     study = resolve_paths(parse({**common, **parts}, Study, where), Path.cwd())
     check_names(study, where)
     return study
+
+
+def spelled(text: str) -> str:
+    """Keys of the study in a text, as `allograft pretrain` and `allograft finetune` take them."""
+    for pattern, key in SPELLED:
+        text = re.sub(pattern, key, text)
+    return text
+
+
+@contextmanager
+def as_typed() -> Iterator[None]:
+    """Requests refused inside name keys in the spelling of the command: who types it has no study file."""
+    try:
+        yield
+    except RequestError as error:
+        where, hint = (text and spelled(text) for text in (error.where, error.hint))
+        raise RequestError(spelled(error.what), where=where, hint=hint) from error

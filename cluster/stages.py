@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from base import storage
+from base.errors import WorkError, in_a_line
 from cluster import quarantine
 from cluster.events import Events
 from cluster.plan import Packed, Weights
@@ -25,12 +26,11 @@ StillOn = Callable[[], None]  # raises where the study has ended meanwhile
 
 def refuse_other_secrets(study: Study) -> None:
     """Raises RequestError where shards of another secret stand for any dataset: before one of them is packed."""
-    from shards.card import load_card
     from shards.pack import refuse_another_secret
 
     for name, entry in study.data.items():
         if entry.raw is not None:
-            refuse_another_secret(load_card(name), shards_url(study, name))
+            refuse_another_secret(study.card(name), shards_url(study, name))
 
 
 def pack(study: Study, name: str, progress: Progress, events: Events, room: Processors, check: StillOn) -> Packed:
@@ -43,7 +43,6 @@ def pack(study: Study, name: str, progress: Progress, events: Events, room: Proc
     from cluster.leakage import refuse_shared_patients
     from cluster.pack import pack_on_ray
     from shards import manifest
-    from shards.card import load_card
 
     entry, url = study.data[name], shards_url(study, name)
     if entry.raw is None:
@@ -54,7 +53,7 @@ def pack(study: Study, name: str, progress: Progress, events: Events, room: Proc
             check()
             progress.line(f"pack {name}: {so_far.line()}", of=f"pack {name}")
 
-        made, packing = pack_on_ray(load_card(name), entry.raw, url, show, entry.split_files, room)
+        made, packing = pack_on_ray(study.card(name), entry.raw, url, show, entry.split_files, room)
         corpus = Packed(url, made)
         counts = ", ".join(f"{split} {count:,}" for split, count in made.counts.items())
         quarantined = f", {made.quarantined} quarantined (see {url}/quarantine.jsonl)" if made.quarantined else ""
@@ -77,18 +76,27 @@ def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progres
     """
     from cluster.pretraining import pretrain_on_ray
     from cluster.sources import read_weights
-    from engine.checkpoint import newest_step
+    from engine.checkpoint import find_newest, newest_step
 
     restarts = 0
     if done(config.out):
         progress.say(f"{label}: stands already")
     else:
         began = time.monotonic()
-        if step := newest_step(storage.join(config.out, "checkpoints")):
-            progress.say(f"{label}: goes on from step {step}")
+        checkpoints = storage.join(config.out, "checkpoints")
+        if newest_step(checkpoints):
+            found = find_newest(checkpoints)
+            for why in found.refused if found else ():
+                progress.say(f"{label}: passes over the checkpoint {why}")
+            progress.say(f"{label}: " + (f"goes on from step {found.step}" if found else "begins again, none of its checkpoints is whole"))
+        told = {"name": config.name, "seed": config.seed, "key": config.key}
+        events.add("pretraining", **told)
         try:
             with progress.follow(storage.join(config.out, "metrics.jsonl"), label):
                 result = pretrain_on_ray(config, study.resources)
+        except (WorkError, OSError) as error:
+            events.add("pretraining failed", **told, reason=error.what if isinstance(error, WorkError) else in_a_line(error))
+            raise
         finally:  # a run that fails for too many damaged samples says most here
             unread = [row for row in quarantine.merge(study.out) if config.out.endswith(f"/{row['pretraining']}")]
             if unread:
@@ -99,5 +107,5 @@ def pretrain(study: Study, config: PretrainConfig, label: str, progress: Progres
         progress.say(f"{label}: {result['steps']} steps, {result['img_per_s']:.0f} img/s, {result['health']}, {took}{died}")
         for slow in result["stragglers"]:
             progress.say(f"{label}: {slow}")
-        events.add("pretrained", name=config.name, seed=config.seed, key=config.key, restarts=restarts)
+        events.add("pretrained", **told, restarts=restarts)
     return read_weights(storage.join(config.out, "export"), config.seed), restarts

@@ -48,32 +48,33 @@ def standing_corpora(study: Study) -> dict[str, Packed]:
 def jobs_of(study: Study, name: str) -> "list[ShardJob]":
     """The shards that the raw files of a dataset make; none where it comes packed. Raises RequestError for what is wrong with them."""
     from shards import pack
-    from shards.card import load_card
 
     entry = study.data[name]
-    return pack.plan(load_card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
+    return pack.plan(study.card(name), entry.raw, split_files=entry.split_files) if entry.raw else []
 
 
 def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Packed | None:
     """A dataset that is packed from these raw files, or comes packed; None where it is still to be.
 
     Raises:
-        RequestError: shards that the study names are not there.
+        RequestError: shards that the study names are not there, or are another dataset's.
     """
     from shards import manifest
 
     entry, url = study.data[name], shards_url(study, name)
     stands = storage.exists(storage.join(url, manifest.MANIFEST))
     if entry.shards and not stands:
-        hint = f"allograft pack {name} RAW --out {url}"
+        hint = f"allograft pack {entry.card or name} RAW --out {url}"
         raise RequestError("no packed dataset here", where=f"data.{name}.shards = {url}", hint=hint)
     read = manifest.read(url) if stands else None
+    if read and read.dataset != name:
+        raise RequestError(f"these shards are {read.dataset}, not {name}", where=f"data.{name}.shards = {url}")
     return Packed(url, read) if read and (entry.shards or read.raw_digest == jobs[0].origin.raw_digest) else None
 
 
 def shards_url(study: Study, dataset: str) -> str:
     """Where a dataset's shards are, or will be."""
-    return study.data[dataset].shards or storage.join(study.out, "shards", safe_name(dataset))
+    return study.data[dataset].shards or storage.join(study.out, "shards", dataset)
 
 
 def pretrainings(study: Study, corpora: Mapping[str, Packed]) -> list[tuple[PretrainEntry, int, PretrainConfig | None, Weights | None]]:

@@ -5,13 +5,15 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from analysis.claims import Claim
 from base.config import Strict, canonical_json
+from base.errors import RequestError, at
 from base.paths import with_preset
 from finetune.search import Tune
 from finetune.task import Metric, load_task
+from shards.card import Card, load_card
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
@@ -25,6 +27,7 @@ class DataEntry(Strict):
     raw: str | None = None
     shards: str | None = None
     split_files: str | None = Field(None, description="lists of your own that replace the card's split: see allograft pack --split-files")
+    card: str | None = Field(None, description="the file of a card of your own; filled in where the entry's key is that file")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -33,6 +36,24 @@ class DataEntry(Strict):
         if self.split_files is not None and self.raw is None:
             raise ValueError("split_files go with raw: shards are split already")
         return self
+
+
+def _by_name(data: dict[str, DataEntry]) -> dict[str, DataEntry]:
+    """Every dataset by its card's name, as pretrainings, tasks, shards and results have it; a key that is a file stays as `card`."""
+    found: dict[str, DataEntry] = {}
+    for key, entry in data.items():
+        file = key if key.endswith((".yaml", ".yml")) else None
+        if file and entry.card:
+            raise ValueError(f"{key}: the key names the card already, leave card: {entry.card} out")
+        with at(f"data.{key}"):
+            name = load_card(file).dataset if file else key
+        if name in found:
+            raise ValueError(f"two entries are the dataset '{name}': {found[name].card or name} and {key}")
+        found[name] = entry.model_copy(update={"card": file}) if file else entry
+    return found
+
+
+Data = Annotated[dict[str, DataEntry], Field(min_length=1), AfterValidator(_by_name)]
 
 
 class PretrainEntry(Strict):
@@ -180,7 +201,7 @@ class Study(Strict):
     study: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     out: str
     tracking: str = Field("sqlite", pattern=r"^(sqlite|https?://.+)$", description="sqlite, or the address of an MLflow server")
-    data: dict[str, DataEntry] = Field(min_length=1)
+    data: Data
     pretrain: list[PretrainEntry] = Field([])
     cells: Cells | None = None
     champion: Champion | None = None
@@ -203,6 +224,18 @@ class Study(Strict):
         if self.cells and self.cells.asked_by == "claims" and not self.claims:
             raise ValueError("cells.asked_by: claims, and there are none")
         return self
+
+    def card(self, dataset: str) -> Card:
+        """The card of a dataset.
+
+        Raises:
+            RequestError: there is none, it is wrong, or it names another dataset.
+        """
+        file = self.data[dataset].card or dataset
+        found = load_card(file)
+        if found.dataset != dataset:
+            raise RequestError(f"this card names the dataset '{found.dataset}', not '{dataset}'", where=file)
+        return found
 
     def before(self, entry: PretrainEntry) -> list[PretrainEntry]:
         """The runs of this study that lead to this one, oldest first."""

@@ -7,14 +7,16 @@ A file holds the facts of a task and its presets: `smoke` shows that it runs and
 `paper` is the recipe of the study that the task comes from. The kind fixes the head, and which losses and metrics fit (LOSSES, METRICS).
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config import Settings, Strict, apply, load_tree, parse
 from base.errors import unknown
 from base.paths import named, with_preset
-from shards.card import Uncertain
+from shards.card import Uncertain, load_card
 from shards.draws import Share
 
 Kind = Literal["multilabel", "multiclass", "ordinal", "segmentation"]
@@ -98,7 +100,7 @@ class Training(Strict):
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     plateau: Plateau = Plateau()
     warmup: float = Field(1.0, ge=0)
-    patience: int = Field(gt=0)
+    patience: int = Field(10, gt=0)
     select: Literal["metric", "loss"] = "metric"
 
 
@@ -150,7 +152,7 @@ class Facts(Strict):
     title: str
     dataset: str
     kind: Kind
-    labels: list[str] = Field(default=[])
+    labels: list[str] = Field(default=[], validate_default=True)
     evaluate: list[str] = Field(default=[])
     uncertain: Uncertain | None = None
     mask_class: str | None = None
@@ -167,41 +169,63 @@ class Facts(Strict):
     @model_validator(mode="before")
     @classmethod
     def _has_a_loss(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("loss") is not None or data.get("kind") not in LOSSES:
+        if not isinstance(data, dict) or data.get("loss") is not None:
             return data
-        return {**data, "loss": LOSSES[data["kind"]][0]}
+        # Any where the kind is wrong, which is told itself: no loss would be missing then.
+        fitting = [losses[0] for kind, losses in LOSSES.items() if kind == data.get("kind")]
+        return {**data, "loss": fitting[0] if fitting else "bce"}
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> "Facts":
-        segments = self.kind == "segmentation"
-        if segments and self.labels:
-            raise ValueError("labels: a segmentation task has none, its target is the mask")
-        if not segments and self.mask_class is not None:
-            raise ValueError(f"mask_class: a {self.kind} task has no masks")
-        if not segments and not self.labels:
-            raise ValueError(f"labels: a {self.kind} task needs them")
-        if self.kind in ("multiclass", "ordinal") and len(self.labels) < 2:
-            raise ValueError(f"labels: {'a' if self.kind == 'multiclass' else 'an'} {self.kind} task needs two at least")
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: a name stands twice")
-        if stray := [label for label in self.evaluate if label not in self.labels]:
-            raise ValueError(f"evaluate: {', '.join(stray)} is not among labels")
-        if self.metric not in METRICS[self.kind]:
-            raise ValueError(f"metric: '{self.metric}' does not measure a {self.kind} task, {' or '.join(METRICS[self.kind])} does")
-        if self.loss not in LOSSES[self.kind]:
-            raise ValueError(f"loss: '{self.loss}' does not fit a {self.kind} task, {' or '.join(LOSSES[self.kind])} does")
-        if segments:
-            for key, plain in (("class_weights", "none"), ("aggregate", None), ("evaluation", "whole"), ("volume", False)):
-                if getattr(self, key) != plain:
-                    raise ValueError(f"{key}: not for a segmentation task")
-        elif self.decoder != "unet":
-            raise ValueError(f"decoder: a {self.kind} task has none")
-        return self
+    # Checks of single fields, not of the whole, so that what they find is told together with keys that are missing elsewhere in the file.
+    @field_validator("dataset")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if value.endswith((".yaml", ".yml")):
+            name = f": {load_card(value).dataset}" if Path(value).is_file() else ""
+            raise ValueError(f"'{value}' is a file, write the name that its card has{name}")
+        return value
+
+    @field_validator("labels", "evaluate", "mask_class", "metric", "loss", "class_weights", "decoder", "aggregate", "evaluation", "volume")
+    @classmethod
+    def _fits_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        wrong = _misfit(str(info.field_name), value, info.data) if "kind" in info.data else None
+        if wrong:
+            raise ValueError(wrong)
+        return value
 
     @property
     def measured(self) -> list[str]:
         """The labels that are evaluated, in the order of `labels`."""
         return [label for label in self.labels if label in self.evaluate] if self.evaluate else self.labels
+
+
+def _misfit(key: str, value: Any, facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a fact beside those that stand before it, the kind among them."""
+    kind: Kind = facts["kind"]
+    segments, this = kind == "segmentation", f"{'an' if kind == 'ordinal' else 'a'} {kind} task"
+    wrong = None
+    if key == "labels":
+        if segments:
+            wrong = f"{this} has none, its target is the mask" if value else None
+        elif not value:
+            wrong = f"{this} needs them"
+        elif kind != "multilabel" and len(value) < 2:
+            wrong = f"{this} needs two at least"
+        elif len(set(value)) != len(value):
+            wrong = "a name stands twice"
+    elif key == "evaluate":
+        stray = [label for label in value if label not in facts.get("labels", value)]
+        wrong = f"{', '.join(stray)} is not among labels" if stray else None
+    elif key == "metric" and value not in METRICS[kind]:
+        wrong = f"'{value}' does not measure {this}, {' or '.join(METRICS[kind])} does"
+    elif key == "loss" and value not in LOSSES[kind]:
+        wrong = f"'{value}' does not fit {this}, {' or '.join(LOSSES[kind])} does"
+    elif key == "mask_class" and not segments and value is not None:
+        wrong = f"{this} has no masks"
+    elif key == "decoder" and not segments and value != "unet":
+        wrong = f"{this} has none"
+    elif key in ("class_weights", "aggregate", "evaluation", "volume") and segments and value != Facts.model_fields[key].default:
+        wrong = f"not for {this}"
+    return wrong
 
 
 Side = Annotated[int, Field(ge=16, le=4096)]

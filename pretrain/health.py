@@ -20,6 +20,7 @@ MOST_DEAD, FEWEST_SAMPLES = 0.5, 5.0  # share of prototypes; samples a prototype
 LEAST_MOVED, LAST_PROGRESS = 0.5, 0.9  # share of a teacher's numbers that an update changes; later a schedule may hold it on purpose
 LONGEST_WAIT, WAIT_STEPS = 0.1, 100
 GRADIENT_FACTOR = 10.0
+ADVICE = "lower the rate, check the temperature"
 
 Health = Literal[
     "healthy",
@@ -55,7 +56,9 @@ def judge(rows: Sequence[dict[str, Any]], *, chance_loss: float | None, width: i
         return Verdict("too short", "nothing was logged")
     last = rows[-1]
     if why := collapse(last, width, labelled):
-        return Verdict("collapsed", f"representation collapsed by step {last['step']} ({why}): lower the rate, check the temperature")
+        # The teacher of DINO and DINOv2; other networks that follow have other names.
+        advice = "lower the rate or teacher_temperature / student_temperature" if "teacher_lag" in last else ADVICE
+        return Verdict("collapsed", f"representation collapsed by step {last['step']} ({why}): {advice}")
     if len(rows) < FEWEST_ROWS or last["step"] < FEWEST_STEPS or last["epoch"] < FEWEST_EPOCHS:
         return Verdict("too short", f"{last['step']} steps in {last['epoch']:.1f} epochs are too few to judge")
     rules: dict[Health, Callable[[Sequence[dict[str, Any]]], str | None]] = {

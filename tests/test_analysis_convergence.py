@@ -13,14 +13,20 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_study import make
 from test_cluster_cli import Allograft, allograft
 
+from analysis import study_floors
 from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, median, reached, shown, speedup
 from analysis.correlation import _interval, correlation, pearson
+from analysis.evidence import floors_of, gather
+from analysis.floors import Floors
 from analysis.layers import against_random, start_against_end
+from analysis.replicates import Bootstrap
 from analysis.results import finished
 from base.errors import RequestError
 from base.seeds import rng
+from cluster.convergence import untrained
 
 __all__ = ["allograft"]  # a fixture
 
@@ -172,6 +178,23 @@ def test_the_threshold_is_what_the_typical_run_of_each_reaches() -> None:
         common_threshold([])
     with pytest.raises(RequestError, match="one threshold is for one task"):
         reached([curve("a", 1, 1, 3), curve("a", 1, 1, 3, group="other")], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("level", "untrained", "why"),
+    [
+        (0.6, (), ""),
+        (0.6, ((math.nan, "a floor"), (0.5, "chance")), ""),
+        (0.45, ((0.5, "chance"), (0.7, "a floor")), "chance, 0.5"),
+        (0.6, ((0.5, "chance"), (0.7, "a floor")), "a floor, 0.7"),
+        (0.02, (), "the first evaluation of random, full, 0.02469"),
+    ],
+)
+def test_does_not_repeat_a_speed_up_to_what_takes_no_training(level: float, untrained: Any, why: str) -> None:
+    slow, fast = ([curve(name, tau, 10, 100, seed=seed) for seed in range(3)] for name, tau in (("random", 400), ("simclr", 50)))
+    base, other = reached([*slow, *fast], level, untrained=untrained)
+    assert (base.why, other.why) == ("", why)
+    assert (other.speedup.words() == "-") is bool(why)
 
 
 def test_the_transfusion_curve_gives_each_block_what_was_planted() -> None:
@@ -458,6 +481,48 @@ def test_the_command_shows_each_run_by_its_own_end(tmp_path: Path, allograft: Al
     assert summary.loc["simclr", "speedup_sign"] == ">"
     assert summary.loc["simclr", "speedup"] == pytest.approx(5 / float(str(summary.loc["simclr", "median"])))
     assert summary.loc["simclr", "speedup_undefined"] == 0
+
+
+def test_does_not_repeat_a_speed_up_below_chance(tmp_path: Path, allograft: Allograft) -> None:
+    """The common threshold is the lowest best value: that of a source which learned nothing."""
+    out = study(tmp_path / "study", {("random", "full", "{}"): 8.0, ("pretrain:simclr", "full", "{}"): 2.0})
+    for cell in (out / "cells").iterdir():
+        rows = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+        for row in rows if cell.name.startswith("0") else ():
+            row["val_auroc_mean"] -= 0.4
+        (cell / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        held = json.loads((cell / "result.json").read_text())
+        (cell / "result.json").write_text(json.dumps({**held, "own_source": cell.name.startswith("1")}))
+    said = allograft("analyze", "convergence", str(out), "--out", str(tmp_path / "made"))
+    level = 0.1 + 0.4 * (1 - math.exp(-20 / 8.8))
+    told = f"No speed-up over random, phantom-chest, resnet18, 32 px: the threshold of {level:.4g} is not above chance, 0.5."
+    assert told in said.out
+    summary = pd.read_csv(tmp_path / "made" / "convergence.csv").set_index("source")
+    assert summary["speedup"].isna().all()
+    assert (summary.loc["simclr", "why"], summary.loc["simclr", "apart"]) == ("chance, 0.5", "own source")
+    assert "simclr (own source)  full" in said.out
+    again = allograft("analyze", "convergence", str(out), "--threshold", "0.55", "--out", str(tmp_path / "high"))
+    assert "No speed-up" not in again.out
+
+
+def test_speed_ups_are_given_over_the_floors_that_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`analyze convergence` reads them and computes none; the floors of a study are kept by its report."""
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, seeds=2, images=40)
+    asked: list[object] = []
+
+    def computed(*of: object, **_: object) -> dict[float, Floors]:
+        asked.append(of)
+        return {1.0: {"pixels": {"auroc_mean": 0.9}}}
+
+    monkeypatch.setattr(study_floors, "of_shards", computed)
+    assert floors_of(str(out), finished(str(out)), compute=False).values == {}
+    assert asked == []
+    held = {("phantom-chest", 1.0): {"pixels": {"auroc_mean": 0.9}}}
+    assert floors_of(str(out), finished(str(out)), compute=True).values == held
+    assert floors_of(str(out), finished(str(out)), compute=False).values == held
+    assert gather(str(out), Bootstrap(20)).floors.values == held
+    assert len(asked) == 1
+    assert untrained("auroc_mean", held["phantom-chest", 1.0])[1] == (0.9, "a floor of test images (pixel logistic regression, 32 px)")
 
 
 def test_seconds_add_up_and_steps_are_refused_where_rows_have_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -231,11 +232,57 @@ def test_an_empty_a_running_and_a_failed_study_are_reported_truthfully(tmp_path:
     assert gather(str(out), QUICK).answer().startswith("5 of 6 cells finished: ")
     assert "1 of 6 cells have no result" in page
     assert "out of &lt;memory&gt;" in page
-    assert "not finished, at step 390" in page
+    assert "not finished, at step 400" in page
     for folder in (out / "cells").iterdir():
         shutil.rmtree(folder)
     assert gather(str(out), QUICK).answer() == "no finished cell yet (0 of 6)"
     assert "0 of 6" in text_of(out)
+
+
+def diary(out: Path, *events: Mapping[str, object]) -> None:
+    (out / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_a_pretraining_that_failed_says_at_which_step_and_why(tmp_path: Path) -> None:
+    out = make(tmp_path, {"simclr": 0.7, "simclr-sup": 0.7}, seeds=1, images=60)
+    failed, stopped = sorted((out / "pretrain").iterdir())
+    keys = [folder.name.rsplit("-", 1)[-1] for folder in (failed, stopped)]
+    for folder in (failed, stopped):
+        (folder / "result.json").unlink()
+    (failed / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"event": "not finite", "step": 4, "why": "the loss on rank [0]"}\n')
+    begun = [{"event": "start"}, *({"event": "pretraining", "key": key} for key in keys)]
+    broke = {"event": "pretraining failed", "key": keys[0], "reason": "the loss is not finite <at> step 4"}
+    diary(out, *begun, broke, {"event": "stop", "error": "KeyboardInterrupt: "})
+    page = text_of(out)
+    assert "failed at step 4: the loss is not finite &lt;at&gt; step 4" in page
+    assert "stopped at step 400: KeyboardInterrupt" in page
+    assert "<b>0 finished, 1 failed, 1 not finished</b>" in page
+    assert "failed cell" not in page
+
+
+def test_a_result_that_was_cut_in_half_is_named(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=1, images=60)
+    cell = sorted((out / "cells").iterdir())[0]
+    held = (cell / "result.json").read_bytes()
+    (cell / "result.json").write_bytes(held[: len(held) // 2])
+    page, name = text_of(out), f"cells/{cell.name}/result.json"
+    assert f"<code>{name}</code>" in page[page.index('<section id="missing">') :]
+    assert gather(str(out), QUICK).answer().startswith(f"{name} cannot be read (run the study again); 1 of 2 cells finished: ")
+    shutil.rmtree(out / "cells" / next(folder.name for folder in (out / "cells").iterdir() if folder != cell))
+    assert gather(str(out), QUICK).answer() == f"{name} cannot be read (run the study again); no finished cell yet (0 of 2)"
+
+
+def test_where_a_study_of_pretrainings_alone_was_computed_is_said(tmp_path: Path) -> None:
+    out = make(tmp_path, {"simclr": 0.7}, seeds=1, images=60)
+    file = next((out / "pretrain").glob("*/result.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "revision": "abc1234-dirty", "device": "cuda:0"}))
+    shutil.rmtree(out / "cells")
+    (out / "plan.json").unlink(missing_ok=True)
+    page = text_of(out)
+    assert "<dt>revision</dt><dd>abc1234-dirty (1 pretrainings)</dd>" in page
+    assert "<dt>devices</dt><dd>cuda:0 (1 pretrainings)</dd>" in page
+    assert "git checkout abc1234 " in page
+    assert "The revision ends in -dirty" in page
 
 
 def test_metrics_that_are_not_numbers_and_a_flagged_control(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_study import make
+import yaml
+from made_study import claim, make, write_claims
 
 from analysis import analysis_sections, calibration, papers, results, secondary, statistics_sections, subgroups, tables
 from analysis import report as reports
@@ -36,10 +37,19 @@ def scored(seed: int, images: int, noise_of_b: float) -> tuple[Scores, dict[str,
     return Scores(seed, ids, patients, target, score), dict(zip(ids.tolist(), group.tolist(), strict=True))
 
 
-def test_bounds_have_enough_digits_to_tell_them_apart() -> None:
+def test_a_comparison_has_three_decimals_wherever_it_stands(tmp_path: Path) -> None:
     narrow = Comparison(-0.0417, -0.0428, -0.0406, 0.0001, 1.0, 0.001, "seeds and patients")
     assert effect(narrow, "Dice") == "-0.042 Dice [-0.043, -0.041]"
-    assert effect(replace(narrow, low=-0.06, high=-0.024), "Dice") == "-0.04 Dice [-0.06, -0.02]"
+    assert effect(replace(narrow, low=-0.06, high=-0.024), "Dice") == "-0.042 Dice [-0.060, -0.024]"
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.1}, seeds=3, images=100)
+    write_claims(out, [claim()])
+    evidence = gather(str(out), QUICK)
+    claimed, gain = evidence.findings
+    c = gain.comparison
+    assert c.estimate == claimed.comparison.estimate
+    for said in (claimed.sentence(evidence).replace("+", ""), gain.sentence(evidence).replace("+", ""), tables.findings(evidence)):
+        assert f"[{c.low:.3f}, {c.high:.3f}]" in said
+        assert f"{c.estimate:.3f}" in said
 
 
 FACTS = ("task", "simclr", "full", "sex", "auroc_mean", "corpus")
@@ -222,12 +232,29 @@ def test_numbers_printed_with_commas_are_sorted_by_what_they_are(tmp_path: Path)
 
 def test_settings_of_two_studies_are_named_by_their_keys() -> None:
     tree = {"cells": {"seeds": [0, 1], "sources": [{"name": "a", "source": "random"}, {"name": "b", "source": "x"}]}, "study": "s"}
-    assert settings(tree) == {
-        "cells.seeds": "[0, 1]",
-        "cells.sources.a.source": '"random"',
-        "cells.sources.b.source": '"x"',
-        "study": '"s"',
+    assert settings({**tree, "analyses": [], "data": {"raw": None}}) == {
+        "cells": {"seeds": [0, 1], "sources": {"a": {"source": "random"}, "b": {"source": "x"}}},
+        "study": "s",
     }
+
+
+def test_does_not_repeat_defaults_and_nulls_of_what_one_study_has_alone(tmp_path: Path) -> None:
+    outs = [make(tmp_path / name, {"random": 0.0}, seeds=1, images=40) for name in ("one", "two")]
+    write_claims(outs[0], [claim(), claim(name="hurts", sentence="It hurts.", expect="less")])
+    tree = yaml.safe_load((outs[0] / "study.yaml").read_text()) | {"data": {"chest": {"raw": "phantom:9", "shards": None}}}
+    tree["cells"]["tune"], tree["pretrain"] = None, [{"name": "sup", "recipe": "supervised", "replay": None, "settings": {}}]
+    (outs[0] / "study.yaml").write_text(yaml.safe_dump(tree))
+    rows = changed(*(gather(str(out), QUICK) for out in outs))
+    assert sorted(key for key, _, _ in rows) == ["claims.hurts", "claims.pretraining-helps", "data.chest", "pretrain.sup"]
+    assert {two for *_, two in rows} == {"–"}
+    told = {key: one for key, one, _ in rows}
+    assert told["data.chest"] == '{"raw": "phantom:9"}'
+    assert told["pretrain.sup"] == '{"recipe": "supervised"}'
+    assert json.loads(told["claims.hurts"])["comparison"] == {"a": {"source": "simclr"}, "b": {"source": "random"}}
+    assert "null" not in "".join(told.values())
+    two = yaml.safe_load((outs[1] / "study.yaml").read_text()) | {"data": {"chest": {"raw": "phantom:8"}}}
+    (outs[1] / "study.yaml").write_text(yaml.safe_dump(two))
+    assert ("data.chest.raw", '"phantom:9"', '"phantom:8"') in changed(*(gather(str(out), QUICK) for out in outs))
 
 
 def test_two_studies_are_compared_where_they_meet(tmp_path: Path) -> None:

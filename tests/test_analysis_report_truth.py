@@ -18,7 +18,7 @@ from analysis.analyses import Analysis, Standing
 from analysis.claims import Claim
 from analysis.comparing import compare_studies
 from analysis.evidence import Evidence, gather
-from analysis.findings import effect, significance
+from analysis.findings import brief, significance
 from analysis.loaded import Loaded, scores
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
@@ -129,6 +129,32 @@ def test_does_not_repeat_stars_of_results_without_spread(tmp_path: Path) -> None
     assert [row[1] for row in benchmark.rows] == ["70.00 ±0.00", "80.00 ±0.00"]
 
 
+def test_does_not_repeat_stars_of_own_exposed_and_under_a_floor(tmp_path: Path) -> None:
+    sources = {"random": 0.0, "simclr": 2.0, "simclr-sup": 4.0}
+    out = make(tmp_path, sources, seeds=3, images=100, own=[("simclr-sup", "phantom-chest")])
+
+    def stars(floor: float) -> tuple[dict[str, Any], papers.Layout]:
+        evidence = gather(str(out), QUICK)
+        evidence.floors = StudyFloors(evidence, {("phantom-chest", 1.0): {"pixels": {"auroc_mean": floor}}}, [])
+        assert "own and exposed sources, and those under a floor, have none" in statistics_sections.secondary_tests(evidence)
+        held = pd.read_csv(out / "report" / "secondary.csv")
+        found = {str(row["a"]): row.get("stars") for _, row in held.iterrows() if row["b"] == "random"}
+        return found, {one.name: one for one in papers.layouts(evidence)}["benchmark-resnet18-full"]
+
+    found, benchmark = stars(0.0)
+    assert "*" in found["simclr"]
+    assert pd.isna(found["simclr-sup"])
+    assert "*" in benchmark.rows[1][1]
+    rewrite(out, "simclr-sup", own_source=False, exposed_to=["corpus"])
+    assert pd.isna(stars(0.0)[0]["simclr-sup"])
+    found, benchmark = stars(0.999)
+    assert all(map(pd.isna, found.values()))
+    assert not any("*" in text for row in benchmark.rows for text in row)
+    assert benchmark.rows[1][1].endswith(" ¶")
+    assert "; ¶ of a setting whose mean is under a floor" in benchmark.caption
+    assert r"\P{}" in benchmark.latex()
+
+
 def claimed(out: Path, *claims: Claim, late: tuple[str, ...] = ()) -> Evidence:
     """A made study with claims, registered before its results but for those in `late`."""
     write_claims(out, claims, late)
@@ -147,7 +173,7 @@ def test_does_not_repeat_claims_without_what_their_intervals_are_over(tmp_path: 
     assert reports._scope(evidence).endswith("Intervals are 95 %, of claims of equivalence 90 %.")
     next(Path(cell.url) for cell in finished(str(out)) if cell.source == "simclr").joinpath("result.json").unlink()
     evidence = gather(str(out), QUICK)
-    assert "so far: 1 of its cells are missing" in statistics_sections.claims(evidence)
+    assert "so far: 1 of its cells is missing" in statistics_sections.claims(evidence)
     assert "Added to the study file when" in statistics_sections.claims(claimed(out, claim(), late=("pretraining-helps",)))
 
 
@@ -374,7 +400,7 @@ def test_does_not_repeat_survivors_of_runs_that_diverged_as_the_source(tmp_path:
     assert next(row for row in benchmark.rows if row[0] == "simclr")[1].endswith(" §")
     assert benchmark.rows[max(benchmark.best)[0]][0] == "moco"
     (claimed_of,) = claimed(out, claim()).ledger
-    assert (claimed_of.verdict, "are a selection" in claimed_of.why) == ("underpowered", True)
+    assert (claimed_of.verdict, "are a selection" in claimed_of.why) == ("not comparable", True)
 
 
 def test_does_not_repeat_survivors_of_runs_that_failed_as_the_source(tmp_path: Path) -> None:
@@ -534,7 +560,13 @@ def test_does_not_repeat_certainty_over_the_baseline_as_certainty_of_the_lead(tm
         key=lambda name: -results.mean_sd(c.value("auroc_mean", "val") for c in evidence.cells if c.source == name)[0],
     )
     a, b = ([held for c in evidence.cells if c.source == name and (held := scores(c))] for name in order[:2])
-    assert f"{effect(compare(a, b, 'auroc_mean', bootstrap=QUICK), '').replace('  ', ' ')} over {order[1]}, full" in said
+    assert f"{brief(compare(a, b, 'auroc_mean', bootstrap=QUICK))} over {order[1]}, full" in said
+
+
+def test_does_not_repeat_a_lead_of_a_study_with_one_source(tmp_path: Path) -> None:
+    evidence = gather(str(make(tmp_path, {"random": 0.0}, seeds=1, images=60)), QUICK)
+    assert tables.winners(evidence) == ""
+    assert "Certainty is over the source named" not in reports.page(evidence)
 
 
 def test_does_not_repeat_a_green_lead_of_what_is_under_its_floor(tmp_path: Path) -> None:

@@ -90,6 +90,49 @@ def test_missing_cells_are_those_the_study_asks_for(tmp_path: Path) -> None:
     assert results.failures(str(out)) == {"k1": "no"}
 
 
+def test_the_diary_says_how_pretrainings_stand(tmp_path: Path) -> None:
+    """Told step by step: failed, begun again by the next driver, interrupted, begun again, cut off without a word, finished."""
+    begun, failed = {"event": "pretraining", "key": "a"}, {"event": "pretraining failed", "key": "a", "reason": "no"}
+    told = [
+        ({"event": "start"}, {"": "RUNNING"}),
+        (begun, {"": "RUNNING", "a": "RUNNING"}),
+        (failed, {"": "RUNNING", "a": "FAILED"}),
+        ({"event": "end", "failed": {"pretrain a": "no"}}, {"": "FAILED", "a": "FAILED"}),
+        ({"event": "start"}, {"": "RUNNING", "a": "FAILED"}),
+        (begun, {"": "RUNNING", "a": "RUNNING"}),
+        ({"event": "stop", "error": "KeyboardInterrupt: "}, {"": "KILLED", "a": "KILLED"}),
+        (failed, {"": "KILLED", "a": "KILLED"}),  # the driver that goes takes its workers with it
+        ({"event": "start"}, {"": "RUNNING", "a": "KILLED"}),
+        (begun, {"": "RUNNING", "a": "RUNNING"}),
+        ({"event": "start"}, {"": "RUNNING", "a": "KILLED"}),
+        (begun, {"": "RUNNING", "a": "RUNNING"}),
+        ({"event": "stop", "error": "RequestError: no"}, {"": "FAILED", "a": "FAILED"}),
+        (begun, {"": "FAILED", "a": "RUNNING"}),
+        ({"event": "pretrained", "key": "a"}, {"": "FAILED"}),
+        ({"event": "end", "failed": {}}, {"": "FINISHED"}),
+    ]
+    assert results.endings(str(tmp_path)) == {}
+    text, whys = "", list[str]()
+    for event, expected in told:
+        text += json.dumps(event) + "\n"
+        (tmp_path / "events.jsonl").write_text(text)
+        found = results.endings(str(tmp_path))
+        assert {key: ending.status for key, ending in found.items()} == expected, event
+        whys.append(found.get("a", results.RUNNING).why)
+    assert list(dict.fromkeys(whys)) == ["", "no", "KeyboardInterrupt", "its driver ended without a word", "RequestError: no"]
+    assert results.failures(str(tmp_path)) == {}
+
+
+def test_damaged_results_are_found_and_whole_ones_need_no_look(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=1, images=40)
+    cell, run = sorted((out / "cells").iterdir())[0], next((out / "pretrain").iterdir())
+    assert results.damaged(str(out)) == []
+    for folder in (cell, run):
+        (folder / "result.json").write_text('{"key": ')
+    assert results.damaged(str(out)) == [str(cell / "result.json"), str(run / "result.json")]
+    assert results.damaged(str(out), {cell.name}) == [str(run / "result.json")]
+
+
 def test_nothing_is_missing_before_anything_is_planned(tmp_path: Path) -> None:
     assert results.absent(str(tmp_path), []) == []
 

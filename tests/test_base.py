@@ -160,6 +160,14 @@ def test_settings_win_over_the_file_and_reach_into_named_list_entries(tmp_path: 
         apply({"pretrain": [{"name": "a"}]}, ["pretrain.b.seeds=[1]"])
 
 
+@pytest.mark.parametrize(
+    "file", ["mine.yaml", "cards/mine.yml", "/data/mine.yaml", "./mine.yaml", "../../cards/mine.yaml", "mine.yaml/smoke"]
+)
+def test_a_file_in_the_key_of_a_setting_keeps_its_dots(file: str) -> None:
+    assert apply({}, [f"data.{file}.raw=/x/y.yaml"]) == {"data": {file: {"raw": "/x/y.yaml"}}}
+    assert apply({}, [f"data.{file}={{raw: x}}", "a.yam.l=1"]) == {"data": {file: {"raw": "x"}}, "a": {"yam": {"l": 1}}}
+
+
 def test_typed_settings_replace_and_mappings_reach_below() -> None:
     """`allograft finetune dxc14 settings.recipe.epochs=3` must not lose the recipe's other keys."""
     assert apply({"data": {"x": {"raw": "a"}}}, ["data.x={shards: b}"]) == {"data": {"x": {"shards": "b"}}}

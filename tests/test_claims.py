@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from made_study import CLAIM, claim, make, write_claims
 from scipy import stats
 
+from analysis import statistics_sections, tables
 from analysis.claims import Claim, load_claim
 from analysis.components import Parts
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
 from analysis.ledger import LEAST_EVALUATIONS, Entry
 from analysis.replicates import Bootstrap
+from analysis.results import finished
 from analysis.statistics import Comparison, holm
 from base.config import load
 from base.errors import RequestError
 from base.paths import ROOT, names
-from cluster.claims import Asked, axes_of_matrix, register_claims, show
+from cluster.claims import Asked, axes_of_matrix, register_claims, row, show
 from cluster.events import Events
 from cluster.load import load_study
 from cluster.study import Study
@@ -247,9 +249,34 @@ def test_a_claim_is_tested_in_every_setting_that_has_both_sides(tmp_path: Path) 
 
 def test_own_sources_and_exposed_ones_are_evidence_for_nothing(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=200, own=[("simclr", "phantom-chest")])
-    (found,) = with_claims(out, claim()).ledger
-    assert found.verdict == "underpowered"
+    evidence = with_claims(out, claim())
+    (found,) = evidence.ledger
     assert "own source" in found.why
+    assert (found.verdict, found.needs()) == ("not comparable", "")  # no number of seeds would settle it
+    assert found.comparison.seed_variance > 0
+    assert '" cannot be judged for these encoders on phantom-chest' in found.sentence()
+    assert row(found)[1:5:3] == ("not comparable", "-")
+    assert evidence.findings[0].mark == "none"
+    assert '<span class="tag ">not comparable</span>' in statistics_sections.claims(evidence)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_does_not_repeat_an_interval_of_one_seed_that_is_left_without_saying_so(tmp_path: Path, own: bool) -> None:
+    """Of two seeds one cell is gone: its interval is narrower than that of both, since it holds patients alone."""
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 0.5}, seeds=2, images=80, own=[("simclr", "phantom-chest")] * own)
+    assert "patients only" not in with_claims(out, claim()).answer()
+    gone = next(cell for cell in finished(str(out)) if cell.source == "simclr")
+    Path(gone.url, "result.json").unlink()
+    evidence = with_claims(out, claim())
+    first, second = evidence.findings
+    told = "one seed so far: patients only, nothing declared"
+    assert first.sentence(evidence).endswith(f", {told}, so far: 1 of its cells is missing")
+    assert second.sentence(evidence).endswith(f", {told}")
+    assert evidence.ledger[0].why.endswith(f", {told}")
+    assert "so far, 1 cell missing" in row(evidence.ledger[0])[1]
+    assert (", patients only against random" in tables.winners(evidence)) is not own  # an own source leads nowhere
+    (out / "plan.json").unlink()
+    assert gather(str(out), Bootstrap(300)).findings[1].sentence(evidence).endswith(", one seed: patients only, nothing declared")
 
 
 def test_a_verdict_of_a_study_that_is_running_says_so(tmp_path: Path) -> None:

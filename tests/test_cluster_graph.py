@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import tiny_study
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from analysis import results
 from base import storage
+from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from cluster import leakage
+from cluster import leakage, pretraining, stages
 from cluster.cells import Fanned, write_plan
 from cluster.cli import _closing
 from cluster.events import Events
@@ -31,10 +33,11 @@ from cluster.nodes import Making
 from cluster.plan import Packed, settings
 from cluster.progress import Progress
 from cluster.ray_tasks import of_task
-from cluster.run import Summary, _tried, run
+from cluster.run import Summary, _tried, remove_damaged, run
 from cluster.searches import Searches
 from cluster.standing import standing_corpora
 from cluster.study import Study
+from pretrain.run import PretrainConfig
 
 FOUR = {"CPU": 4.0, "GPU": 0.0}
 
@@ -411,6 +414,29 @@ def test_cells_without_a_key_are_no_plan_to_read_by(packed: Study) -> None:
     assert results.planned(packed.out) == set()
     write_plan(packed.out, known(packed))
     assert results.planned(packed.out)
+
+
+def test_a_pretraining_that_fails_is_in_the_diary_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the others go on: neither the report nor MLflow waits for the end of the study."""
+    made = yaml.safe_load((Path(__file__).parent / "golden" / "pretrain.yaml").read_text())
+    config = parse(made | {"out": f"{tmp_path}/out/pretrain/simclr-{made['key']}"}, PretrainConfig, "test")
+    study = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER)).model_copy(update={"out": f"{tmp_path}/out"})
+
+    def fail(config: PretrainConfig, resources: object) -> None:
+        raise WorkError("the loss is not finite at step 4", where="pretrain simclr")
+
+    monkeypatch.setattr(pretraining, "pretrain_on_ray", fail)
+    with pytest.raises(WorkError):
+        stages.pretrain(study, config, "pretrain simclr", Progress(), Events(study.out))
+    assert results.endings(study.out) == {made["key"]: ("FAILED", "the loss is not finite at step 4")}
+
+
+def test_a_result_that_was_cut_in_half_is_removed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("whole", "{}"), ("half", '{"key": ')):
+        storage.put(f"{tmp_path}/cells/{name}/result.json", text)
+    remove_damaged(str(tmp_path), Progress())
+    assert storage.holding(f"{tmp_path}/cells", "result.json") == ["whole"]
+    assert f"{tmp_path}/cells/half/result.json was damaged and is removed: computed again" in capsys.readouterr().out
 
 
 @pytest.mark.slow

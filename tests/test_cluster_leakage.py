@@ -120,6 +120,23 @@ def test_a_study_trains_without_the_images_that_leak_and_says_so(leaky: Study, c
     assert "The dataset itself holds these images on both sides" in page
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("on_head")
+def test_data_of_ones_own_are_compared_and_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "s" * 32)
+    tree = tiny_study.own(tmp_path)
+    cells = {**tree["cells"], "sources": ["random"], "architectures": ["test_resnet"]}
+    study = load_study(tiny_study.write(tmp_path, tree, pretrain=[], cells=cells))
+    summary = run(study)
+    assert (summary.failed, summary.cells_new) == ({}, 1)
+    (row,) = storage.read_json(f"{study.out}/leakage.json")["own"]
+    assert (row["corpus"]["dataset"], row["test"]["dataset"]) == ("my-ward", "my-ward")
+    assert run(load_study(f"{study.out}/study.yaml")).cells_kept == 1
+
+
 def test_a_study_without_leakage_keeps_its_keys(leaky: Study) -> None:
     config = plan.pretrain_config(leaky, leaky.pretrain[0], 0, standing_corpora(leaky), None)
     assert config.data[0].without == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_study
 
+from analysis.results import Pretraining
 from base import storage
 from base.errors import RequestError
 from cluster import plan
@@ -192,6 +193,26 @@ def test_more_steps_take_more_hours(tmp_path: Path) -> None:
     short_s, long_s = (one.estimate(study.resources, H100, []).seconds for one in runs)
     assert runs[0].explained.steps < runs[1].explained.steps == 24
     assert long_s / short_s == pytest.approx(24 / runs[0].explained.steps)
+
+
+def test_hours_are_of_all_that_finished_runs_took(tmp_path: Path) -> None:
+    """And not of the median of their steps, which leaves out the start and the probes."""
+    study = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER))
+    run = Run.of(study, study.pretrain[0], "test_resnet", images=100, channels=1)
+    recipe = run.explained.recipe
+    result = {
+        "images": 192,
+        "seconds": 14.1,
+        "img_per_s": 95.5,
+        "image_size": recipe.views.size,
+        "architecture": "test_resnet",
+        "workers": 1,
+    }
+    config = {"recipe": {"method": recipe.method, "global_batch": recipe.global_batch}}
+    finished = [Pretraining("a", "k", "", config, [], result)] * 2
+    found = run.estimate(study.resources, H100, finished)
+    assert found.basis == "measured on 2 finished runs"
+    assert found.seconds == pytest.approx(run.explained.steps * recipe.global_batch * 14.1 / 192)
 
 
 def test_what_is_known_before_packing_is_what_the_manifest_says(phantom_chest: str) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a pretraining, and the death of Ray Train's own process: it ends cleanly, says how to go on, and goes on."""
+"""Ctrl-C or SIGTERM in the middle of work, and the death of Ray Train's own process: it ends cleanly, says how to go on, and goes on."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ COMMAND = [
 
 # Threads of a study cannot be ended; these ask Ray for something all the time.
 ASKING = """
-import sys, threading, time
+import os, signal, sys, threading, time
 from contextlib import suppress
 from cluster.cli import _stoppable
 from cluster.lock import DriverLock
@@ -36,7 +36,8 @@ with _stoppable(), DriverLock(sys.argv[1]), session():
     for _ in range(8):
         threading.Thread(target=ask, daemon=True).start()
     time.sleep(3)
-    raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+    time.sleep(60)
 """
 
 
@@ -47,8 +48,7 @@ def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A test runner in the background ignores SIGINT, and its children would.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_hears_ctrl_c,
     )
     _wait(lambda: any((out / "pretrain").glob("*/checkpoints/*/COMMIT")), interrupted)
     of_ray = psutil.Process(interrupted.pid).children(recursive=True)
@@ -78,11 +78,18 @@ def test_ctrl_c_and_a_lost_controller_say_how_to_go_on_and_the_same_command_does
     assert steps == sorted(set(steps))
 
 
-def test_does_not_repeat_an_end_without_a_word_by_a_thread_that_still_calls_ray(tmp_path: Path) -> None:
-    said = subprocess.run([sys.executable, "-c", ASKING, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert said.returncode == 130, said.stderr
-    assert "stopped; the same command goes on from here" in said.stderr
+@pytest.mark.parametrize(("told", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_does_not_repeat_an_end_without_a_word_by_a_thread_that_still_calls_ray(tmp_path: Path, told: str, code: int) -> None:
+    command = [sys.executable, "-c", ASKING, str(tmp_path), told]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=_hears_ctrl_c)
+    assert said.returncode == code, said.stderr
+    assert said.stderr.strip() == "stopped; the same command goes on from here"
     assert not (tmp_path / "driver.lock").exists()
+
+
+def _hears_ctrl_c() -> None:
+    """A test runner in the background ignores SIGINT, and its children would."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:

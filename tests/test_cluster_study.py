@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_study
 import yaml
 
 from base import storage
+from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import ROOT, named
-from cluster import lock, stages
+from cluster import lock, plan, stages
 from cluster.load import load_study
 from cluster.lock import DriverLock
+from cluster.outlook import outlook
 from cluster.pack import check_place
-from cluster.single import finetune_study, pretrain_study
+from cluster.single import as_typed, finetune_study, pretrain_study, spelled
 from cluster.standing import jobs_of, shards_url, standing_corpora
-from cluster.study import Resources, Study
+from cluster.study import DataEntry, Resources, Study
+from cluster.submit import _texts
 from shards.card import load_card
+from shards.pack import pack
 
 TINY: dict[str, Any] = {
     "schema": 1,
@@ -150,19 +155,93 @@ def test_a_study_is_found_by_its_name_where_it_was_written(tmp_path: Path, monke
         assert str(caught.value) == says
 
 
-def test_cards_and_tasks_of_ones_own_are_named_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Here, cards/mine.yaml is the card of a dataset `ward` and ward-task.yaml a task of it; a study of both."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cards").mkdir()
-    files: list[tuple[Any, str, str]] = [("card", "cards/ward.yaml", "ward"), ("task", "ward-task.yaml", "cards/ward.yaml")]
-    for kind, file, dataset in files:
-        (tmp_path / file).write_text(named(kind, "phantom-chest").read_text().replace("dataset: phantom-chest", f"dataset: {dataset}"))
-    data = {"cards/ward.yaml": {"raw": "phantom:60"}}
-    run = {**TINY["pretrain"][0], "data": {"cards/ward.yaml": "train"}}
-    study = load_study(written(tmp_path, data=data, pretrain=[run], cells={**TINY["cells"], "tasks": ["ward-task.yaml"]}))
-    jobs = jobs_of(study, "cards/ward.yaml")
-    assert {job.card.dataset for job in jobs} == {"ward"}
-    assert shards_url(study, "cards/ward.yaml") == f"{tmp_path}/runs/tiny/shards/cards-ward.yaml"
+    files: list[tuple[Any, str]] = [("card", "cards/mine.yaml"), ("task", "ward-task.yaml")]
+    for kind, file in files:
+        (tmp_path / file).write_text(named(kind, "phantom-chest").read_text().replace("dataset: phantom-chest", "dataset: ward"))
+    run = {**TINY["pretrain"][0], "data": {"ward": "train"}}
+    return {"data": {"cards/mine.yaml": {"raw": "phantom:60"}}, "pretrain": [run], "cells": {**TINY["cells"], "tasks": ["ward-task.yaml"]}}
+
+
+def test_a_card_of_ones_own_is_named_by_its_file_once_and_by_its_name_from_there_on(tmp_path: Path, ward: dict[str, Any]) -> None:
+    study = load_study(written(tmp_path, **ward), ["data.cards/mine.yaml.raw=phantom:80"])
+    assert study.data == {"ward": DataEntry(raw="phantom:80", card="cards/mine.yaml")}
+    assert {job.card.dataset for job in jobs_of(study, "ward")} == {"ward"}
+    assert shards_url(study, "ward") == f"{tmp_path}/runs/tiny/shards/ward"
     assert standing_corpora(study) == {}
+    assert "cards/mine.yaml" in _texts(study.model_dump())  # so that it goes along with a job
+    (tmp_path / "again.yaml").write_text(to_yaml(study))
+    assert load_study("again.yaml") == study  # OUT/study.yaml is a study file
+    one = pretrain_study("simclr/smoke", ["data.cards/mine.yaml.raw=phantom:60", "architecture=test_resnet"])
+    assert (one.pretrain[0].data, one.data["ward"].card) == ({"ward": "train"}, "cards/mine.yaml")
+    cell = finetune_study("ward-task.yaml", ["data.cards/mine.yaml.raw=phantom:60", "architecture=test_resnet"])
+    assert [*cell.data] == ["ward"]
+
+
+def test_what_names_a_card_of_ones_own_by_its_file_elsewhere_is_told_the_name(tmp_path: Path, ward: dict[str, Any]) -> None:
+    asked = ["data.cards/mine.yaml.raw=phantom:60", "architecture=test_resnet"]
+    run = {**ward["pretrain"][0], "data": {"cards/mine.yaml": "train"}}
+    with pytest.raises(RequestError, match=r"pretrain\[0\]\.data: 'cards/mine.yaml' is a file \(write the name that its card has: ward\)"):
+        load_study(written(tmp_path, **{**ward, "pretrain": [run]}))
+    with pytest.raises(RequestError, match=r"needs the dataset 'ward' \(data\.CARD\.yaml\.raw=PATH\)"):
+        load_study(written(tmp_path, cells=ward["cells"]))
+    with pytest.raises(RequestError, match=r"data\.CARD\.yaml\.raw=FOLDER"):
+        finetune_study("ward-task.yaml", ["architecture=test_resnet"])
+    task = tmp_path / "ward-task.yaml"
+    task.write_text(task.read_text().replace("dataset: ward", "dataset: cards/mine.yaml"))
+    says = r"ward-task.yaml: dataset: 'cards/mine.yaml' is a file, write the name that its card has: ward"
+    with pytest.raises(RequestError, match=says):
+        load_study(written(tmp_path, **ward))
+    with pytest.raises(RequestError, match=says):
+        finetune_study("ward-task.yaml", asked)
+
+
+def test_data_of_ones_own_are_planned_and_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card and the task of docs/datasets.md and docs/tasks.md, as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "s" * 32)
+    study = load_study(tiny_study.write(tmp_path, tiny_study.own(tmp_path)))
+    assert outlook(study) is True
+    assert "pack my-ward" in capsys.readouterr().out
+    made = pack(study.card("my-ward"), str(study.data["my-ward"].raw), shards_url(study, "my-ward"))
+    assert (made.dataset, sum(made.counts.values())) == ("my-ward", 24)
+    corpora = standing_corpora(study)
+    assert outlook(study) is True
+    config = plan.pretrain_config(study, study.pretrain[0], 0, corpora, None)
+    assert [(ref.dataset, ref.shards) for ref in config.data] == [("my-ward", f"{study.out}/shards/my-ward")]
+    seen = plan.Weights(
+        "x", "0" * 64, "test_resnet", labelled=("my-ward",), data=({"dataset": "my-ward", "split": "train", "digest": "x"},)
+    )
+    made_of = {
+        cell.source: (cell.shards, cell.own_source, cell.exposed_to) for cell in tiny_study.cells(study, corpora, {"simclr": [seen]})
+    }
+    url = shards_url(study, "my-ward")
+    assert made_of == {"random": (url, False, []), "simclr": (url, True, ["my-ward"])}
+
+
+def test_two_cards_of_one_dataset_and_a_card_of_another_name_are_refused(tmp_path: Path, ward: dict[str, Any]) -> None:
+    (tmp_path / "mine.yaml").write_text((tmp_path / "cards" / "mine.yaml").read_text())
+    wrong = [
+        ({"mine.yaml": {"raw": "phantom:60"}}, "data: two entries are the dataset 'ward': cards/mine.yaml and mine.yaml"),
+        ({"cards/mine.yaml": {"raw": "phantom:60", "card": "mine.yaml"}}, "the key names the card already, leave card: mine.yaml out"),
+        ({"ward2": {"raw": "phantom:60", "card": "mine.yaml"}}, r"data\.ward2: mine.yaml: this card names the dataset 'ward', not 'ward2'"),
+        ({"gone.yaml": {"raw": "phantom:60"}}, r"study.yaml: data\.gone\.yaml: gone.yaml: no such card file"),
+    ]
+    for data, says in wrong:
+        with pytest.raises(RequestError, match=says):
+            load_study(written(tmp_path, **{**ward, "data": {**ward["data"], **data}}))
+
+
+def test_shards_of_another_dataset_are_refused_before_anything_starts(tmp_path: Path, phantom_fundus: str) -> None:
+    study = load_study(written(tmp_path, data={"phantom-chest": {"shards": phantom_fundus}}))
+    with pytest.raises(RequestError, match=r"data\.phantom-chest\.shards = .*: these shards are phantom-fundus, not phantom-chest"):
+        standing_corpora(study)
 
 
 def test_presets_apply_and_what_is_typed_wins(tmp_path: Path) -> None:
@@ -215,16 +294,6 @@ def test_shards_are_not_written_over_anything_else(tmp_path: Path) -> None:
     check_place(card, str(tmp_path / "raw-shards"), str(tmp_path / "raw"))
 
 
-def test_two_cards_whose_shards_would_share_a_folder_are_refused(tmp_path: Path) -> None:
-    text = (ROOT / "datasets" / "phantom-chest.yaml").read_text()
-    (tmp_path / "a").mkdir()
-    for name in ("a/b.yaml", "a-b.yaml"):
-        (tmp_path / name).write_text(text)
-    data = {f"{tmp_path}/{name}": {"raw": "phantom:60"} for name in ("a/b.yaml", "a-b.yaml")}
-    with pytest.raises(RequestError, match=r"stand in the folder of .*a.b.yaml"):
-        load_study(written(tmp_path, data=TINY["data"] | data))
-
-
 def test_no_dataset_of_a_study_is_packed_where_one_stands_with_another_secret(tmp_path: Path) -> None:
     data = {"phantom-fundus": {"raw": "phantom:60"}, "phantom-chest": {"raw": "phantom:60"}}
     study = load_study(written(tmp_path, data=data, out=str(tmp_path / "out")))
@@ -252,6 +321,41 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=rando", "architecture=test_resnet"])
     with pytest.raises(RequestError, match=r"architecture: '\./encoder' brings its own architecture"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=./encoder", "architecture=resnet18"])
+
+
+@pytest.mark.parametrize(
+    ("of_study", "typed"),
+    [
+        ("pretrain.simclr-smoke.settings.views.size=64, or larger images", "settings.views.size=64, or larger images"),
+        ("allograft pretrain simclr/smoke: pretrain[0].start_from", "allograft pretrain simclr/smoke: start_from"),
+        ("allograft pretrain simclr/smoke: pretrain[0]", "allograft pretrain simclr/smoke"),
+        ("pretrain.0.seeds.0", "seed"),
+        ("data.phantom-chest.raw", "data.phantom-chest.raw"),
+        ("allograft finetune dxc14: cells.sources[0]", "allograft finetune dxc14: source"),
+        ("cells.sources.0.name", "source"),
+        ("cells.strategies.0.name", "strategy"),
+        ("cells.task_settings.phantom-chest.linear.epochs", "settings.linear.epochs"),
+        ("cells.resolutions.0: 0 is less than 16", "resolution: 0 is less than 16"),
+        ("cells.architectures=[resnet18]", "architecture=resnet18"),
+        ("cells.seeds.0", "seed"),
+        ("cells.tune.trials", "tune.trials"),
+    ],
+)
+def test_keys_of_a_study_are_spelled_as_its_command_takes_them(of_study: str, typed: str) -> None:
+    assert spelled(of_study) == typed
+    with pytest.raises(RequestError) as refused, as_typed():
+        raise RequestError("wrong", where=of_study, hint=of_study)
+    assert (refused.value.where, refused.value.hint) == (typed, typed)
+
+
+def test_supervised_without_labels_is_refused_by_the_card(tmp_path: Path) -> None:
+    card = (ROOT / "datasets" / "phantom-chest.yaml").read_text()
+    tree = {key: value for key, value in yaml.safe_load(card).items() if key != "labels"}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({**tree, "dataset": "plain", "kind": "unlabelled", "views": {}}))
+    words = [f"data={{{tmp_path}/plain.yaml: {{raw: 'phantom:60'}}}}", "architecture=test_resnet"]
+    assert pretrain_study("simclr/smoke", words)
+    with pytest.raises(RequestError, match="supervised needs labels, and the datasets' cards name none"):
+        pretrain_study("supervised/smoke", words)
 
 
 def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said(tmp_path: Path) -> None:

@@ -249,6 +249,95 @@ def test_a_projection_holds_what_stands_once_and_may_be_repeated(tmp_path: Path)
     assert [(point.step, point.value) for point in load] == [(0, 0.0), (1, 10.0), (2, 20.0), (3, 0.0)]
 
 
+BEGUN: list[dict[str, Any]] = [{"event": "start"}, {"event": "pretraining", "key": "00000000000000bb"}]
+BROKE = {"event": "pretraining failed", "key": "00000000000000bb", "reason": "the loss is not finite at step 4"}
+
+
+def write_diary(out: Path, *events: dict[str, Any]) -> None:
+    (out / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def runs_of(out: Path) -> dict[str, Any]:
+    """Of a replay, by key."""
+    view = Projection(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    view.update()
+    return by_key(view)
+
+
+def by_key(view: Projection) -> dict[str, Any]:
+    return {run.data.tags["allograft.key"]: run for run in view.client.search_runs([view.experiment])}
+
+
+def test_runs_that_ended_early_say_how_and_why_and_go_on(tmp_path: Path) -> None:
+    """A pretraining that fails, is begun again and finishes; a cell that failed; each seen by a replay that knows storage alone."""
+    out = finished_out(tmp_path, 0)
+    write_diary(out, *BEGUN)
+    running = runs_of(out)["00000000000000bb"]
+    assert (running.info.status, running.data.params["method"], running.data.params["recipe.optimizer.lr"]) == (
+        "RUNNING",
+        "simclr",
+        "0.001",
+    )
+    assert running.data.params["data"] == "nih-cxr14 train"
+    made = yaml.safe_load((GOLDEN / "cell.yaml").read_text())
+    ended = [*BEGUN, BROKE, {"event": "cell failed", "key": "cut", "reason": "out of memory"}, {"event": "end", "failed": {"x": "y"}}]
+    write_diary(out, *ended)
+    runs = runs_of(out)
+    failed, cut = runs["00000000000000bb"], runs["cut"]
+    assert (failed.info.status, failed.data.tags["allograft.reason"]) == ("FAILED", BROKE["reason"])
+    assert failed.info.end_time - failed.info.start_time == 1000  # of training, by its last row
+    assert (cut.info.status, cut.data.tags["allograft.reason"], cut.data.params["task"]) == (
+        "FAILED",
+        "out of memory",
+        made["task"]["task"],
+    )
+    write_diary(out, *ended, *BEGUN)
+    again = runs_of(out)["00000000000000bb"]
+    assert (again.info.status, again.data.tags["allograft.reason"]) == ("RUNNING", "")
+    put(out / "pretrain" / "simclr-00000000000000bb", {"result.json": (GOLDEN / "pretrain_result.json").read_text()})
+    write_diary(out, *ended, *BEGUN, {"event": "pretrained", "key": "00000000000000bb"}, {"event": "end", "failed": {}})
+    assert runs_of(out)["00000000000000bb"].info.status == "FINISHED"
+
+
+def test_a_study_that_is_interrupted_takes_its_pretrainings_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = finished_out(tmp_path, 0)
+    write_diary(out, *BEGUN)
+    monkeypatch.setattr(observe, "look", lambda url: None)
+    view = projector.Projector(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    assert until(lambda: view._projection is not None and "00000000000000bb" in view._projection.rows)
+    stopped = [*BEGUN, {"event": "stop", "error": "KeyboardInterrupt: "}]
+    write_diary(out, *stopped)
+    view.stop("KILLED")
+    assert view._projection is not None
+    live = by_key(view._projection)
+    replayed = Projection(str(out), "tiny", f"sqlite:///{out}/replayed.db")
+    replayed.update()
+    replayed.close(ok=True)
+    found = by_key(replayed)
+    for runs in (live, found):
+        assert {key: run.info.status for key, run in runs.items()} == {
+            "study:tiny": "KILLED",
+            "00000000000000aa": "FINISHED",
+            "00000000000000bb": "KILLED",
+        }
+        assert runs["00000000000000bb"].data.tags["allograft.reason"] == "KeyboardInterrupt"
+    write_diary(out, *stopped, *BEGUN)
+    assert {run.info.status for key, run in runs_of(out).items() if key != "00000000000000aa"} == {"RUNNING"}
+
+
+def test_a_result_that_was_cut_in_half_hides_no_other(tmp_path: Path) -> None:
+    out = finished_out(tmp_path, 2)
+    whole = out / "cells" / f"{0:016x}" / "result.json"
+    half = whole.read_text()[:40]
+    (out / "cells" / f"{1:016x}" / "result.json").write_text(half)
+    view = Projection(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    view.update()
+    assert view.finished == {"00000000000000aa", f"{0:016x}"}
+    whole.write_text(half)
+    again = Projection(str(out), "tiny", f"sqlite:///{out}/mlflow.db")
+    assert again.cells() == {}
+
+
 def test_cells_whose_cuts_a_search_chose_are_one_setting(tmp_path: Path) -> None:
     """Each seed may have got another cut: the study's own means, and the champion by them, are over all of them."""
     out = finished_out(tmp_path, 2)

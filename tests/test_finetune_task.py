@@ -175,6 +175,23 @@ def test_errors_name_file_key_and_the_nearest_name(tmp_path: Path) -> None:
         load_task(str(tmp_path / "mine.yaml"))
 
 
+def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path: Path) -> None:
+    text = "{schema: 3, task: t, title: t, dataset: mine.yaml, kind: ordinal, metric: dice, loss: bce, mask_class: a, decoder: upernet,"
+    (tmp_path / "t.yaml").write_text(f"{text} evaluate: [b], presets: {{small: {{resolution: 8, recipe: {{batch: 32, lr: 0.1}}}}}}}}")
+    with pytest.raises(RequestError) as refused:
+        load_task(str(tmp_path / "t.yaml"))
+    assert refused.value.what.split("; ") == [
+        "dataset: 'mine.yaml' is a file, write the name that its card has",
+        "labels: an ordinal task needs them",
+        "mask_class: an ordinal task has no masks",
+        f"metric: 'dice' does not measure an ordinal task, {' or '.join(METRICS['ordinal'])} does",
+        "loss: 'bce' does not fit an ordinal task, cumulative does",
+        "decoder: an ordinal task has none",
+        "presets.small.resolution: 8 is less than 16",
+        "missing key 'presets.small.recipe.epochs'",
+    ]
+
+
 def test_strategies_by_name() -> None:
     for name in STRATEGIES:
         required = {key: "layer3" for key, field in get(name).Config.model_fields.items() if field.is_required()}
@@ -242,6 +259,16 @@ def test_the_task_on_the_page_is_ten_lines_at_most_and_reads(tmp_path: Path) -> 
     assert len(text.splitlines()) <= 10
     (tmp_path / "effusion.yaml").write_text(text)
     assert load_task(str(tmp_path / "effusion.yaml")).recipe.views.flip is False
+
+
+def test_the_page_lists_the_keys_without_a_default(tmp_path: Path) -> None:
+    """And whoever leaves out all of them is told so at once."""
+    listed = PAGE.read_text().partition("These keys have no default: ")[2].partition(". What else")[0]
+    (tmp_path / "effusion.yaml").write_text("presets: {small: {recipe: {}}}")
+    with pytest.raises(RequestError) as refused:
+        load_task(str(tmp_path / "effusion.yaml"))
+    missing = [re.sub(r"missing key '(?:.*\.)?(\w+)'", r"\1", part) for part in refused.value.what.split("; ")]
+    assert {*missing, "labels"} == set(re.findall(r"`(\w+)`", listed))  # labels are wanted where the kind is known
 
 
 def test_the_page_names_the_losses_and_metrics_of_every_kind() -> None:

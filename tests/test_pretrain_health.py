@@ -122,6 +122,14 @@ def test_collapse_is_seen(kind: str) -> None:
     assert "step 200" in found.why
 
 
+def test_a_collapse_with_a_teacher_that_sharpens_names_the_ratio_of_temperatures() -> None:
+    plain = judge(rows("constant"), chance_loss=6.2, width=64, labelled=False).why
+    assert "check the temperature" in plain
+    for name, said in (("teacher_lag", True), ("target_lag", False), ("key_lag", False)):
+        found = judge([row | {name: 0.1} for row in rows("constant")], chance_loss=6.2, width=64, labelled=False).why
+        assert ("lower the rate or teacher_temperature / student_temperature" in found) == said
+
+
 def test_a_narrow_cone_that_runs_leave_again_is_no_collapse() -> None:
     """InfoMin on phantoms, step 175: six rows like it would have ended a run that gained 0.076. Then DINO, which stayed there."""
     assert collapse({"std_ratio": 0.1438, "mean_cosine": 0.9761, "rankme": 70.3, "window": 512}, 96, labelled=False) is None

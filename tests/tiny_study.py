@@ -4,8 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import yaml
+from tiny_corpus import picture
 
+from base.paths import ROOT
 from cluster import plan
 from cluster.plan import Packed, Weights
 from cluster.study import Study
@@ -43,6 +46,33 @@ def write(folder: Path, tree: dict[str, Any], **changes: object) -> str:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**tree, "out": str(folder / "out"), **changes}))
     return str(path)
+
+
+def own(folder: Path) -> dict[str, Any]:
+    """A study of data of one's own in `folder`, the caller's directory: 24 images with a table, the card of docs/datasets.md and the task
+    of docs/tasks.md beside the study file. A secret is wanted for packing."""
+    (folder / "raw" / "images").mkdir(parents=True)
+    lines = ["image,patient,effusion"]
+    for i in range(24):
+        cv2.imwrite(str(folder / "raw" / "images" / f"{i}.png"), picture(i, 32))
+        lines.append(f"{i}.png,p{i},{i % 2}")
+    (folder / "raw" / "labels.csv").write_text("\n".join(lines))
+    for page, file in (("datasets", "my-ward.yaml"), ("tasks", "effusion.yaml")):
+        (folder / file).write_text((ROOT / "docs" / f"{page}.md").read_text().partition("```yaml\n")[2].partition("```")[0])
+    return {
+        "schema": 1,
+        "study": "own",
+        "resources": {"pretrain_workers": 1, "cell_workers": 1},
+        "data": {"my-ward.yaml": {"raw": "raw"}},
+        "pretrain": [{**SIMCLR, "data": {"my-ward": "train"}, "settings": {"global_batch": 8}}],
+        "cells": {
+            "sources": ["random", "pretrain:simclr"],
+            "strategies": ["linear"],
+            "tasks": ["effusion.yaml"],
+            "resolutions": [32],
+            "task_settings": {"effusion.yaml": {"linear.epochs": 2}},
+        },
+    }
 
 
 def cells(study: Study, corpora: Mapping[str, Packed], weights: Mapping[str, Sequence[Weights]]) -> Iterator[CellConfig]:
