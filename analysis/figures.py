@@ -130,7 +130,7 @@ def forest(name: str, rows: Sequence[tuple[str, Finding]], unit: str) -> str:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"difference in {unit}, with 95 % interval")
 
-    text = "; ".join(f"{label}: {f.comparison.estimate:+.3f} from {f.comparison.low:.3f} to {f.comparison.high:.3f}" for label, f in rows)
+    text = "; ".join(f"{label}: {f.comparison.estimate:+z.3f} from {f.comparison.low:.3f} to {f.comparison.high:.3f}" for label, f in rows)
     return svg(name, f"Differences in {unit}", text, 7.2, 0.75 + 0.3 * len(rows), draw)
 
 

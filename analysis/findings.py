@@ -111,12 +111,12 @@ class Finding:
 
 
 def decimal(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
+    return f"{value:z.3f}" if math.isfinite(value) else "unbounded"
 
 
 def effect(c: Comparison, unit: str) -> str:
     """`+0.110 AUROC [0.060, 0.160]`."""
-    return f"{c.estimate:+.3f} {unit} [{decimal(c.low)}, {decimal(c.high)}]"
+    return f"{c.estimate:+z.3f} {unit} [{decimal(c.low)}, {decimal(c.high)}]"
 
 
 def brief(c: Comparison) -> str:

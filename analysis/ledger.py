@@ -150,7 +150,7 @@ class Entry:
             return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
         if claim.expect == "equivalent":
             ends = [f"{sign}{claim.margin:g}" for sign, end in (("-", -c.low), ("+", c.high)) if end > claim.margin]
-            return f"the 95 % interval [{c.low:+.3f}, {c.high:+.3f}] reaches over {' and '.join(ends)}"
+            return f"the 95 % interval [{c.low:+z.3f}, {c.high:+z.3f}] reaches over {' and '.join(ends)}"
         return f"the interval holds 0 and {self.wanted:+g}"
 
     @property
@@ -194,8 +194,8 @@ class Entry:
         if not math.isfinite(self.comparison.estimate):
             return "-"
         low, high = self.interval
-        ends = f"{low:+.3f}, {high:+.3f}" if math.isfinite(low) else "unbounded"
-        return f"{self.comparison.estimate:+.3f} [{ends}]" + (" (90 %)" if self.claim.expect == "equivalent" else "")
+        ends = f"{low:+z.3f}, {high:+z.3f}" if math.isfinite(low) else "unbounded"
+        return f"{self.comparison.estimate:+z.3f} [{ends}]" + (" (90 %)" if self.claim.expect == "equivalent" else "")
 
     def where(self) -> str:
         """The setting in words."""

@@ -26,7 +26,7 @@ def esc(value: object) -> str:
 
 
 def num(value: float, places: int = 3) -> str:
-    return f"{value:.{places}f}" if math.isfinite(value) else "–"
+    return f"{value:z.{places}f}" if math.isfinite(value) else "–"
 
 
 def pvalue(p: float) -> str:
@@ -249,7 +249,7 @@ def findings(evidence: Evidence) -> str:
             cell(esc(f.words(evidence)), cls="words"),
             cell(esc(evidence.unit(f.metric, f.dataset))),
         ]
-        parts += [cell(f"{c.estimate:+.3f}" if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]
+        parts += [cell(f"{c.estimate:+z.3f}" if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]
         parts += [
             cell(esc(pvalue(c.p)), sort=c.p),
             cell(esc(pvalue(f.adjusted)), sort=f.adjusted),

@@ -41,6 +41,7 @@ def test_a_comparison_has_three_decimals_wherever_it_stands(tmp_path: Path) -> N
     narrow = Comparison(-0.0417, -0.0428, -0.0406, 0.0001, 1.0, 0.001, "seeds and patients")
     assert effect(narrow, "Dice") == "-0.042 Dice [-0.043, -0.041]"
     assert effect(replace(narrow, low=-0.06, high=-0.024), "Dice") == "-0.042 Dice [-0.060, -0.024]"
+    assert effect(replace(narrow, estimate=-0.0002, low=-0.0004, high=0.001), "Dice") == "+0.000 Dice [0.000, 0.001]"  # no minus nothing
     out = make(tmp_path, {"random": 0.0, "simclr": 0.1}, seeds=3, images=100)
     write_claims(out, [claim()])
     evidence = gather(str(out), QUICK)
