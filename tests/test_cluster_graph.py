@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_study
@@ -33,7 +34,7 @@ from cluster.nodes import Making
 from cluster.plan import Packed, settings
 from cluster.progress import Progress
 from cluster.ray_tasks import of_task
-from cluster.run import Summary, _tried, remove_damaged, run
+from cluster.run import Summary, _drive, _tried, remove_damaged, run
 from cluster.searches import Searches
 from cluster.standing import standing_corpora
 from cluster.study import Study
@@ -312,20 +313,36 @@ def test_an_early_end_takes_no_keys_from_the_plan(packed: Study, error: BaseExce
     assert keys(packed.out) == ["", ""]
 
 
-def test_a_study_that_ends_early_ends_its_view_and_its_lines(
-    packed: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_cluster_nothing_is_written(packed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    before = {path.name for path in Path(packed.out).rglob("*") if path.is_file()} if Path(packed.out).exists() else set()
+    with pytest.raises(RequestError, match="no Ray cluster"):
+        run(packed, Progress())
+    assert {path.name for path in Path(packed.out).rglob("*") if path.is_file()} == before
+
+
+def test_a_study_that_ends_early_ends_its_view_and_its_lines(packed: Study, capsys: pytest.CaptureFixture[str]) -> None:
     from cluster.mlflow_store import connect
 
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    progress = Progress()
-    with pytest.raises(RequestError, match="no Ray cluster"):
-        run(packed, progress)
+    progress, uri = Progress(), f"sqlite:///{packed.out}/mlflow.db"
+
+    def runs() -> list[Any]:
+        client = connect(uri)
+        return list(client.search_runs([one.experiment_id for one in client.search_experiments()]))
+
+    def work(events: Events) -> dict[str, Any]:
+        progress.say("begun")
+        deadline = time.monotonic() + 60
+        while not (Path(packed.out, "mlflow.db").exists() and runs()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        raise RequestError("no more")
+
+    with pytest.raises(RequestError, match="no more"):
+        _drive(packed, uri, progress, work, cluster=False)
     assert not [thread for thread in threading.enumerate() if thread.name == "mlflow-projection"]
-    client = connect(f"sqlite:///{packed.out}/mlflow.db")
-    (parent,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    (parent,) = runs()
     assert parent.info.status == "FAILED"
-    assert "starting Ray" in capsys.readouterr().out
+    assert "begun" in capsys.readouterr().out
     progress.say("a thread of the study goes on")
     progress.line("and on", of="it")
     progress.gone("it")
