@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from analysis import figures, results
+from analysis.convergence import CHANCE
 from analysis.evidence import Evidence
 from analysis.loaded import scores
 from analysis.results import Cell
@@ -20,7 +21,6 @@ from base import paths, storage
 from base.config import digest
 
 PANELS = 24  # learning-curve figures in a page; more would not be read
-CHANCE = 0.5  # AUROC of any predictor that knows nothing
 LINES = 8  # sources of a figure: there are seven colours
 
 

@@ -223,6 +223,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     rows: list[dict[str, Any]] = []
     ranked: list[list[str]] = []
     groups = results.by(cells, "task", "architecture", "fraction", "resolution")
+    counted = {cell.key for cell in evidence.counted(out, cells)}
     for (task, architecture, fraction, resolution), held in groups.items():
         setting = results.in_words(task, architecture, fraction, resolution)
         guesses: dict[str, dict[str, float]] = {}
@@ -242,7 +243,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
                 continue
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
             rows.append({"setting": setting, "source": source, **guesses[source]})
-        for (strategy, options), tried in results.by(evidence.counted(out, held), "strategy", "options").items():
+        for (strategy, options), tried in results.by([c for c in held if c.key in counted], "strategy", "options").items():
             metric = results.headline(tried)
             reached = {source: convergence.mean_of_all(own, metric) for (source,), own in results.by(tried, "source").items()}
             both = [source for source in reached if source in guesses]
