@@ -89,9 +89,8 @@ def _difference(a: list[Cell], b: list[Cell], metric: str, bootstrap: Bootstrap)
 
 def _apart(a: Evidence, b: Evidence, one: list[Cell], two: list[Cell]) -> str:
     """A tag where the source has seen these labels or may have seen these test images, which makes a cell evidence for nothing."""
-    own = any(c.own_source for c in (*one, *two))
-    exposed = any(a.exposed(c) for c in one) or any(b.exposed(c) for c in two)
-    return f' <span class="tag own">{"own source" if own else "exposed"}</span>' if own or exposed else ""
+    apart = max(c.apart for c in (*one, *two))
+    return f' <span class="tag own">{results.APART[apart]}</span>' if apart else ""
 
 
 def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:

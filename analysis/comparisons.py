@@ -1,6 +1,6 @@
 """Comparisons of a study, each made once: what was computed before is kept, and what is new is shared out over the machine's processors.
 
-    held = Comparisons(out, bootstrap); held.make(pairs); result = held.of(cells_a, cells_b, "auroc_mean"); held.write()
+    held = Comparisons(out, bootstrap); held.begin(pairs); result = held.of(cells_a, cells_b, "auroc_mean"); held.write()
 
 OUT/report/comparisons.json, by a key of both sides' cells, the metric with its values, the bootstrap's draws, and the code that computes
 it: a comparison whose cells, numbers or code changed is computed again. Only those that were asked for are written back, and of these only
@@ -10,7 +10,7 @@ comparisons that could be made from the predictions of every cell: what could no
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -49,12 +49,13 @@ class Comparisons:
         self._held = _standing(self.url)
         self._asked: dict[str, Comparison] = {}
         self._whole: set[str] = set()  # keys of those that may be kept
+        self._coming: dict[str, tuple[Future[list[tuple[Comparison, bool]]], int]] = {}  # and its place in a job
         self._load = Loaded()
         self.computed = 0
 
-    def make(self, pairs: Iterable[Pair]) -> None:
-        """Compute those that are new, in several processes where they are many."""
-        new = {key: pair for pair in pairs if (key := self._key(*pair)) not in self._held and key not in self._asked}
+    def begin(self, pairs: Iterable[Pair]) -> None:
+        """Where those that are new are many, have them made by other processes while this one goes on; `of` waits for what it gives."""
+        new = {key: pair for pair in pairs if (key := self._key(*pair)) not in self._held}
         processes = min(os.cpu_count() or 1, MOST)
         if processes < 2 or len({cell.key for a, b, _ in new.values() for cell in (*a, *b)}) < FEW:
             return  # `of` does it
@@ -65,10 +66,11 @@ class Comparisons:
         jobs = [[([_bare(cell) for cell in a], [_bare(cell) for cell in b], m) for a, b, m in map(new.__getitem__, held)] for held in keys]
         settings = (self.bootstrap.replicates, self.bootstrap.seed)
         # Not forked: the process that writes a report may have threads of Ray and of storage clients.
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings) as pool:
-            for held, made in zip(keys, pool.map(_in_worker, jobs), strict=True):
-                for key, (found, whole) in zip(held, made, strict=True):
-                    self._keep(key, found, whole)
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
+        for held, job in zip(keys, jobs, strict=True):
+            made = pool.submit(_in_worker, job)
+            self._coming |= {key: (made, place) for place, key in enumerate(held)}
+        pool.shutdown(wait=False)  # its processes end with the last job
 
     def of(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> Comparison:
         """`compare` of the two sides' predictions, which are read only where it was not made before."""
@@ -77,7 +79,8 @@ class Comparisons:
             self._asked[key] = self._held[key]
             self._whole.add(key)
         elif key not in self._asked:
-            self._keep(key, *computed((a, b, metric), self.bootstrap, self._load))
+            made, place = self._coming.pop(key, (None, 0))
+            self._keep(key, *(computed((a, b, metric), self.bootstrap, self._load) if made is None else made.result()[place]))
         return self._asked[key]
 
     def write(self) -> None:

@@ -88,8 +88,8 @@ def curves_of(cells: Iterable[results.Cell], by: By = "epochs") -> list[Curve]:
         task = [str(cell.task), str(cell.architecture), f"{float(cell.fraction):g}", str(cell.resolution)]
         options = cell.result.get("options") or {}
         strategy = " ".join([str(cell.strategy), *(f"{key}={value}" for key, value in sorted(options.items()))])
+        apart = results.APART.get(cell.apart, "")
         places, values = np.array([at[i] for i, _ in held]), np.array([value for _, value in held])
-        apart = "own source" if cell.own_source else "exposed" if cell.exposed_to else ""
         curves.append(Curve(tuple(task), cell.source, strategy, int(cell.seed), metric, places, values, cell.source_seed, apart))
     return curves
 

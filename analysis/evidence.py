@@ -1,40 +1,46 @@
-"""The evidence of a study: all that its report is made of, and which comparisons it holds.
+"""The evidence of a study: all that its report is made of, and what its comparisons found.
 
 evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
 
-The family of comparisons is fixed before a number is seen: a driver registers it in OUT/events.jsonl (cluster.claims). A study with
-claims has its claims, and Holm's correction runs over them alone (analysis.ledger); what else could be compared is printed and never
-declared. Any other study has every source against the baseline (the first random source, else the first), each link of a continual chain
-against the one before it, and, as a control, a source against its twin under another name (A/A): Holm's runs over the first two kinds
-together, and over the controls by themselves in either case; each over every one that is planned with two seeds a side, whether or not
-its cells have come, and over those that were registered and are planned no longer, with p = 1. One that was registered when results of
-both its sides stood is late: corrected for all, it costs the others nothing. A statement is declared when its adjusted p is under 0.05
-and its interval holds seeds and patients; everything else reads "no difference" with its interval, which only means that 0 is inside. A
-comparison is none where a cell of it failed or has no number: those that did not are a selection.
+Which comparisons there are is fixed before a number is seen (analysis.family). A study with claims has its claims, and Holm's correction
+runs over them alone (analysis.ledger); what else could be compared is printed and never declared. In any other study it runs over gains
+and chains together, and over the A/A controls by themselves in either case; each over every one that is planned with two seeds a side,
+whether or not its cells have come, and over those that were registered and are planned no longer, with p = 1. A late one is corrected for
+all, and costs the others nothing. A statement is declared when its adjusted p is under 0.05 and its interval holds seeds and patients;
+everything else reads "no difference" with its interval, which only means that 0 is inside. A comparison is none where a cell of it failed
+or has no number: those that did not are a selection.
 """
 
-import json
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from analysis import ledger, results, study_floors
+from analysis import family, ledger, results, study_floors
 from analysis.claims import Claim
 from analysis.comparisons import Comparisons
+from analysis.counted import failed_beside
+from analysis.family import Family, Named
 from analysis.findings import APART, Finding
 from analysis.ledger import Entry
 from analysis.replicates import Bootstrap
 from analysis.results import Cell, Pretraining
 from analysis.statistics import Comparison, not_comparable
 from base import storage
-from base.config import digest, parse
+from base.config import parse
 
-DIGITS = 8  # of the digest of a setting in the diary
 SELECTED = "failed or ended without a number, and those that did not are a selection"
-Named = tuple[str, str, str, str]  # a comparison: architecture, digest of the rest of its setting, and its two sources, sorted
+
+
+class Judged(NamedTuple):
+    """What the comparisons say."""
+
+    findings: list[Finding]
+    ledger: list[Entry]  # of the study's claims
+    withdrawn: list[str]  # claims that stood in the study file once and no longer do
+    dropped: list[str]  # comparisons that were registered once and are planned no longer, in words
+    corrected: int  # of a study without claims: how many comparisons Holm's correction ran over
 
 
 @dataclass
@@ -50,19 +56,40 @@ class Evidence:
     pretrainings: list[Pretraining]
     manifests: dict[str, Any] = field(default_factory=dict)  # dataset: manifest.json as plain data
     shards: dict[str, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    ledger: list[Entry] = field(default_factory=list)  # of the study's claims
-    withdrawn: list[str] = field(default_factory=list)  # claims that stood in the study file once and no longer do
-    dropped: list[str] = field(default_factory=list)  # comparisons that were registered once and are planned no longer, in words
     earlier: int = 0  # finished cells that the present plan no longer asks for
     finished: list[Cell] | None = None  # every one, those of an earlier plan and the controls included
     comparisons: Comparisons = field(init=False)
-    corrected: int = 0  # of a study without claims: how many comparisons Holm's correction ran over
 
     def __post_init__(self) -> None:
         self.plan = results.expected(self.out)
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
         self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
+
+    @cached_property
+    def pairs(self) -> Family:
+        """The comparisons of its plan."""
+        return family.of_evidence(self)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """What they found, which waits for those that are still being made."""
+        return judge(self)
+
+    @property
+    def findings(self) -> list[Finding]:
+        return self.judged.findings
+
+    @property
+    def ledger(self) -> list[Entry]:
+        return self.judged.ledger
+
+    @property
+    def withdrawn(self) -> list[str]:
+        return self.judged.withdrawn
+
+    @property
+    def dropped(self) -> list[str]:
+        return self.judged.dropped
 
     @cached_property
     def floors(self) -> study_floors.StudyFloors:
@@ -77,15 +104,11 @@ class Evidence:
     @property
     def family(self) -> int:
         """How many comparisons Holm's correction runs over."""
-        return next((entry.family for entry in self.ledger if not entry.late), 0) if self.ledger else self.corrected
+        return next((entry.family for entry in self.ledger if not entry.late), 0) if self.ledger else self.judged.corrected
 
     @property
     def asked(self) -> int:
         return len(self.cells) + len(self.missing)
-
-    def exposed(self, cell: Cell) -> bool:
-        """Whether a cell stays out of ranks because its source may have seen its test images."""
-        return bool(cell.exposed_to) and self.study.get("exposed") != "ranked"
 
     @cached_property
     def _checkpoints(self) -> dict[str, list[str]]:
@@ -192,48 +215,17 @@ class Evidence:
         return f"{self.damaged[0]}{more} cannot be read (run the study again); " if self.damaged else ""
 
 
-def pairs_of(study: dict[str, Any], sources: list[str], same: set[frozenset[str]], random: set[str]) -> Iterable[tuple[str, str, str]]:
-    """(kind, a, b) of the study's family."""
-    baseline = next((source for source in sources if source in random), sources[0])
-    twins = {source for source in sources if source != baseline and frozenset((source, baseline)) in same}
-    for source in sources:
-        if source != baseline:
-            yield ("control", baseline, source) if source in twins else ("gain", source, baseline)
-    for entry in study.get("pretrain") or []:
-        child, parent = str(entry.get("name", "")), results.plain(str(entry.get("start_from", "")))
-        if child in sources and parent in sources and parent != baseline:
-            yield "chain", child, parent
-
-
-def is_random(cell: Cell) -> bool:
-    """Whether the source is a random initialization, as the cell's configuration says (or, without one, the source's name)."""
-    kind = results.read_yaml(storage.join(cell.url, "config.yaml")).get("source_kind")
-    return kind == "random" if kind else cell.source.split("-")[0] == "random"
-
-
-def registrations(out: str) -> dict[str, tuple[str, bool]]:
-    """Claims that were ever in the study file, by sha256: their name, and whether they came before their results. See cluster.claims."""
-    found: dict[str, tuple[str, bool]] = {}
-    for row in storage.read_rows(storage.join(out, "events.jsonl")):
-        if row.get("event") == "claim":
-            found.setdefault(str(row["sha256"]), (str(row["claim"]), not row["standing"]))
-    return found
-
-
-def judge(evidence: Evidence) -> list[Entry]:
-    """The ledger of the study's claims."""
+def _ledger(evidence: Evidence, known: Mapping[str, tuple[str, bool]]) -> tuple[list[Entry], list[str]]:
+    """The ledger of the study's claims, and the names of those that are no longer among them."""
     where = storage.join(evidence.out, "study.yaml")
     claims = [parse(claim, Claim, f"{where}: claims") for claim in evidence.study.get("claims") or []]
-    known = registrations(evidence.out)
-    evidence.withdrawn = [name for sha, (name, _) in known.items() if sha not in {claim.sha256 for claim in claims}]
+    withdrawn = [name for sha, (name, _) in known.items() if sha not in {claim.sha256 for claim in claims}]
 
     def apart(cell: Cell) -> str:
-        if cell.own_source or evidence.exposed(cell):
-            return APART["own" if cell.own_source else "exposed"]
-        return f"cells of it {SELECTED}" if evidence.lost([cell]) else ""
+        return APART[cell.apart] if cell.apart else f"cells of it {SELECTED}" if evidence.lost([cell]) else ""
 
     early = {sha: before for sha, (_, before) in known.items()}
-    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan)
+    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan), withdrawn
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -247,192 +239,29 @@ def of_claim(entry: Entry) -> Finding:
     return Finding("claim", *sides, *named, *numbers, entry.metric, entry.comparison, entry.adjusted, entry)
 
 
-def find(evidence: Evidence, bootstrap: Bootstrap | None = None) -> list[Finding]:
-    """All comparisons of the study, Holm-adjusted; its claims first, which also become `evidence.ledger`."""
-    evidence.comparisons = Comparisons(evidence.out, bootstrap or Bootstrap())
-    evidence.ledger = judge(evidence)
-    order = list(dict.fromkeys([row["source"] for row in evidence.plan] + evidence.sources()))
-    random = _random(evidence)
-    weights = {cell.source: str(cell.result.get("encoder_sha256") or "") for cell in evidence.cells}
-    pairs = [(a, b) for a in order for b in order if a != b]
-    twin = {frozenset(pair) for pair in pairs if weights.get(pair[0]) and weights.get(pair[0]) == weights.get(pair[1])}
-    same = twin | {frozenset(pair) for pair in pairs if set(pair) <= random}
-    asked: list[tuple[str, Named, int, list[Cell], list[Cell], str]] = []
-    planned: dict[Named, str] = {}
-    there: set[Named] = set()
-    for (architecture, rest), sides, held in _settings(evidence):
-        metric = results.headline(cell for own in held.values() for cell in own)
-        for kind, one, other in pairs_of(evidence.study, [source for source in order if source in sides], same, random):
-            name = named(architecture, rest, one, other)
-            if min(sides[one].cells, sides[other].cells) > 1:
-                there.add(name)
-            if min(len(sides[one].units), len(sides[other].units)) > 1:
-                planned[name] = kind
-            if one in held and other in held and metric:
-                missing = sum(sides[source].cells - len(held[source]) for source in (one, other))
-                asked.append((kind, name, missing, held[one], held[other], metric))
-    evidence.comparisons.make([(a, b, metric) for *_, a, b, metric in asked if not evidence.lost(a) + evidence.lost(b)])
-    registered = family_of(evidence.out)
-    gone = _withdrawn((name for name, held in registered.items() if held.several), there)
-    evidence.dropped = _in_words(gone)
-    early = {name for name, held in registered.items() if held.early}
-    late = {name for name in planned if registered and name[0] and not early & {name, ("", *name[1:])}}
-    found, names = [], []
-    for kind, name, missing, a, b, metric in asked:
-        apart = "own" if any(c.own_source for c in (*a, *b)) else "exposed" if any(map(evidence.exposed, (*a, *b))) else ""
+def judge(evidence: Evidence) -> Judged:
+    """All comparisons of the study, Holm-adjusted; its claims first."""
+    claims = family.registrations(evidence.out)
+    entries, withdrawn = _ledger(evidence, claims)
+    pairs, planned, _ = evidence.pairs
+    registered = family.family_of(evidence.out)
+    gone, late = evidence.pairs.gone(registered), evidence.pairs.late(registered)
+    found = []
+    for kind, name, missing, a, b, metric in pairs:
+        apart = {cell.apart for cell in (*a, *b)} - {""}
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
         compared = evidence.compared(a, b, metric)
-        found.append(Finding(apart or kind, a[0].source, b[0].source, *setting, compared, late=name in late, missing=missing))
-        names.append(name)
+        found.append(Finding(max(apart, default=kind), a[0].source, b[0].source, *setting, compared, late=name in late, missing=missing))
+    names, corrected = [pair.name for pair in pairs], 0
     controls = [registered[name].early for name in gone if registered[name].kind == "control"]
     found, _ = _adjust(found, names, ("control",), planned, late, controls)
-    if not evidence.ledger:
+    if not entries:
         left = [registered[name].early for name in gone if registered[name].kind != "control"]
-        left += [early for name, early in registrations(evidence.out).values() if name in evidence.withdrawn]
-        found, evidence.corrected = _adjust(found, names, ("gain", "chain"), planned, late, left)
-    return [*(of_claim(entry) for entry in evidence.ledger if entry.metric), *found]
-
-
-def named(architecture: str, rest: str, one: str, other: str) -> Named:
-    """A comparison as the diary has it."""
-    return architecture, rest, min(one, other), max(one, other)
-
-
-def _withdrawn(registered: Iterable[Named], there: Collection[Named]) -> list[Named]:
-    """Comparisons that are there no longer. One whose weights' architecture was or is not known is the same in any."""
-    rest, unknown = {name[1:] for name in there}, {name[1:] for name in there if not name[0]}
-    return [name for name in registered if name not in there and name[1:] not in (unknown if name[0] else rest)]
-
-
-def _in_words(names: Iterable[Named]) -> list[str]:
-    """Comparisons by their sources."""
-    counts = Counter((one, other) for _, _, one, other in names)
-    return [f"{one} and {other} in {n} setting{'s' * (n > 1)}" for (one, other), n in counts.items()]
-
-
-class Registered(NamedTuple):
-    """early: before results of both sides stood. several: with two seeds a side or more, now or later, so that it may be declared."""
-
-    kind: str
-    early: bool
-    several: bool
-
-
-def family_of(out: str) -> dict[Named, Registered]:
-    """Comparisons that were ever planned. See cluster.claims."""
-    found: dict[Named, Registered] = {}
-    for row in storage.read_rows(storage.join(out, "events.jsonl")):
-        for pair in row["pairs"] if row.get("event") == "family" else ():
-            standing, single = set(pair["standing"]), set(pair.get("single", ()))
-            for rest in pair["settings"]:
-                name = named(pair["architecture"], rest, pair["a"], pair["b"])
-                held = found.get(name, Registered(pair["kind"], rest not in standing, False))
-                found[name] = held._replace(several=held.several or rest not in single)
-    return found
-
-
-class Planned(NamedTuple):
-    """A comparison of a plan: `several` as of Registered."""
-
-    kind: str
-    a: str
-    b: str
-    several: bool
-
-
-def planned_family(study: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[Named, Planned]:
-    """The comparisons that rows of a plan make, told without a result: twins by their weights are not known yet."""
-    order, random = list(dict.fromkeys(str(row["source"]) for row in rows)), _named_random(study)
-    same = {frozenset((a, b)) for a in random for b in random}
-    found = {}
-    for (architecture, rest), sides in in_settings(rows, study).items():
-        for kind, one, other in pairs_of(study, [source for source in order if source in sides], same, random):
-            if fewest := min(len(sides[one][0]), len(sides[other][0])):
-                found[named(architecture, rest, one, other)] = Planned(kind, one, other, fewest > 1)
-    return found
-
-
-def _named_random(study: Mapping[str, Any]) -> set[str]:
-    """Sources that are random initializations by the study file."""
-    asked = (study.get("cells") or {}).get("sources") or []
-    spelled = [one if isinstance(one, dict) else {"name": one, "source": one} for one in asked]
-    return {str(one["name"]) for one in spelled if one["source"] == "random"}
-
-
-def _random(evidence: Evidence) -> set[str]:
-    """Sources that are random initializations, also those without a finished cell."""
-    first = {cell.source: cell for cell in reversed(evidence.cells)}
-    return _named_random(evidence.study) | {source for source, cell in first.items() if is_random(cell)}
-
-
-def setting_of(row: Mapping[str, Any]) -> list[Any]:
-    """What two rows of a plan must share for their sources to be compared, the architecture first.
-
-    Of a search the strategy as it was asked for: sources whose cuts it chose otherwise are compared all the same.
-    """
-    return [*(row[name] for name in ("architecture", "strategy", "task", "fraction", "resolution")), row.get("asked") or row.get("options")]
-
-
-Side = tuple[set[Any], list[str]]  # of a source: its units (pretraining seed, fine-tuning seed), and the keys of its cells
-
-
-def failed_beside(rows: Sequence[Mapping[str, Any]], failed: Collection[str]) -> dict[str, int]:
-    """By the key of a cell how many cells of its source in its setting failed, where any did."""
-    groups: dict[str, list[str]] = {}
-    for row in rows if failed else ():
-        groups.setdefault(results.canonical([*setting_of(row), row["source"]]), []).append(row["key"])
-    return {key: lost for keys in groups.values() if (lost := sum(key in failed for key in keys)) for key in keys}
-
-
-def losses(out: str) -> dict[str, int]:
-    """`failed_beside` of the cells whose last attempt failed."""
-    done = storage.holding(storage.join(out, "cells"), "result.json")
-    return failed_beside(results.expected(out), results.failures(out).keys() - set(done))
-
-
-def counted(out: str, cells: Iterable[Cell]) -> list[Cell]:
-    """Cells that sources may be ranked by: not of labels that theirs has seen nor, unless the study ranks them, of images it may have, and
-    none of a setting that lost another of them."""
-    ranked, beside = results.read_study(out).get("exposed") == "ranked", losses(out)
-    return [cell for cell in cells if not cell.own_source and (ranked or not cell.exposed_to) and cell.key not in beside]
-
-
-def in_settings(rows: Sequence[Mapping[str, Any]], study: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Side]]:
-    """Of each setting (architecture, digest of the rest) by source what the study asks for: units, none of those that are evidence for
-    nothing, and keys."""
-    spelled: dict[str, dict[str, Side]] = {}
-    for row in rows:
-        units, keys = spelled.setdefault(results.canonical(setting_of(row)), {}).setdefault(row["source"], (set(), []))
-        apart = row.get("own_source") or (row.get("exposed_to") and study.get("exposed") != "ranked")
-        units.update([] if apart else [(row.get("source_seed"), row["seed"])])
-        keys.append(row["key"])
-    held = [(json.loads(text), sides) for text, sides in spelled.items()]
-    return {(str(architecture), digest(rest)[:DIGITS]): sides for (architecture, *rest), sides in held}
-
-
-class Asked(NamedTuple):
-    """Of one side what the plan has: units that are evidence, and cells."""
-
-    units: set[Any]
-    cells: int
-
-
-def _settings(evidence: Evidence) -> Iterable[tuple[tuple[str, str], dict[str, Asked], dict[str, list[Cell]]]]:
-    """Of each setting by source: what the study asks for, and the finished cells.
-
-    A comparison is one that the plan has, whatever is missing of it: no source becomes the baseline because its cells came first.
-    """
-    if not evidence.plan:
-        for group, cells in results.in_groups(evidence.cells).items():
-            held = {source: own for (source,), own in results.by(cells, "source").items()}
-            yield (str(group[0]), digest(group[1:])[:DIGITS]), {source: Asked(set(), len(own)) for source, own in held.items()}, held
-        return
-    finished = {cell.key: cell for cell in evidence.cells}
-    for setting, sides in in_settings(evidence.plan, evidence.study).items():
-        done = {source: [finished[key] for key in keys if key in finished] for source, (_, keys) in sides.items()}
-        asked = {source: Asked(units, len(keys)) for source, (units, keys) in sides.items()}
-        yield setting, asked, {source: own for source, own in done.items() if own}
+        left += [early for name, early in claims.values() if name in withdrawn]
+        found, corrected = _adjust(found, names, ("gain", "chain"), planned, late, left)
+    claimed = [of_claim(entry) for entry in entries if entry.metric]
+    return Judged([*claimed, *found], entries, withdrawn, family.in_words(gone), corrected)
 
 
 def _adjust(
@@ -468,7 +297,7 @@ def floors_of(out: str, cells: Sequence[Cell], compute: bool) -> study_floors.St
 
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
-    """Read OUT and compute the findings. Works on an empty, running or partly failed study."""
+    """Read OUT and begin the comparisons. Works on an empty, running or partly failed study."""
     study, found = results.read_study(out), results.finished(out)
     # A study may grow or change under one `out`: cells of an earlier plan stay in results.csv but are no evidence for this one.
     planned = results.planned(out)
@@ -480,5 +309,6 @@ def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     failed = {key: why for key, why in results.failures(out).items() if key not in held}
     evidence = Evidence(out, study, cells, controls, results.absent(out, cells), failed, results.pretrainings(out), manifests, shards)
     evidence.earlier, evidence.finished = len(found) - len(every), found
-    evidence.findings = find(evidence, bootstrap)
+    evidence.comparisons = Comparisons(out, bootstrap or Bootstrap())
+    evidence.comparisons.begin([(a, b, metric) for *_, a, b, metric in evidence.pairs.pairs if not evidence.lost(a) + evidence.lost(b)])
     return evidence

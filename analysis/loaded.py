@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from analysis.replicates import Scores
 from analysis.results import Cell
@@ -19,8 +19,9 @@ from base import storage
 
 HELD = 48  # predictions of cells in memory, some 3 MB each where 25,000 test images have 14 labels
 SHARED = 4  # sets of test images in memory
-OF_IMAGES = ("sample_id", "patient", "stratum")
+OF_IMAGES = ("split", "sample_id", "patient", "stratum")
 PREDICTED = ("decided", "dice", "iou")
+Images = tuple[NDArray[np.int64], Scores]  # rows of the test split by sample_id, and what is known of these images
 
 
 class Loaded:
@@ -28,7 +29,7 @@ class Loaded:
 
     def __init__(self) -> None:
         self._held: dict[str, Scores | None] = {}
-        self._images: dict[bytes, Scores] = {}
+        self._images: dict[bytes, Images] = {}
 
     def __call__(self, cell: Cell) -> Scores | None:
         found = self._held.pop(cell.key) if cell.key in self._held else scores(cell, self._images)
@@ -38,59 +39,55 @@ class Loaded:
         return found
 
 
-def scores(cell: Cell, images: dict[bytes, Scores] | None = None) -> Scores | None:
+def scores(cell: Cell, images: dict[bytes, Images] | None = None) -> Scores | None:
     """Test predictions of a cell as arrays; None when they were not kept or hold a score that is not a number.
 
     Args:
-        images: sets of test images that other cells had, by their digest; this cell's is added.
+        images: sets of images that other cells had, by their digest; this cell's is added.
     """
-    table = _test_rows(cell)
+    table = _rows(cell)
     if table is None:
         return None
     held = [name.removeprefix("score_") for name in table.column_names if name.startswith("score_")]
     # Some tasks train on labels that they do not measure.
     labels = [label for label in held if label in cell.measured] or held
-    dice, iou = (_finite(table, name) for name in ("dice", "iou"))
-    score = true = decided = None
-    if labels and dice is None:
-        score = _columns(table, "score", labels)
-        if not np.isfinite(score).all():
-            return None
-        if "decided" in table.column_names:
-            true = _columns(table, "target", held).argmax(1)
-            place = {label: at for at, label in enumerate(held)}
-            decided = np.array([place[label] for label in table["decided"].to_pylist()], np.int64)
-    targets = [] if score is None else labels
-    if dice is None and score is None:
-        return None
-    known, key = {} if images is None else images, _digest(table, targets)
+    known, key = {} if images is None else images, _digest(table, labels)
     if key not in known:
         if len(known) >= SHARED:
             del known[next(iter(known))]
-        known[key] = _images(table, targets)
+        known[key] = _images(table, labels)
+    order, shared = known[key]
+    dice, iou = (_finite(table, name, order) for name in ("dice", "iou"))
     seeds = {"seed": int(cell.seed), "source_seed": cell.source_seed}
-    return known[key].again(**seeds, score_NL=score, dice_N=dice, iou_N=iou, true_N=true, decided_N=decided)
+    if dice is not None:
+        return shared.again(**seeds, dice_N=dice, iou_N=iou)
+    score = _columns(table, "score", labels, order) if labels else np.empty((0, 0))
+    if not score.size or not np.isfinite(score).all():
+        return None
+    true = decided = None
+    if "decided" in table.column_names:
+        true = _columns(table, "target", held, order).argmax(1)
+        place = {label: at for at, label in enumerate(held)}
+        decided = np.array([place[label] for label in table["decided"].take(order).to_pylist()], np.int64)
+    return shared.again(**seeds, score_NL=score, true_N=true, decided_N=decided)
 
 
-def _test_rows(cell: Cell) -> pa.Table | None:
-    """In the order of sample_id."""
+def _rows(cell: Cell) -> pa.Table | None:
     raw = storage.read_or_none(storage.join(cell.url, "predictions.parquet"))
     if raw is None:
         return None
     file = pq.ParquetFile(pa.BufferReader(raw))
-    wanted = ("split", *OF_IMAGES, *PREDICTED)
+    wanted = (*OF_IMAGES, *PREDICTED)
     names = [name for name in file.schema_arrow.names if name in wanted or name.startswith(("score_", "target_"))]
-    table = file.read(columns=names, use_threads=False)
-    table = table.filter(pc.equal(table["split"], "test"))
-    return table.take(pc.sort_indices(table["sample_id"])).combine_chunks() if len(table) else None
+    return file.read(columns=names, use_threads=False).combine_chunks()
 
 
-def _columns(table: pa.Table, kind: str, labels: list[str]) -> Any:
-    return np.column_stack([table[f"{kind}_{label}"].to_numpy() for label in labels]).astype(float)
+def _columns(table: pa.Table, kind: str, labels: list[str], order: NDArray[np.int64]) -> Any:
+    return np.column_stack([table[f"{kind}_{label}"].to_numpy()[order] for label in labels]).astype(float)
 
 
-def _finite(table: pa.Table, name: str) -> Any:
-    column = table[name].to_numpy().astype(float) if name in table.column_names else np.array([])
+def _finite(table: pa.Table, name: str, order: NDArray[np.int64]) -> Any:
+    column = table[name].to_numpy()[order].astype(float) if name in table.column_names else np.array([])
     return column if np.isfinite(column).any() else None
 
 
@@ -104,14 +101,17 @@ def _digest(table: pa.Table, labels: list[str]) -> bytes:
     return found.digest()
 
 
-def _images(table: pa.Table, labels: list[str]) -> Scores:
+def _images(table: pa.Table, labels: list[str]) -> Images:
     """What every cell that tested these images shares."""
-    ids, named = (table[name].to_pylist() for name in ("sample_id", "patient"))
+    test = np.flatnonzero(np.asarray(table["split"].to_pylist(), str) == "test")
+    every = np.array(table["sample_id"].to_pylist(), str)
+    order = test[np.argsort(every[test], kind="stable")]
+    ids, named = every[order], table["patient"].take(order).to_pylist()
     # An image without a patient is a patient of its own.
     patients = np.array([str(patient) if patient else f"image {image}" for image, patient in zip(ids, named, strict=True)], object)
-    target = _columns(table, "target", labels) if labels else None
-    strata = table["stratum"].to_pylist() if "stratum" in table.column_names else []
+    target = _columns(table, "target", labels, order) if labels else None
+    strata = table["stratum"].take(order).to_pylist() if "stratum" in table.column_names else []
     known = any(stratum is not None for stratum in strata)
     stratum = np.array([None if stratum is None else str(stratum) for stratum in strata], object) if known else None
     target = None if target is None else np.where(target < 0, np.nan, target)
-    return Scores(0, np.array(ids, str), patients, target, stratum_N=stratum)
+    return order, Scores(0, ids, patients, target, stratum_N=stratum)

@@ -136,8 +136,8 @@ def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str |
 
 
 def _apart(evidence: Evidence, cells: Sequence[Cell]) -> str:
-    own, exposed = any(c.own_source for c in cells), any(map(evidence.exposed, cells))
-    return ("†" if own else "") + ("‡" if exposed else "") + ("§" if evidence.lost(cells) else "")
+    apart = {c.apart for c in cells}
+    return ("†" if "own" in apart else "") + ("‡" if "exposed" in apart else "") + ("§" if evidence.lost(cells) else "")
 
 
 def _runs(sides: Iterable[Sequence[Cell]]) -> str:

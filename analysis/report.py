@@ -42,10 +42,10 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     """
     evidence = evidence or gather(out)
     results.write_results(out, evidence.finished)
-    storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
     for name in ("tables", "figures", "secondary.csv"):  # those of an earlier report
         storage.remove(storage.join(out, "report", name))
     url, text = storage.join(out, "report", "index.html"), page(evidence)
+    storage.put(storage.join(out, "report", "significance.csv"), significance(evidence).to_csv(index=False, lineterminator="\n"))
     evidence.comparisons.write()
     storage.put(url, text)
     for name, drawn in drawings(text).items():
@@ -64,7 +64,7 @@ def best_on_validation(evidence: Evidence) -> str:
     that lost a cell."""
     rule = evidence.study.get("champion") or {}
     task, metric = rule.get("task"), rule.get("metric")
-    competing = [c for c in evidence.cells if c.task == task and not (c.own_source or evidence.exposed(c))] if task and metric else []
+    competing = [c for c in evidence.cells if c.task == task and not c.apart] if task and metric else []
     ranked = []
     for cells in results.by(competing, "source", "strategy", "options", "architecture", "fraction", "resolution").values():
         mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
@@ -140,6 +140,9 @@ def page(evidence: Evidence) -> str:
     tasks = list(dict.fromkeys(c.task for c in evidence.cells))
     pictures = "".join(f"<h3>{esc(task)}</h3>{samples.gallery(evidence, task)}" for task in tasks)
     gaps = sections.missing(evidence)
+    # What needs no comparison is drawn while other processes still make these.
+    curves, subgrouped, calibrated = sections.curves(evidence), subgroups.section(evidence), calibration.section(evidence)
+    analysed, printed = analysis_sections.sections(evidence), papers.section(evidence)
     found = [f for f in evidence.findings if f.kind != "claim"]
     body = [
         ("missing", "Missing and failed", gaps),
@@ -161,15 +164,15 @@ def page(evidence: Evidence) -> str:
         ("secondary", "Secondary tests", statistics_sections.secondary_tests(evidence)),
         ("searches", "Searches: cuts and rates", search_section.searches(evidence)),
         ("controls", "Controls", sections.controls(evidence) if tasks else ""),
-        ("curves", "Learning curves", sections.curves(evidence)),
-        *analysis_sections.sections(evidence),
-        ("subgroups", "Subgroups", subgroups.section(evidence)),
-        ("calibration", "Calibration", calibration.section(evidence)),
+        ("curves", "Learning curves", curves),
+        *analysed,
+        ("subgroups", "Subgroups", subgrouped),
+        ("calibration", "Calibration", calibrated),
         ("images", "Sample images", pictures),
         ("pretraining", "Health of the pretrainings", sections.health(evidence)),
         ("leakage", "Leakage", leakage_section.leakage(evidence)),
         ("data", "Data", sections.data(evidence)),
-        ("papers", "Tables as in the papers", papers.section(evidence)),
+        ("papers", "Tables as in the papers", printed),
         ("cells", "All cells", tables.cells(evidence) if tasks else ""),
         ("environment", "Environment and reproduction", sections.environment(evidence)),
     ]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
+from pydantic_core import from_json
 
 from base import storage
 from base.config import digest
@@ -49,12 +50,16 @@ WORDS = {
 }
 
 
+APART = {"own": "own source", "exposed": "exposed"}  # in a word or two; of a side with both kinds the greater counts
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One finished cell: its result.json and the address of its folder."""
+    """One finished cell: its result.json, the address of its folder, and why it is evidence for nothing, as `apart` says."""
 
     url: str
     result: dict[str, Any]
+    apart: str = ""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -169,6 +174,17 @@ def in_words(task: object, architecture: object, fraction: float | str, resoluti
     return f"{task}, {architecture}, {resolution} px" + (f", {share(float(fraction))}" if float(fraction) != 1 else "")
 
 
+def apart(row: Mapping[str, Any], exposed: object) -> str:
+    """Why a cell, by its result or its row of a plan, stays out of ranks and comparisons: its source has seen the labels of its dataset
+    ("own") or, unless the study ranks those all the same, may have seen its test images ("exposed"); "" where neither.
+
+    exposed: the study's setting of that name.
+    """
+    if row.get("own_source"):
+        return "own"
+    return "exposed" if row.get("exposed_to") and exposed != "ranked" else ""
+
+
 def plain(source: str) -> str:
     """A source as people say it: `pretrain:simclr` is simclr."""
     return source.removeprefix("pretrain:")
@@ -190,8 +206,8 @@ def read_json(url: str) -> Any:
     """A JSON file, or None where there is none or it is not (yet) JSON."""
     raw = storage.read_or_none(url)
     try:
-        return None if raw is None else json.loads(raw)
-    except json.JSONDecodeError:
+        return None if raw is None else from_json(raw)
+    except ValueError:
         return None
 
 
@@ -237,8 +253,8 @@ def finished(out: str, held: Mapping[str, Any] | None = None) -> list[Cell]:
     """
     root = storage.join(out, "cells")
     there = {name: result for name, result in (_results(root) if held is None else held).items() if isinstance(result, dict)}
-    asked = as_asked(out, there).items()
-    cells = [Cell(storage.join(root, name), result) for name, result in asked if result.get("role", "cell") == "cell"]
+    asked, exposed = as_asked(out, there).items(), read_study(out).get("exposed")
+    cells = [Cell(storage.join(root, name), one, apart(one, exposed)) for name, one in asked if one.get("role", "cell") == "cell"]
     return sorted(cells, key=lambda cell: (str(cell.group), cell.source, cell.source_seed, cell.seed, cell.key))
 
 

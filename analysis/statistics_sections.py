@@ -76,7 +76,7 @@ def settings_by_source(evidence: Evidence) -> pd.DataFrame:
     """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing,
     and means that lack a cell."""
     rows: dict[str, dict[str, float]] = {}
-    for group, held in results.in_groups(c for c in evidence.cells if not c.own_source and not evidence.exposed(c)).items():
+    for group, held in results.in_groups(c for c in evidence.cells if not c.apart).items():
         metric = results.headline(held)
         if metric is not None:
             sides = {source: own for (source,), own in results.by(held, "source").items() if not evidence.lost(own)}

@@ -170,7 +170,7 @@ def winners(evidence: Evidence) -> str:
         metric = results.headline(cells)
         if metric is None:
             continue
-        competing = [c for c in cells if not c.own_source and not evidence.exposed(c)]
+        competing = [c for c in cells if not c.apart]
         ranked = []
         sides = results.by(competing, "source", "architecture", "strategy", "options", "fraction", "resolution")
         for side, own in sides.items():
@@ -217,7 +217,7 @@ def winners(evidence: Evidence) -> str:
 
 def findings(evidence: Evidence) -> str:
     """All comparisons with raw intervals and Holm-adjusted p."""
-    words = {"gain": "gain", "chain": "chain", "control": "A/A control", "own": "own source", "exposed": "exposed"}
+    words = {"gain": "gain", "chain": "chain", "control": "A/A control", **results.APART}
     rows = []
     compared = [f for f in evidence.findings if f.kind != "claim"]
     for f in compared[:ROWS]:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic_core import from_json
+
 from base.errors import WorkError
 from base.paths import is_url
 
@@ -184,7 +186,7 @@ def rows(data: bytes) -> list[dict[str, Any]]:
     found = []
     for line in data.splitlines():
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis import evidence, plots, results
 from analysis import filters as kernels
+from analysis import plots, results
 from analysis import transferability as guess
 from analysis.analyses import FILE, Analysis, folder
 from analysis.correlation import correlation
+from analysis.counted import counted
+from analysis.evidence import floors_of
 from analysis.results import Cell
 from base import storage
 from base.config import digest
@@ -180,7 +182,7 @@ def _config(cell: Cell) -> tuple[Any, int]:
 
 
 def _convergence(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
-    floors = evidence.floors_of(out, cells, compute=True).values
+    floors = floors_of(out, cells, compute=True).values
     try:
         count = convergence.of_cells(cells, None, "steps", None, leaf, floors, most=GROUPS)
     except RequestError:  # cells of an earlier version do not count steps
@@ -223,7 +225,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     rows: list[dict[str, Any]] = []
     ranked: list[list[str]] = []
     groups = results.by(cells, "task", "architecture", "fraction", "resolution")
-    counted = {cell.key for cell in evidence.counted(out, cells)}
+    counts = {cell.key for cell in counted(out, cells)}
     for (task, architecture, fraction, resolution), held in groups.items():
         setting = results.in_words(task, architecture, fraction, resolution)
         guesses: dict[str, dict[str, float]] = {}
@@ -243,7 +245,7 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
                 continue
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
             rows.append({"setting": setting, "source": source, **guesses[source]})
-        for (strategy, options), tried in results.by([c for c in held if c.key in counted], "strategy", "options").items():
+        for (strategy, options), tried in results.by([c for c in held if c.key in counts], "strategy", "options").items():
             metric = results.headline(tried)
             reached = {source: convergence.mean_of_all(own, metric) for (source,), own in results.by(tried, "source").items()}
             both = [source for source in reached if source in guesses]
@@ -302,7 +304,7 @@ def _probes(out: str) -> dict[str, float]:
 
 
 def _accuracy(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
-    convergence.ranks(evidence.counted(out, cells), storage.join(out, ACCURACY), leaf, most=GROUPS)
+    convergence.ranks(counted(out, cells), storage.join(out, ACCURACY), leaf, most=GROUPS)
 
 
 NODES: dict[str, Callable[[str, Sequence[Cell], dict[str, Any], Leaf], None]] = {

@@ -104,7 +104,7 @@ def register_claims(study: Study, events: Events) -> None:
     A claim that says something else than before is another claim, whatever its name.
     """
     from analysis import results
-    from analysis.evidence import registrations
+    from analysis.family import registrations
     from analysis.ledger import axes_of
 
     known = registrations(study.out)
@@ -117,14 +117,14 @@ def register_claims(study: Study, events: Events) -> None:
 
 
 def register_family(study: Study, rows: Iterable[Mapping[str, Any]], events: Events) -> None:
-    """One event for the comparisons of a plan (analysis.evidence.pairs_of) that are not in the diary, by their two sources, with the
+    """One event for the comparisons of a plan (analysis.family.pairs_of) that are not in the diary, by their two sources, with the
     settings, and of these the ones in which results stand on both sides already and those with one seed on a side (which are written down
     again when they have several). Where nothing was ever registered, what an earlier version planned is first.
 
     rows: of plan.json, as it will be written.
     """
     from analysis import results
-    from analysis.evidence import family_of, in_settings, planned_family
+    from analysis.family import family_of, in_settings, planned_family
 
     tree, known = results.read_study(study.out), family_of(study.out)
     asked, before = results.without_controls(rows), results.expected(study.out)

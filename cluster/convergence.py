@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import convergence as speed
-from analysis import evidence, plots, results
+from analysis import plots, results
 from analysis.correlation import correlation
+from analysis.counted import counted
+from analysis.evidence import floors_of
 from analysis.floors import Floors
 from analysis.study_floors import WORDS, bar
 from base import storage
@@ -29,19 +31,19 @@ def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str
     """`allograft analyze convergence`. Raises RequestError where no study stands or no cell has a curve."""
     if by not in get_args(speed.By):
         raise unknown("unit", by, get_args(speed.By), "--by")
-    cells, counted = [], []
+    cells, counts = [], []
     floors: dict[tuple[str, float], Floors] = {}
     for study in (require_study(absolute(place)) for place in outs):
         held = results.finished(study)
         cells += held
-        counted += evidence.counted(study, held)
-        floors |= evidence.floors_of(study, held, compute=False).values
+        counts += counted(study, held)
+        floors |= floors_of(study, held, compute=False).values
     folder = absolute(out)
     leaf = Leaf(folder)
     if not of_cells(cells, threshold, cast(speed.By, by), base, leaf, floors):
         raise RequestError("no finished cell has a learning curve", where=", ".join(outs), hint=f"allograft run {outs[0]}/study.yaml")
     if accuracy is not None:
-        ranks(counted, absolute(accuracy), leaf)
+        ranks(counts, absolute(accuracy), leaf)
     print(folder)
 
 
@@ -243,7 +245,7 @@ def ranks(cells: Sequence[results.Cell], table: str, leaf: Leaf, most: int | Non
     networks). Without it each architecture is a setting of its own. Controls are left out.
 
     Args:
-        cells: those that sources may be ranked by (`analysis.evidence.counted`).
+        cells: those that sources may be ranked by (`analysis.counted`).
 
     Raises:
         RequestError: not a CSV of source and accuracy.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from analysis.counted import counts
 from base.config import digest
 from finetune.catalogue import STRATEGIES
 
@@ -130,7 +131,7 @@ def downstream(
         exposed: the study's setting of that name.
     """
     found: dict[str, float] = {}
-    drawn = [result for result in everything if result["source"] == baseline and _counts(result, exposed)]
+    drawn = [result for result in everything if result["source"] == baseline and counts(result, exposed)]
     for group, members in _groups(mine, exposed).items():
         metric = f"test_{members[0]['selection']['metric']}"
         means = {name: value for name, value in _means(members).items() if name.endswith((metric[4:], "_within_mean"))}
@@ -144,11 +145,6 @@ def downstream(
     return _numbers(found)
 
 
-def _counts(result: dict[str, Any], exposed: str) -> bool:
-    apart = result.get("own_source") or (exposed != "ranked" and result.get("exposed_to"))
-    return result.get("role", "cell") == "cell" and not result.get("shuffle_labels") and not apart
-
-
 def _group(result: dict[str, Any]) -> str:
     options = [f"{key} {value}" for key, value in result["options"].items() if value is not None]
     return f"{result['task']}/{' '.join([result['strategy'], *options])}/{result['resolution']} px"
@@ -157,7 +153,7 @@ def _group(result: dict[str, Any]) -> str:
 def _groups(results: Sequence[dict[str, Any]], exposed: str) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if _counts(result, exposed):
+        if counts(result, exposed):
             groups.setdefault(_group(result), []).append(result)
     largest = {group: max(member["fraction"] for member in members) for group, members in groups.items()}
     return {group: [member for member in members if member["fraction"] == largest[group]] for group, members in groups.items()}

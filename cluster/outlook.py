@@ -350,11 +350,11 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
 
 def comparisons(study: Study, searches: Searches) -> int:
     """How many the report corrects for: the settings of the study's claims; without claims, in every setting each source against the
-    baseline, twins of it apart, and each link of a chain against the one before (see analysis.evidence)."""
+    baseline, twins of it apart, and each link of a chain against the one before (see analysis.family)."""
     if study.claims:
         seen = [(held, held) for held, _ in axes_of_matrix(study)]
         return max(1, sum(len(settings_of(claim, seen)) for claim in study.claims))
-    from analysis.evidence import pairs_of
+    from analysis.family import pairs_of
 
     settings: dict[str, set[str]] = defaultdict(set)
     for one in searches.chosen:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from analysis.evidence import losses
+from analysis.counted import counts, losses
 from base import storage
 from base.errors import RequestError, WorkError, unknown
 from base.paths import timestamp
@@ -96,9 +96,8 @@ def champion_score(study: Study, encoder_sha256: str, cells: Sequence[dict[str, 
         return None
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for cell in cells:
-        counts = cell["role"] == "cell" and not cell["own_source"] and not cell.get("shuffle_labels")
-        counts = counts and (study.exposed == "ranked" or not cell.get("exposed_to"))
-        if not counts or cell["task"] != study.champion.task or cell["encoder_sha256"] != encoder_sha256:
+        mine = cell["task"] == study.champion.task and cell["encoder_sha256"] == encoder_sha256
+        if not mine or not counts(cell, study.exposed):
             continue
         for row in cell["metrics"]:
             if row["split"] == "val" and row["metric"] == study.champion.metric and not row["class"]:

@@ -39,7 +39,7 @@ def cell_config(url: str) -> CellConfig:
 
 def baseline(cells: Iterable[Cell]) -> str | None:
     """The source of random weights that others are held against, whatever its name: of several the first by name; None without one."""
-    from analysis.evidence import is_random
+    from analysis.family import is_random
 
     first = {cell.source: cell for cell in cells}
     return min((source for source, cell in first.items() if is_random(cell)), default=None)

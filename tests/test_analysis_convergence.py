@@ -525,6 +525,15 @@ def test_speed_ups_are_given_over_the_floors_that_stand(tmp_path: Path, monkeypa
     assert untrained("auroc_mean", held["phantom-chest", 1.0])[1] == (0.9, "a floor of test images (pixel logistic regression, 32 px)")
 
 
+def test_does_not_repeat_curves_marked_exposed_in_a_study_that_ranks_them(tmp_path: Path) -> None:
+    out = study(tmp_path / "study", TAUS, epochs=3, seeds=1)
+    for file in (out / "cells").glob("*/result.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"exposed_to": ["nih-cxr14"]}))
+    assert {curve.apart for curve in curves_of(finished(str(out)))} == {"exposed"}
+    (out / "study.yaml").write_text("{study: x, exposed: ranked}\n")
+    assert {curve.apart for curve in curves_of(finished(str(out)))} == {""}
+
+
 def test_seconds_add_up_and_steps_are_refused_where_rows_have_none(tmp_path: Path) -> None:
     cells = finished(str(study(tmp_path / "study", TAUS, epochs=3, seeds=1)))
     assert curves_of(cells, "seconds")[0].at_T.tolist() == [2, 4, 6]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from made_study import make
 from tiny_corpus import write
 
@@ -129,7 +130,10 @@ def test_exposed_cells_are_marked_and_ranked_only_on_request(tmp_path: Path) -> 
     page = reports.page(evidence)
     assert '<span class="tag own">exposed to nih-cxr14</span>' in page
     assert "Exposed cells, left out of ranks" in page
-    evidence.study["exposed"] = "ranked"
+    study = Path(out, "study.yaml")
+    study.write_text(yaml.safe_dump(yaml.safe_load(study.read_text()) | {"exposed": "ranked"}))
+    evidence = gather(str(out), QUICK)
+    assert {f.kind for f in evidence.findings if "simclr-sup" in (f.a, f.b)} == {"gain", "chain"}
     assert "simclr-sup</b>" in reports.best_on_validation(evidence)
     assert "ranked all the same" in leakage_section.leakage(evidence)
 

@@ -218,7 +218,7 @@ def test_does_not_repeat_comparisons_that_are_kept_though_a_prediction_could_not
         for file in away:
             file.write_bytes(held[file])
         evidence = gather(str(out), QUICK)
-        assert (evidence.comparisons.computed, evidence.findings[0].comparison.units) == (1, 3)
+        assert (evidence.findings[0].comparison.units, evidence.comparisons.computed) == (3, 1)
 
 
 def test_does_not_repeat_replicates_that_hold_the_predictions_they_came_from() -> None:
@@ -251,8 +251,8 @@ def test_does_not_repeat_claims_that_every_report_computes_anew(tmp_path: Path) 
     assert evidence.comparisons.computed == len(made)  # the pairs of both claims are among them
     evidence.comparisons.write()
     again = gather(str(out), QUICK)
-    assert again.comparisons.computed == 0
     assert repr(again.ledger) == repr(evidence.ledger)
+    assert again.comparisons.computed == 0
 
 
 def test_does_not_repeat_another_source_as_baseline_because_its_cells_came_first(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_does_not_repeat_another_source_as_baseline_because_its_cells_came_first
             Path(cell.url, "result.json").unlink()
     evidence = gather(str(out), QUICK)
     assert evidence.findings == []
-    assert evidence.corrected == 2
+    assert evidence.judged.corrected == 2
     assert evidence.answer().endswith("no two sources can be compared")
 
 
@@ -277,7 +277,7 @@ def test_does_not_repeat_sources_apart_because_a_search_chose_them_other_cuts(tm
     )
     evidence = gather(str(out), QUICK)
     assert [(f.a, f.b) for f in evidence.findings] == [("simclr", "random")]
-    assert evidence.corrected == 1
+    assert evidence.judged.corrected == 1
 
 
 def test_does_not_repeat_methods_whose_seeds_all_go_on_from_one_checkpoint(tmp_path: Path) -> None:
