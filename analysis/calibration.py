@@ -1,21 +1,20 @@
 """Can the scores be read as probabilities: reliability diagrams and expected calibration error of each task's leading setting.
 
     html = section(evidence)
-    points, error, n = reliability(confidence_N, right_N)        # [(mean confidence, share right, images)] of the bins that hold any
+    points = reliability(confidence_N, right_N)        # [(mean confidence, share right, images)] of the bins that hold any
 
-Of labels that do not exclude each other every image and label is a point: the score, and whether the label holds. Of labels that do, an
-image is one: the highest score, and whether that label is the true one. The error is metrics.ece (Naeini et al. 2015), 15 equal bins.
+Of labels that do not exclude each other every image and label is a point of the diagram: the score, and whether the label holds. Of labels
+that do, an image is one: the highest score, and whether that label is the true one. The error is the cells' own, which a diagram of all
+labels does not give: there a label that promises too much makes up for one that promises too little.
 """
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import figures
+from analysis import figures, results
 from analysis.evidence import Evidence
 from analysis.loaded import scores
-from analysis.metrics import ECE_BINS, ece
+from analysis.metrics import ECE_BINS
 from analysis.replicates import Scores
 from analysis.subgroups import chosen
 from analysis.tables import cell, esc, num, table
@@ -24,14 +23,14 @@ Array = NDArray[np.float64]
 Points = list[tuple[float, float, int]]
 
 
-def reliability(confidence_N: Array, right_N: Array) -> tuple[Points, float, int]:
-    """The bins of equal width over 0..1 that hold any image, the error, and how many images."""
+def reliability(confidence_N: Array, right_N: Array) -> Points:
+    """The bins of equal width over 0..1 that hold any image."""
     bins = np.minimum((confidence_N * ECE_BINS).astype(int), ECE_BINS - 1)
     found = []
     for at in np.unique(bins):
         inside = bins == at
         found.append((float(confidence_N[inside].mean()), float(right_N[inside].mean()), int(inside.sum())))
-    return found, ece(confidence_N, right_N), len(right_N)
+    return found
 
 
 def pooled(cells: list[Scores]) -> tuple[Array, Array]:
@@ -61,18 +60,21 @@ def section(evidence: Evidence) -> str:
             held = [s for s in held if s.score_NL is not None and s.score_NL.min() >= 0 and s.score_NL.max() <= 1 + 1e-9]
             if not held:
                 continue
-            points, error, n = reliability(*pooled(held))
-            each = [ece(*pooled([one])) for one in held]
-            sd = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
-            series[source] = (order[source], points)
-            mean = float(np.mean(each))
-            parts: list[Any] = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(own[0].setting))]
-            parts += [cell(num(value, 4), sort=value) for value in (mean, sd, error)]
-            rows.append("".join([*parts, cell(str(len(held)), sort=len(held)), cell(f"{n:,}", sort=n)]))
+            series[source] = (order[source], reliability(*pooled(held)))
+            mean, sd, n = results.mean_sd(c.value("ece" if held[0].true_N is not None else "ece_mean", label="") for c in own)
+            parts = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(own[0].setting))]
+            parts += [cell(num(value, 4), sort=value) for value in (mean, sd)]
+            rows.append("".join([*parts, cell(str(n), sort=n)]))
         if series:
-            panels.append(figures.reliability(f"calib{number}", f"{task}, test images", series))
+            panels.append(figures.reliability(f"calib{number}", f"{task}, all labels pooled", series))
     if not rows:
         return ""
-    heads = ["task", "encoder", "strategy", "ECE, mean over seeds", "sd", "ECE, seeds together", "seeds", "scores"]
-    note = "Below the diagonal scores promise too much. Nothing was recalibrated. The setting of each task that leads on validation."
+    heads = ["task", "encoder", "strategy", "ECE, mean over seeds", "sd over seeds", "seeds"]
+    note = (
+        "ECE: of one label, the mean over test images of the distance between mean score and share of positives of their bin,"
+        f" {ECE_BINS} bins of equal width; then the mean over labels, and over seeds (ece_mean of results.csv). Of labels that exclude each"
+        " other, of the highest score and the share in which it is right (ece). The diagrams pool labels and seeds of the test images, so"
+        " that labels may cancel there. Below the diagonal scores promise too much. Nothing was recalibrated. The setting of each task"
+        " that leads on validation."
+    )
     return f'<div class="panels">{"".join(panels)}</div>{table(heads, rows, cls="numbers")}<p class="faint">{note}</p>'

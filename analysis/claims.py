@@ -94,8 +94,8 @@ class Claim(Strict):
 
     margin: with greater and less the smallest difference that would be what the sentence says; with equivalent that under which two
     results count as the same. In the metric's own unit.
-    outcome: metric, the task's headline on test images; convergence, the mean over training of the best validation metric so far, as a
-    share of the run's own best (a run that gets there sooner has more, whatever it gets to); its margin is such a share too.
+    outcome: metric, the task's headline on test images; convergence, the mean over training of how much of the way from chance to a
+    level that both sides reach a run has gone on validation (1: all of it from the first evaluation on); its margin is such a share too.
     paper: where the sentence comes from.
     """
 

@@ -19,6 +19,7 @@ from analysis import results
 from analysis.evidence import Evidence, gather
 from analysis.figures import svg
 from analysis.findings import brief
+from analysis.ledger import signed
 from analysis.loaded import scores
 from analysis.replicates import Bootstrap
 from analysis.results import Cell
@@ -125,7 +126,7 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         # Of the seeds that both have, where only they can be paired: not of the means beside it.
         difference = found.estimate if paired else values[1][0] - values[0][0]
         over = f" over {found.units} common seeds" if paired and 0 < found.units < max(n for _, _, n in values) else ""
-        told = f"{difference:+z.3f} {esc(a.unit(metric, one[0].dataset))}{over}" if math.isfinite(difference) else "–"
+        told = f"{signed(difference)} {esc(a.unit(metric, one[0].dataset))}{over}" if math.isfinite(difference) else "–"
         parts.append(cell(told, sort=difference))
         interval = f"[{num(found.low)}, {num(found.high)}]" if math.isfinite(found.low) else esc(found.why or found.basis)
         parts += [cell(interval, sort=found.low), cell(esc(pvalue(found.p)), sort=found.p)]

@@ -1,7 +1,7 @@
 """How fast training gets there: steps to a threshold, speed-up over random weights, area under the learning curve, what each depth adds.
 
     curves = curves_of(finished(out))                         # one a cell: Curve(group, label, seed, at_T, value_T)
-    level = common_threshold(curves)                          # what the typical run of every source reaches
+    level = common_threshold(sides)                           # what the typical run of each of those compared reaches
     rows = reached(curves, level)                             # a row a label: median, each run, ">end" where a run never got there
     speedup(at_random, at_source, ends_random, ends_source)   # ratio of medians with a bootstrap interval over runs
     marginal(depths, steps)                                   # what each further transfused block saves
@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import results
+from analysis.floors import Floors
+from analysis.study_floors import WORDS, bar
 from base import storage
 from base.errors import RequestError
 from base.seeds import rng
@@ -122,23 +124,27 @@ def area(at_T: Array, value_T: Array, horizon: float) -> float:
     return float((np.diff(np.append(at, horizon)) * best).sum() / width) if width > 0 else float(best[-1])
 
 
-def common_threshold(curves: Sequence[Curve]) -> float:
-    """The lowest, over what is compared, of the median best value: a level that the typical run of every one reaches.
+def common_threshold(sides: Iterable[Sequence[Curve]]) -> float:
+    """The lowest, over the sides that are compared, of the median best value: a level that the typical run of each reaches.
 
     Raises:
         RequestError: no curve.
     """
-    if not curves:
+    best = [float(np.quantile([curve.value_T.max() for curve in side], 0.5, method="lower")) for side in sides if side]
+    if not best:
         raise RequestError("no finished cell has a learning curve")
-    best: dict[str, list[float]] = {}
-    for curve in curves:
-        best.setdefault(curve.label, []).append(float(curve.value_T.max()))
-    return min(float(np.quantile(values, 0.5, method="lower")) for values in best.values())
+    return min(best)
 
 
 def chance(metric: str) -> float:
     """What a predictor that knows nothing scores; NaN where that depends on the data."""
-    return CHANCE if metric.startswith("auroc") else math.nan
+    return CHANCE if metric.startswith("auroc") else 0.0 if metric.startswith("kappa") else math.nan
+
+
+def untrained(metric: str, floors: Floors) -> list[tuple[float, str]]:
+    """What takes no training and how much it scores; NaN where that is not known."""
+    value, name = bar(floors, metric)
+    return [(chance(metric), "chance"), (value, f"a floor of test images ({WORDS.get(name, name)})")]
 
 
 @dataclass(frozen=True)

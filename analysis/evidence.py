@@ -7,7 +7,7 @@ runs over them alone (analysis.ledger); what else could be compared is printed a
 and chains together, and over the A/A controls by themselves in either case; each over every one that is planned with two seeds a side,
 whether or not its cells have come, and over those that were registered and are planned no longer, with p = 1. A late one is corrected for
 all, and costs the others nothing. A statement is declared when its adjusted p is under 0.05 and its interval holds seeds and patients;
-everything else reads "no difference" with its interval, which only means that 0 is inside. A comparison is none where a cell of it failed
+everything else reads "no difference shown" with its interval, which means that 0 is inside. A comparison is none where a cell of it failed
 or has no number: those that did not are a selection.
 """
 
@@ -157,11 +157,9 @@ class Evidence:
         return sum(cell.key in self.numberless for cell in cells) + max((self._failed_beside.get(cell.key, 0) for cell in cells), default=0)
 
     def under_floor(self, cells: Sequence[Cell]) -> bool:
-        """Whether a trivial predictor does better than one side's mean on test images."""
+        """Whether a trivial predictor does better than one side's mean on test images, by more than seeds vary."""
         metric = results.headline(cells)
-        if metric is None:
-            return False
-        return bool(study_floors.not_reached(self.floors.under(cells), metric, results.mean_sd(c.value(metric) for c in cells)[0]))
+        return metric is not None and bool(self.floors.standing(cells, metric).under)
 
     def card(self, dataset: str) -> dict[str, Any]:
         return (self.manifests.get(dataset) or {}).get("card") or {}
@@ -183,16 +181,22 @@ class Evidence:
         return list(dict.fromkeys([row["source"] for row in self.plan if row["source"] in there] + list(there)))
 
     def headlines(self, limit: int = 6) -> list[tuple[str, str]]:
-        """(class, sentence) of what is said first: declared differences, then other comparisons, then controls; one line for the rest."""
-        rank = {"claim": 0, "gain": 1, "chain": 1, "own": 3, "exposed": 3, "control": 2}
-        ordered = sorted(self.findings, key=lambda f: 0 if f.declared and f.kind != "control" else rank[f.kind])
-        controls = sorted((f for f in ordered if f.kind == "control"), key=lambda f: not f.declared)
-        others = [f for f in ordered if f.kind != "control"]
+        """(class, sentence) of what is said first: what is declared and claims that fail, then other comparisons, then controls; one line
+        for the rest. What a claim is about is said by the claim alone."""
+        claimed = {f.compared for f in self.findings if f.kind == "claim"}
+        found = [f for f in self.findings if f.kind == "claim" or f.compared not in claimed]
+        rank = {"claim": 2, "gain": 3, "chain": 3, "own": 4, "exposed": 4}
+
+        def order(f: Finding) -> int:
+            return 0 if f.declared else 1 if f.mark in ("good", "worse") else rank[f.kind]
+
+        controls = sorted((f for f in found if f.kind == "control"), key=lambda f: not f.declared)
+        others = sorted((f for f in found if f.kind != "control"), key=order)
         shown = others[: max(limit - 2, limit - len(controls))]
         shown += controls[: limit - len(shown)]
         lines = [(f.mark, f.sentence(self, brief=True)) for f in shown]
-        if len(self.findings) > len(shown):
-            lines.append(("none", f"{len(self.findings) - len(shown)} more comparisons are in the report"))
+        if rest := len(found) - len(shown):
+            lines.append(("none", f"{rest} more comparison{'s are' if rest > 1 else ' is'} in the report"))
         return lines
 
     def answer(self, limit: int = 6) -> str:
@@ -225,7 +229,8 @@ def _ledger(evidence: Evidence, known: Mapping[str, tuple[str, bool]]) -> tuple[
         return APART[cell.apart] if cell.apart else f"cells of it {SELECTED}" if evidence.lost([cell]) else ""
 
     early = {sha: before for sha, (_, before) in known.items()}
-    return ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan), withdrawn
+    entries = ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan)
+    return entries, withdrawn
 
 
 def of_claim(entry: Entry) -> Finding:

@@ -11,6 +11,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.findings import Finding
+from analysis.ledger import signed
 
 INK, FAINT = "#010203", "#040506"  # placeholders that become CSS variables
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(7))
@@ -100,21 +102,26 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
 
 
-def forest(name: str, rows: Sequence[tuple[str, Finding]], unit: str) -> str:
-    """Differences with their intervals, one line each: (label, finding). Filled where declared. `unit` names the axis."""
-    bounds = [value for _, f in rows for value in (f.comparison.low, f.comparison.high, f.comparison.estimate) if math.isfinite(value)] or [
-        0.0
-    ]
+def _wrapped(text: str, inches: float) -> str:
+    """In lines that are no longer than so many inches; a number stays beside its unit."""
+    return textwrap.fill(re.sub(r"(?<=\d) (?=%|px)", "\u00a0", text), int(11 * inches))
+
+
+def forest(name: str, rows: Sequence[tuple[str, Finding, bool]], unit: str) -> str:
+    """Differences with their intervals, one line each: (label, finding, whether it is a control). Filled where declared. `unit` names the
+    axis."""
+    bounds = [value for _, f, _ in rows for value in (f.comparison.low, f.comparison.high, f.comparison.estimate) if math.isfinite(value)]
+    bounds = bounds or [0.0]
     # An interval of one lucky or unlucky seed pair can be wide enough to hide all others: it is cut at the frame and marked.
-    typical = 4 * max([abs(f.comparison.estimate) for _, f in rows if math.isfinite(f.comparison.estimate)] + [0.02])
+    typical = 4 * max([abs(f.comparison.estimate) for _, f, _ in rows if math.isfinite(f.comparison.estimate)] + [0.02])
     low, high = max(min([*bounds, 0.0]), -typical), min(max([*bounds, 0.0]), typical)
     pad = 0.06 * (high - low) or 0.01
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=0.9)
-        for y, (_, f) in enumerate(rows):
-            c, colour = f.comparison, SERIES[1 if f.kind == "control" else 0]
+        for y, (_, f, control) in enumerate(rows):
+            c, colour = f.comparison, SERIES[1 if control else 0]
             if not math.isfinite(c.estimate):
                 axes.text(0, y, "  not comparable", va="center", fontsize=8)
                 continue
@@ -123,19 +130,23 @@ def forest(name: str, rows: Sequence[tuple[str, Finding]], unit: str) -> str:
                 if abs(bound) > abs(edge) and (bound < 0) == (edge < 0):
                     axes.plot([edge], [y], marker, color=colour, markersize=4, clip_on=False)
             face = colour if f.declared else "none"
-            axes.plot([c.estimate], [y], "s" if f.kind == "control" else "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+            axes.plot([c.estimate], [y], "s" if control else "o", markersize=6, markerfacecolor=face, markeredgecolor=colour)
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(low - pad, high + pad)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"difference in {unit}, with 95 % interval")
+        figure.supxlabel(_wrapped(f"difference in {unit}, with 95 % interval", 7.2), fontsize=9)  # the axes may be narrower than it
 
-    text = "; ".join(f"{label}: {f.comparison.estimate:+z.3f} from {f.comparison.low:.3f} to {f.comparison.high:.3f}" for label, f in rows)
-    return svg(name, f"Differences in {unit}", text, 7.2, 0.75 + 0.3 * len(rows), draw)
+    labels = [_wrapped(label, 4.2) for label, _, _ in rows]
+    lines = sum(1 + label.count("\n") for label in labels)
+    told = [(label, f.comparison) for label, f, _ in rows]
+    text = "; ".join(f"{label}: {signed(c.estimate)} from {c.low:.3f} to {c.high:.3f}" for label, c in told)
+    return svg(name, f"Differences in {unit}", text, 7.2, 0.85 + 0.12 * len(rows) + 0.18 * lines, draw)
 
 
 def learning(name: str, title: str, series: Mapping[str, tuple[int, Sequence[Sequence[float]]]], label: str) -> str:
-    """Validation curves by epoch: source -> (colour number, one curve a seed). Mean and, shaded, range while all seeds still train."""
+    """Validation curves by epoch: source -> (colour number, one curve a seed). Mean and, shaded, range while all seeds still train; by
+    itself and thin a seed that trained on."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -146,16 +157,26 @@ def learning(name: str, title: str, series: Mapping[str, tuple[int, Sequence[Seq
             shared = min(len(curve) for curve in held)
             stack = np.stack([curve[:shared] for curve in held])
             x = np.arange(1, shared + 1)
-            axes.plot(x, stack.mean(axis=0), label=source, marker=MARKERS[i % 7], markersize=3, markevery=max(1, shared // 8), **_style(i))
+            axes.plot(
+                x,
+                stack.mean(axis=0),
+                label=f"{source}, n {len(held)}",
+                marker=MARKERS[i % 7],
+                markersize=3,
+                markevery=max(1, shared // 8),
+                **_style(i),
+            )
             if len(held) > 1:
                 axes.fill_between(x, stack.min(axis=0), stack.max(axis=0), color=SERIES[i % 7], alpha=0.15, linewidth=0)
             for curve in held:
                 if len(curve) > shared:  # a seed that trained on alone
                     axes.plot(np.arange(shared, len(curve) + 1), curve[shared - 1 :], color=SERIES[i % 7], linewidth=0.7, alpha=0.7)
-        axes.set_title(title, loc="left")
+        axes.set_title(_wrapped(title, 4.6), loc="left")
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if max(len(curve) for _, curves in series.values() for curve in curves) == 1:
+            axes.set_xticks([1])
         axes.legend(loc="best", fontsize=8)
 
     finals = [
@@ -176,7 +197,7 @@ def fractions(name: str, title: str, series: Mapping[str, tuple[int, Sequence[tu
         ticks = sorted({point[0] for _, points in series.values() for point in points})
         axes.set_xticks(ticks, [f"{tick * 100:g} %" for tick in ticks])
         axes.minorticks_off()
-        axes.set_title(title, loc="left")
+        axes.set_title(_wrapped(title, 4.6), loc="left")
         axes.set_xlabel("share of the training labels")
         axes.set_ylabel(label)
         axes.legend(loc="best", fontsize=8)

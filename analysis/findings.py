@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis import results
-from analysis.ledger import Entry, one_seed
+from analysis.claims import PRETRAINING_SEEDS
+from analysis.ledger import Entry, one_seed, signed
 from analysis.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ class Finding:
     missing: int = 0  # cells of its sides that have no result yet
 
     @property
+    def compared(self) -> tuple[object, ...]:
+        """What is compared, in either order: the same of a claim about two sources and of the study's own comparison of the two."""
+        setting = (self.architecture, self.strategy, self.options, self.task, self.fraction, self.resolution)
+        return frozenset((self.a, self.b)), *setting, self.metric
+
+    @property
+    def tested(self) -> float:
+        """The p that Holm's correction took: of a claim that of what it must rule out; NaN of what is in no family."""
+        return self.entry.p if self.entry is not None else self.comparison.p if math.isfinite(self.adjusted) else math.nan
+
+    @property
     def declared(self) -> bool:
         if self.entry is not None:
             return self.entry.verdict == "holds" and self.comparison.basis == "seeds and patients"
@@ -70,7 +82,8 @@ class Finding:
     def about(self) -> str:
         """What may be claimed: methods need at least 3 pretraining seeds, and a claim speaks of no more than it was written for."""
         if self.entry is not None:
-            return "methods" if self.entry.claim.about == "methods" else "encoders (these weights)"
+            whole = self.entry.claim.about == "methods" and self.entry.pretraining_seeds >= PRETRAINING_SEEDS
+            return "methods" if whole else "encoders (these weights)"
         return self.comparison.about
 
     def words(self, evidence: "Evidence") -> str:
@@ -107,7 +120,7 @@ class Finding:
                 return f"{self.a} against {self.b}{where}: {numbers}, no claim of this study, nothing declared"
             after = f"after correction for {self.family} {'controls' if control else 'comparisons'}"
             return f"{self.a} against {self.b}{where}: {numbers}, not {'flagged' if control else 'declared'} {after}"
-        return f"{self.a} against {self.b}{where}: no difference ({numbers}, {decimal(c.width)} wide)"
+        return f"{self.a} against {self.b}{where}: no difference shown ({numbers}, {decimal(c.width)} wide)"
 
 
 def decimal(value: float) -> str:
@@ -116,7 +129,7 @@ def decimal(value: float) -> str:
 
 def effect(c: Comparison, unit: str) -> str:
     """`+0.110 AUROC [0.060, 0.160]`."""
-    return f"{c.estimate:+z.3f} {unit} [{decimal(c.low)}, {decimal(c.high)}]"
+    return f"{signed(c.estimate)} {unit} [{decimal(c.low)}, {decimal(c.high)}]"
 
 
 def brief(c: Comparison) -> str:
@@ -127,7 +140,8 @@ def brief(c: Comparison) -> str:
 
 
 def significance(evidence: "Evidence") -> pd.DataFrame:
-    """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions)."""
+    """Table of the findings, one row a comparison, as written to significance.csv. Effects in the metric's own unit (fractions). p is
+    two-sided, of no difference; p_tested what Holm's correction took, p_holm what it made of that."""
     rows = []
     for f in evidence.findings:
         c = f.comparison
@@ -141,5 +155,6 @@ def significance(evidence: "Evidence") -> pd.DataFrame:
         told: dict[str, Any] = {"why": c.why, "late": f.late}
         if f.entry:
             told = {"name": f.entry.claim.name, "verdict": f.entry.verdict, "why": f.entry.why, "late": f.entry.late}
-        rows.append({**shared, **words, **own, "p_holm": f.adjusted, "declared": f.declared, **rest, **least, **told})
+        holm = {"p_tested": f.tested, "p_holm": f.adjusted, "declared": f.declared}
+        rows.append({**shared, **words, **own, **holm, **rest, **least, **told})
     return pd.DataFrame(rows)

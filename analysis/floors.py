@@ -2,7 +2,8 @@
 
 floors = classification(train, val, test)      {"pixels": {...}, "metadata": {...}, "record": {...}}
 floors = segmentation(train, test)             {"mean_mask": {...}}
-floors = of_shards(url, kind, labels)[1.0]     the same from packed shards, by share of the training labels
+fits = of_shards(url, kind, labels)[0.1]       the same from packed shards, by share of the training labels, on each of its subsets
+mean = average(fits)
 
 Pixels: logistic regression on 32 x 32 standardized pixels. Metadata: the share of positives in training among images of the same
 stratum, no image looked at. Record: logistic regression on all that is written beside the image, such as age, sex and view. Mean mask:
@@ -28,7 +29,7 @@ Array = NDArray[np.float64]
 Floors = dict[str, dict[str, float]]
 SIDE = 32
 PENALTIES = (1e-3, 1e-2, 1e-1)  # scikit-learn's C: its inverse
-DRAWS = 5  # subsets of the labels over which a floor at a share of them is averaged
+DRAWS = 5  # subsets of the labels on which a floor at a share of them is fitted
 MINIMUM = 8  # training images below which a regression is not fitted
 
 
@@ -188,10 +189,10 @@ def of_shards(
     *,
     size: int = 64,
     mask_class: str | None = None,
-) -> dict[float, Floors]:
+) -> dict[float, list[Floors]]:
     """Floors of a packed dataset for each share of its training labels, scored on its test split; empty without both splits.
 
-    A floor sees as many labels as the cells it stands beside, but not the same ones: under 1 it is the mean over DRAWS subsets.
+    A floor sees as many labels as the cells it stands beside, but not the same ones: under 1 there is one of each of DRAWS subsets.
 
     Args:
         url: shards with their manifest. kind: "segmentation", or anything else for classification.
@@ -231,5 +232,5 @@ def of_shards(
                 fits.append(segmentation(train, splits["test"]))
             else:
                 fits.append(classification(train, splits.get("val"), splits["test"]))
-        found[fraction] = average(fits)
+        found[fraction] = fits
     return found

@@ -49,7 +49,10 @@ def _own(checks: Sequence[Row]) -> str:
     shown = table(heads, rows, "Training images of a task that match its own test images.", cls="numbers")
     if not any(check.leaked for check in checks):
         return shown
-    note = "The dataset itself holds these images on both sides: results on it are too good, for every encoder alike. Nothing was left out."
+    kinds = {"identical images": "same_pixels", "near-identical images": "near_duplicate", "images of one patient": "same_patient"}
+    found = [words for words, kind in kinds.items() if any(getattr(check, kind) for check in checks)]
+    note = f"The dataset itself holds {' and '.join(found)} on both sides: results on it may be too good, for every encoder alike."
+    note += " Nothing was left out."
     places = ", ".join(f"analyses/{check.key}/leakage.json" for check in checks if check.leaked)
     return f'{shown}<p class="bad">{note} Which they are: {places} in the folder of the study.</p>'
 

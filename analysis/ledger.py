@@ -3,13 +3,14 @@
 entries = ledger(evidence.cells, claims, registered, compared, planned=planned); entries[0].verdict, entries[0].sentence()
 
 A directed claim holds when its difference goes its way and 0 is ruled out after Holm's correction over the claims, which is what its seeds
-are planned for; that is its direction only, unless the 95 % interval rules out differences under its margin too. It fails when the
-interval rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out differences of
-the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole. Everything
-else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every side. Not
-comparable is what no number of seeds settles: a side whose cells are evidence for nothing (own source, exposed, failed). The family
-is what the study file held before it ran: every claim in every setting that is planned, whether or not its cells have come, and those
-that were withdrawn since. A claim that was added when both of its sides stood already says so and is corrected for all of them.
+are planned for; that is its direction only, unless the 95 % interval rules out differences under its margin too. It fails when its own
+interval, uncorrected, rules out every difference as large as its margin. A claim of equivalence holds when two one-sided tests rule out
+differences of the margin both ways (Schuirmann 1987), again after Holm; it fails when its interval lies outside of the margins as a whole.
+Everything else is underpowered, and so is a claim whose kind of seeds the study lacks: about methods takes 3 pretraining seeds of every
+side. Not comparable is what no number of seeds settles: a side whose cells are evidence for nothing (own source, exposed, failed), or
+curves that say nothing of speed. The family is what the study file held before it ran: every claim in every setting that is planned,
+whether or not its cells have come, and those that were withdrawn since. A claim that was added when both of its sides stood already says
+so and is corrected for all of them.
 """
 
 import math
@@ -23,6 +24,7 @@ from scipy import stats
 from analysis import convergence, results, secondary
 from analysis.claims import PRETRAINING_SEEDS, Claim, settings_of
 from analysis.components import ROUNDING
+from analysis.convergence import Curve
 from analysis.power import observed
 from analysis.results import Cell
 from analysis.statistics import Comparison, holm, not_comparable
@@ -81,7 +83,7 @@ class Entry:
     adjusted: float = math.nan
     family: int = 1
     short: str = ""  # why the study cannot judge the claim at all, or ""
-    comparable: bool = True  # no cell of its sides is evidence for nothing
+    comparable: bool = True  # no cell of its sides is evidence for nothing, nor are their curves of what is claimed
 
     @property
     def p(self) -> float:
@@ -141,16 +143,18 @@ class Entry:
             return self.short + (f", {one_seed(self.missing)}" if c.basis == "patients only" else "")
         if self.verdict == "fails":
             if claim.expect == "equivalent":
-                return f"the difference is larger than {claim.margin:g}, by its 95 % interval"
-            return f"a difference of {self.wanted:+g} is ruled out"
+                way = "higher" if c.estimate > 0 else "lower"
+                return f"{way} by {abs(c.estimate):.3f}: not equivalent within {claim.margin:g}, by its 95 % interval, uncorrected"
+            return f"a difference of {self.wanted:+g} is ruled out by its 95 % interval, uncorrected"
         if self.verdict == "holds":
             size = f"; of its direction: a difference of {self.wanted:+g} is not shown" if self.direction_only else ""
+            size += f"; equivalent within {claim.margin:g}" if claim.expect == "equivalent" else ""
             return f"p = {self.adjusted:.2g} after correction for {self.family} claims{size}"
         if self.p < LEVEL:
             return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
         if claim.expect == "equivalent":
             ends = [f"{sign}{claim.margin:g}" for sign, end in (("-", -c.low), ("+", c.high)) if end > claim.margin]
-            return f"the 95 % interval [{c.low:+z.3f}, {c.high:+z.3f}] reaches over {' and '.join(ends)}"
+            return f"the 95 % interval [{signed(c.low)}, {signed(c.high)}] reaches over {' and '.join(ends)}"
         return f"the interval holds 0 and {self.wanted:+g}"
 
     @property
@@ -161,7 +165,8 @@ class Entry:
     @property
     def about(self) -> str:
         """Of what the verdict speaks, never of more than was sampled."""
-        return f"methods, {self.pretraining_seeds} pretraining seeds" if self.claim.about == "methods" else "these encoders"
+        seeds = f"{self.pretraining_seeds} pretraining seed{'' if self.pretraining_seeds == 1 else 's'}"
+        return f"methods, {seeds}" if self.claim.about == "methods" else "these encoders"
 
     def needs(self) -> str:
         """What would settle it in 80 % of repetitions: so many seeds, else so many test patients, and where neither alone does, that. Empty
@@ -194,8 +199,8 @@ class Entry:
         if not math.isfinite(self.comparison.estimate):
             return "-"
         low, high = self.interval
-        ends = f"{low:+z.3f}, {high:+z.3f}" if math.isfinite(low) else "unbounded"
-        return f"{self.comparison.estimate:+z.3f} [{ends}]" + (" (90 %)" if self.claim.expect == "equivalent" else "")
+        ends = f"{signed(low)}, {signed(high)}" if math.isfinite(low) else "unbounded"
+        return f"{signed(self.comparison.estimate)} [{ends}]" + (" (90 %)" if self.claim.expect == "equivalent" else "")
 
     def where(self) -> str:
         """The setting in words."""
@@ -210,11 +215,18 @@ class Entry:
         """The claim with its verdict, in one sentence that says of what it speaks."""
         added = ", ADDED AFTER THE RESULTS" if self.late else ""
         added += f", {so_far(self.missing)}" if self.missing else ""
-        if self.claim.outcome == "convergence":
+        numbers = f"{self.effect()}, " if math.isfinite(self.comparison.estimate) else ""
+        if self.claim.outcome == "convergence" and numbers:
             added = f", over seeds alone, on these validation images{added}"
         judged = {"underpowered": "is not settled", "not comparable": "cannot be judged"}.get(self.verdict, self.verdict)
         judged += " in direction" if self.direction_only else ""
-        return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {self.effect()}, {self.why}{added}'
+        return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {numbers}{self.why}{added}'
+
+
+def signed(value: float) -> str:
+    """A difference with its sign; none where it rounds to nothing."""
+    text = f"{value:+z.3f}"
+    return text.removeprefix("+") if float(text) == 0 else text
 
 
 def one_seed(missing: int) -> str:
@@ -274,7 +286,8 @@ def ledger(
         made = []
         for setting, *asked in settings_of(claim, seen):
             a, b = ([held[key] for key in side if key in held] for side in asked)
-            entry = _entry(claim, setting, a, b, late, compared, apart, independent) if a and b else _absent(claim, setting, late)
+            judged_by = (compared, apart, independent)
+            entry = _entry(claim, setting, a, b, late, *judged_by) if a and b else _absent(claim, setting, late)
             made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
         entries += made or [_absent(claim, {}, late)]
     gone = [before for sha, before in registered.items() if sha not in {claim.sha256 for claim in claims}]
@@ -297,15 +310,14 @@ def _entry(
     apart: Callable[[Cell], str],
     independent: Callable[[Sequence[Cell]], int],
 ) -> Entry:
-    metric = results.headline([*a, *b]) or ""
+    metric, untimed = results.headline([*a, *b]) or "", ""
     if claim.outcome == "metric":
         comparison = compared(a, b, metric) if metric else not_comparable("no result has a number")
     else:
-        selected = (a[0].result.get("selection") or {}).get("metric")
-        comparison, metric = of_curves(a, b), f"best validation {selected} so far, a share of the run's own best"
+        comparison, metric, untimed = _of_speed(a, b)
     pretrained = min(independent(side) for side in (a, b))
     entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, comparison.units or pretrained), late)
-    reason = next((reason for cell in (*a, *b) if (reason := apart(cell))), "")
+    reason = next((reason for cell in (*a, *b) if (reason := apart(cell))), untimed)
     return replace(entry, short=reason or _lacking(entry, a, b), comparable=not reason)
 
 
@@ -327,25 +339,45 @@ def _lacking(entry: Entry, a: list[Cell], b: list[Cell]) -> str:
     return ""
 
 
-def of_curves(a: Sequence[Cell], b: Sequence[Cell]) -> Comparison:
-    """Difference of the areas under the learning curves, each a share of its own best, so that it is of speed and not of level; over the
-    longest run, one that stopped earlier holding its best; paired where fine-tuning seeds are the units.
+def _of_speed(a: Sequence[Cell], b: Sequence[Cell]) -> tuple[Comparison, str, str]:
+    """What a claim about convergence is judged by, its metric in words, and why these curves say nothing of speed, or nothing."""
+    sides = [convergence.curves_of(side) for side in (a, b)]
+    metric = str((a[0].result.get("selection") or {}).get("metric"))
+    if not all(sides):
+        why = "one of the two has no learning curve"
+        return not_comparable(why), metric, why
+    level = convergence.common_threshold(sides)
+    words = f"share of the common level ({level:.3f} {metric} on validation) reached so far, mean over the run"
+    why = _untimed(sides, level)
+    return not_comparable(why) if why else of_curves(sides[0], sides[1], level), words, why
+
+
+def _untimed(sides: Sequence[Sequence[Curve]], level: float) -> str:
+    """Why the way to a level says nothing of speed, or nothing. Floors do not: one sooner or later reaches a level under them too."""
+    metric, fewest = sides[0][0].metric, min(len(curve.value_T) for side in sides for curve in side)
+    if fewest < LEAST_EVALUATIONS:
+        return f"a run of {fewest} evaluation{'s' * (fewest > 1)}: convergence takes {LEAST_EVALUATIONS}"
+    chance = convergence.chance(metric)
+    if math.isnan(chance):
+        return f"what a predictor that knows nothing scores in {metric} is not known, and so no share of a level"
+    begins = min(float(np.quantile([curve.value_T[0] for curve in side], 0.5, method="lower")) for side in sides)
+    untrained = ((chance, "chance"), (begins, "the first evaluation of both"))
+    over = next((f"{words}, {value:.3f}" for value, words in untrained if level <= value), "")
+    return f"the common level of {level:.3f} is not above {over}" if over else ""
+
+
+def of_curves(a: Sequence[Curve], b: Sequence[Curve], level: float) -> Comparison:
+    """How much of the way from chance to a level a run has gone by its best value so far, mean from its first evaluation to the end of
+    the longest run (1: the whole from the first evaluation on); difference of the sides, paired where fine-tuning seeds are the units.
 
     Only seeds are resampled: the curves are of the validation images as they are, and the interval says nothing of other patients.
     """
-    curves = [[(cell, curve) for cell in side for curve in convergence.curves_of([cell])] for side in (a, b)]
-    if not all(curves):
-        return not_comparable("one of the two has no learning curve")
-    fewest = min(len(curve.value_T) for side in curves for _, curve in side)
-    if fewest < LEAST_EVALUATIONS:
-        return not_comparable(f"a run of {fewest} evaluation{'s' * (fewest > 1)}: convergence takes {LEAST_EVALUATIONS}")
-    if min(curve.value_T.max() for side in curves for _, curve in side) <= 0:
-        return not_comparable("a run that never rose over 0 has no share of its best")
-    horizon = max(curve.end for side in curves for _, curve in side)
-    areas: list[dict[tuple[int, int], float]] = [{}, {}]
-    for held, side in zip(areas, curves, strict=True):
-        for cell, curve in side:
-            held[cell.source_seed, int(cell.seed)] = convergence.area(curve.at_T, curve.value_T / curve.value_T.max(), horizon)
+    chance, horizon = convergence.chance(a[0].metric), max(curve.end for curve in (*a, *b))
+
+    def share(curve: Curve) -> float:
+        return convergence.area(curve.at_T, np.clip((curve.value_T - chance) / (level - chance), 0, 1), horizon)
+
+    areas = [{curve.run: share(curve) for curve in side} for side in (a, b)]
     (one, one_nested), (other, other_nested) = map(secondary.units, areas)
     scale = max(abs(value) for held in areas for value in held.values())
     if not (one_nested or other_nested):

@@ -101,7 +101,9 @@ def operating_points(score_N: ArrayLike, target_N: ArrayLike) -> dict[str, float
     """Thresholds, a score of at least which is a positive: `youden` (most sensitivity + specificity; Youden 1950), `spec95` (the most
     sensitivity at a specificity of 0.95 at least) and `sens95` (the most specificity at a sensitivity of 0.95 at least).
 
-    Each is a score that occurs, or inf where only calling nothing positive will do; nan when there is no positive or no negative.
+    Each is a score that occurs, or inf where only calling nothing positive will do; nan when there is no positive or no negative. Of
+    several that are Youden's the first in float64, from the highest down: the same on every machine, and arbitrary where exact fractions
+    tie and their float64 differences do not. Another rule would give stored cells other numbers.
     """
     from sklearn.metrics import roc_curve
 

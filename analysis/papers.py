@@ -5,9 +5,10 @@
 transfusion-1: a row an architecture, a column a source, AUC % with deviation (Raghu et al. 2019, Table 1); transfusion-2: a column a label
 (Table 2). truncated: a row a strategy under the paper's names, AUROC, AUPRC, parameters, MACs, time (Peng et al. 2023). benchmark: a row a
 source, a column a task, percent, with stars of an independent two-sample t-test against one source (Hosseinzadeh Taher et al. 2021). These
-stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv.
+stars are the paper's habit: uncorrected, blind to test patients, and no statement of ours. The statements stand in significance.csv. Bold
+is the highest mean of its column, of Transfusion's Table 1 of its row, where the same test tells it from the next highest.
 Numbers of a source that was pretrained on these labels (†) or that may have seen these test images (‡), means that lack a cell which
-failed or has no number (§), and means under a floor of their task (¶) are never bold and have no stars.
+failed or has no number (§), and means under a floor of their task (¶) are never bold and have no stars, nor has what is held against them.
 """
 
 import csv
@@ -16,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from analysis import results, secondary
 from analysis.analyses import standing
 from analysis.evidence import Evidence
 from analysis.results import Cell
-from analysis.tables import esc
+from analysis.tables import Spread, esc, num, over_seeds
 from base import storage
 from base.paths import safe_name
 
@@ -34,7 +36,7 @@ AUCS = ("auroc_mean", "auroc_within_mean")
 
 @dataclass(frozen=True)
 class Layout:
-    """A table: texts, and which of them are the best of their column (of equals all)."""
+    """A table: texts, and which of them are bold."""
 
     name: str
     caption: str
@@ -43,7 +45,7 @@ class Layout:
     best: set[tuple[int, int]] = field(default_factory=set)
 
     def markdown(self) -> str:
-        """GitHub's tables; the best in bold."""
+        """As one of GitHub's tables."""
         lines = ["| " + " | ".join(_plain(head) for head in self.heads) + " |", "|" + "---|" * len(self.heads)]
         for i, row in enumerate(self.rows):
             texts = [f"**{_plain(text)}**" if (i, j) in self.best else _plain(text) for j, text in enumerate(row)]
@@ -51,7 +53,7 @@ class Layout:
         return f"{self.caption}\n\n" + "\n".join(lines) + "\n"
 
     def latex(self) -> str:
-        """A table environment for booktabs; the best in bold."""
+        """As a table environment for booktabs."""
         lines = [" & ".join(map(_tex, self.heads)) + r" \\"]
         body = []
         for i, row in enumerate(self.rows):
@@ -88,6 +90,7 @@ def _tex(text: str) -> str:
         "¶": r"\P{}",
         "–": "--",
         "→": r"$\to$",
+        "×": r"$\times$",
     }
     special |= {letter: "\\" + letter for letter in "&%$#_{}"}
     return "".join(special.get(letter, letter) for letter in text)
@@ -112,7 +115,8 @@ def section(evidence: Evidence) -> str:
             parts.append(f"<details><summary>{esc(one.name)}: {esc(one.caption)}</summary>{both}</details>")
     note = (
         "Also in report/tables, as .md and .tex. Stars are those of the benchmark's own layout: a t-test over seeds, uncorrected, which"
-        " takes the test patients as given and declares nothing here. Numbers with †, ‡, § or ¶ are never bold and have no stars."
+        " takes the test patients as given and declares nothing here. Bold is what the same test tells from the next highest. Numbers"
+        " with †, ‡, § or ¶ are never bold and have no stars, nor has what is held against them; each table says what its marks mean."
     )
     return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
 
@@ -120,19 +124,21 @@ def section(evidence: Evidence) -> str:
 # -- numbers as the papers print them
 
 
-def percent(values: Sequence[float]) -> tuple[float, str]:
-    """The mean in per cent and `96.41 ±0.05`; NaN and a dash where there is none."""
-    mean, sd, n = results.mean_sd(values)
-    if not n:
-        return math.nan, "–"
-    return mean, f"{100 * mean:.2f}" + (f" ±{100 * sd:.2f}" if n > 1 else "")
+class Number(NamedTuple):
+    """Of one setting: what the table prints, and its mean over seeds, which takes no part in comparisons where it is marked."""
+
+    text: str
+    spread: Spread
+    marked: bool
 
 
-def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str | None = None) -> tuple[float, str]:
-    """`percent` of cells; marked, and NaN in comparisons, where they are no evidence."""
-    mean, text = percent([c.value(metric, label=label) for c in cells])
+def _number(evidence: Evidence, cells: Sequence[Cell], metric: str, label: str | None = None) -> Number:
+    """In per cent, `96.41 ±0.05`; a dash where there is none."""
+    spread = over_seeds(cells, metric, label)
+    text = f"{100 * spread.mean:.2f}" if spread.units else "–"
+    text += f" ±{100 * spread.sd:.2f}" if len(spread.units) > 1 else ""
     mark = _apart(evidence, cells) + ("¶" if evidence.under_floor(cells) else "")
-    return (math.nan if mark else mean), text + (f" {mark}" if mark else "")
+    return Number(text + (f" {mark}" if mark else ""), spread, bool(mark))
 
 
 def _apart(evidence: Evidence, cells: Sequence[Cell]) -> str:
@@ -140,10 +146,15 @@ def _apart(evidence: Evidence, cells: Sequence[Cell]) -> str:
     return ("†" if "own" in apart else "") + ("‡" if "exposed" in apart else "") + ("§" if evidence.lost(cells) else "")
 
 
-def _runs(sides: Iterable[Sequence[Cell]]) -> str:
-    """How many runs stand behind each number: `n = 3`, `n = 2 to 3`."""
-    counts = sorted({sum(math.isfinite(cell.value(cell.primary() or "")) for cell in side) for side in sides if side})
-    return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") if counts else "n = 0"
+def _runs(sides: Iterable[tuple[object, Sequence[Cell]]]) -> str:
+    """How many runs stand behind the numbers of each row or column by its name: `n = 3`, `n = 3 (random), 3 × 2 (simclr)`."""
+    counts: dict[str, list[str]] = {}
+    for name, cells in sides:
+        if cells:
+            counts.setdefault(over_seeds(cells, results.headline(cells) or "").n, []).append(str(name))
+    said = [f"{n} ({', '.join(dict.fromkeys(names))})" if len(counts) > 1 else n for n, names in counts.items()]
+    nested = ", where n is a × b of a pretrainings' means, each over b fine-tuning seeds" if any("×" in n for n in counts) else ""
+    return f"n = {', '.join(said) or 0}{nested}"
 
 
 def _legend(rows: Sequence[Sequence[str]]) -> str:
@@ -158,15 +169,25 @@ def _legend(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"; {mark} {words}" for mark, words in said if mark in text)
 
 
-def _bold(values: list[list[float]], first: int) -> set[tuple[int, int]]:
-    """Places of the highest value of each column, columns counted from `first`."""
-    found = set()
-    for j in range(len(values[0]) if values else 0):
-        column = [row[j] for row in values]
-        held = [value for value in column if math.isfinite(value)]
-        if len(held) > 1:
-            found |= {(i, j + first) for i, value in enumerate(column) if value == max(held)}
-    return found
+def _bold(line: Sequence[Number]) -> list[int]:
+    """The place of the highest mean where the benchmark's test tells it from the next highest; none elsewhere."""
+    order = sorted((i for i, one in enumerate(line) if one.spread.units and not one.marked), key=lambda i: -line[i].spread.mean)
+    return order[:1] if len(order) > 1 and _starred(line[order[0]].spread, line[order[1]].spread) not in ("", "n.s.") else []
+
+
+def _said(best: set[tuple[int, int]], of: str = "column") -> str:
+    """What bold means, in a table that has any."""
+    text = f"; bold: the highest mean of its {of}, p < 0.05 against the next highest (two-sample t-test over seeds, uncorrected)"
+    return text if best else ""
+
+
+def _confounded(evidence: Evidence, task: str, dataset: str, metric: str) -> str:
+    """What must be known of a number over all strata where the stratum alone tells the labels."""
+    alone = evidence.floors.confounded(task)
+    if "within" in metric or not math.isfinite(alone):
+        return ""
+    word = "AUPRC" if metric.startswith("auprc") else "AUROC"
+    return f"; plain {word} of {task} is confounded: {evidence.card(dataset).get('stratify_by')} alone reaches a mean AUROC of {num(alone)}"
 
 
 def _share(fraction: float) -> str:
@@ -185,14 +206,14 @@ def _transfusion(evidence: Evidence) -> list[Layout]:
         sources = [source for source in order if any(cell.source == source for cell in held)]
         unit, models = evidence.unit(metric, held[0].dataset), results.by(held, "architecture")
         grid = [[_number(evidence, [c for c in own if c.source == source], metric) for source in sources] for own in models.values()]
-        rows = [[str(model), *(text for _, text in line)] for (model,), line in zip(models, grid, strict=True)]
+        rows = [[str(model), *(one.text for one in line)] for (model,), line in zip(models, grid, strict=True)]
+        dataset = str(held[0].dataset)
         place = f"{task}, {resolution} px{_share(float(fraction))}"
         name = safe_name(task, options, "" if fraction == 1 else f"{fraction:g}", resolution)
         pairs = results.by(held, "architecture", "source")
-        over = f"mean and deviation over seeds, {_runs(pairs.values())}"
-        caption = f"{place}: {unit} in per cent, {over}{_legend(rows)}"
-        # Bold is along a row there: which beginning does an architecture better.
-        best = {(i, j + 1) for i, line in enumerate(grid) for j in _highest([value for value, _ in line])}
+        over = f"mean and deviation over seeds, {_runs((source, own) for (_, source), own in pairs.items())}"
+        best = {(i, j + 1) for i, line in enumerate(grid) for j in _bold(line)}
+        caption = f"{place}: {unit} in per cent, {over}{_confounded(evidence, task, dataset, metric)}{_legend(rows)}{_said(best, 'row')}"
         made.append(Layout(f"transfusion-1-{name}", caption, ["model", *sources], rows, best))
         labels = list(
             dict.fromkeys(row["class"] for c in held for row in c.result["metrics"] if row.get("class") and row["metric"] == "auroc")
@@ -202,16 +223,12 @@ def _transfusion(evidence: Evidence) -> list[Layout]:
                 pair: [_number(evidence, own, "auroc", label) for label in labels]
                 for pair, own in sorted(pairs.items(), key=lambda item: (item[0][0], order.index(item[0][1])))
             }
-            rows = [[f"{model}, {source}", *(text for _, text in line)] for (model, source), line in lines.items()]
-            best = _bold([[value for value, _ in line] for line in lines.values()], 1)
-            caption = f"{place}: AUROC in per cent by label, {over}{_legend(rows)}"
+            rows = [[f"{model}, {source}", *(one.text for one in line)] for (model, source), line in lines.items()]
+            best = {(i, j) for j, column in enumerate(zip(*lines.values(), strict=True), 1) for i in _bold(column)}
+            confounded = _confounded(evidence, task, dataset, "auroc")
+            caption = f"{place}: AUROC in per cent by label, {over}{confounded}{_legend(rows)}{_said(best)}"
             made.append(Layout(f"transfusion-2-{name}", caption, ["model", *labels], rows, best))
     return made
-
-
-def _highest(values: list[float]) -> list[int]:
-    held = [value for value in values if math.isfinite(value)]
-    return [i for i, value in enumerate(values) if len(held) > 1 and value == max(held)]
 
 
 def _truncated(evidence: Evidence) -> list[Layout]:
@@ -224,20 +241,23 @@ def _truncated(evidence: Evidence) -> list[Layout]:
         metric = held[0].primary()
         if len(strategies) < 2 or metric not in AUCS:
             continue
-        rows, values = [], []
+        rows, grid = [], []
         for (strategy, _), own in strategies.items():
-            scores = [_number(evidence, own, name) for name in (metric, "auprc_mean")]
+            grid.append([_number(evidence, own, name) for name in (metric, "auprc_mean")])
             costs = [results.number(own[0].result.get(name)) for name in ("params", "macs")]
-            ms = times.get(own[0].key, math.nan)
             label = STRATEGIES.get(str(strategy), str(strategy))
             shown = f"{label} ({own[0].setting})" if own[0].options else label
-            rows.append([shown, *(text for _, text in scores), *(f"{costs[0] / 1e6:.2f}", f"{costs[1] / 1e9:.3g}"), _ms(ms)])
-            values.append([*(value for value, _ in scores), *(-value for value in costs), -ms])
-        heads = ["method", evidence.unit(metric, held[0].dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
+            texts = (*(one.text for one in grid[-1]), f"{costs[0] / 1e6:.2f}", f"{costs[1] / 1e9:.3g}")
+            rows.append([shown, *texts, _ms(times.get(own[0].key, math.nan))])
+        dataset = str(held[0].dataset)
+        heads = ["method", evidence.unit(metric, dataset), "AUPRC", "P (M)", "MACs (G)", "T (ms)"]
         place = f"{task}, {source}, {architecture}, {resolution} px{_share(float(fraction))}"
-        caption = f"{place}: per cent, mean and deviation over seeds, {_runs(strategies.values())}; T is of one image{_legend(rows)}"
+        runs = _runs((row[0], own) for row, own in zip(rows, strategies.values(), strict=True))
+        best = {(i, j) for j, column in enumerate(zip(*grid, strict=True), 1) for i in _bold(column)}
+        confounded = _confounded(evidence, task, dataset, metric) or _confounded(evidence, task, dataset, "auprc_mean")
+        caption = f"{place}: per cent, mean and deviation over seeds, {runs}; T is of one image{confounded}{_legend(rows)}{_said(best)}"
         name = safe_name("truncated", task, source, architecture, "" if fraction == 1 else f"{fraction:g}", resolution)
-        made.append(Layout(name, caption, heads, rows, _bold(values, 1)))
+        made.append(Layout(name, caption, heads, rows, best))
     return made
 
 
@@ -263,35 +283,37 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
         columns = list(results.by(held, "task", "dataset", "fraction", "resolution").items())
         sources = [source for source in order if any(cell.source == source for cell in held)]
         heads, rows = ["pretraining"], [[source] for source in sources]
-        values: list[list[float]] = [[] for _ in sources]
+        best: set[tuple[int, int]] = set()
+        confounded: dict[str, None] = {}
         for (task, dataset, fraction, _), own in columns:
             metric = results.headline(own)
             if metric is None:
                 continue
             heads.append(f"{task}{_share(float(fraction))}, {evidence.unit(metric, dataset)}")
-            base = [c for c in own if c.source == against]
-            for i, source in enumerate(sources):
-                cells = [c for c in own if c.source == source]
-                if any(c.own_source for c in cells):
-                    rows[i].append("-")
-                    values[i].append(math.nan)
-                    continue
-                mean, text = _number(evidence, cells, metric)
-                tested = source != against and not _apart(evidence, [*cells, *base]) and not evidence.under_floor(cells)
-                rows[i].append(text + (f" {mark}" if tested and (mark := stars(cells, base, metric)) else ""))
-                values[i].append(mean)
+            confounded[_confounded(evidence, task, dataset, metric)] = None
+            line = [_number(evidence, [c for c in own if c.source == source], metric) for source in sources]
+            best |= {(i, len(heads) - 1) for i in _bold(line)}
+            base = line[sources.index(against)] if against in sources else None
+            for row, one in zip(rows, line, strict=True):
+                tested = base is not None and one is not base and not one.marked and not base.marked
+                mark = _starred(one.spread, base.spread) if tested and base else ""
+                row.append(one.text + (f" {mark}" if mark else ""))
         if len(heads) < 2 or len(sources) < 2:
             continue
         setting = results.setting(strategy, options)
-        runs = _runs(results.by(held, "source", "task", "fraction", "resolution").values())
+        sides = results.by(held, "source", "task", "fraction", "resolution")
+        runs = _runs((source, own) for (source, *_), own in sides.items())
         starred = f"stars: two-sample t-test over seeds against {against}, uncorrected, test patients taken as given"
-        caption = f"{architecture}, {setting}: per cent, mean and deviation over seeds, {runs}; {starred}{_legend(rows)}"
-        made.append(Layout(safe_name("benchmark", architecture, setting), caption, heads, rows, _bold(values, 1)))
+        caption = f"{architecture}, {setting}: per cent, mean and deviation over seeds, {runs}; {starred}"
+        caption += f"{''.join(confounded)}{_legend(rows)}{_said(best)}"
+        made.append(Layout(safe_name("benchmark", architecture, setting), caption, heads, rows, best))
     return made
 
 
 def stars(a: Sequence[Cell], b: Sequence[Cell], metric: str) -> str:
     """`n.s.` or the benchmark's stars of Student's test over seeds, as analysis.secondary makes it; nothing where it refuses."""
-    sides = [{(c.source_seed, c.seed): value for c in side if math.isfinite(value := c.value(metric))} for side in (a, b)]
-    one_S, two_S = (np.array(list(secondary.units(side)[0].values())) for side in sides)
-    return str(secondary.unpaired(one_S, two_S).get("stars", ""))
+    return _starred(over_seeds(a, metric), over_seeds(b, metric))
+
+
+def _starred(a: Spread, b: Spread) -> str:
+    return str(secondary.unpaired(np.array(a.units), np.array(b.units)).get("stars", ""))

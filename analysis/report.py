@@ -60,21 +60,19 @@ def drawings(text: str) -> dict[str, str]:
 
 
 def best_on_validation(evidence: Evidence) -> str:
-    """Which encoder and strategy lead on validation under the study's rule; own-source and exposed cells do not compete, nor do settings
-    that lost a cell."""
+    """Who leads on validation on the task of the study's champion, as everywhere on the page; and the metric that chooses the champion,
+    where that is another."""
     rule = evidence.study.get("champion") or {}
-    task, metric = rule.get("task"), rule.get("metric")
-    competing = [c for c in evidence.cells if c.task == task and not c.apart] if task and metric else []
-    ranked = []
-    for cells in results.by(competing, "source", "strategy", "options", "architecture", "fraction", "resolution").values():
-        mean, _, n = results.mean_sd(c.value(str(metric), "val") for c in cells)
-        if n and not evidence.lost(cells):
-            ranked.append((mean, cells[0].source, in_study(evidence, cells[0]), n))
-    if not ranked:
+    competing = [c for c in evidence.cells if c.task == rule.get("task")]
+    ranked, metric = tables.leading(evidence, competing), results.headline(competing)
+    if not ranked or metric is None:
         return ""
-    mean, source, strategy, n = max(ranked)
-    unit = evidence.unit(str(metric), competing[0].dataset)
-    return f"Best on validation ({task}, {unit}): <b>{esc(source)}</b>, {esc(strategy)}, {num(mean)} over {n} seed{'s' if n > 1 else ''}."
+    mean, own = ranked[0]
+    n, unit = len({(c.source_seed, c.seed) for c in own}), evidence.unit(metric, own[0].dataset)
+    lead = f"Best on validation ({own[0].task}, {unit}): <b>{esc(own[0].source)}</b>, {esc(in_study(evidence, own[0]))}"
+    lead += f", {num(mean)} over {n} seed{'s' if n > 1 else ''}."
+    chosen = evidence.unit(str(rule.get("metric")), own[0].dataset)
+    return lead + (f" The champion in MLflow is chosen by {esc(chosen)}." if rule.get("metric") != metric else "")
 
 
 def _tiles(evidence: Evidence) -> str:
@@ -118,7 +116,10 @@ def _scope(evidence: Evidence) -> str:
         return ""
     rest = ", not about pretraining methods: that needs at least 3 pretraining seeds" if "methods" not in abouts else ""
     narrow = any(f.entry is not None and f.entry.claim.expect == "equivalent" for f in evidence.findings)
-    named = "Each sentence says whether it is about" if len(abouts) > 1 else "Each sentence is about"
+    others = {"control": "A/A controls", "own": "own sources", "exposed": "exposed sources"}
+    left_out = [words for kind, words in others.items() if any(f.kind == kind for f in evidence.findings)]
+    named = "Each sentence" + (f" but those of {' and '.join(left_out)}" if left_out else "")
+    named += " says whether it is about" if len(abouts) > 1 else " is about"
     levels = "Intervals are 95 %" + (", of claims of equivalence 90 %" if narrow else "")
     return f"{named} {' or '.join(abouts)}{rest}. {levels}."
 
@@ -127,8 +128,8 @@ METHOD = (
     "Differences are of means over pretraining seeds of means over fine-tuning seeds, on the same test images. Of an interval patients"
     " are drawn, and what seeds add is computed in closed form, unbiased (after the Multi-Bootstrap, Sellam et al. 2022); with one seed"
     " it holds patients alone. Its quantiles are Student's. Statements are declared after Holm's correction over the family that was"
-    " registered before the run, what was withdrawn since included; the intervals printed are uncorrected. No difference means that the"
-    " interval includes 0, not that the encoders are equal: its width says how much was ruled out. Detectable is the smallest true"
+    " registered before the run, what was withdrawn since included; the intervals printed are uncorrected. No difference shown means that"
+    " the interval includes 0, not that the encoders are equal: its width says how much was ruled out. Detectable is the smallest true"
     " difference found in 80 % of repetitions of this study at the 5 % level, before correction, and with one seed there is none."
     " Redrawn counts bootstrap replicates in which a label lost a class."
 )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", "options", "task", "dataset", "split", "fraction"]
-COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id"]
+COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id", "apart"]
 ORDER = ("architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key")
 AT_ONCE = 32  # files asked of an object store
 RESULT = "result.json"
@@ -286,6 +286,7 @@ def write_results(out: str, cells: Sequence[Cell] | None = None) -> str:
     """Write OUT/report/results.csv and return its address: one row a finished cell and metric, in a fixed order.
 
     Proportions are fractions (unit "fraction"); `seconds` is the cell's wall time; a metric that could not be computed is empty.
+    `apart` says why a cell is evidence for nothing: "own" (its source has seen these labels), "exposed" (maybe these test images), or "".
 
     Args:
         cells: as `finished(out)` gave them, to save reading twice.
@@ -297,7 +298,7 @@ def write_results(out: str, cells: Sequence[Cell] | None = None) -> str:
         r = cell.result
         named = [study, cell.key, r["architecture"], cell.source, cell.source_seed, r["strategy"], cell.options, r["task"]]
         run = runs.get(cell.key, "") if isinstance(runs, dict) else ""
-        head, tail = _line([*named, r.get("dataset")]), _line([r.get("params"), r.get("macs"), r.get("seconds"), run])
+        head, tail = _line([*named, r.get("dataset")]), _line([r.get("params"), r.get("macs"), r.get("seconds"), run, cell.apart])
         at = _line([r["fraction"], r["resolution"], r["seed"]])
         rows = [(row["split"], row["metric"], row.get("class") or "", row) for row in r.get("metrics", [])]
         for split, metric, label, row in sorted(rows, key=lambda row: row[:3]):

@@ -17,7 +17,7 @@ from analysis import figures, heat, results
 from analysis.evidence import Evidence
 from analysis.heat import cases
 from analysis.results import Cell
-from analysis.tables import esc
+from analysis.tables import esc, leading
 from base import storage
 from base.errors import AllograftError, WorkError
 
@@ -36,21 +36,22 @@ def losses(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def gallery(evidence: Evidence, task: str) -> str:
-    """The images of a task, or a sentence that says why there are none."""
-    cells = [c for c in evidence.cells if c.task == task]
+    """The images of a task, or a sentence that says why there are none. Own-source and exposed cells show theirs where no others are."""
+    every = [c for c in evidence.cells if c.task == task]
+    cells = [c for c in every if not c.apart] or every
     dataset = cells[0].dataset
     if not evidence.card(dataset).get("share_images"):
         return f'<p class="faint">The card of {esc(dataset)} does not share images, so none are shown.</p>'
-    ranks = losses(frame) if (frame := results.predictions(_best(cells))) is not None else {}
+    ranks = losses(frame) if (frame := results.predictions(_best(evidence, cells))) is not None else {}
     if cells[0].primary() in ("dice", "iou"):
         return (_kept_masks(evidence, cells) or _true_masks(evidence, cells)) + heat.section(cells, ranks)
     return _labels(evidence, cells) + heat.section(cells, ranks)
 
 
-def _best(cells: list[Cell]) -> Cell:
-    """The best on validation."""
-    metric = cells[0].primary() or "auroc_mean"
-    return max(cells, key=lambda c: np.nan_to_num(c.value(metric, "val"), nan=-1.0))
+def _best(evidence: Evidence, cells: list[Cell]) -> Cell:
+    """The best on validation of the setting that leads there."""
+    metric, ranked = results.headline(cells) or "", leading(evidence, cells)
+    return max(ranked[0][1] if ranked else cells, key=lambda c: np.nan_to_num(c.value(metric, "val"), nan=-1.0))
 
 
 def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
@@ -98,7 +99,7 @@ def _sample(corpus: Any, place: dict[str, int], key: str) -> Any:
 
 def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
     parts = []
-    best = _best(cells)
+    best = _best(evidence, cells)
     frame, mask_class = results.predictions(best), best.mask_class()
     try:
         corpus = _corpus(evidence, best.dataset)
@@ -121,7 +122,7 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
 
 def _labels(evidence: Evidence, cells: list[Cell]) -> str:
     """Test images from where the best cell on validation errs most to where it is surest and right, with true labels and scores."""
-    best = _best(cells)
+    best = _best(evidence, cells)
     frame = results.predictions(best)
     parts = []
     try:
@@ -143,5 +144,6 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
             parts.append(f"<figure>{drawn}<figcaption>{word}; <b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
     except (AllograftError, OSError, IndexError) as error:
         return f'<p class="faint">Images could not be read: {esc(error)}</p>'
-    note = f"By log loss of {best.source}, {best.strategy} (the best cell on validation), with true labels and its highest scores."
+    note = f"By log loss of {best.source}, {best.strategy} (the best cell on validation of the setting that leads there), with true labels"
+    note += " and its highest scores."
     return f'<div class="gallery" style="--n:{len(parts)}">{"".join(parts)}</div><p class="faint">{esc(note)}</p>'

@@ -10,11 +10,13 @@ import math
 from typing import Any
 
 from analysis import figures, results
+from analysis.convergence import chance
 from analysis.evidence import Evidence
 from analysis.tables import cell, esc, num, table
 from base import storage
 
 PANELS = 12
+ALIKE = 1e-9
 GUIDED = {
     "similarity": "guided by similarity to random weights",
     "flat": "evenly spread: similarity to random weights is much the same at every cut",
@@ -23,7 +25,8 @@ GUIDED = {
 RULE = (
     "Chosen on validation alone. A cut is the first, and so the smallest network, within one standard error of the best mean; a rate is"
     " that of the best mean, of equals the smaller. Bars are one standard error: over validation patients, and over trial seeds where there"
-    " are several. Cost is in full trainings; the last column is what trying every candidate takes."
+    " are several. Cost is in full trainings; the last column is what trying every candidate takes. Where all scored alike, or none above"
+    " chance, validation has decided nothing: the choice is the rule's for ties, or noise."
 )
 
 
@@ -65,6 +68,14 @@ def _words(about: dict[str, Any]) -> str:
     return ", ".join([about["strategy"]["name"], *options, *shuffled])
 
 
+def _undecided(found: dict[str, Any]) -> str:
+    """Why validation chose nothing, or nothing."""
+    means = [mean for point in found["curve"] if math.isfinite(mean := results.number(point["mean"]))]
+    if len(means) > 1 and max(means) - min(means) < ALIKE:
+        return "all alike"
+    return "none above chance" if means and max(means) <= chance(found["metric"]) else ""
+
+
 def _row(found: dict[str, Any]) -> list[str]:
     about, kind = found["about"], found["kind"]
     point = next(point for point in found["curve"] if point["at"] == found["choice"])
@@ -76,7 +87,9 @@ def _row(found: dict[str, Any]) -> list[str]:
         cell(esc(_words(about))),
         cell(esc(way)),
     ]
-    parts += [cell(f"<b>{esc(_name(found['choice']))}</b>"), cell(esc(_name(found["best"])))]
+    undecided = _undecided(found)
+    mark = f' <span class="tag bad">{undecided}</span>' if undecided else ""
+    parts += [cell(f"<b>{esc(_name(found['choice']))}</b>{mark}"), cell(esc(_name(found["best"])))]
     parts += [cell(num(mean), sort=mean), cell(num(error), sort=error)]
     return [*parts, *(cell(f"{found[name]:g}", sort=found[name]) for name in ("trials", "cost", "exhaustive"))]
 

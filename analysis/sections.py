@@ -14,13 +14,15 @@ import yaml
 from analysis import figures, results
 from analysis.convergence import CHANCE
 from analysis.evidence import Evidence
+from analysis.findings import Finding
 from analysis.loaded import scores
 from analysis.results import Cell
-from analysis.tables import ROWS, cell, esc, num, short, table
+from analysis.tables import ROWS, cell, esc, num, over_seeds, short, table
 from base import paths, storage
 from base.config import digest
 
 PANELS = 24  # learning-curve figures in a page; more would not be read
+DRAWN = 40  # differences of a figure
 LINES = 8  # sources of a figure: there are seven colours
 
 
@@ -30,15 +32,34 @@ def colours(evidence: Evidence) -> dict[str, int]:
 
 
 def forests(evidence: Evidence) -> str:
-    """One figure of differences for each metric."""
-    parts = []
-    by_metric: dict[str, list[Any]] = {}
-    for f in evidence.findings:
-        by_metric.setdefault(evidence.unit(f.metric, f.dataset), []).append((f"{f.a} − {f.b}, {f.words(evidence)}", f))
-    for i, (unit, rows) in enumerate(by_metric.items()):
-        parts.append(figures.forest(f"forest{i}", rows[:40], unit))
+    """One figure for each metric that has differences; a claim about a comparison that is also a gain or a control stands for it."""
+    by_metric: dict[str, dict[object, list[Finding]]] = {}
+    for i, f in enumerate(evidence.findings):
+        # Of the same cells the estimate is the same but for its direction.
+        same = (f.metric, f.dataset, f"{abs(f.comparison.estimate):.12f}") if math.isfinite(f.comparison.estimate) else i
+        by_metric.setdefault(evidence.unit(f.metric, f.dataset), {}).setdefault(same, []).append(f)
+    known = {unit: held for unit, held in by_metric.items() if any(isinstance(same, tuple) for same in held)}
+    parts, more = [], 0
+    for i, (unit, held) in enumerate(known.items()):
+        rows = [(_forest_label(evidence, group[0]), group[0], any(f.kind == "control" for f in group)) for group in held.values()]
+        parts.append(figures.forest(f"forest{i}", rows[:DRAWN], unit))
+        more += len(rows[DRAWN:])
     note = "Filled marks are declared after Holm's correction; squares are A/A controls, where any difference is chance."
+    note += f" The first {DRAWN} of each metric; {more} more are in significance.csv." if more else ""
     return f'<div class="wide">{"".join(parts)}</div>' + (f'<p class="faint">{note}</p>' if parts else "")
+
+
+def _forest_label(evidence: Evidence, f: Finding) -> str:
+    where = f.entry.where() if f.entry is not None else _without_json(f.words(evidence), f)
+    return f"{f.a} − {f.b}, {where}"
+
+
+def _without_json(title: str, one: Cell | Finding) -> str:
+    """A title with the options of its strategy as the ledger has them: `truncated cut=layer3`."""
+    options = json.loads(one.options or "{}")
+    return title.replace(
+        one.setting, " ".join([str(one.strategy), *(f"{name}={value}" for name, value in options.items() if value is not None)])
+    )
 
 
 def curves(evidence: Evidence) -> str:
@@ -62,11 +83,16 @@ def curves(evidence: Evidence) -> str:
             words = [task, results.setting(strategy, options)] + ([f"{fraction * 100:g} %"] if len(evidence.varied["fraction"]) > 1 else [])
             words += [f"{resolution} px"] if len(evidence.varied["resolution"]) > 1 else []
             words += [architecture] if len(evidence.varied["architecture"]) > 1 else []
-            parts.append(figures.learning(f"learn{i}", ", ".join(words), series, f"validation {label}"))
+            parts.append(figures.learning(f"learn{i}", _without_json(", ".join(words), held[0]), series, f"validation {label}"))
     many = f" Of {len(order)} encoders the first and those that lead on validation." if len(order) > LINES else ""
     more = f"The first {PANELS} of {len(groups)} settings." if len(groups) > PANELS else ""
-    more = f'<p class="faint">{more}{many}</p>' if more or many else ""
-    return f'<div class="panels">{"".join(parts + _by_fraction(evidence, order))}</div>{more}' if parts else ""
+    shares = _by_fraction(evidence, order)
+    note = "Lines are means over n runs for as long as all of them train, bands their range, thin lines runs that trained on. " + (
+        "Against the share of the labels, bars are one standard deviation over seeds, of several pretrainings over their means. "
+        if shares
+        else ""
+    )
+    return f'<div class="panels">{"".join(parts + shares)}</div><p class="faint">{note}{more}{many}</p>' if parts else ""
 
 
 def _leading(evidence: Evidence, cells: list[results.Cell]) -> list[results.Cell]:
@@ -89,11 +115,11 @@ def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:
             continue
         series: dict[str, tuple[int, list[tuple[float, float, float]]]] = {}
         for (source, fraction), cells in results.by(held, "source", "fraction").items():
-            mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
-            if n:
+            mean, sd, _, units = over_seeds(cells, metric)
+            if units:
                 series.setdefault(source, (order[source], []))[1].append((float(fraction), mean, sd))
         # Shares vary, or there were no figure: the last of the words is the share.
-        title = ", ".join(dict.fromkeys([task, held[0].setting, *evidence.where(held[0])[:-1]]))
+        title = _without_json(", ".join(dict.fromkeys([task, held[0].setting, *evidence.where(held[0])[:-1]])), held[0])
         if len(parts) == PANELS:
             return [*parts, f'<p class="faint">The first {PANELS} settings with several shares.</p>']
         parts.append(figures.fractions(f"frac{i}", title, series, f"test {evidence.unit(metric, dataset)}"))

@@ -54,9 +54,9 @@ def claims(evidence: Evidence) -> str:
     gone = f'<p class="bad">Withdrawn after they were registered: {esc(", ".join(evidence.withdrawn))}.</p>' if evidence.withdrawn else ""
     note = (
         f"{_when(evidence)} Holds: the difference goes the claim's way after Holm's correction over the claims, in direction only where"
-        " its interval holds differences under the margin; fails: the 95 % interval"
-        " rules out what it says; underpowered: neither; not comparable: a side's source has seen the labels or may have seen the test"
-        " images, or a cell of it failed, which no number of seeds mends. Intervals are 95 %, of claims of equivalence 90 % where it is"
+        " its interval holds differences under the margin; fails: its own 95 % interval rules out what it says, uncorrected; underpowered:"
+        " neither; not comparable: a side's source has seen the labels or may have seen the test images, a cell of it failed, or its curves"
+        " say nothing of speed, which no number of seeds mends. Intervals are 95 %, of claims of equivalence 90 % where it is"
         " said. An interval over seeds alone says nothing of other patients. Claims about encoders speak of these weights alone."
     )
     return (table(heads, rows) if rows else "") + gone + f'<p class="faint">{note}</p>'
@@ -74,15 +74,21 @@ def _when(evidence: Evidence) -> str:
 
 def settings_by_source(evidence: Evidence) -> pd.DataFrame:
     """The headline metric, mean over seeds on test images: a row a setting, a column a source. Own-source and exposed cells are missing,
-    and means that lack a cell."""
+    and means that lack a cell; a source that stands here under two names has one column."""
     rows: dict[str, dict[str, float]] = {}
+    named = [source for source in evidence.sources() if source not in _twins(evidence)]
     for group, held in results.in_groups(c for c in evidence.cells if not c.apart).items():
         metric = results.headline(held)
         if metric is not None:
             sides = {source: own for (source,), own in results.by(held, "source").items() if not evidence.lost(own)}
             means = {source: results.mean_sd(c.value(metric) for c in own)[0] for source, own in sides.items()}
             rows[" ".join(map(str, group))] = means
-    return pd.DataFrame.from_dict(rows, orient="index", columns=evidence.sources() if rows else [])
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=named if rows else [])
+
+
+def _twins(evidence: Evidence) -> list[str]:
+    """Second names of sources (A/A)."""
+    return list(dict.fromkeys(pair.b[0].source for pair in evidence.pairs.pairs if pair.kind == "control"))
 
 
 def ranked(evidence: Evidence) -> str:
@@ -95,11 +101,13 @@ def ranked(evidence: Evidence) -> str:
         return f"<p>No ranks: {esc(found.why)}.</p>"
     drawn = figures.critical("ranks", found.average, found.settings, found.critical_difference, found.cliques)
     rows = ["".join([f'<th scope="row">{esc(name)}</th>', cell(num(rank, 2), sort=rank)]) for name, rank in found.average.items()]
-    said = f"Friedman {found.statistic:.2f}, p {pvalue(found.p)}" if math.isfinite(found.p) else found.why
+    how = "exact over all orders of the sources" if found.exact else "asymptotic, all orders being too many to count"
+    said = f"Friedman {found.statistic:.2f}, p {pvalue(found.p)}, {how}" if math.isfinite(found.p) else found.why
+    twins = "".join(f"; {name} has no rank of its own, being the baseline under another name (A/A)" for name in _twins(evidence))
     note = (
-        f"{found.settings} settings that every source has, {found.dropped} left out for want of one; {esc(said)}. Sources under one bar are"
-        " nearer than Nemenyi's critical difference (Demsar 2006). Tasks of one dataset and strategies of one task are not independent"
-        " settings, and seeds and patients do not enter: nothing is declared from ranks."
+        f"{found.settings} settings that every source has, {found.dropped} left out for want of one{esc(twins)}; {esc(said)}. Sources"
+        " under one bar are nearer than Nemenyi's critical difference (Demsar 2006). Tasks of one dataset and strategies of one task are"
+        " not independent settings, and seeds and patients do not enter: nothing is declared from ranks."
     )
     return f'<div class="wide">{drawn}</div>{table(["encoder", "average rank"], rows, cls="numbers")}<p class="faint">{note}</p>'
 
@@ -124,7 +132,7 @@ def secondary_tests(evidence: Evidence) -> str:
     for f in compared[:TESTED]:
         a, b = ([held for one in side(f, name) if (held := load(one)) is not None] for name in (f.a, f.b))
         found = secondary(a, b, f.metric, family=family)
-        if f.kind in APART or evidence.under_floor(side(f, f.a)):
+        if f.kind in APART or any(evidence.under_floor(side(f, name)) for name in (f.a, f.b)):
             found.pop("stars", None)
         listed.append({"a": f.a, "b": f.b, "on": f.words(evidence), "metric": f.metric, **found})
         parts = [f'<th scope="row">{esc(f.a)} − {esc(f.b)}</th>', cell(esc(f.words(evidence)), cls="words")]
@@ -153,6 +161,6 @@ def secondary_tests(evidence: Evidence) -> str:
     note = (
         "Uncorrected, and nothing is declared from them: tests over seeds take the test patients as given, DeLong takes the trained"
         " networks as given. Stars are the benchmark's own (t-test over seeds); own and exposed sources, and those under a floor, have"
-        f" none.{more}"
+        f" none, nor has what is held against them.{more}"
     )
     return table(heads, rows, cls="numbers") + why + f'<p class="faint">{note}</p>'

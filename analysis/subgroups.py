@@ -4,10 +4,11 @@
     html = section(evidence)
 
 Of each task one setting, that with the best mean on validation of a source and strategy: every source is shown with that strategy. A
-difference between groups is taken over the labels that every shown group has both ways. The worst and the best group are chosen by their
-values, so equal groups have a gap too. A gap is marked where it is larger than 95 % of those that equal groups would show: patients are
-drawn, the same draw for all groups, each group's draws are shifted to one level, and of every draw the gap between its best and its worst
-is taken. Patients that stand in several groups are drawn together, and a small group varies as much as its size lets it.
+difference between groups is taken over the labels that every shown group has both ways. Patients of whom an attribute is not known are
+shown, and are no group that could be served worse. The worst and the best group are chosen by their values, so equal groups have a gap
+too. A gap is marked where it is larger than 95 % of those that equal groups would show: patients are drawn, the same draw for all groups,
+each group's draws are shifted to one level, and of every draw the gap between its best and its worst is taken. Patients that stand in
+several groups are drawn together, and a small group varies as much as its size lets it.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ from base.errors import AllograftError
 LEAST = 20  # patients of a group that is shown
 CLASSES = 3  # images of a label's rarer class that it needs in every group
 VALUES = 12  # of an attribute; one with more is an identifier or a number that nobody cut into bands
-REPLICATES = 500
+REPLICATES = 2000
+UNKNOWN = "not known"
 SOURCES, SEEDS, TASKS = 8, 5, 12  # shown at most: every one means reading its predictions
 BANDS = (18, 40, 60, 80)
 
@@ -49,7 +51,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Subgroup:
-    """One source on one task by one attribute. gap: of the best and the worst group; chance: what 95 % of equal groups stay under."""
+    """One source on one task by one attribute. gap: of the best and the worst group that are known; chance: what 95 % of equal groups stay
+    under; why: what of it has no number, and for what reason."""
 
     task: str
     source: str
@@ -62,6 +65,7 @@ class Subgroup:
     groups: list[Group]
     gap: float
     chance: float
+    why: str
 
     @property
     def clear(self) -> bool:
@@ -70,15 +74,15 @@ class Subgroup:
 
     @property
     def worst(self) -> str:
-        held = [group for group in self.groups if math.isfinite(group.value)]
-        return min(held, key=lambda group: group.value).name if held else "–"
+        held = [group for group in self.groups if math.isfinite(group.value) and group.name != UNKNOWN]
+        return min(held, key=lambda group: group.value).name if math.isfinite(self.gap) else "–"
 
 
 def band(value: object) -> str:
     """An age as a band: `40-59`."""
     age = results.number(value)
     if not math.isfinite(age):
-        return "not known"
+        return UNKNOWN
     at = int(np.searchsorted(BANDS, age, side="right"))
     names = [f"under {BANDS[0]}", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(BANDS)), f"{BANDS[-1]} and over"]
     return names[at]
@@ -102,7 +106,7 @@ def known(evidence: Evidence, dataset: str) -> dict[str, dict[str, str]]:
         if name == "age":
             found["age"] = {key: band(meta.get("age")) for key, meta in metas.items()}
             continue
-        held = {key: "not known" if meta.get(name) is None else str(meta[name]) for key, meta in metas.items()}
+        held = {key: UNKNOWN if meta.get(name) is None else str(meta[name]) for key, meta in metas.items()}
         if 1 < len(set(held.values())) <= VALUES:
             found[name] = held
     return {name: held for name, held in found.items() if len(set(held.values())) > 1}
@@ -172,16 +176,27 @@ def by_group(
             with np.errstate(invalid="ignore", divide="ignore"):
                 values[name] = float(np.mean([metric_B(part, metric, ones)[0] for part in parts]))
                 drawn[name] = np.mean([metric_B(part, metric, weight_BN[:, masks[name]]) for part in parts], axis=0)
-    finite = [name for name in large if math.isfinite(values[name])]
+    finite = [name for name in large if math.isfinite(values[name]) and name != UNKNOWN]
     gap = chance = math.nan
+    why = f"fewer than two known groups of at least {LEAST} test patients have a number"
+    if labels is not None and len(large) and not len(labels):
+        why = f"no label has {CLASSES} test images with it and {CLASSES} without it in every group of at least {LEAST} test patients"
+    elif undefined := [name for name in large if math.isnan(values[name])]:
+        why = f"the metric has no value in {', '.join(undefined)}"
+    elif len(finite) > 1:
+        why = ""
     if len(finite) > 1:
         gap = max(values[name] for name in finite) - min(values[name] for name in finite)
         moved_BG = np.stack([drawn[name] - values[name] for name in finite], axis=1)
         moved_BG = moved_BG[np.isfinite(moved_BG).all(axis=1)]
         if len(moved_BG) > bootstrap.replicates // 2:
             chance = float(np.quantile(np.ptp(moved_BG, axis=1), 0.95))
+        else:
+            why = (
+                f"no gap by chance: {len(moved_BG)} of {bootstrap.replicates} draws of patients leave each group both values of each label"
+            )
     groups = [Group(name, patients[name], int(masks[name].sum()), values[name]) for name in names]
-    return Subgroup(*facts, len(same), 0 if labels is None else len(labels), groups, gap, chance)
+    return Subgroup(*facts, len(same), 0 if labels is None else len(labels), groups, gap, chance, why)
 
 
 def _group(group_of: Mapping[str, str], image: str) -> str | None:
@@ -189,7 +204,7 @@ def _group(group_of: Mapping[str, str], image: str) -> str | None:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (0 if name.startswith("under") else 2 if name == "not known" else 1, name)
+    return (0 if name.startswith("under") else 2 if name == UNKNOWN else 1, name)
 
 
 def _labels(one: Scores, masks: list[NDArray[np.bool_]]) -> NDArray[np.int64] | None:
@@ -227,19 +242,23 @@ def section(evidence: Evidence) -> str:
     for (task, attribute), rows in blocks.items():
         if not any(math.isfinite(group.value) for one in rows for group in one.groups):
             sizes = ", ".join(f"{esc(group.name)} {group.patients} patients" for group in rows[0].groups)
-            parts.append(f"<p>{esc(task)} by {esc(attribute)}: too few test patients for a number ({sizes}).</p>")
+            parts.append(f"<p>{esc(task)} by {esc(attribute)}: no number, since {esc(rows[0].why)} ({sizes}).</p>")
             continue
         names = [group.name for group in rows[0].groups]
         counts = {group.name: group.patients for group in rows[0].groups}
-        body = ["".join(_row(one, names)) for one in rows]
-        heads = ["encoder", "strategy", *(f"{name} (n {counts[name]})" for name in names), "worst", "gap", "gap by chance"]
+        reasons = any(one.why for one in rows)
+        body = ["".join(_row(one, names) + ([cell(esc(one.why), cls="words")] if reasons else [])) for one in rows]
+        heads = ["encoder", "strategy", *(f"{name} (n {counts[name]})" for name in names), "worst", "gap", "gap by chance"] + [
+            "not given"
+        ] * reasons
         over = f", over {rows[0].labels} labels" if rows[0].labels else ""
         caption = f"{esc(task)} by {esc(attribute)}: {esc(evidence.unit(rows[0].metric, rows[0].dataset))}{over}"
         parts.append(table(heads, body, caption, cls="numbers"))
     note = (
         f"Test images, mean over seeds, the setting that leads on validation; n counts patients, and groups of fewer than {LEAST} have no"
-        " number. Worst and best groups are chosen by their values, so equal groups have a gap too: 95 % of those stay under the gap by"
-        " chance, and one above it is marked. Each row by itself, uncorrected for the number of rows."
+        " number. Patients of whom it is not known are in no gap. Worst and best groups are chosen by their values, so equal groups have a"
+        " gap too: 95 % of those stay under the gap by chance, and one above it is marked. Each row by itself, uncorrected for the number"
+        " of rows."
     )
     return "".join(parts) + f'<p class="faint">{note}</p>' if parts else ""
 

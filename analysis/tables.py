@@ -6,13 +6,14 @@ Each function takes the Evidence and returns HTML; `table` is the one place wher
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from analysis import results
+from analysis import results, secondary
 from analysis.evidence import Evidence
 from analysis.findings import Finding, brief
+from analysis.ledger import signed
 from analysis.results import Cell
-from analysis.study_floors import WORDS, bar, not_reached
+from analysis.study_floors import WORDS, Standing, bar
 
 LEADING = (
     "Leading on validation; test images decided nothing. Certainty is over the source named, not over the runner-up, whose interval is"
@@ -53,6 +54,38 @@ def table(heads: Sequence[str], rows: Iterable[str], caption: str = "", foot: It
     under = f"<tfoot>{tail}</tfoot>" if tail else ""
     inner = f"{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{under}"
     return f'<div class="scroll" tabindex="0"><table class="sortable {cls}">{inner}</table></div>'
+
+
+class Spread(NamedTuple):
+    """Of one setting's runs: mean, standard deviation (ddof 1), how many in words (`3`, `3 × 2`: pretrainings by fine-tuning seeds), and
+    the values that both are of."""
+
+    mean: float
+    sd: float
+    n: str
+    units: list[float]
+
+
+def over_seeds(cells: Iterable[Cell], metric: str, label: str | None = None) -> Spread:
+    """Over the means of pretrainings that were fine-tuned with several seeds each, else over runs: the units of every test over seeds."""
+    values = {(c.source_seed, c.seed): value for c in cells if math.isfinite(value := c.value(metric, label=label))}
+    held, several = secondary.units(values)
+    mean, sd, n = results.mean_sd(held.values())
+    each, rest = divmod(len(values), n) if several else (1, 0)
+    words = f"{n} pretrainings, {len(values)} runs" if rest else f"{n} × {each}" if several else str(n)
+    return Spread(mean, sd, words, list(held.values()))
+
+
+def leading(evidence: Evidence, cells: Sequence[Cell]) -> list[tuple[float, list[Cell]]]:
+    """Of one task the mean of its headline metric on validation and the cells of each setting, best first: who leads on a page. Settings
+    that are apart or lack a cell do not compete."""
+    metric, found = results.headline(cells) or "", []
+    competing = [c for c in cells if not c.apart]
+    for own in results.by(competing, "source", "architecture", "strategy", "options", "fraction", "resolution").values():
+        mean, _, n = results.mean_sd(c.value(metric, "val") for c in own)
+        if n and not evidence.lost(own):
+            found.append((mean, own))
+    return sorted(found, key=lambda entry: (-entry[0], entry[1][0].source, str(entry[1][0].group)))
 
 
 def columns(evidence: Evidence) -> list[tuple[str, str, str]]:
@@ -126,34 +159,35 @@ def matrix(evidence: Evidence) -> str:
         its_own += [f"{one.resolution} px"] if "resolution" not in within and len(evidence.varied["resolution"]) > 1 else []
         heads.append(f"{', '.join([task, *its_own])}: {evidence.unit(metric, dataset)}{mark}")
     said = "Test split: mean, standard deviation over seeds, number of seeds. Darker is better in its column. "
+    if any("×" in over_seeds(own, results.headline(own) or "").n for own in held.values()):
+        said += "Of n a × b, a pretrainings with b fine-tuning seeds each, the deviation is of the pretrainings' means. "
     said += 'What is declared: <a href="#claims">claims</a>.' if evidence.ledger else "▲ ▼: declared after correction."
     return table(heads, rows, said, foot, "matrix")
 
 
 def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, declared: dict[tuple[object, ...], list[Finding]]) -> str:
     """One <td> of the matrix: the mean of one setting's cells, with what must be known of it."""
-    mean, sd, n = results.mean_sd(c.value(metric) for c in cells)
+    mean, sd, n, units = over_seeds(cells, metric)
     first = cells[0]
     own, corpora = any(c.own_source for c in cells), sorted({name for c in cells for name in c.exposed_to})
-    floor = evidence.floors.under(cells)
-    (under, which), missed = bar(floor, metric), not_reached(floor, metric, mean)
-    spread = f'<span class="sd">± {num(sd)}</span>' if n > 1 else '<span class="sd">one seed</span>'
+    (under, which), standing = bar(evidence.floors.under(cells), metric), evidence.floors.standing(cells, metric)
+    spread = f'<span class="sd">± {num(sd)}</span>' if len(units) > 1 else '<span class="sd">one seed</span>'
     marks = '<span class="tag own">own source</span>' if own else ""
     marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
     marks += f'<span class="tag bad">{lost} failed or without a number</span>' if (lost := evidence.lost(cells)) else ""
-    marks += _under(under, missed)
+    marks += _low(standing)
     setting = (first.architecture, first.strategy, first.options, first.task, float(first.fraction), int(first.resolution), metric)
     for found in declared.get((first.source, *setting), []):
         better = found.comparison.estimate > 0
         marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
     why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
     text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>' + (f"<br>{marks}" if marks else "")
-    return cell(text, sort=mean, cls="heat bad" if missed else "heat", style=f"--h:{shade:.2f}", title=why)
+    return cell(text, sort=mean, cls="heat bad" if standing.under else "heat", style=f"--h:{shade:.2f}", title=why)
 
 
-def _under(floor: float, missed: Sequence[str]) -> str:
-    """The tag of a mean that is under its floor."""
-    return f'<span class="tag bad">under floor {num(floor)} ({esc(", ".join(missed).replace("_", " "))})</span>' if missed else ""
+def _low(standing: Standing) -> str:
+    """The tag of a mean that is not above its floor, red where it is under it."""
+    return f'<span class="tag {"bad" if standing.under else ""}">{esc(standing.words)}</span>' if standing.words else ""
 
 
 def _setting(f: Finding) -> tuple[object, ...]:
@@ -170,18 +204,12 @@ def winners(evidence: Evidence) -> str:
         metric = results.headline(cells)
         if metric is None:
             continue
-        competing = [c for c in cells if not c.apart]
-        ranked = []
-        sides = results.by(competing, "source", "architecture", "strategy", "options", "fraction", "resolution")
-        for side, own in sides.items():
-            mean, _, n = results.mean_sd(c.value(metric, "val") for c in own)
-            if n and not evidence.lost(own):
-                ranked.append((mean, side, own))
+        ranked = leading(evidence, cells)
         if not ranked:
             continue
-        ranked.sort(key=lambda entry: (-entry[0], str(entry[1])))
-        _, (source, architecture, strategy, options, fraction, resolution), own = ranked[0]
-        mean, sd, n = results.mean_sd(c.value(metric) for c in own)
+        own = ranked[0][1]
+        source, (architecture, strategy, options, _, fraction, resolution) = own[0].source, own[0].group
+        mean, sd, n, _ = over_seeds(own, metric)
         said = [
             f
             for f in evidence.findings
@@ -189,8 +217,7 @@ def winners(evidence: Evidence) -> str:
         ]
         against = next((f for f in said if f.kind in ("gain", "chain", "control")), None)
         sure = "no comparison" if against is None else f"{brief(against.comparison)} against {against.b}"
-        floor = evidence.floors.under(own)
-        low = _under(bar(floor, metric)[0], not_reached(floor, metric, mean))
+        low = _low(evidence.floors.standing(own, metric))
         mark = "good" if against is not None and against.mark == "good" and not low else ""
         verdict = "not declared"
         if evidence.ledger:
@@ -199,7 +226,7 @@ def winners(evidence: Evidence) -> str:
             verdict = f"declared {'over' if against.comparison.estimate > 0 else 'under'} {esc(against.b)}"
         second = "none"
         if len(ranked) > 1:
-            other = ranked[1][2]
+            other = ranked[1][1]
             found = evidence.compared(own, other, metric)
             second = f"{brief(found)} over {other[0].source}, {in_study(evidence, other[0])}"
         setting = own[0].setting + (f", {results.share(float(fraction))}" if float(fraction) < 1 else "")
@@ -230,7 +257,7 @@ def findings(evidence: Evidence) -> str:
             if f.declared and f.kind == "control"
             else "declared"
             if f.declared
-            else "no difference"
+            else "no difference shown"
             if not c.excludes_zero
             else "not declared"
         )
@@ -249,7 +276,7 @@ def findings(evidence: Evidence) -> str:
             cell(esc(f.words(evidence)), cls="words"),
             cell(esc(evidence.unit(f.metric, f.dataset))),
         ]
-        parts += [cell(f"{c.estimate:+z.3f}" if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]
+        parts += [cell(signed(c.estimate) if math.isfinite(c.estimate) else "–", sort=c.estimate), cell(interval, sort=c.low)]
         parts += [
             cell(esc(pvalue(c.p)), sort=c.p),
             cell(esc(pvalue(f.adjusted)), sort=f.adjusted),
@@ -293,8 +320,9 @@ def classes(evidence: Evidence) -> str:
                     cell(esc(positives.get(label, "–"))),
                 ]
                 for metric in metrics:
-                    mean, sd, n = results.mean_sd(c.value(metric, label=label) for c in group)
-                    parts.append(cell(f"{num(mean)} <span class='sd'>± {num(sd)}</span>" if n > 1 else num(mean), sort=mean))
+                    mean, sd, _, units = over_seeds(group, metric, label)
+                    shown = f"{num(mean)} <span class='sd'>± {num(sd)}</span>" if len(units) > 1 else num(mean)
+                    parts.append(cell(shown, sort=mean))
                 rows.append("".join(parts))
         heads = ["encoder", "strategy", "label", "test positives"] + [evidence.unit(m, dataset) for m in metrics]
         blocks.append(f"<details><summary>{esc(task)}: every label</summary>{table(heads, rows[:ROWS], cls='numbers')}</details>")

@@ -78,13 +78,16 @@ def h_score(features_ND: NDArray[Any], target: NDArray[Any]) -> float:
     """Trace of the pseudo-inverse of the features' covariance times that of their class means: 0 to K - 1.
 
     Bao et al., An Information-Theoretic Approach to Transferability, ICIP 2019, definition 2. Directions without variance are left out.
-    Where rows are no more than features it is K - 1 whatever the images.
+    Features that say nothing reach D / (N - 1) of K - 1 on the average.
 
     Raises:
-        RequestError: as `logme`.
+        RequestError: as `logme`, and images too few for features of a covariance that is not singular: then it tells of their ranks alone.
     """
 
     def of(x_ND: Array, y_N: NDArray[np.int64]) -> float:
+        if len(x_ND) - 1 <= x_ND.shape[1]:
+            of_what = f"{len(x_ND)} labelled images and {x_ND.shape[1]} features"
+            raise RequestError(f"no H-score of {of_what}, whose covariance is singular", hint="more labelled images than features")
         u_NR, s_R, _ = np.linalg.svd(x_ND - x_ND.mean(0), full_matrices=False)
         u_NR = u_NR[:, s_R > s_R.max(initial=0.0) * np.finfo(float).eps * max(x_ND.shape)]
         # In orthonormal directions the covariance is the identity over N.

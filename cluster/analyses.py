@@ -37,7 +37,7 @@ from cluster.outs import require_study
 from cluster.sources import cell_config
 from cluster.study import Study
 
-VERSION = 4  # raised by whoever changes what an analysis computes or draws
+VERSION = 5  # raised by whoever changes what an analysis computes or draws
 GROUPS = 12  # settings that are drawn, and of similarity computed; tables of the others are whole
 IMAGES = {"cpu": 500, "cuda": 2000}  # of a probe
 ROWS = 2000  # training images that transferability is guessed from
@@ -101,7 +101,7 @@ def analyse(out: str, kind: str, say: Callable[[str], None] | None = None) -> st
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings |= {"measure": MEASURE, "images": IMAGES[device], "split": "val", "energy": "s2", "spatial": "fold"}
     if kind == "transferability":
-        settings |= {"images": ROWS}
+        settings |= {"most images": ROWS}
     if kind == "accuracy":
         table = convergence.accuracies(storage.join(out, ACCURACY))
         settings |= {"table": digest(table.to_csv(index=False))[:16]}
@@ -219,7 +219,8 @@ def _efficiency(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf:
 
 def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], leaf: Leaf) -> None:
     """LogME, H-score and N-LEEP of each source's frozen features on the task's training images, and whether they foretold the results."""
-    heads = ("setting", "source", "LogME", "H-score", "N-LEEP", "probe of its pretraining")
+    names = ("LogME", "H-score", "N-LEEP", "probe of its pretraining")
+    heads = ("setting", "source", "images", "features", *names)
     ranked_heads = ("setting", "strategy", "guess", "Spearman", "p", "weighted Kendall", "sources")
     probes = _probes(out)
     rows: list[dict[str, Any]] = []
@@ -229,34 +230,40 @@ def _transferability(out: str, cells: Sequence[Cell], settings: dict[str, Any], 
     for (task, architecture, fraction, resolution), held in groups.items():
         setting = results.in_words(task, architecture, fraction, resolution)
         guesses: dict[str, dict[str, float]] = {}
+        notes: list[str] = []
         for (source,), own in results.by(held, "source").items():
             try:
                 z_ND, target = _embedded(own[0])
                 classes = 2 if target.ndim == 2 else len(np.unique(target))
                 clusters = guess.soft_clusters(z_ND, 5 * classes)
-                guesses[source] = {
-                    "LogME": guess.logme(z_ND, target),
-                    "H-score": guess.h_score(z_ND, target),
-                    "N-LEEP": guess.leep(clusters, target),
-                }
+                found = {"LogME": guess.logme(z_ND, target), "N-LEEP": guess.leep(clusters, target)}
             except RequestError as error:
-                note = f"{setting}: {error.what}"
-                leaf.notes += [] if note in leaf.notes else [note]
+                notes.append(error.what)
                 continue
+            try:
+                found["H-score"] = guess.h_score(z_ND, target)
+            except RequestError as error:
+                notes.append(error.what)
+            guesses[source] = {name: found.get(name, math.nan) for name in names}
             guesses[source]["probe of its pretraining"] = probes.get(source, math.nan)
-            rows.append({"setting": setting, "source": source, **guesses[source]})
+            sizes = {"images": len(z_ND), "features": z_ND.shape[1]}
+            rows.append({"setting": setting, "source": source, **sizes, **guesses[source]})
+        leaf.notes += [f"{setting}: {note}" for note in dict.fromkeys(notes)]
         for (strategy, options), tried in results.by([c for c in held if c.key in counts], "strategy", "options").items():
             metric = results.headline(tried)
             reached = {source: convergence.mean_of_all(own, metric) for (source,), own in results.by(tried, "source").items()}
             both = [source for source in reached if source in guesses]
-            for name in heads[2:] if both else ():
+            for name in names:
+                if not any(math.isfinite(guesses[source][name]) for source in both):
+                    continue
                 sides = [guesses[s][name] for s in both], [reached[s] for s in both]
                 rank = correlation(*sides)
                 p = f"{rank.p:.3f}" if math.isfinite(rank.p) else rank.why
                 numbers = [rank.rho.words(2), p, f"{rank.tau:.2f}"] if math.isfinite(rank.tau) else [rank.why, "-", "-"]
                 ranked.append([setting, results.setting(strategy, options), name, *numbers, str(rank.n)])
     shown = [
-        [row["setting"], row["source"], *(f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in heads[2:])] for row in rows
+        [*(str(row[name]) for name in heads[:4]), *(f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in names)]
+        for row in rows
     ]
     leaf.table("transferability.csv", "guesses from frozen features, nothing trained", rows, shown, heads)
     made = [dict(zip(ranked_heads, line, strict=True)) for line in ranked]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from cluster.plan import Setting
 
 
+JUDGED = "Holds: after Holm's correction over the claims. Fails: by the claim's own 95 % interval, uncorrected."
+
 # -- before the run
 
 
@@ -192,6 +194,7 @@ def _study(url: str) -> None:
     )
     header = ("claim", "verdict", "a - b", "why", "it would take", "about", "in", "compared")
     table([row(entry) for entry in evidence.ledger], header)
+    print(f"\n{JUDGED}")
     if evidence.withdrawn:
         print(f"\nwithdrawn or changed since the study first ran: {', '.join(evidence.withdrawn)}")
 

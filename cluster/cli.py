@@ -385,14 +385,41 @@ def _tracking(given: str | None) -> str:
 
 @app.command(epilog=_example("allograft weights moco-v2 --file moco_v2_800ep_pretrain.pth.tar"))
 def weights(
-    name: Annotated[str, typer.Argument(help="published weights (allograft list weights), or timm:TAG")],
-    file: Annotated[str | None, typer.Option(help="their published file, where there is no network")] = None,
+    name: Annotated[str, typer.Argument(help="published weights (allograft list weights), timm:TAG, or with --architecture a new folder")],
+    file: Annotated[str | None, typer.Option(help="their published file, where there is no network, or one's own weights")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="tensors that the file lacks stay random")] = False,
+    architecture: Annotated[str | None, typer.Option(help="of one's own weights (allograft list architectures)")] = None,
+    seen: Annotated[list[str] | None, typer.Option(help="a corpus that one's own weights have seen; again for each")] = None,
+    labelled: Annotated[list[str] | None, typer.Option(help="a corpus that they have seen with its labels; again for each")] = None,
+    licence: Annotated[str | None, typer.Option(help="terms of one's own weights")] = None,
+    normalisation: Annotated[str | None, typer.Option(help="of their images: imagenet, neutral, ..; timm's unless given")] = None,
+    image_size: Annotated[int, typer.Option("--image-size", help="side in pixels of the images of one's own weights")] = 224,
 ) -> None:
-    """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME."""
-    from cluster.published import show
+    """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME. With --architecture, convert one's own
+    weights of a timm architecture into a folder from which studies start."""
+    from base.errors import RequestError
+    from base.paths import absolute
+    from cluster.published import convert, obtain, show, source_of
 
-    show(name, file, allow_partial)
+    if architecture is None:
+        if seen or labelled or licence or normalisation:
+            raise RequestError("these are said of one's own weights", where=name, hint="give their --architecture, too")
+        show(source_of(name), obtain(source_of(name), file, allow_partial))
+        return
+    if file is None or licence is None:
+        raise RequestError("one's own weights need --file FILE and --licence LICENCE", where=name)
+    convert(
+        name,
+        file,
+        architecture=architecture,
+        seen=seen or [],
+        labelled=labelled or [],
+        licence=licence,
+        normalisation=normalisation,
+        image_size=image_size,
+        allow_partial=allow_partial,
+    )
+    show(absolute(name), name)
 
 
 @app.command(epilog=_example("allograft init chest"))

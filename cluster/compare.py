@@ -21,6 +21,7 @@ from base.errors import RequestError, unknown
 from base.paths import absolute
 from base.seeds import seed_of
 from cluster.leaf import Leaf
+from cluster.sources import no_export
 from encoders.build import Encoder, build
 from encoders.export import ExportInfo, read_export
 from encoders.local import local_encoder
@@ -43,7 +44,7 @@ def located(source: str) -> str:
     for folder in (place, storage.join(place, "encoder"), storage.join(place, "export")):
         if storage.exists(storage.join(folder, "allograft.json")):
             return local_encoder(folder)
-    raise RequestError("no exported encoder here (no allograft.json)", where=source, hint="allograft pull NAME DIR, or timm:TAG, random:0")
+    raise no_export(place)
 
 
 def described(sources: Sequence[str]) -> list[ExportInfo | None]:

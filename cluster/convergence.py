@@ -15,7 +15,6 @@ from analysis.correlation import correlation
 from analysis.counted import counted
 from analysis.evidence import floors_of
 from analysis.floors import Floors
-from analysis.study_floors import WORDS, bar
 from base import storage
 from base.errors import RequestError, in_a_line, unknown
 from base.paths import absolute, safe_name
@@ -25,6 +24,7 @@ from cluster.sources import baseline
 from encoders.cuts import find
 
 SHOWN = 12  # rows of a table on the screen
+TRANSFUSED = "transfusion cut="  # and the cut
 
 
 def convergence(outs: Sequence[str], threshold: float | None, by: str, base: str | None, accuracy: str | None, out: str) -> None:
@@ -75,17 +75,21 @@ def of_cells(
     steps: list[dict[str, Any]] = []
     lines: list[list[str]] = []
     heads = ("source", "strategy", by, "censored", f"times faster than {base}", "area", "best")
-    groups = list(dict.fromkeys((*curve.group, curve.metric) for curve in curves))
+    groups: list[tuple[tuple[str, ...], str, list[speed.Curve]]] = []
+    for setting in dict.fromkeys((*curve.group, curve.metric) for curve in curves):
+        own = [curve for curve in curves if (*curve.group, curve.metric) == setting]
+        apart = compared(own, base) if threshold is None else {"": own}
+        groups += [(setting, strategy if len(apart) > 1 else "", held) for strategy, held in apart.items()]
     if most is not None and len(groups) > most:
-        leaf.notes.append(f"Figures of the first {most} of {len(groups)} settings; the tables have all.")
-    for number, group in enumerate(groups):
+        leaf.notes.append(f"Figures of the first {most} of {len(groups)} comparisons; the tables have all.")
+    for number, (group, strategy, held) in enumerate(groups):
         drawn_too = most is None or number < most
-        held = [curve for curve in curves if (*curve.group, curve.metric) == group]
-        level = speed.common_threshold(held) if threshold is None else threshold
-        rows = speed.reached(held, level, base, untrained(group[-1], floors.get((group[0], float(group[2])), {})))
+        sides = [[curve for curve in held if curve.label == label] for label in dict.fromkeys(curve.label for curve in held)]
+        level = speed.common_threshold(sides) if threshold is None else threshold
+        rows = speed.reached(held, level, base, speed.untrained(group[-1], floors.get((group[0], float(group[2])), {})))
         runs += _runs(rows, group, level, by)
         summary += _summary(rows, group, level, by)
-        title, name = _title(group), safe_name(*group)
+        title, name = ", ".join(filter(None, (_title(group), strategy))), safe_name(*filter(None, (*group, strategy)))
         what = f"{title}: {group[-1]} of {level:.4g} on validation"
         body = [_line(row) for row in rows]
         lines += [[title, f"{level:.4g}", *line] for line in body]
@@ -124,18 +128,22 @@ def of_cells(
     return len(curves)
 
 
-def untrained(metric: str, floors: Floors) -> list[tuple[float, str]]:
-    """What takes no training and how much it scores; NaN where that is not known."""
-    value, name = bar(floors, metric)
-    return [(speed.chance(metric), "chance"), (value, f"a floor of test images ({WORDS.get(name, name)})")]
+def compared(curves: Sequence[speed.Curve], base: str) -> dict[str, list[speed.Curve]]:
+    """The curves of one setting by what is held against each other, and so at one threshold: those of one strategy, and all of a
+    transfusion chain, from none to all weights; beside a strategy that `base` lacks, or has alone, its runs trained whole."""
+    found: dict[str, list[speed.Curve]] = {}
+    for curve in curves:
+        found.setdefault("full" if curve.strategy.startswith(TRANSFUSED) else curve.strategy, []).append(curve)
+    whole = [curve for curve in curves if (curve.source, curve.strategy) == (base, "full")]
+    alone = {name for name, held in found.items() if name != "full" and not {curve.source for curve in held} > {base}}
+    return {name: [*whole, *held] if name in alone else held for name, held in found.items()}
 
 
 def transfused(rows: Sequence[speed.Reached], source: str, architecture: str, base: str) -> list[speed.Depth]:
     """From random weights over each transfused cut to all weights; nothing where the source was not transfused at two cuts, or where the
     threshold says nothing of speed."""
-    mark = "transfusion cut="
-    held = [row for row in rows if row.source == source and row.strategy.startswith(mark)]
-    by_cut = {row.strategy.removeprefix(mark): row.median for row in held}
+    held = [row for row in rows if row.source == source and row.strategy.startswith(TRANSFUSED)]
+    by_cut = {row.strategy.removeprefix(TRANSFUSED): row.median for row in held}
     if len(by_cut) < 2 or any(row.why for row in held):
         return []
     chain = [(cut, by_cut[cut]) for cut in sorted(by_cut, key=lambda cut: find(architecture, cut))]

@@ -13,13 +13,14 @@ from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, at, unknown
 from base.paths import absolute, is_url, named, names, with_preset
 from cluster.study import Cells, PretrainEntry, Study
-from finetune.task import METRICS, Task, load_task
+from finetune.task import METRICS, Task, check_labels, load_task
 
 if TYPE_CHECKING:
     from shards.card import Card
 
 
 KINDS = {"pretrain", "timm", "zoo", "models", "run"}  # of sources that are not a path or URL
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")  # files that are taken for a source; which is a folder
 
 
 def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) -> Study:
@@ -45,6 +46,7 @@ def load_study(path: str, settings: Sequence[str] = (), *, job: bool = False) ->
     tree["claims"] = _claims(tree.get("claims"), path)
     with at(path):
         study = resolve_paths(parse(tree, Study, path), Path.cwd(), job=job)
+    study = resolve_tasks(study, path)
     check_names(study, path)
     return study
 
@@ -125,6 +127,75 @@ def resolve_paths(study: Study, base: Path, *, job: bool = False) -> Study:
     return study.model_copy(update={"out": out, "data": data, "pretrain": pretrain, "cells": cells})
 
 
+def resolve_tasks(study: Study, where: str) -> Study:
+    """Every spelling of a task made one: its entry of `cells.tasks` as key of what is given by task, its own name, which results have, in
+    `champion.task` and the `where.task` of claims.
+
+    A task is named by its own name or by its file, either with or without the preset that `cells.tasks` has it in.
+
+    Raises:
+        RequestError: naming file and key: no such task in the study, or one name for two.
+    """
+    cells = study.cells
+    if cells is None:
+        return study
+    plain: dict[str, Task] = {}
+    for i, entry in enumerate(cells.tasks):
+        with at(f"{where}: cells.tasks[{i}]"):
+            plain[entry] = load_task(entry)
+            if other := next((one for one in plain if one != entry and plain[one].task == plain[entry].task), None):
+                raise RequestError(f"two tasks are named '{plain[entry].task}': {other} and {entry}", hint="give one another task: NAME")
+    spelled = {word: entry for entry, task in plain.items() for word in _spellings(entry, task)}
+
+    def entry_of(word: str, key: str) -> str:
+        if word not in spelled:
+            held = ", ".join(entry if entry == task.task else f"{task.task} ({entry})" for entry, task in plain.items())
+            raise RequestError(f"unknown task '{word}'", where=f"{where}: {key}", hint=f"cells.tasks has {held}")
+        return spelled[word]
+
+    by_task: dict[str, dict[str, Any]] = {}
+    for axis in ("fractions", "resolutions", "task_settings"):
+        values = getattr(cells, axis)
+        if isinstance(values, dict):
+            words: dict[str, str] = {}
+            for word in values:
+                entry = entry_of(word, f"cells.{axis}")
+                if entry in words:
+                    raise RequestError(f"{words[entry]} and {word} are one task", where=f"{where}: cells.{axis}")
+                words[entry] = word
+            by_task[axis] = {entry: values[word] for entry, word in words.items()}
+    cells = cells.model_copy(update=by_task)
+    tasks = _tasks(cells, where)
+    champion = study.champion
+    if champion is not None:
+        champion = champion.model_copy(update={"task": tasks[entry_of(champion.task, "champion.task")].task})
+    claims = []
+    for claim in study.claims:
+        if claim.where.task is not None:
+            name = tasks[entry_of(claim.where.task, f"claims.{claim.name}.where.task")].task
+            claim = claim.model_copy(update={"where": claim.where.model_copy(update={"task": name})})
+        claims.append(claim)
+    return study.model_copy(update={"cells": cells, "champion": champion, "claims": claims})
+
+
+def _spellings(entry: str, task: Task) -> set[str]:
+    return {word for name in (with_preset(entry)[0], task.task) for word in (name, f"{name}/{task.preset}")}
+
+
+def _tasks(cells: Cells, where: str) -> dict[str, Task]:
+    """The tasks of the matrix by their entries in `cells.tasks`, as its `task_settings` make them."""
+    tasks: dict[str, Task] = {}
+    for i, entry in enumerate(cells.tasks):
+        with at(f"{where}: cells.tasks[{i}]"):
+            tasks[entry] = load_task(entry)
+        if own := cells.task_settings.get(entry):
+            try:
+                tasks[entry] = load_task(entry, own)
+            except RequestError as error:  # names the task's file, in which nothing is wrong
+                raise RequestError(error.what, where=f"{where}: cells.task_settings.{entry}", hint=error.hint) from error
+    return tasks
+
+
 def check_claims(study: Study, where: str) -> None:
     """Every claim is about cells of the matrix: both of its sides, in one setting at least.
 
@@ -146,7 +217,7 @@ def check_claims(study: Study, where: str) -> None:
 
 
 def check_names(study: Study, where: str) -> None:
-    """Every card, recipe, task, strategy and source that the study names must exist."""
+    """Every card, recipe, task, strategy and source that the study, its tasks resolved, names must exist."""
     cards: dict[str, Card] = {}
     for name in study.data:
         with at(f"{where}: data.{name}"):
@@ -158,13 +229,9 @@ def check_names(study: Study, where: str) -> None:
         earlier[entry.name] = entry
     if study.cells is None:
         return
-    tasks: dict[str, Task] = {}
-    for i, name in enumerate(study.cells.tasks):
-        own = study.cells.task_settings.get(name, {})
-        with at(f"{where}: cells.task_settings.{name}" if own else f"{where}: cells.tasks[{i}]"):
-            tasks[name] = load_task(name, own)
+    tasks = _tasks(study.cells, where)
     _check_sources(study, study.cells, earlier, where)
-    _check_tasks(study, study.cells, tasks, where)
+    _check_tasks(study, study.cells, tasks, cards, where)
     tested = {task.dataset for task in tasks.values()}
     for i, entry in enumerate(study.pretrain):
         for dataset, split in entry.data.items():
@@ -173,10 +240,8 @@ def check_names(study: Study, where: str) -> None:
                 raise RequestError("pretraining on the test images of a task of this study", where=key, hint=hint)
     check_claims(study, where)
     if study.champion:
-        held = {with_preset(name)[0]: task for name, task in tasks.items()}
-        if study.champion.task not in held:
-            raise unknown("task", study.champion.task, held, where=f"{where}: champion.task")
-        if study.champion.metric not in METRICS[held[study.champion.task].kind]:
+        kind = next(task.kind for task in tasks.values() if task.task == study.champion.task)
+        if study.champion.metric not in METRICS[kind]:
             raise RequestError(f"'{study.champion.metric}' does not measure {study.champion.task}", where=f"{where}: champion.metric")
 
 
@@ -242,9 +307,10 @@ def _check_sources(study: Study, cells: Cells, earlier: Mapping[str, PretrainEnt
             raise unknown("source", name, sources, where=f"{where}: cells.shuffled_labels")
 
 
-def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: str) -> None:
-    """Strategies and tasks of the matrix, with each other and with the architectures, and what names tasks."""
+def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], cards: Mapping[str, "Card"], where: str) -> None:
+    """Strategies and tasks of the matrix, with each other and with cards and architectures."""
     from cluster.claims import Asked
+    from finetune import keep
     from finetune.search import asked
     from finetune.strategies import check, resolve
 
@@ -255,15 +321,14 @@ def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], where: s
         if task.dataset not in study.data:
             hint = f"data.{key_of(task.dataset)}.raw=PATH"
             raise RequestError(f"task '{name}' needs the dataset '{task.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
+        if not cards[task.dataset].labels_found:
+            check_labels(task, cards[task.dataset], f"{where}: cells.tasks[{i}]: {named('task', name)}: labels")
         for j, strategy in enumerate(cells.strategies):
             for architecture in _architectures(study):
                 if wanted.strategy(task.task, architecture, strategy):
                     check(asked(strategy)[1], architecture, task, f"{where}: cells.strategies[{j}]")
-    for axis in ("fractions", "resolutions", "task_settings"):
-        values = getattr(cells, axis)
-        for name in values if isinstance(values, dict) else ():
-            if name not in cells.tasks:
-                raise unknown("task", name, cells.tasks, where=f"{where}: cells.{axis}")
+                    if cells.keep == "encoder":
+                        keep.check_named(architecture, task, strategy, f"{where}: cells.strategies[{j}]")
 
 
 def key_of(dataset: str) -> str:
@@ -278,7 +343,11 @@ def _one_kind(datasets: Sequence[str], cards: Mapping[str, "Card"], where: str, 
 
 
 def _is_path(source: str) -> bool:
-    return source.partition(":")[0] not in KINDS and not is_url(source) and ("/" in source or source.startswith("."))
+    return (
+        source.partition(":")[0] not in KINDS
+        and not is_url(source)
+        and ("/" in source or source.startswith(".") or source.endswith(WEIGHTS))
+    )
 
 
 def _check_replay(study: Study, entry: PretrainEntry, cards: Mapping[str, "Card"], where: str) -> None:
@@ -317,4 +386,6 @@ def _check_source(source: str, earlier: Mapping[str, PretrainEntry], where: str)
         with at(where):
             timm_architecture(rest)
     if source != "random" and kind not in KINDS and not is_url(source) and not _is_path(source):
+        if os.path.exists(source):
+            raise RequestError(f"unknown source '{source}'", where=where, hint=f"the file or folder of that name is ./{source}")
         raise unknown("source", source, ["random", *(f"pretrain:{name}" for name in earlier)], where=where)

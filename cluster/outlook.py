@@ -1,6 +1,5 @@
 """`allograft plan`: what a study would do and take, what stands, what is missing, what it could find. Starts nothing and writes nothing."""
 
-import itertools
 import os
 import shutil
 import sys
@@ -13,7 +12,6 @@ from analysis.claims import settings_of
 from analysis.power import power
 from analysis.results import pretrainings as begun
 from base import storage
-from base.config import canonical_json
 from base.errors import RequestError
 from base.paths import is_url
 from cluster import leakage, plan
@@ -349,26 +347,30 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
 
 
 def comparisons(study: Study, searches: Searches) -> int:
-    """How many the report corrects for: the settings of the study's claims; without claims, in every setting each source against the
-    baseline, twins of it apart, and each link of a chain against the one before (see analysis.family)."""
+    """How many the report corrects for: the settings of the study's claims; without claims, the comparisons of the plan that may be
+    declared (analysis.family), or all of it where one seed a side declares none."""
     if study.claims:
         seen = [(held, held) for held, _ in axes_of_matrix(study)]
         return max(1, sum(len(settings_of(claim, seen)) for claim in study.claims))
-    from analysis.family import pairs_of
+    from analysis.family import planned_family
+    from analysis.results import without_controls
 
-    settings: dict[str, set[str]] = defaultdict(set)
-    for one in searches.chosen:
-        held = one.setting
-        if not held.shuffled:
-            axes = (held.task.task, held.architecture, canonical_json(held.strategy), held.fraction, held.resolution)
-            settings[canonical_json(axes)].add(held.source)
-    order = [source.name for source in study.cells.sources] if study.cells else []
-    random = {source.name for source in study.cells.sources if source.source == "random"} if study.cells else set()
-    plain = study.model_dump(mode="json", by_alias=True)
-    same = {frozenset(pair) for pair in itertools.combinations(random, 2)}
-    asked = [[name for name in order if name in sources] for sources in settings.values()]
-    kinds = [kind for sources in asked for kind, _, _ in pairs_of(plain, sources, same, random)]
+    datasets = {one.task.task: one.task.dataset for one in searches.chosen}
+    learned = {source.name: _labels_read(study, source.source) for source in (study.cells.sources if study.cells else [])}
+    rows = [row | {"own_source": row["own_source"] or datasets[row["task"]] in learned[row["source"]]} for row in searches.rows()]
+    planned = planned_family(study.model_dump(mode="json", by_alias=True), without_controls(rows)).values()
+    kinds = [held.kind for held in planned if held.several] or [held.kind for held in planned]
     return sum(kind != "control" for kind in kinds) or max(1, len(kinds))  # which a study of twins alone has
+
+
+def _labels_read(study: Study, source: str) -> set[str]:
+    """Datasets whose labels the pretrainings of the study that lead to a source read, finished or not."""
+    from pretrain.methods import method_class
+    from pretrain.recipe import load_recipe
+
+    runs = [run for entry in study.pretrain if source == f"pretrain:{entry.name}" for run in (*study.before(entry), entry)]
+    labelled = [run for run in runs if method_class(load_recipe(run.recipe, run.settings).method).labelled]
+    return {name for run in labelled for name, _ in (*run.data.items(), *study.replayed(run))}
 
 
 # -- in all

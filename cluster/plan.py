@@ -16,7 +16,7 @@ from base.storage import join
 from cluster.claims import Asked
 from cluster.study import PretrainEntry, Study
 from finetune.cell import CELL_VERSION, CellConfig
-from finetune.task import Task, load_task
+from finetune.task import Task, check_labels, load_task
 from pretrain.recipe import load_recipe
 from pretrain.run import PRETRAIN_VERSION, DataRef, PretrainConfig, without_name
 from shards.card import Card
@@ -229,8 +229,10 @@ def settings(
         only: of this task and this source, as the study spells them.
 
     Raises:
-        RequestError: a strategy that cannot be had of a source's architecture.
+        RequestError: a strategy that cannot be had of a source's architecture, a side that it does not take, or a label that the packed
+            images do not have.
     """
+    from finetune import keep
     from finetune.search import asked
     from finetune.strategies import check
 
@@ -243,6 +245,8 @@ def settings(
             continue
         task = load_task(task_name, matrix.task_settings.get(task_name, {}))
         corpus = corpora.get(task.dataset)
+        if corpus:
+            _check_labels(task, corpus, f"cells.tasks: {task_name}: labels")
         fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
         for source in matrix.sources:
             if only and only[1] != source.name:
@@ -257,6 +261,8 @@ def settings(
             for architecture, strategy in itertools.product(filter(None, dict(group)), matrix.strategies):
                 if wanted.strategy(task.task, architecture, strategy):
                     check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
+                    if matrix.keep == "encoder":
+                        keep.check_named(architecture, task, strategy, f"cells.strategies: {strategy['name']}")
             exposed = {
                 id(found): tuple(exposed_to(found.data, task.dataset, corpus.digest, compared)) if found and corpus else ()
                 for _, found in group
@@ -265,21 +271,46 @@ def settings(
                 seen = exposed[id(found)]
                 one = Setting(study, source.name, architecture, found, strategy, task, corpus, fraction, resolution, shuffled, seen)
                 if wanted.setting(one):
-                    _refuse_too_small(one)
+                    _refuse_side(one)
                     yield one
 
 
-def _refuse_too_small(one: Setting) -> None:
-    from encoders.cuts import smallest
+def _check_labels(task: Task, corpus: Packed, where: str) -> None:
+    """Raises RequestError: a label that the packed images do not have, or that is known for none of those to train on."""
+    card, positives = corpus.manifest.card, corpus.manifest.positives.get("train", {})
+    check_labels(task, card, where)
+    for label in task.labels:
+        # Where the manifest counts a positive the label is known; only else is it looked for in the images' own records.
+        if not any(positives.get(of) for of in card.derived.get(label, [label])) and not _is_known(task, corpus, label):
+            raise RequestError(f"'{label}' is known for none of the training images of {task.dataset}", where=where, hint="leave it out")
+
+
+def _is_known(task: Task, corpus: Packed, label: str) -> bool:
+    from shards.corpus import Corpus
+    from shards.labels import Targets
+
+    resolve = Targets(corpus.manifest.card, [label], task.uncertain, training=True)
+    images = Corpus(corpus.url, ("train",))
+    samples = (images.read(i, image=False, seg=False) for i in range(len(images)))
+    return any(resolve([sample.labels], [sample.key])[1].any() for sample in samples)
+
+
+def _refuse_side(one: Setting) -> None:
+    from encoders.build import PATCHES
+    from encoders.cuts import family, smallest
     from finetune.catalogue import STRATEGIES
 
-    # Which architecture weights that were not fetched yet are of is not known; what is cut off may take less.
-    if not one.architecture or STRATEGIES[one.strategy["name"]].ends or (one.weights and one.weights.cut):
+    if not one.architecture:  # of weights that were not fetched yet
         return
-    least = smallest(one.architecture)
-    if one.resolution < least:
+    least, patch = smallest(one.architecture), PATCHES.get(family(one.architecture), 1)
+    where = f"cells of {one.task.task}, {one.strategy['name']}: resolution"
+    # What is cut off may take less.
+    if one.resolution < least and not STRATEGIES[one.strategy["name"]].ends and not (one.weights and one.weights.cut):
         what = f"{one.architecture} takes images of at least {least} px, not of {one.resolution}"
-        raise RequestError(what, where=f"cells of {one.task.task}, {one.strategy['name']}: resolution")
+        raise RequestError(what, where=where)
+    if one.resolution % patch and one.task.kind != "segmentation":  # whose images are padded
+        what = f"{one.architecture} takes sides that are multiples of {patch} px, not {one.resolution}"
+        raise RequestError(what, where=where, hint=f"take {max(1, one.resolution // patch) * patch} px")
 
 
 def identity(setting: Setting, seed: int, strategy: Mapping[str, Any], task: Task) -> dict[str, Any]:

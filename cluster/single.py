@@ -11,7 +11,7 @@ from pydantic import Field
 from base.config import Strict, apply, parse
 from base.errors import RequestError
 from base.paths import named, with_preset
-from cluster.load import check_names, key_of, resolve_paths
+from cluster.load import check_names, key_of, resolve_paths, resolve_tasks
 from cluster.study import Data, Resources, Study
 from finetune.search import Tune
 from finetune.task import load_task
@@ -23,7 +23,7 @@ SPELLED = (
     (r": pretrain\[0\]", ""),
     (rf"\bcells\.sources{ENTRY}(?:\.(?:name|source))?", "source"),
     (rf"\bcells\.strategies(?:{ENTRY}(?:\.name)?)?", "strategy"),
-    (r"\bcells\.task_settings\.[^.:]+", "settings"),
+    (r"\bcells\.task_settings\.(?:[^:]*?\.ya?ml(?:/\w+)?|[^.:]+)", "settings"),
     (rf"\bcells\.tasks{ENTRY}", "task"),
     (rf"\b(?:cells\.)?(?:trial_)?seeds{ENTRY}", "seed"),
     (rf"\bcells\.(architecture|fraction|resolution)s(?:{ENTRY})?(?:=\[(\w+)\])?", lambda m: m[1] + (f"={m[2]}" if m[2] else "")),
@@ -49,7 +49,7 @@ class OneCell(Strict):
     """Settings of `allograft finetune`."""
 
     data: Data
-    out: str = "runs/finetune"
+    out: str | None = None
     source: str = "random"
     architecture: str | None = None
     strategy: dict[str, Any] | str = "full"
@@ -115,12 +115,12 @@ def _with_data(settings: Sequence[str], where: str, dataset: str) -> dict[str, A
 def _study(name: str, one: OnePretraining | OneCell, parts: dict[str, Any], where: str) -> Study:
     common = {
         "study": name,
-        "out": one.out,
+        "out": one.out or f"runs/{name}",
         "tracking": one.tracking,
         "data": {dataset: entry.model_dump() for dataset, entry in one.data.items()},
         "resources": one.resources.model_dump(),
     }
-    study = resolve_paths(parse({**common, **parts}, Study, where), Path.cwd())
+    study = resolve_tasks(resolve_paths(parse({**common, **parts}, Study, where), Path.cwd()), where)
     check_names(study, where)
     return study
 

@@ -26,10 +26,23 @@ def read_weights(url: str, seed: int = 0) -> Weights:
 
     file = storage.join(url, "allograft.json")
     if not storage.exists(file):
-        raise RequestError("no exported encoder here (no allograft.json)", where=url)
+        raise no_export(url)
     info = parse(storage.read_json(file), ExportInfo, file)
     labelled, data = tuple(info.labelled_datasets), tuple(info.data)
     return Weights(url, info.sha256, info.architecture, seed, labelled, data, info.cut)
+
+
+def no_export(place: str) -> RequestError:
+    """The error for a source that is no exported encoder: nothing, a file, or a folder of something else."""
+    held = os.path.join(place, "model.safetensors")
+    file = place if os.path.isfile(place) else held if os.path.isfile(held) else None
+    command = f"allograft weights NAME --file {file or 'FILE'} --architecture ARCHITECTURE --seen CORPUS --licence LICENCE"
+    if file == place:
+        return RequestError("a file, not the folder of an exported encoder", where=place, hint=f"weights are converted by: {command}")
+    if is_url(place) or os.path.exists(place):
+        what = "no exported encoder here (no allograft.json)"
+        return RequestError(what, where=place, hint=f"its weights are converted by: {command}" if file else None)
+    return RequestError("no exported encoder here: there is no such file or folder", where=place)
 
 
 def cell_config(url: str) -> CellConfig:

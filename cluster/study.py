@@ -143,11 +143,6 @@ class Champion(Strict):
     task: str
     metric: Metric = "auroc_mean"
 
-    @field_validator("task")
-    @classmethod
-    def _without_preset(cls, value: str) -> str:
-        return with_preset(value)[0]
-
 
 class Resources(Strict):
     """What a piece of work is given. Threads and dtype are part of a cell's key (they change its numbers), counts of workers are not."""

@@ -11,6 +11,7 @@ tensors that a decoder sees come from the very weights that were loaded. What ti
 cross-check at every build.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -234,7 +235,9 @@ def find(architecture: str, name: str) -> int:
     points = cuts(architecture)
     found = [i for i, cut in enumerate(points) if cut.name == name or cut.name.startswith(f"{name}.")]
     if not found:
-        close = nearest(name, [cut.name for cut in points])
+        # Another number is another place, not a misspelling of this one.
+        known = dict.fromkeys(word for cut in points for word in (cut.name, cut.name.rpartition(".")[0]) if word)
+        close = nearest(name, [word for word in known if re.findall(r"\d+", word) == re.findall(r"\d+", name)])
         listed = ", ".join(cut.name for cut in points)
         hint = (f"did you mean '{close}'? " if close else "") + f"from the stem to the last they are {listed}"
         raise RequestError(f"{architecture} has no cut '{name}'", hint=hint)

@@ -1,37 +1,35 @@
-"""Published weights as exports like our own: timm's, and the benchmark's self-supervised ResNet-50s, each with a card in `encoders/zoo/`.
+"""Weights from elsewhere as exports like our own: timm's, the benchmark's self-supervised ResNet-50s (each with a card in `encoders/zoo/`),
+and a user's.
 
     export_timm("resnet50.a1_in1k", "out/a1", revision="1a2b3c")
     export_zoo("moco-v2", "out/moco-v2", revision="1a2b3c", file="moco_v2_800ep_pretrain.pth.tar")
+    export_own("mine.pt", "out/mine", architecture="resnet18", seen=["nih-cxr14"], labelled=[], licence="CC-BY-4.0", revision="1a2b3c")
 
 The benchmark's files, which no library loads, are pickles. One is read once, by torch's unpickler for tensors and plain values alone
 (`weights_only=True`: it runs no code of the file), checked against its card and made an export; from then on only that is read. SimCLR's
 and BYOL's official files are not here: they are TensorFlow's and JAX's, whose pickles would have to be run.
 """
 
-import argparse
 import hashlib
-import pickle
 import shutil
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from base.config import Strict, load
 from base.errors import RequestError, WorkError, unknown
 from base.paths import named, names
-from encoders.build import build
+from encoders.build import NORMALISATIONS, Encoder, build, in_channels
 from encoders.export import export
-from encoders.weights import State, load_into, load_local, timm_pretrained
+from encoders.weights import State, channels_of, load_into, read_checkpoint, tensors_of, timm_names, timm_pretrained
 
 PATIENCE_S = 30.0
-# Of what is no tensor and no plain value, PyContrast's files hold their command line: a Namespace, which is a dictionary with dots.
-HARMLESS: list[Any] = [argparse.Namespace]
 
 
 class ZooCard(Strict):
@@ -84,7 +82,7 @@ def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | 
         allow_partial: tensors that it lacks stay random, and the lineage names them.
 
     Raises:
-        RequestError: another file than the card's, or one that holds more than tensors and plain values.
+        RequestError: another file than the card's, or one that holds more than tensors and plain values, or values that are not finite.
         WorkError: it cannot be fetched, or tensors of the encoder are missing in it.
     """
     card = load_zoo(name)
@@ -94,34 +92,97 @@ def export_zoo(name: str, dir: str | Path, *, revision: str, file: str | Path | 
             fetch_zoo(name, file)
         state, file_sha256 = _read(card, Path(file))
     encoder = build(card.architecture, len(card.mean), card.mean, card.std, image_size=card.image_size)
-    report = load_into(encoder.net, state, allow_partial=True)
-    if report.missing and not (allow_partial and report.loaded):
-        what = f"tensors of {card.architecture} are not in these weights ({report.table()})"
-        raise WorkError(what, where=str(file), hint="--allow-partial takes them all the same, and leaves the others random")
-    step = {"name": f"zoo:{name}", "method": card.method, "datasets": card.exposed_to, "labelled": [], "file_sha256": file_sha256}
-    step |= {"missing": list(report.missing)} if report.missing else {}
+    filled = _fill(encoder, state, str(file), allow_partial)
+    step = {"name": f"zoo:{name}", "method": card.method, "datasets": card.exposed_to, "labelled": [], "file_sha256": file_sha256} | filled
     data = [{"dataset": corpus, "digest": "not ours", "licence": card.licence} for corpus in card.exposed_to]
     about = {"name": f"zoo-{name}", "method": card.method, "lineage": [step], "data": data, "image_size": card.image_size}
     return export(encoder, dir, revision=revision, **about)  # type: ignore[arg-type]
 
 
-def export_timm(tag: str, dir: str | Path, *, revision: str, file: str | None = None) -> str:
+def export_timm(tag: str, dir: str | Path, *, revision: str, file: str | None = None, allow_partial: bool = False) -> str:
     """Weights that timm publishes, converted once into an export like our own; returns `sha256_of` their tensors.
 
     Args:
         file: a local copy of the published weights, where there is no network.
+        allow_partial: see `export_zoo`.
 
     Raises:
-        RequestError: timm has no such tag.
-        WorkError: they could not be fetched.
+        RequestError: timm has no such tag, or the file cannot be read, or holds values that are not finite.
+        WorkError: they could not be fetched, or tensors of the encoder are missing in them.
     """
     found = timm_pretrained(tag, file)
     encoder = build(found.architecture, len(found.mean), found.mean, found.std, image_size=found.image_size)
-    load_into(encoder.net, found.state)
-    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []}
+    where = file or f"timm:{tag}"
+    filled = _fill(encoder, timm_names(encoder.net, found.state, where), where, allow_partial)
+    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []} | filled
     data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
     name = f"timm-{tag}"
     return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
+
+
+def export_own(
+    file: str | Path,
+    dir: str | Path,
+    *,
+    architecture: str,
+    seen: Sequence[str],
+    labelled: Sequence[str],
+    licence: str,
+    revision: str,
+    normalisation: str | None = None,
+    image_size: int = 224,
+    allow_partial: bool = False,
+) -> str:
+    """A user's weights of a timm architecture, converted into an export of the folder's name; returns `sha256_of` their tensors.
+
+    Args:
+        seen: corpora whose images they were trained on. labelled: those of them whose labels they saw.
+        normalisation: of the images that they were trained on, a name of `NORMALISATIONS`; timm's for the architecture unless given.
+        image_size: side in pixels of these images; a vision transformer's positions are for it.
+        allow_partial: see `export_zoo`.
+
+    Raises:
+        RequestError: the file cannot be read, or holds values that are not finite; unknown architecture or normalisation.
+        WorkError: tensors of the encoder are missing in it.
+    """
+    if normalisation is not None and normalisation not in NORMALISATIONS:
+        raise unknown("normalisation", normalisation, NORMALISATIONS)
+    held = tensors_of(read_checkpoint(file), str(file))
+    net: Any = build(architecture, 3, image_size=image_size).net
+    state = timm_names(net, held, str(file))
+    cfg = net.pretrained_cfg
+    mean, std = in_channels(*(NORMALISATIONS[normalisation] if normalisation else (cfg["mean"], cfg["std"])), channels_of(net, state))
+    encoder = build(architecture, len(mean), mean, std, image_size=image_size)
+    corpora = list(dict.fromkeys([*seen, *labelled]))
+    filled = _fill(encoder, state, str(file), allow_partial)
+    step = {"name": f"own:{Path(dir).name}", "method": "own", "datasets": corpora, "labelled": list(labelled)} | filled
+    data = [{"dataset": corpus, "digest": "not ours", "licence": licence} for corpus in corpora]
+    return export(encoder, dir, name=Path(dir).name, method="own", lineage=[step], data=data, revision=revision, image_size=image_size)
+
+
+def _fill(encoder: Encoder, state: State, where: str, allow_partial: bool) -> dict[str, Any]:
+    """Load the tensors, all of them unless `allow_partial`; returns what the lineage says of those that were missing or reshaped.
+
+    Missing ones stay as `build` drew them, by a seed.
+
+    Raises:
+        RequestError: a loaded tensor has values that are not finite.
+        WorkError: tensors of the encoder are missing, or all of them.
+    """
+    report = load_into(encoder.net, state, allow_partial=True)
+    if report.missing and not (allow_partial and report.loaded):
+        partial = "--allow-partial takes them all the same, and leaves the others random"
+        hint = partial if report.loaded else "are they of another architecture?"
+        raise WorkError(f"tensors of {encoder.architecture} are not in these weights ({report.table()})", where=where, hint=hint)
+    loaded = encoder.net.state_dict()
+    bad = [name for name in report.loaded if not loaded[name].isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise RequestError(f"'{bad[0]}'{more} has values that are NaN or infinite: such weights are not taken", where=where)
+    if not report.missing:
+        return {}
+    counted = [name for name in report.loaded if not name.endswith("num_batches_tracked")]
+    return {"loaded": f"{len(counted)} of {len(counted) + len(report.missing)} tensors", "missing": list(report.missing)}
 
 
 # Corpora by the marks that timm's tags name them with.
@@ -145,13 +206,11 @@ def corpora_of_tag(tag: str) -> list[str]:
 
 def _read(card: ZooCard, file: Path) -> tuple[State, str]:
     """The encoder's tensors under its own names, and the file's sha256."""
-    if not file.is_file():
-        raise RequestError("no such file", where=str(file))
+    held = read_checkpoint(file)
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     if card.sha256 is not None and sha256 != card.sha256:
         raise RequestError(f"not the published file of {card.name}: its sha256 is {sha256}, the card's {card.sha256}", where=str(file))
-    held: Any = load_local(file) if file.suffix == ".safetensors" else _unpickled(file)
     if card.container is not None and isinstance(held, dict):
         held = held.get(card.container)
     tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)} if isinstance(held, dict) else {}
@@ -160,12 +219,3 @@ def _read(card: ZooCard, file: Path) -> tuple[State, str]:
         place = f"{card.container}: {card.prefix}" if card.container else card.prefix
         raise RequestError(f"no tensor at '{place}': not the published file of {card.name}", where=str(file))
     return state, sha256
-
-
-def _unpickled(file: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"it holds more than tensors and plain values, or is damaged: not read ({reason})", where=str(file)) from error

@@ -4,12 +4,17 @@
     report = load_into(encoder.net, state)                      # Loaded(loaded, missing, unexpected, reshaped, prefix)
     sha256_of(encoder.net.state_dict()) == sha256_of(state)     # the transplant is real
 
-Nothing here unpickles. A checkpoint that fits less than 95 % of the network's tensors is refused with the table of what did not fit:
-a wrong key prefix loads nothing and trains from random without a word in most code.
+Pickles are read by torch's unpickler for tensors and plain values alone (`weights_only=True`), which runs no code of the file. A checkpoint
+that fits less than 95 % of the network's tensors is refused with the table of what did not fit: a wrong key prefix loads nothing and trains
+from random without a word in most code.
 """
 
+import argparse
 import hashlib
 import logging
+import re
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.errors import RequestError, WorkError, unknown
+from base.errors import RequestError, WorkError, in_a_line, unknown
 
 State = dict[str, Tensor]
 ENOUGH = 0.95
 log = logging.getLogger(__name__)
+
+# Of what is no tensor and no plain value, PyContrast's files hold their command line: a Namespace, which is a dictionary with dots.
+HARMLESS: list[Any] = [argparse.Namespace]
+TENSORS_ALONE = "weights are a .safetensors file, or what torch.save(model.state_dict(), FILE) writes"
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which a checkpoint holds its tensors; timm's, in timm's order
 
 # Longest first where one begins another. MoCo and PCL: module.encoder_q.; InfoMin, InsDis, PIRL: module.encoder.; SwAV and kin: module.
 PREFIXES = ("module.encoder_q.", "module.encoder.", "module.backbone.", "module.", "encoder_q.", "encoder.", "backbone.", "net.")
@@ -65,24 +75,67 @@ def load_local(path: str | Path) -> State:
     Raises:
         RequestError: nothing there, or a pickle.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     place = Path(path)
     file = place / "model.safetensors" if place.is_dir() else place
     if not file.is_file():
         raise RequestError("no weights here", where=str(file), hint="expected an exported encoder's folder or a .safetensors file")
     if file.suffix != ".safetensors":
         raise RequestError(f"'{file.suffix}' files are not read: they can run code", where=str(file), hint="convert it to .safetensors")
+    return _safetensors(file)
+
+
+def _safetensors(file: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return dict(load_file(str(file)))
     except SafetensorError as error:
-        raise RequestError(f"not a safetensors file ({error})", where=str(file)) from error
+        raise RequestError("not a safetensors file, or one that was cut short", where=str(file), hint=TENSORS_ALONE) from error
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a `.safetensors` file or a file of torch.save holds: tensors by name, or these under keys beside plain values.
+
+    Raises:
+        RequestError: no such file, or one that is empty or damaged, or holds more than tensors and plain values.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RequestError("a folder, not a file of weights" if file.is_dir() else "no such file", where=str(file))
+    if file.stat().st_size == 0:
+        raise RequestError("this file is empty", where=str(file), hint=TENSORS_ALONE)
+    if file.suffix == ".safetensors":
+        return _safetensors(file)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")  # of the unpickler, about versions of pickles
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes anything of an unpickler
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f"it holds more than tensors and plain values ({needed[1]}), which could run code: not read" if needed else ""
+        raise RequestError(more or "it is damaged, or not what torch.save writes", where=str(file), hint=TENSORS_ALONE) from error
+
+
+def tensors_of(held: Any, where: str) -> State:
+    """The tensors by name in what a checkpoint holds, bare or in one of `CONTAINERS`, without the prefixes of torch's wrappers.
+
+    Raises:
+        RequestError: there are none.
+    """
+    from timm.models import clean_state_dict
+
+    whole = held if isinstance(held, dict) else {}
+    inner = next((whole[key] for key in CONTAINERS if isinstance(whole.get(key), dict)), whole)
+    state = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
+    if not state:
+        raise RequestError("it holds no tensors by name", where=where, hint=TENSORS_ALONE)
+    return clean_state_dict(state)
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that timm publishes, and the preprocessing and terms they came with."""
+    """Weights that timm publishes, under the names of their file, and the preprocessing and terms they came with."""
 
     state: State
     architecture: str
@@ -93,35 +146,66 @@ class Published:
 
 
 def timm_pretrained(tag: str, file: str | None = None) -> Published:
-    """The weights that timm knows as `tag` (`resnet18.a1_in1k`), without classifier, by timm's own loading code.
+    """The weights that timm knows as `tag` (`resnet18.a1_in1k`), as they were published.
 
     Args:
         file: a local copy of those weights instead of the download.
 
     Raises:
-        RequestError: timm has no such tag.
+        RequestError: timm has no such tag, or the file cannot be read.
         WorkError: the download failed.
     """
-    import timm
+    from timm.models import get_pretrained_cfg, load_state_dict_from_hf
 
     architecture = timm_architecture(tag)
-    overlay = {"file": file} if file else None
-    try:
-        net = timm.create_model(tag, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:
-        raise WorkError(
-            f"could not load '{tag}' ({type(error).__name__}: {error})",
-            hint=f"fetch its file where there is a network, then: allograft weights timm:{tag} --file FILE",
-        ) from error
-    cfg: dict[str, Any] = net.pretrained_cfg
+    cfg: dict[str, Any] = get_pretrained_cfg(tag).to_dict()
+    if file is not None:
+        held = read_checkpoint(file)
+    else:
+        try:
+            held = load_state_dict_from_hf(cfg["hf_hub_id"])
+        except Exception as error:
+            raise WorkError(
+                f"could not be fetched ({in_a_line(error)})",
+                where=f"timm:{tag}",
+                hint=f"fetch its file where there is a network, then: allograft weights timm:{tag} --file FILE",
+            ) from error
     return Published(
-        state=dict(net.state_dict()),
+        state=tensors_of(held, file or f"timm:{tag}"),
         architecture=architecture,
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
         image_size=int(cfg["input_size"][-1]),
         licence=str(cfg.get("license") or "unknown"),
     )
+
+
+def timm_names(net: Any, state: State, where: str) -> State:
+    """The tensors under the names of this timm network, by timm's own filter for checkpoints of its family; without the classifier.
+
+    Raises:
+        WorkError: the filter takes them for another network's.
+    """
+    module = sys.modules[type(net).__module__]
+    try:
+        if hasattr(module, "checkpoint_filter_fn"):
+            state = module.checkpoint_filter_fn(state, net)
+        elif hasattr(module, "_filter_torchvision_pretrained"):  # DenseNet's, which takes the tensors alone and renames them in place
+            state = module._filter_torchvision_pretrained(dict(state))
+    except Exception as error:  # the filters index and reshape what they expect
+        what = f"not weights of {net.pretrained_cfg['architecture']}: timm's filter for them fails ({in_a_line(error)})"
+        raise WorkError(what, where=where) from error
+    named = net.pretrained_cfg.get("classifier") or ()
+    heads = [named] if isinstance(named, str) else named
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in heads}
+
+
+def channels_of(net: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """1 where the first convolution in the state is for grey images, else 3."""
+    target = net.state_dict()
+    first = next(name for name, tensor in target.items() if tensor.ndim == 4)
+    found = state.get(_prefix(target, state) + first)
+    return 1 if found is not None and found.ndim == 4 and found.shape[1] == 1 else 3
 
 
 def timm_architecture(tag: str) -> str:

@@ -102,7 +102,7 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
         (local / RESULT).write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
         if ctx.rank == 0:
             if config.keep == "encoder":
-                keep.keep(config, transplant.module.encoder, corpus, local / "encoder")
+                keep.keep(config, transplant.module, corpus, local / "encoder")
             storage.put_dir(local, config.out, last=(RESULT,))
     return dict(ranks.share(_plain(result)))  # which no worker has before it is written
 

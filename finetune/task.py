@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config import Settings, Strict, apply, load_tree, parse
-from base.errors import unknown
+from base.errors import RequestError, nearest, unknown
 from base.paths import named, with_preset
-from shards.card import Uncertain, load_card
+from shards.card import Card, Uncertain, load_card
 from shards.draws import Share
 
 Kind = Literal["multilabel", "multiclass", "ordinal", "segmentation"]
@@ -277,3 +277,13 @@ def load_task(name: str, overrides: Settings = ()) -> Task:
         raise unknown("preset", preset, presets, where=str(path))
     facts = {key: value for key, value in tree.items() if key in Facts.model_fields or key == "schema"}
     return parse(apply({**facts, "preset": preset, **tree["presets"][preset]}, overrides), Task, str(path))
+
+
+def check_labels(task: Task, card: Card, where: str) -> None:
+    """Raises RequestError: a label of the task that the card neither has nor makes by its views."""
+    known = [*card.labels, *card.derived]
+    for label in task.labels:
+        if label not in known:
+            close = nearest(label, known)
+            hint = (f"did you mean '{close}'? " if close else "") + f"known: {', '.join(known) or 'none'}"
+            raise RequestError(f"{card.dataset} has no label '{label}'", where=where, hint=hint)

@@ -165,7 +165,7 @@ class Finder:
             if len(found) > 1:
                 found = self.endings[which].get(value, [])
             if len(found) > 1:
-                raise RequestError(f"'{value}' could be {' or '.join(sorted(found)[:2])}", where=where)
+                raise RequestError(f"'{value}' could be {' or '.join(sorted(found)[:2])}", where=where, hint="name it with its folder")
             if found:
                 return found[0]
         return None

@@ -17,7 +17,19 @@ from made_study import make
 from test_cluster_cli import Allograft, allograft
 
 from analysis import study_floors
-from analysis.convergence import Curve, area, common_threshold, curves_of, first_reach, marginal, median, reached, shown, speedup
+from analysis.convergence import (
+    Curve,
+    area,
+    common_threshold,
+    curves_of,
+    first_reach,
+    marginal,
+    median,
+    reached,
+    shown,
+    speedup,
+    untrained,
+)
 from analysis.correlation import _interval, correlation, pearson
 from analysis.evidence import floors_of, gather
 from analysis.floors import Floors
@@ -26,7 +38,7 @@ from analysis.replicates import Bootstrap
 from analysis.results import finished
 from base.errors import RequestError
 from base.seeds import rng
-from cluster.convergence import untrained
+from cluster.convergence import compared
 
 __all__ = ["allograft"]  # a fixture
 
@@ -171,9 +183,9 @@ def test_area_is_of_the_best_so_far_up_to_a_shared_horizon() -> None:
 
 
 def test_the_threshold_is_what_the_typical_run_of_each_reaches() -> None:
-    held = [curve("a", 10, 1, end, seed=seed) for seed, end in enumerate((5, 10, 30))] + [curve("b", 10, 1, 40)]
-    assert common_threshold(held) == pytest.approx(1 - math.exp(-1))
-    assert all(math.isfinite(row.median) for row in reached(held, common_threshold(held)))
+    sides = [curve("a", 10, 1, end, seed=seed) for seed, end in enumerate((5, 10, 30))], [curve("b", 10, 1, 40)]
+    assert common_threshold(sides) == pytest.approx(1 - math.exp(-1))
+    assert all(math.isfinite(row.median) for row in reached([*sides[0], *sides[1]], common_threshold(sides)))
     with pytest.raises(RequestError, match="no finished cell has a learning curve"):
         common_threshold([])
     with pytest.raises(RequestError, match="one threshold is for one task"):
@@ -483,6 +495,28 @@ def test_the_command_shows_each_run_by_its_own_end(tmp_path: Path, allograft: Al
     assert summary.loc["simclr", "speedup_undefined"] == 0
 
 
+def test_does_not_repeat_a_threshold_set_by_a_strategy_that_is_not_compared(tmp_path: Path, allograft: Allograft) -> None:
+    """Linear probes that end low are no reason to time full training at their level; a strategy that random weights were not given is
+    timed with random weights trained whole, and a transfusion chain at one level."""
+    taus = {("random", "full", "{}"): 8.0, ("pretrain:simclr", "full", "{}"): 2.0, ("pretrain:simclr", "gabor", "{}"): 30.0}
+    taus |= {("random", "linear", "{}"): 90.0, ("pretrain:simclr", "linear", "{}"): 80.0}
+    out = study(tmp_path / "study", taus)
+    said = allograft("analyze", "convergence", str(out), "--out", str(tmp_path / "made"))
+    assert said.code == 0, said.err
+
+    def ends(tau: float) -> float:
+        return 0.5 + 0.4 * (1 - math.exp(-20 / (1.1 * tau)))
+
+    summary = pd.read_csv(tmp_path / "made" / "convergence.csv").set_index(["threshold", "source", "strategy"])
+    found = {(strategy, source, round(level, 9)) for level, source, strategy in summary.index}
+    levels = {name: round(ends(tau), 9) for name, tau in (("full", 8.0), ("linear", 90.0), ("gabor", 30.0))}
+    expected = {(name, source, levels[name]) for name in ("full", "linear") for source in ("random", "simclr")}
+    assert found == expected | {("gabor", "simclr", levels["gabor"]), ("full", "random", levels["gabor"])}
+    chain = [curve(source, 5, 1, 9, strategy) for source, strategy in (("random", "full"), ("simclr", "full"), ("random", "linear"))]
+    chain += [curve("simclr", 5, 1, 9, f"transfusion cut={cut}") for cut in ("stem", "layer1")]
+    assert {name: len(held) for name, held in compared(chain, "random").items()} == {"full": 4, "linear": 2}
+
+
 def test_does_not_repeat_a_speed_up_below_chance(tmp_path: Path, allograft: Allograft) -> None:
     """The common threshold is the lowest best value: that of a source which learned nothing."""
     out = study(tmp_path / "study", {("random", "full", "{}"): 8.0, ("pretrain:simclr", "full", "{}"): 2.0})
@@ -510,9 +544,9 @@ def test_speed_ups_are_given_over_the_floors_that_stand(tmp_path: Path, monkeypa
     out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, seeds=2, images=40)
     asked: list[object] = []
 
-    def computed(*of: object, **_: object) -> dict[float, Floors]:
+    def computed(*of: object, **_: object) -> dict[float, list[Floors]]:
         asked.append(of)
-        return {1.0: {"pixels": {"auroc_mean": 0.9}}}
+        return {1.0: [{"pixels": {"auroc_mean": 0.9}}]}
 
     monkeypatch.setattr(study_floors, "of_shards", computed)
     assert floors_of(str(out), finished(str(out)), compute=False).values == {}
@@ -523,6 +557,17 @@ def test_speed_ups_are_given_over_the_floors_that_stand(tmp_path: Path, monkeypa
     assert gather(str(out), Bootstrap(20)).floors.values == held
     assert len(asked) == 1
     assert untrained("auroc_mean", held["phantom-chest", 1.0])[1] == (0.9, "a floor of test images (pixel logistic regression, 32 px)")
+
+
+def test_floors_without_a_number_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, seeds=2, images=40)
+    fits: list[Floors] = [{"pixels": {"auroc_mean": math.nan}, "record": {"auroc_mean": value}} for value in (0.6, 0.7)]
+    monkeypatch.setattr(study_floors, "of_shards", lambda *_, **__: {1.0: fits})
+    for _ in range(2):
+        held = floors_of(str(out), finished(str(out)), compute=True)
+        assert math.isnan(held.of("phantom-chest", 1.0)["pixels"]["auroc_mean"])
+        assert held.of("phantom-chest", 1.0)["record"]["auroc_mean"] == pytest.approx(0.65)
+        assert held.known == 2
 
 
 def test_does_not_repeat_curves_marked_exposed_in_a_study_that_ranks_them(tmp_path: Path) -> None:

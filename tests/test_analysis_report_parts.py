@@ -12,11 +12,24 @@ import pytest
 import yaml
 from made_study import claim, make, write_claims
 
-from analysis import analysis_sections, calibration, papers, results, secondary, statistics_sections, subgroups, tables
+from analysis import (
+    analysis_sections,
+    calibration,
+    figures,
+    metrics,
+    papers,
+    results,
+    samples,
+    secondary,
+    sections,
+    statistics_sections,
+    subgroups,
+    tables,
+)
 from analysis import report as reports
 from analysis.comparing import changed, compare_studies, settings
 from analysis.evidence import Evidence, gather
-from analysis.findings import effect
+from analysis.findings import Finding, effect
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
 from analysis.statistics import Comparison
@@ -41,7 +54,7 @@ def test_a_comparison_has_three_decimals_wherever_it_stands(tmp_path: Path) -> N
     narrow = Comparison(-0.0417, -0.0428, -0.0406, 0.0001, 1.0, 0.001, "seeds and patients")
     assert effect(narrow, "Dice") == "-0.042 Dice [-0.043, -0.041]"
     assert effect(replace(narrow, low=-0.06, high=-0.024), "Dice") == "-0.042 Dice [-0.060, -0.024]"
-    assert effect(replace(narrow, estimate=-0.0002, low=-0.0004, high=0.001), "Dice") == "+0.000 Dice [0.000, 0.001]"  # no minus nothing
+    assert effect(replace(narrow, estimate=-0.0002, low=-0.0004, high=0.001), "Dice") == "0.000 Dice [0.000, 0.001]"  # nothing has no sign
     out = make(tmp_path, {"random": 0.0, "simclr": 0.1}, seeds=3, images=100)
     write_claims(out, [claim()])
     evidence = gather(str(out), QUICK)
@@ -89,13 +102,11 @@ def test_reliability_is_the_diagonal_for_honest_scores_and_the_error_is_that_of_
     draw = rng("reliability")
     p = draw.random(200_000)
     right = (draw.random(len(p)) < p).astype(float)
-    points, error, n = calibration.reliability(p, right)
-    assert n == len(p)
-    assert error < 0.01
+    points = calibration.reliability(p, right)
     assert max(abs(x - y) for x, y, _ in points) < 0.02
-    assert sum(count for *_, count in points) == n
-    by_hand = sum(count / n * abs(x - y) for x, y, count in points)
-    assert error == pytest.approx(by_hand)
+    assert sum(count for *_, count in points) == len(p)
+    assert metrics.ece(p, right) < 0.01
+    assert sum(count / len(p) * abs(x - y) for x, y, count in points) == pytest.approx(metrics.ece(p, right))
 
 
 def test_calibration_is_in_the_page_and_not_of_masks(tmp_path: Path) -> None:
@@ -103,6 +114,26 @@ def test_calibration_is_in_the_page_and_not_of_masks(tmp_path: Path) -> None:
     assert "ECE, mean over seeds" in calibration.section(gather(str(out), QUICK))
     out = make(tmp_path / "masks", {"random": 0.0, "simclr": 0.7}, tasks={"lungs": "segmentation"}, seeds=2, images=40)
     assert calibration.section(gather(str(out), QUICK)) == ""
+
+
+def test_does_not_repeat_an_error_in_which_labels_cancel(tmp_path: Path) -> None:
+    """The table pooled the labels, 0.0879 where the mean over labels, ece_mean of results.csv, was 0.1378."""
+    out = make(tmp_path, {"random": 0.0}, seeds=1, images=200, pretrain=False)
+    (cell,) = finished(str(out))
+    table = pd.read_parquet(Path(cell.url, "predictions.parquet"))
+    table["target_count"] = 1 - table["target_count"]  # two thirds are positive, of the others one third; all scores are a half
+    table[[name for name in table.columns if str(name).startswith("score_")]] = 0.5
+    table.to_parquet(Path(cell.url, "predictions.parquet"))
+    labels, test = ("texture", "count", "arrangement"), table[table["split"] == "test"]
+    each = [metrics.ece(test[f"score_{label}"], test[f"target_{label}"]) for label in labels]
+    together = metrics.ece(*(np.concatenate([test[f"{what}_{label}"] for label in labels]) for what in ("score", "target")))
+    row = {"split": "test", "class": "", "metric": "ece_mean", "unit": "fraction", "value": float(np.mean(each)), "n": 3}
+    Path(cell.url, "result.json").write_text(json.dumps(cell.result | {"metrics": [*cell.metrics, row]}))
+    said = calibration.section(gather(str(out), QUICK))
+    assert together < 0.8 * np.mean(each)
+    assert f"{np.mean(each):.4f}" in said
+    assert f"{together:.4f}" not in said
+    assert "then the mean over labels" in said
 
 
 def test_ranks_take_every_setting_and_leave_out_own_sources(tmp_path: Path) -> None:
@@ -115,6 +146,16 @@ def test_ranks_take_every_setting_and_leave_out_own_sources(tmp_path: Path) -> N
     said = statistics_sections.ranked(evidence)
     assert "2 settings that every source has, 1 left out" in said
     assert "critical difference" in said
+
+
+def test_a_twin_has_no_rank_of_its_own(tmp_path: Path) -> None:
+    tasks = dict.fromkeys(("chest", "hands", "hearts"), "classification")
+    out = make(tmp_path, {"random": 0.0, "random-b": 0.0, "simclr": 0.7, "simclr-sup": 2.0}, tasks=tasks, seeds=2, images=60)
+    evidence = gather(str(out), QUICK)
+    assert list(statistics_sections.settings_by_source(evidence)) == ["random", "simclr", "simclr-sup"]
+    said = statistics_sections.ranked(evidence)
+    assert "random-b has no rank of its own" in said
+    assert re.search(r"Friedman \d\.\d\d, p 0\.\d{4}, exact over all orders", said)
 
 
 def test_secondary_tests_are_printed_with_their_refusals_and_declare_nothing(tmp_path: Path) -> None:
@@ -152,6 +193,71 @@ def test_a_share_and_a_size_of_each_task_by_itself_stand_in_its_head_and_split_n
     assert "two, 64 px: AUROC" in tables.matrix(gather(str(out), QUICK))
 
 
+# -- figures
+
+
+def axis_of(drawn: str) -> list[str]:
+    """All texts of a figure."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+
+
+def test_a_comparison_is_drawn_once_and_controls_are_squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim stands for the gain, and for the A/A control turned round, that it is about."""
+    out = make(tmp_path, {"random": 0.0, "random-b": 0.0, "simclr": 0.7}, seeds=3, images=80)
+    sides = {"a": {"source": "random-b"}, "b": {"source": "random"}}
+    write_claims(out, [claim(), claim(name="twins", sentence="They are one.", comparison=sides, expect="equivalent")])
+    drawn: list[list[tuple[str, Any, bool]]] = []
+
+    def forest(name: str, rows: list[tuple[str, Any, bool]], unit: str) -> str:
+        drawn.append(rows)
+        return ""
+
+    monkeypatch.setattr(figures, "forest", forest)
+    sections.forests(gather(str(out), QUICK))
+    ((gain, twins),) = drawn
+    assert (gain[0], gain[1].kind, gain[2]) == ("simclr − random, phantom-chest, full, resnet18", "claim", False)
+    assert (twins[0], twins[1].kind, twins[2]) == ("random-b − random, phantom-chest, full, resnet18", "claim", True)
+
+
+def test_what_cannot_be_compared_has_no_figure(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=2, images=40)
+    for cell in finished(str(out)):
+        (Path(cell.url) / "predictions.parquet").unlink()
+    assert sections.forests(gather(str(out), QUICK)).count("<svg") == 0
+
+
+def test_titles_of_axes_and_figures_are_whole(tmp_path: Path) -> None:
+    """In lines that the figure has room for, an axis' title under all of it and not under its axes alone."""
+    narrow = Comparison(0.1, 0.05, 0.15, 0.0001, 1.0, 0.001, "seeds and patients")
+    held = Finding("gain", "a", "b", "resnet18", "full", "", "t", "t", 1.0, 48, "auroc_mean", narrow)
+    unit = "share of the common level (0.671 AUROC within source on validation) reached so far, mean over the run"
+    texts = axis_of(figures.forest("f", [("a − b, " + "a setting of many words " * 4 + "2.5 % of the labels", held, False)], unit))
+    assert max(map(len, texts)) <= 79
+    assert any("2.5\u00a0% of" in text for text in texts)
+    assert "with 95\u00a0% interval" in " ".join(texts)
+    title = "phantom-chest, truncated cut=layer3 factor=2, 10 %, 48 px, test_resnet"
+    texts = axis_of(figures.learning("l", title, {"random": (0, [[0.5, 0.6]])}, "validation AUROC"))
+    assert title not in [text.replace("\u00a0", " ") for text in texts]
+    assert title in " ".join(texts).replace("\u00a0", " ")
+
+
+def test_learning_curves_say_what_they_are(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.7}, seeds=3, images=40, fractions=(0.1, 1.0))
+    for cell in finished(str(out)):
+        (Path(cell.url) / "result.json").write_text(json.dumps({**cell.result, "options": {"cut": "layer3", "after": None}}))
+        rows = (Path(cell.url) / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (Path(cell.url) / "metrics.jsonl").write_text(rows[0])
+    said = sections.curves(gather(str(out), QUICK))
+    assert "Lines are means over n runs for as long as all of them train, bands their range, thin lines runs that trained on." in said
+    assert "bars are one standard deviation over seeds" in said
+    texts = axis_of(said)
+    assert "random, n 3" in texts
+    assert "phantom-chest, full cut=layer3, 10\u00a0%" in texts
+    assert "{" not in "".join(texts)
+    epochs = re.findall(r'id="learn\d+-xtick_\d+"', said)
+    assert len(epochs) == texts.count("1") == 2  # of one epoch the axis shows that alone
+
+
 # -- tables as in the papers
 
 
@@ -174,7 +280,8 @@ def test_tables_have_the_layout_of_each_paper(tmp_path: Path) -> None:
     assert benchmark.heads[0] == "pretraining"
     assert len(benchmark.heads) == 3
     sup = next(row for row in benchmark.rows if row[0] == "simclr-sup")
-    assert "-" in sup  # not evaluated on its own source
+    assert [text.endswith(" †") for text in sup[1:]] == [True, False]  # on its own source no evidence
+    assert "; † pretrained on these labels" in benchmark.caption
     assert any(re.search(r"\*|n\.s\.", text) for text in sup[1:])
     assert "*" not in benchmark.rows[0][1]  # the source that the others are held against
 
@@ -198,6 +305,100 @@ def test_stars_are_those_of_a_two_sample_t_test(tmp_path: Path) -> None:
     p = stats.ttest_ind(*([cell.value("auroc_mean") for cell in side] for side in (a, b))).pvalue
     assert papers.stars(a, b, "auroc_mean") == secondary.stars(p)
     assert papers.stars(a[:1], b, "auroc_mean") == ""
+
+
+def with_test_means(out: Path, values: dict[str, list[float]], metric: str = "auroc_mean") -> Evidence:
+    """Each source's runs by their seed have these values on test images, and on validation images of its place in the list."""
+    for cell in finished(str(out)):
+        value = values[cell.source][cell.seed]
+        rows = [row | ({"value": value} if (row["metric"], row["split"]) == (metric, "test") else {}) for row in cell.metrics]
+        (Path(cell.url) / "result.json").write_text(json.dumps({**cell.result, "metrics": rows}))
+    return gather(str(out), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("values", "bold"),
+    [
+        ({"random": [0.70, 0.72, 0.71], "simclr": [0.80, 0.82, 0.81]}, {(1, 1)}),
+        ({"random": [0.70, 0.80, 0.75], "simclr": [0.72, 0.83, 0.76]}, set()),  # n.s.
+        ({"random": [0.70], "simclr": [0.90]}, set()),  # one seed
+    ],
+)
+def test_bold_is_what_a_test_tells_from_the_next(tmp_path: Path, values: dict[str, list[float]], bold: set[tuple[int, int]]) -> None:
+    out = make(tmp_path, dict.fromkeys(values, 0.0), seeds=len(values["random"]), images=40)
+    made = {one.name: one for one in papers.layouts(with_test_means(out, values))}["benchmark-resnet18-full"]
+    assert made.best == bold
+    assert ("bold: the highest mean of its column, p < 0.05 against the next highest" in made.caption) == bool(bold)
+
+
+def test_nested_seeds_are_counted_by_pretrainings(tmp_path: Path) -> None:
+    """Three pretrainings by three seeds are no nine runs: the deviation is that of the three means."""
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=9, images=40)
+    values = [0.70, 0.72, 0.74, 0.80, 0.82, 0.84, 0.87, 0.89, 0.91]
+    evidence = with_test_means(out, {"random": values, "simclr": values})
+    for cell in finished(str(out)):
+        if cell.source == "simclr":
+            source_seed, seed = divmod(cell.seed, 3)
+            (Path(cell.url) / "result.json").write_text(json.dumps({**cell.result, "source_seed": source_seed, "seed": seed}))
+    evidence = gather(str(out), QUICK)
+    drawn, sd = np.std(values, ddof=1), np.std([0.72, 0.82, 0.89], ddof=1)
+    found = tables.over_seeds([cell for cell in evidence.cells if cell.source == "simclr"], "auroc_mean")
+    assert (found.mean, found.sd, found.n) == (pytest.approx(np.mean(values)), pytest.approx(sd), "3 × 3")
+    made = {one.name: one for one in papers.layouts(evidence)}["benchmark-resnet18-full"]
+    assert [row[1].split(" ")[1] for row in made.rows] == [f"±{100 * drawn:.2f}", f"±{100 * sd:.2f}"]
+    assert "n = 9 (random), 3 × 3 (simclr), where n is a × b of a pretrainings' means, each over b fine-tuning seeds" in made.caption
+    said = tables.matrix(evidence)
+    assert f'± {sd:.3f}</span> <span class="n">n 3 × 3' in said
+    assert "the deviation is of the pretrainings' means" in said
+
+
+def test_plain_numbers_of_a_confounded_task_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=2, images=150, strata=3)
+    evidence = gather(str(out), QUICK)
+    monkeypatch.setattr(type(evidence.floors), "confounded", lambda *_: 0.756)
+    made = {one.name: one for one in papers.layouts(evidence)}
+    said = "plain AUROC of phantom-chest is confounded: source alone reaches a mean AUROC of 0.756"
+    assert said in made["transfusion-2-phantom-chest-48"].caption
+    assert "confounded" not in made["transfusion-1-phantom-chest-48"].caption
+    assert "confounded" not in made["benchmark-resnet18-full"].caption
+
+
+def test_stars_of_a_comparison_are_the_same_in_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a floor, either side of it: the baseline is side b of a gain and side a of an A/A control."""
+    values = {"random": [0.70, 0.72, 0.71], "random-b": [0.74, 0.77, 0.75], "simclr": [0.80, 0.82, 0.81]}
+    evidence = with_test_means(make(tmp_path, dict.fromkeys(values, 0.0), images=40), values)
+    monkeypatch.setattr(type(evidence), "under_floor", lambda _, cells: cells[0].source == "random")
+    made = {one.name: one for one in papers.layouts(evidence)}["benchmark-resnet18-full"]
+    assert not any("*" in text or "n.s." in text for row in made.rows for text in row)
+    statistics_sections.secondary_tests(evidence)
+    assert "stars" not in pd.read_csv(tmp_path / "report" / "secondary.csv")
+
+
+def test_one_rule_says_who_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By AUROC within strata, on the page and for its pictures; a champion of plain AUROC is another's choice."""
+    shown = {"phantom-chest": {"share_images": True}}
+    sources = {"random": 0.0, "simclr": 0.5, "simclr-sup": 3.0}
+    out = make(tmp_path, sources, seeds=2, images=80, strata=3, own=[("simclr-sup", "phantom-chest")], manifests=shown)
+    for cell in finished(str(out)):
+        better = {"auroc_within_mean": "random", "auroc_mean": "simclr"}
+        rows = [row | {"value": 0.9 if cell.source == better.get(row["metric"]) else 0.6} for row in cell.metrics]
+        rows = [row | {"value": 0.95} if cell.source == "simclr-sup" else row for row in rows]
+        (Path(cell.url) / "result.json").write_text(json.dumps({**cell.result, "metrics": rows}))
+    evidence = gather(str(out), QUICK)
+    lead = reports.best_on_validation(evidence)
+    assert "Best on validation (phantom-chest, AUROC within source): <b>random</b>" in lead
+    assert lead.endswith("The champion in MLflow is chosen by AUROC.")
+    assert "<b>random</b>" in tables.winners(evidence)
+    taken: list[str] = []
+
+    def labels(_: Evidence, cells: list[results.Cell]) -> str:
+        taken.extend(cell.source for cell in cells)
+        return ""
+
+    monkeypatch.setattr(samples, "_labels", labels)
+    samples.gallery(evidence, "phantom-chest")
+    assert set(taken) == {"random", "simclr"}
+    assert samples._best(evidence, evidence.cells).source == "random"
 
 
 def test_the_tables_are_written(tmp_path: Path) -> None:

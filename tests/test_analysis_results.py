@@ -18,7 +18,7 @@ from base.seeds import rng
 
 HEAD = (
     "study,key,architecture,source,source_seed,strategy,options,task,dataset,split,fraction,resolution,seed,class,metric,unit,value,n,"
-    "params,macs,seconds,run_id"
+    "params,macs,seconds,run_id,apart"
 )
 
 
@@ -46,6 +46,16 @@ def test_results_csv_has_the_columns_of_the_design_one_row_a_cell_and_metric_in_
 
 def written(out: Path) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(storage.read_bytes(results.write_results(str(out)))))
+
+
+def test_cells_that_are_evidence_for_nothing_say_why(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.5, "simclr-sup": 1.0}, seeds=1, images=40, own=[("simclr-sup", "phantom-chest")])
+    for file in (out / "cells").glob("*/result.json"):
+        held = json.loads(file.read_text())
+        if held["source"].endswith("simclr"):
+            file.write_text(json.dumps({**held, "exposed_to": ["corpus"]}))
+    frame = written(out).fillna({"apart": ""})
+    assert frame.groupby("source")["apart"].unique().map(list).to_dict() == {"random": [""], "simclr": ["exposed"], "simclr-sup": ["own"]}
 
 
 def test_labels_and_options_with_commas_stay_one_field(tmp_path: Path) -> None:
@@ -188,7 +198,10 @@ def test_a_share_of_the_labels_is_whole_patients_of_about_the_right_size() -> No
 def test_floors_of_packed_phantoms_rise_with_the_labels(phantom_chest: str) -> None:
     found = floors.of_shards(phantom_chest, "classification", ["texture", "count", "arrangement"], None, (0.1, 1.0), size=32)
     assert set(found) == {0.1, 1.0}
-    assert 0.4 < found[0.1]["pixels"]["auroc_mean"] < found[1.0]["pixels"]["auroc_mean"] < 1
+    few, every = ([fit["pixels"]["auroc_mean"] for fit in found[share]] for share in (0.1, 1.0))
+    assert (len(set(few)), len(every)) == (floors.DRAWS, 1)
+    assert floors.average(found[0.1])["pixels"]["auroc_mean"] == pytest.approx(np.mean(few))
+    assert 0.4 < np.mean(few) < every[0] < 1
 
 
 def test_the_mean_mask_of_equal_masks_is_perfect_and_empty_masks_agree() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 from made_study import CLAIM, claim, make, write_claims
 from scipy import stats
 
-from analysis import statistics_sections, tables
+from analysis import convergence, statistics_sections, study_floors, tables
 from analysis.claims import Claim, load_claim
 from analysis.components import Parts
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
-from analysis.ledger import LEAST_EVALUATIONS, Entry
+from analysis.ledger import LEAST_EVALUATIONS, Entry, of_curves
 from analysis.replicates import Bootstrap
 from analysis.results import finished
 from analysis.statistics import Comparison, holm
@@ -212,6 +213,37 @@ def test_holm_runs_over_the_claims_alone_and_other_pairs_are_not_declared(tmp_pa
     assert [e.adjusted for e in evidence.ledger] == holm(p)
 
 
+def test_does_not_repeat_an_answer_without_the_claims_that_are_settled(tmp_path: Path) -> None:
+    """Claims stand in the order of the file and the settled ones last; a claim and the study's own comparison of its sides are one."""
+    out = make(tmp_path / "out", {"random": 0.0, "random-b": 0.0, "simclr": 1.0}, seeds=4, images=300)
+    twins = {"a": {"source": "random-b"}, "b": {"source": "random"}}
+    open_ones = [claim(name=f"open-{i}", sentence=f"Open, {i}.", comparison=twins, margin=0.002 + i / 1000) for i in range(6)]
+    evidence = with_claims(out, *open_ones, claim(name="hurts", sentence="It hurts.", expect="less"), claim())
+    assert [f.kind for f in evidence.findings] == ["claim"] * 8 + ["control", "gain"]
+    said = [sentence for _, sentence in evidence.headlines()]
+    assert said[0].startswith('"Pretraining on chests helps." holds')
+    assert said[1].startswith('"It hurts." fails')
+    assert [sentence[1:8] for sentence in said[2:-1]] == [f"Open, {i}" for i in range(4)]
+    assert said[-1] == "2 more comparisons are in the report"
+    assert len(evidence.headlines(limit=8)) == 8
+    assert [sentence for _, sentence in evidence.headlines(limit=7)][-1] == "1 more comparison is in the report"
+
+
+def test_does_not_repeat_a_p_that_is_not_the_one_that_was_corrected(tmp_path: Path) -> None:
+    """Of a claim of equivalence Holm's correction takes the p of the larger of its two one-sided tests, not that of a difference of 0."""
+    out = make(tmp_path / "out", {"random": 0.0, "random-b": 0.0, "simclr": 1.0}, seeds=4, images=300)
+    twins = {"a": {"source": "random-b"}, "b": {"source": "random"}}
+    alike = claim(name="alike", sentence="The two are alike.", comparison=twins, expect="equivalent", margin=0.1)
+    methods = claim(name="methods", about="methods", sentence="As a method, pretraining on chests helps.")
+    frame = significance(with_claims(out, alike, claim(), methods)).set_index("name")
+    of_alike = {name: float(frame[name]["alike"]) for name in ("p", "p_tested", "p_holm")}
+    assert of_alike["p"] > of_alike["p_holm"] > of_alike["p_tested"]
+    known = frame["p_holm"].notna()
+    assert (frame["p_tested"].notna() == known).all()
+    assert (frame["p_holm"] >= frame["p_tested"])[known].all()
+    assert frame["claim"]["methods"] == "encoders (these weights)"  # one pretraining
+
+
 def test_too_few_seeds_for_its_kind_is_underpowered_whatever_the_difference(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"random": 0.0, "simclr": 3.0}, seeds=4, images=300)
     evidence = with_claims(out, claim(about="methods", sentence="As a method, pretraining on chests helps."))
@@ -343,35 +375,98 @@ def test_does_not_repeat_a_withdrawn_claim_that_leaves_the_family(tmp_path: Path
     assert [(e.late, e.family) for e in late.ledger] == [(False, 4), (True, 5)]
 
 
+def write_curve(cell: Path, metric: str, values: Sequence[float]) -> None:
+    rows = [{"epoch": e, f"val_{metric}": value} for e, value in enumerate(values, 1)]
+    (cell / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def curves(out: Path, epochs: int, slower: float, level: float, spread: float = 0.01) -> Path:
-    """Learning curves: pretrained weights take 3 epochs to come near 0.8, random ones `slower` times as long and to `level` of that."""
+    """Learning curves: pretrained weights take 3 epochs to come near 0.8, random ones `slower` times as long and to `level` of the way."""
     for place in (out / "cells").iterdir():
         config = yaml.safe_load((place / "config.yaml").read_text())
         random = config["source_kind"] == "random"
         own = 1 + spread * json.loads((place / "result.json").read_text())["seed"] * (1 if random else -1)
-        pace, top = 3 * own * (slower if random else 1), 0.8 * (level if random else 1)
-        rows = [{"epoch": e, "val_auroc_mean": top * (1 - 0.4 * math.exp(-e / pace))} for e in range(1, epochs + 1)]
-        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pace, way = 3 * own * (slower if random else 1), 0.3 * (level if random else 1)
+        write_curve(place, "auroc_mean", [0.5 + way * (1 - math.exp(-e / pace)) for e in range(1, epochs + 1)])
     return out
 
 
-def test_does_not_repeat_convergence_that_is_one_of_level(tmp_path: Path) -> None:
-    """Of two sides as fast as each other one ends 20 % lower: neither is sooner. One that is slower and ends higher is later."""
-    level = curves(make(tmp_path / "level", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 30, slower=1.0, level=0.8)
+def test_convergence_is_of_speed_towards_a_level_that_both_reach(tmp_path: Path) -> None:
+    """Two sides as fast as each other: neither is sooner. One that is slower and ends higher is later; so is one that ends no lower."""
     sooner = claim(outcome="convergence", margin=0.01)
-    (same,) = with_claims(level, sooner).ledger
-    assert abs(same.comparison.estimate) < 0.002  # seeds of one side are a little sooner than those of the other
+    made = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60)
+    (same,) = with_claims(curves(made, 30, slower=1.0, level=1.0), sooner).ledger
+    assert abs(same.comparison.estimate) < 0.005  # seeds of one side are a little sooner than those of the other
     assert same.verdict == "fails"
-    later = curves(make(tmp_path / "later", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 30, slower=3.0, level=1.1)
-    (found,) = with_claims(later, sooner).ledger
+    for level in (1.0, 1.1):
+        (found,) = with_claims(curves(made, 30, slower=3.0, level=level), sooner).ledger
+        assert found.verdict == "holds"
+        assert "over seeds alone, on these validation images" in found.sentence()
+    assert found.metric == "share of the common level (0.800 auroc_mean on validation) reached so far, mean over the run"
+
+
+def test_does_not_repeat_a_run_that_learned_nothing_as_the_soonest(tmp_path: Path) -> None:
+    """It has nearly all of its own best from the first evaluation on, and its best is chance."""
+    out = curves(make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 30, slower=1.0, level=1.0)
+    for place in (out / "cells").iterdir():
+        if yaml.safe_load((place / "config.yaml").read_text())["source_kind"] == "random":
+            late = 10 + json.loads((place / "result.json").read_text())["seed"]
+            write_curve(place, "auroc_mean", [0.49 + 0.03 * (e >= late) for e in range(30)])
+    (found,) = with_claims(out, claim(outcome="convergence")).ledger
     assert found.verdict == "holds"
-    assert "over seeds alone, on these validation images" in found.sentence()
+    assert found.comparison.estimate == pytest.approx(np.mean([(late - 1) / 29 for late in range(10, 14)]), abs=0.04)
+
+
+def test_does_not_repeat_a_verdict_on_speed_that_is_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same curves over another chance level are as fast: what a predictor scores that knows nothing is no share of a level."""
+
+    def made(source: str, pace: float, chance: float) -> list[convergence.Curve]:
+        at = np.arange(1.0, 21)
+        return [
+            convergence.Curve(("t",), source, "full", seed, "auroc_mean", at, chance + 0.3 * (1 - np.exp(-at / (pace + 0.2 * seed))))
+            for seed in range(3)
+        ]
+
+    found = []
+    for chance in (0.0, 0.5, 0.6):
+        monkeypatch.setattr(convergence, "CHANCE", chance)
+        sides = made("simclr", 2, chance), made("random", 6, chance)
+        found.append(of_curves(*sides, convergence.common_threshold(sides)))
+    assert found[0].estimate > 0.1
+    for other in found[1:]:
+        assert (other.estimate, other.low, other.p) == pytest.approx((found[0].estimate, found[0].low, found[0].p))
+
+
+def test_convergence_is_not_comparable_where_no_level_is_one_of_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(out: Path) -> tuple[str, str, str]:
+        (found,) = with_claims(out, claim(outcome="convergence")).ledger
+        return found.verdict, found.why, found.needs()
+
+    sources, none = {"random": 0.0, "simclr": 2.0}, ("not comparable", "")
+    out = curves(make(tmp_path / "out", sources, seeds=4, images=60), 30, slower=3.0, level=1.0)
+    assert judged(out)[0] == "holds"
+    monkeypatch.setattr(study_floors.StudyFloors, "of", lambda *_: {"pixels": {"auroc_mean": 0.9}})
+    assert judged(out)[0] == "holds"  # a floor is of worth, not of speed
+    monkeypatch.undo()
+    for storey, words in ((0.48, "chance, 0.500"), (0.6, "the first evaluation of both, 0.600")):
+        for place in (out / "cells").iterdir():
+            write_curve(place, "auroc_mean", [storey] * 5)
+        verdict, why, needs = judged(out)
+        assert (verdict, needs) == none
+        assert why == f"the common level of {storey:.3f} is not above {words}"
+    masks = make(tmp_path / "masks", sources, seeds=3, images=60, tasks={"phantom-vessels": "segmentation"})
+    for place in (masks / "cells").iterdir():
+        write_curve(place, "dice", [0.4, 0.5, 0.6])
+    assert judged(masks)[:2] == (
+        "not comparable",
+        "what a predictor that knows nothing scores in dice is not known, and so no share of a level",
+    )
 
 
 def test_does_not_repeat_convergence_judged_from_one_evaluation(tmp_path: Path) -> None:
     out = curves(make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=60), 1, slower=3.0, level=0.5)
     (found,) = with_claims(out, claim(outcome="convergence")).ledger
-    assert (found.verdict, found.why) == ("underpowered", "a run of 1 evaluation: convergence takes 3")
+    assert (found.verdict, found.why) == ("not comparable", "a run of 1 evaluation: convergence takes 3")
     equal = curves(out, 8, slower=1.0, level=1.0, spread=0.0)
     (alike,) = with_claims(equal, claim(outcome="convergence")).ledger
     assert (alike.verdict, alike.why) == ("underpowered", "the seeds do not vary")
@@ -403,6 +498,12 @@ def test_does_not_repeat_a_reason_that_its_interval_contradicts() -> None:
     assert found.interval[0] > 0.02
     assert found.why == "the 95 % interval [+0.018, +0.065] reaches over +0.02"
     assert entry("equivalent", 0.0, 0.02).why.endswith("reaches over -0.02 and +0.02")
+
+
+def test_a_claim_of_equivalence_that_fails_says_which_way_and_one_that_holds_that_it_is_equivalent() -> None:
+    assert entry("equivalent", 0.05, 0.01).why == "higher by 0.050: not equivalent within 0.02, by its 95 % interval, uncorrected"
+    assert entry("equivalent", -0.05, 0.01).why.startswith("lower by 0.050: not equivalent")
+    assert entry("equivalent", 0.001, 0.005).why.endswith("; equivalent within 0.02")
 
 
 @pytest.mark.parametrize(("seeds", "verdict"), [(2, "underpowered"), (4, "holds")])

@@ -17,7 +17,7 @@ from made_study import claim, write_claims
 
 from analysis import analysis_sections
 from analysis import report as reports
-from analysis.analyses import KINDS, Analysis, standing
+from analysis.analyses import KINDS, Analysis, folder, standing
 from analysis.evidence import gather
 from analysis.replicates import Bootstrap
 from analysis.results import finished
@@ -133,9 +133,27 @@ def test_efficiency_and_transferability_are_of_every_source(analysed: Study) -> 
     guesses = pd.read_csv(Path(held["transferability"].url, "transferability.csv"))
     assert set(guesses["source"]) == {"random", "one", "two"}
     assert guesses[["LogME", "H-score", "N-LEEP"]].notna().all(axis=None)
+    assert set(guesses["features"]) == {96}
+    assert guesses["images"].gt(97).all()
     ranks = pd.read_csv(Path(held["transferability"].url, "correlation.csv"), dtype=str)
     assert ranks.loc[ranks["guess"] == "LogME", "sources"].tolist() == ["3"]
     assert ranks.loc[ranks["guess"] == "LogME", "Spearman"].astype(float).abs().le(1).all()
+
+
+def test_no_h_score_is_given_nor_ranked_where_images_are_too_few(analysed: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyses, "ROWS", 60)
+    out = tmp_path / "out"
+    shutil.copytree(analysed.out, out, ignore=shutil.ignore_patterns("encoder"))
+    key = analyse(str(out), "transferability")
+    assert key is not None
+    place = Path(folder(str(out), "transferability", key))
+    guesses = pd.read_csv(place / "transferability.csv")
+    assert guesses["H-score"].isna().all()
+    assert guesses[["LogME", "N-LEEP"]].notna().all(axis=None)
+    assert (set(guesses["images"]), set(guesses["features"])) == ({60}, {96})
+    assert set(pd.read_csv(place / "correlation.csv")["guess"]) == {"LogME", "N-LEEP"}
+    notes = json.loads((place / "analysis.json").read_text())["notes"]
+    assert [note for note in notes if note.endswith(": no H-score of 60 labelled images and 96 features, whose covariance is singular")]
 
 
 def test_accuracies_are_kept_with_the_study_and_held_against_its_results(analysed: Study, tmp_path: Path) -> None:

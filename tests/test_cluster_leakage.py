@@ -117,7 +117,7 @@ def test_a_study_trains_without_the_images_that_leak_and_says_so(leaky: Study, c
     page = storage.read_bytes(summary.report).decode()
     assert "those images were left out of pretraining" in page
     assert "phantom-chest train (30)" in page
-    assert "The dataset itself holds these images on both sides" in page
+    assert "The dataset itself holds identical images on both sides" in page
 
 
 @pytest.mark.slow

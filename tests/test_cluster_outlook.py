@@ -245,3 +245,10 @@ def test_comparisons_are_those_of_the_report(tmp_path: Path, phantom_chest: str)
     }
     study = written(tmp_path, phantom_chest, cells, claims=[claim])
     assert comparisons(study, searches_of(study, phantom_chest)) == 2
+
+
+def test_comparisons_leave_out_labels_that_a_source_will_have_seen() -> None:
+    """Two gains and a chain in four settings, without those of simclr-sup on the findings that it learns, before any run has begun."""
+    study = load_study("studies/real-mini.yaml", ["cells.seeds=[0,1]"])
+    searches = Searches(plan.settings(study, {}, foreseen(study, {}, {})), keep=False)
+    assert comparisons(study, searches) == 8

@@ -12,6 +12,7 @@ import tiny_cell
 import tiny_study
 import yaml
 
+from analysis import search_section
 from analysis.results import finished
 from base import storage
 from base.config import parse
@@ -514,4 +515,13 @@ def test_the_report_draws_what_a_search_saw_and_says_what_is_untuned(tmp_path: P
     section = page[page.index('id="searches"') :].partition("</section>")[0]
     assert "<b>layer3.3</b>" in section
     assert "Chosen: layer3.3" in section  # the figure's description
+    assert "tag bad" not in section
     assert {"auto"} == {json.loads(cell.options)["cut"] for cell in finished(str(out))}
+
+
+@pytest.mark.parametrize(("metric", "mean", "says"), [("kappa_quadratic", 0.0, "all alike"), ("auroc_mean", None, "none above chance")])
+def test_does_not_repeat_a_search_that_measured_nothing_as_an_answer(metric: str, mean: float | None, says: str, tmp_path: Path) -> None:
+    held = json.loads((Path(__file__).parent / "golden" / "search.json").read_text())
+    curve = [{**point, "mean": point["mean"] - 0.4 if mean is None else mean} for point in held["curve"]]
+    row = search_section._row(held | {"metric": metric, "curve": curve})
+    assert sum(f'<span class="tag bad">{says}</span>' in part for part in row) == 1

@@ -24,6 +24,7 @@ from cluster.single import as_typed, finetune_study, pretrain_study, spelled
 from cluster.standing import jobs_of, shards_url, standing_corpora
 from cluster.study import DataEntry, Resources, Study
 from cluster.submit import _texts
+from finetune.task import load_task
 from shards.card import load_card
 from shards.pack import pack
 
@@ -72,7 +73,7 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             {"cells": {**TINY["cells"], "task_settings": {"phantom-chest": {"recipe.epohcs": 1}}}},
-            "unknown key 'recipe.epohcs', did you mean 'recipe.epochs'",
+            ": cells.task_settings.phantom-chest: unknown key 'recipe.epohcs', did you mean 'recipe.epochs'",
         ),
         ({"cells": {**TINY["cells"], "tasks": ["dxc14"]}}, "data.nih-cxr14.raw=PATH"),
         ({"cells": {**TINY["cells"], "strategies": ["liner"]}}, ": cells.strategies[0]: unknown strategy 'liner' (did you mean 'linear'"),
@@ -111,7 +112,11 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"cells": {**TINY["cells"], "seeds": [0, 0]}}, "seeds: 0 stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest"] * 2}}, "tasks: phantom-chest stands twice"),
         ({"cells": {**TINY["cells"], "tasks": ["phantom-chest", "phantom-chest/paper"]}}, "tasks: phantom-chest stands twice"),
-        ({"champion": {"task": "phantom-chest/paper", "metric": "iou"}}, "does not measure phantom-chest"),
+        ({"champion": {"task": "phantom-chest/small", "metric": "iou"}}, "does not measure phantom-chest"),
+        (
+            {"champion": {"task": "phantom-chest/paper"}},
+            "champion.task: unknown task 'phantom-chest/paper' (cells.tasks has phantom-chest)",
+        ),
         ({"cells": {**TINY["cells"], "task_settings": {"dxc14": {}}}}, "unknown task 'dxc14'"),
         (
             {"cells": {**TINY["cells"], "architectures": ["resnet19"]}},
@@ -198,6 +203,55 @@ def test_what_names_a_card_of_ones_own_by_its_file_elsewhere_is_told_the_name(tm
         load_study(written(tmp_path, **ward))
     with pytest.raises(RequestError, match=says):
         finetune_study("ward-task.yaml", asked)
+
+
+@pytest.fixture
+def blob(tmp_path: Path, ward: dict[str, Any]) -> dict[str, Any]:
+    """blob.yaml is the file of a task `blob` in presets smoke and small, cells.tasks has it in smoke, and beside it a task of ours."""
+    task = yaml.safe_load(named("task", "phantom-chest").read_text())
+    (tmp_path / "blob.yaml").write_text(yaml.safe_dump({**task, "task": "blob", "dataset": "ward"}))
+    data = {**ward["data"], **TINY["data"]}
+    return {**ward, "data": data, "cells": {**TINY["cells"], "tasks": ["phantom-chest/small", "blob.yaml/smoke"]}}
+
+
+def tiny_settings(study: Study) -> list[plan.Setting]:
+    return list(plan.settings(study, {}, {"simclr": [plan.Weights("", "", "test_resnet")]}))
+
+
+@pytest.mark.parametrize("spelling", ["blob", "blob/smoke", "blob.yaml", "blob.yaml/smoke"])
+def test_a_task_is_named_by_its_name_or_its_file_wherever_a_study_names_one(tmp_path: Path, blob: dict[str, Any], spelling: str) -> None:
+    given = {"fractions": [0.5], "resolutions": [48], "task_settings": {"recipe.epochs": 7}}
+    cells = {**blob["cells"], **{axis: {spelling: value} for axis, value in given.items()}}
+    sides = {"a": {"source": "simclr"}, "b": {"source": "random"}}
+    claim = {"name": "c", "sentence": "S.", "about": "encoders", "comparison": sides, "expect": "greater", "margin": 0.1}
+    file = written(tmp_path, **{**blob, "cells": cells}, champion={"task": spelling}, claims=[{**claim, "where": {"task": spelling}}])
+    study = load_study(file)
+    assert study.cells is not None
+    assert study.champion is not None
+    assert (study.champion.task, study.claims[0].where.task) == ("blob", "blob")
+    settings = {(one.task.task, one.fraction, one.resolution, one.task.recipe.epochs) for one in tiny_settings(study)}
+    ours = load_task("phantom-chest")
+    assert settings == {("blob", 0.5, 48, 7), ("phantom-chest", 1.0, ours.resolution, ours.recipe.epochs)}
+    (tmp_path / "again.yaml").write_text(to_yaml(study))
+    assert load_study("again.yaml") == study
+
+
+def test_a_task_that_a_study_has_not_and_two_of_one_name_are_refused(tmp_path: Path, blob: dict[str, Any]) -> None:
+    has = r"\(cells\.tasks has phantom-chest \(phantom-chest/small\), blob \(blob\.yaml/smoke\)\)$"
+    sides = {"a": {"source": "simclr"}, "b": {"source": "random"}}
+    claim = {"name": "c", "sentence": "S.", "about": "encoders", "comparison": sides, "expect": "greater", "margin": 0.1}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"cells": {"fractions": {"blob.yaml/small": [0.5]}}}, r"cells\.fractions: unknown task 'blob\.yaml/small' " + has),
+        ({"cells": {"resolutions": {"blub": [48]}}}, "cells.resolutions: unknown task 'blub' " + has),
+        ({"champion": {"task": "blob/paper"}}, "champion.task: unknown task 'blob/paper' " + has),
+        ({"claims": [{**claim, "where": {"task": "bolb.yaml"}}]}, r"claims\.c\.where\.task: unknown task 'bolb\.yaml' " + has),
+        ({"cells": {"fractions": {"blob": [0.5], "blob.yaml": [0.1]}}}, r"cells\.fractions: blob and blob\.yaml are one task$"),
+        ({"cells": {"tasks": ["blob.yaml", "./blob.yaml/smoke"]}}, r"cells\.tasks\[1\]: two tasks are named 'blob': blob.yaml and \./blob"),
+    ]
+    for changes, says in wrong:
+        changed = {**blob, **changes, "cells": {**blob["cells"], **changes.get("cells", {})}}
+        with pytest.raises(RequestError, match=r"study\.yaml: " + says):
+            load_study(written(tmp_path, **changed))
 
 
 def test_data_of_ones_own_are_planned_and_packed(
@@ -319,6 +373,10 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=timm:resnet18.foo"])
     with pytest.raises(RequestError, match=r"unknown source 'rando'.*did you mean 'random'"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=rando", "architecture=test_resnet"])
+    words = ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet", "settings.recipe.lr=-1"]
+    says = r"^allograft finetune phantom-chest/smoke: settings: recipe\.lr: -1 is not more than 0$"
+    with pytest.raises(RequestError, match=says), as_typed():
+        finetune_study("phantom-chest/smoke", words)
     with pytest.raises(RequestError, match=r"architecture: '\./encoder' brings its own architecture"):
         finetune_study("phantom-chest", ["data.phantom-chest.raw=phantom:60", "source=./encoder", "architecture=resnet18"])
 
@@ -335,6 +393,8 @@ def test_one_pretraining_and_one_cell_are_studies() -> None:
         ("cells.sources.0.name", "source"),
         ("cells.strategies.0.name", "strategy"),
         ("cells.task_settings.phantom-chest.linear.epochs", "settings.linear.epochs"),
+        ("cells.task_settings./my data/blob.yaml/smoke.linear.epochs", "settings.linear.epochs"),
+        ("allograft finetune ../b.yaml: cells.task_settings.../b.yaml", "allograft finetune ../b.yaml: settings"),
         ("cells.resolutions.0: 0 is less than 16", "resolution: 0 is less than 16"),
         ("cells.architectures=[resnet18]", "architecture=resnet18"),
         ("cells.seeds.0", "seed"),
@@ -360,7 +420,10 @@ def test_supervised_without_labels_is_refused_by_the_card(tmp_path: Path) -> Non
 
 def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said(tmp_path: Path) -> None:
     words = ["data.phantom-chest.raw=phantom:60", "architecture=test_resnet"]
-    assert finetune_study("phantom-chest/smoke", words).study == "finetune-phantom-chest-smoke"
+    one = finetune_study("phantom-chest/smoke", words)
+    assert (one.study, one.out) == ("finetune-phantom-chest-smoke", str(Path("runs/finetune-phantom-chest-smoke").absolute()))
+    assert finetune_study("phantom-chest", words).out != one.out  # the second task finds a folder of its own
+    assert finetune_study("phantom-chest", [*words, "out=/x"]).out == "/x"
     (tmp_path / "own.yaml").write_text(named("task", "phantom-chest").read_text())
     assert finetune_study(f"{tmp_path}/own.yaml/smoke", words).study == "finetune-own-smoke"
     with pytest.raises(RequestError, match="where are the images") as refused:

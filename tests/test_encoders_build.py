@@ -79,8 +79,13 @@ def test_a_stage_means_its_last_block_and_unknown_cuts_list_all() -> None:
     assert [find("resnet50", name) for name in ("stem", "layer1", "layer3.0", "layer3", "layer4")] == [0, 3, 8, 13, 16]
     assert [find("vit_small_patch16_224", name) for name in ("stem", "block1", "block12")] == [0, 1, 12]
     assert cuts("densenet121")[find("densenet121", "denseblock2")].name == "denseblock2.denselayer12"
-    with pytest.raises(RequestError, match=r"no cut 'layer3\.9'.*did you mean.*stem, layer1\.0"):
+    with pytest.raises(RequestError, match=r"no cut 'layer3\.9' \(from the stem to the last they are stem, layer1\.0"):
         find("resnet50", "layer3.9")
+    for written, meant in (("layr3.0", "layer3.0"), ("laier3", "layer3"), ("layer9", None), ("layer7", None)):
+        with pytest.raises(RequestError) as refused:
+            find("resnet50", written)
+        assert ("did you mean" in str(refused.value)) == (meant is not None)
+        assert meant is None or f"did you mean '{meant}'?" in str(refused.value)
 
 
 @pytest.mark.parametrize(

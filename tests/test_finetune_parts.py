@@ -189,8 +189,8 @@ def test_a_task_outlines_one_class_of_the_masks_or_all(tmp_path: Path) -> None:
     assert (found[None] == (found["heart"] | found["clavicle"])).all()
     with pytest.raises(RequestError, match=r"unknown mask class 'hart'.*did you mean 'heart'"):
         load(url, packed.digest, "train", 32, LUNGS.model_copy(update={"dataset": "organs", "mask_class": "hart"}))
-    floors = of_shards(url, "segmentation", [], size=32, mask_class="heart")
-    assert floors[1.0]["mean_mask"]["dice"] == 1
+    (fit,) = of_shards(url, "segmentation", [], size=32, mask_class="heart")[1.0]
+    assert fit["mean_mask"]["dice"] == 1
 
 
 def arrays(patients: list[str], target: np.ndarray) -> Arrays:

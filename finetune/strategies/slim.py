@@ -6,7 +6,8 @@ gives the first block of a stage. ResNets and CBR.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from base.config import Strict
 from base.errors import RequestError
 from base.seeds import seed_of
-from encoders.build import Encoder
-from encoders.cuts import cuts, family, find, is_cbr
+from encoders.build import Encoder, build
+from encoders.cuts import Cut, cuts, family, find, is_cbr
 from encoders.weights import sha256_of
 from finetune.task import Task
 from finetune.transplant import EncoderSpec, Transplant, assemble, copied, groups_of, place, places, receive, rest
@@ -31,11 +32,19 @@ class Config(Strict):
 
 
 def check(architecture: str, task: Task, options: Config) -> None:
-    """Raises RequestError: no such cut, nothing after it, or a family without widths to choose."""
+    """Raises RequestError: no such cut, nothing after it, a family without widths to choose, or channels that do not divide."""
     if family(architecture) not in ("resnet", "cbr", "cbr-valid"):
         raise RequestError(f"{architecture} has no widths to choose", hint="slim is for resnet* and cbr_*")
-    if find(architecture, options.cut) == len(cuts(architecture)) - 1:
-        raise RequestError(f"nothing comes after {cuts(architecture)[-1].name} that could be narrower", hint="an earlier cut")
+    points, last = cuts(architecture), find(architecture, options.cut)
+    if last == len(points) - 1:
+        raise RequestError(f"nothing comes after {points[-1].name} that could be narrower", hint="an earlier cut")
+    _narrowed(architecture, _own_widths(architecture), points, last, options.factor)
+
+
+def within_stage(architecture: str, cut: str) -> bool:
+    """Whether a cut lies inside a stage, so that the stage is part wide, part narrow."""
+    points, last = cuts(architecture), find(architecture, cut)
+    return last < _end(points, points[last].name.partition(".")[0])
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Config, seed: int) -> Transplant:
@@ -58,16 +67,32 @@ def slimmed(spec: EncoderSpec, donor: Encoder, last: int, factor: int, seed: int
     own = _widths(donor)
     if spec.cut is not None:
         raise RequestError("a truncated source has no slim form", hint="slim a whole one")
-    ends = [max(i for i, cut in enumerate(donor.cuts) if cut.name.partition(".")[0] == stage) for stage in own]
-    narrow = [width for width, end in zip(own.values(), ends, strict=True) if end > last]
-    if any(width % factor for width in narrow):
-        raise RequestError(f"{narrow} channels of {spec.architecture} do not divide by {factor}", where="strategy slim: factor")
-    wide = [width for width, end in zip(own.values(), ends, strict=True) if end <= last]
-    encoder = rest(spec, seed, (*wide, *(width // factor for width in narrow)))
-    stage, _, block = donor.cuts[last].name.partition(".")
-    if block and last not in ends:
+    encoder = rest(spec, seed, _narrowed(spec.architecture, own, donor.cuts, last, factor))
+    cut = donor.cuts[last].name
+    if within_stage(spec.architecture, cut):
+        stage, _, block = cut.partition(".")
         _widen(encoder.net, donor.net, stage, int(block) + 1, seed)
     return encoder
+
+
+def _narrowed(architecture: str, own: Mapping[str, int], points: Sequence[Cut], last: int, factor: int) -> tuple[int, ...]:
+    """The widths of the stages, those that end after the cut of that index divided. Raises RequestError: they do not divide."""
+    narrow = [width for stage, width in own.items() if _end(points, stage) > last]
+    if any(width % factor for width in narrow):
+        raise RequestError(f"{narrow} channels of {architecture} do not divide by {factor}", where="strategy slim: factor")
+    return tuple(width // factor if _end(points, stage) > last else width for stage, width in own.items())
+
+
+def _end(points: Sequence[Cut], stage: str) -> int:
+    """Index of the stage's last cut."""
+    return max(i for i, cut in enumerate(points) if cut.name.partition(".")[0] == stage)
+
+
+@cache
+def _own_widths(architecture: str) -> dict[str, int]:
+    """Of the stages or layers as the architecture has them, told without weights."""
+    with torch.device("meta"):
+        return _widths(build(architecture, 1))
 
 
 def _widths(donor: Encoder) -> dict[str, int]:
