@@ -229,8 +229,8 @@ def _ledger(evidence: Evidence, known: Mapping[str, tuple[str, bool]]) -> tuple[
         return APART[cell.apart] if cell.apart else f"cells of it {SELECTED}" if evidence.lost([cell]) else ""
 
     early = {sha: before for sha, (_, before) in known.items()}
-    entries = ledger.ledger(evidence.cells, claims, early, evidence.compared, apart, evidence.independent, evidence.plan)
-    return entries, withdrawn
+    judged_by = (evidence.compared, apart, evidence.independent, evidence.under_floor)
+    return ledger.ledger(evidence.cells, claims, early, *judged_by, evidence.plan), withdrawn
 
 
 def of_claim(entry: Entry) -> Finding:
@@ -241,7 +241,7 @@ def of_claim(entry: Entry) -> Finding:
     named = (str(held.get("architecture", "")), str(strategy.get("name", "")), options, str(held.get("task", "")), entry.dataset)
     numbers = (float(held.get("fraction", 0)), int(held.get("resolution", 0)))
     sides = (entry.claim.comparison.a.words(), entry.claim.comparison.b.words())
-    return Finding("claim", *sides, *named, *numbers, entry.metric, entry.comparison, entry.adjusted, entry)
+    return Finding("claim", *sides, *named, *numbers, entry.metric, entry.comparison, entry.adjusted, entry, low=entry.low)
 
 
 def judge(evidence: Evidence) -> Judged:
@@ -257,7 +257,8 @@ def judge(evidence: Evidence) -> Judged:
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
         compared = evidence.compared(a, b, metric)
-        found.append(Finding(max(apart, default=kind), a[0].source, b[0].source, *setting, compared, late=name in late, missing=missing))
+        sides, low = (a[0].source, b[0].source), evidence.under_floor(a) and evidence.under_floor(b)
+        found.append(Finding(max(apart, default=kind), *sides, *setting, compared, late=name in late, missing=missing, low=low))
     names, corrected = [pair.name for pair in pairs], 0
     controls = [registered[name].early for name in gone if registered[name].kind == "control"]
     found, _ = _adjust(found, names, ("control",), planned, late, controls)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import results
 from analysis.claims import PRETRAINING_SEEDS
-from analysis.ledger import Entry, one_seed, signed
+from analysis.ledger import LOW, Entry, one_seed, signed
 from analysis.statistics import Comparison
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Finding:
     late: bool = False  # it was not registered before results of both its sides stood
     family: int = 0  # how many Holm's correction ran over
     missing: int = 0  # cells of its sides that have no result yet
+    low: bool = False  # both sides are under a floor of their task
 
     @property
     def compared(self) -> tuple[object, ...]:
@@ -104,6 +105,7 @@ class Finding:
         if c.basis == "not comparable":
             return f"{self.a} against {self.b}{where}: not comparable, {c.why}"
         numbers = effect(c, unit) + (", ADDED AFTER THE RESULTS" if self.late and self.kind not in APART else "")
+        numbers += f", {LOW}" if self.low else ""
         single = one_seed(self.missing) if c.basis == "patients only" else ""
         if self.kind in APART:
             return f"{self.a} against {self.b}{where}: {numbers}, {APART[self.kind]}, {single or 'nothing declared'}"

@@ -83,6 +83,8 @@ class Entry:
     adjusted: float = math.nan
     family: int = 1
     short: str = ""  # why the study cannot judge the claim at all, or ""
+    level: float = math.nan  # of a claim about convergence, the one that both sides reach
+    low: bool = False  # both sides are under a floor of their task
     comparable: bool = True  # no cell of its sides is evidence for nothing, nor are their curves of what is claimed
 
     @property
@@ -149,9 +151,9 @@ class Entry:
         if self.verdict == "holds":
             size = f"; of its direction: a difference of {self.wanted:+g} is not shown" if self.direction_only else ""
             size += f"; equivalent within {claim.margin:g}" if claim.expect == "equivalent" else ""
-            return f"p = {self.adjusted:.2g} after correction for {self.family} claims{size}"
+            return f"p = {self.adjusted:.2g} after correction for {self.family} claim{'s' * (self.family != 1)}{size}"
         if self.p < LEVEL:
-            return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claims"
+            return f"p = {self.p:.2g} alone, {self.adjusted:.2g} after correction for {self.family} claim{'s' * (self.family != 1)}"
         if claim.expect == "equivalent":
             ends = [f"{sign}{claim.margin:g}" for sign, end in (("-", -c.low), ("+", c.high)) if end > claim.margin]
             return f"the 95 % interval [{signed(c.low)}, {signed(c.high)}] reaches over {' and '.join(ends)}"
@@ -206,7 +208,7 @@ class Entry:
         """The setting in words."""
         held = self.setting
         strategy = held.get("strategy") or {}
-        options = " ".join(f"{name}={value}" for name, value in strategy.items() if name != "name" and value is not None)
+        options = results.canonical({name: value for name, value in strategy.items() if name != "name" and value is not None})
         parts = [held.get("task"), held.get("source"), results.setting(strategy.get("name", ""), options), held.get("architecture")]
         parts.append(results.share(held["fraction"]) if held.get("fraction", 1) != 1 else None)
         return ", ".join(str(part) for part in parts if part)
@@ -217,7 +219,8 @@ class Entry:
         added += f", {so_far(self.missing)}" if self.missing else ""
         numbers = f"{self.effect()}, " if math.isfinite(self.comparison.estimate) else ""
         if self.claim.outcome == "convergence" and numbers:
-            added = f", over seeds alone, on these validation images{added}"
+            added = f", towards {self.level:.3f} on these validation images, over seeds alone{added}"
+        added += f", {LOW}" if self.low else ""
         judged = {"underpowered": "is not settled", "not comparable": "cannot be judged"}.get(self.verdict, self.verdict)
         judged += " in direction" if self.direction_only else ""
         return f'"{self.claim.sentence}" {judged} for {self.about} on {self.where()}: {numbers}{self.why}{added}'
@@ -250,6 +253,7 @@ def _fewest(low: int, enough: Callable[[int], bool]) -> int | None:
     return high
 
 
+LOW = "both sides under a floor"
 Compared = Callable[[Sequence[Cell], Sequence[Cell], str], Comparison]
 
 
@@ -265,6 +269,7 @@ def ledger(
     compared: Compared,
     apart: Callable[[Cell], str] = lambda _: "",
     independent: Callable[[Sequence[Cell]], int] = pretraining_seeds,
+    low: Callable[[Sequence[Cell]], bool] = lambda _: False,
     planned: Sequence[Mapping[str, Any]] = (),
 ) -> list[Entry]:
     """Every claim in every setting in which both sides are planned, and once without a setting where there is none.
@@ -276,6 +281,7 @@ def ledger(
         compared: the primary comparison of two sides in a metric, as analysis.comparisons keeps it.
         apart: why a cell is evidence for nothing ("own source", "exposed"), or "".
         independent: from how many pretrainings that share no step the cells of a side come.
+        low: whether a side is under a floor of its task.
         planned: every cell that the study asks for, as analysis.results.expected gives them; without them the finished ones.
     """
     held = {cell.key: cell for cell in cells}
@@ -286,7 +292,7 @@ def ledger(
         made = []
         for setting, *asked in settings_of(claim, seen):
             a, b = ([held[key] for key in side if key in held] for side in asked)
-            judged_by = (compared, apart, independent)
+            judged_by = (compared, apart, independent, low)
             entry = _entry(claim, setting, a, b, late, *judged_by) if a and b else _absent(claim, setting, late)
             made.append(replace(entry, missing=sum(key not in held for side in asked for key in side)))
         entries += made or [_absent(claim, {}, late)]
@@ -309,16 +315,17 @@ def _entry(
     compared: Compared,
     apart: Callable[[Cell], str],
     independent: Callable[[Sequence[Cell]], int],
+    low: Callable[[Sequence[Cell]], bool],
 ) -> Entry:
-    metric, untimed = results.headline([*a, *b]) or "", ""
+    metric, level, untimed = results.headline([*a, *b]) or "", math.nan, ""
     if claim.outcome == "metric":
         comparison = compared(a, b, metric) if metric else not_comparable("no result has a number")
     else:
-        comparison, metric, untimed = _of_speed(a, b)
+        comparison, metric, level, untimed = _of_speed(a, b)
     pretrained = min(independent(side) for side in (a, b))
     entry = Entry(claim, setting, metric, a[0].dataset, comparison, min(pretrained, comparison.units or pretrained), late)
     reason = next((reason for cell in (*a, *b) if (reason := apart(cell))), untimed)
-    return replace(entry, short=reason or _lacking(entry, a, b), comparable=not reason)
+    return replace(entry, short=reason or _lacking(entry, a, b), low=low(a) and low(b), comparable=not reason, level=level)
 
 
 def _lacking(entry: Entry, a: list[Cell], b: list[Cell]) -> str:
@@ -339,17 +346,17 @@ def _lacking(entry: Entry, a: list[Cell], b: list[Cell]) -> str:
     return ""
 
 
-def _of_speed(a: Sequence[Cell], b: Sequence[Cell]) -> tuple[Comparison, str, str]:
-    """What a claim about convergence is judged by, its metric in words, and why these curves say nothing of speed, or nothing."""
+def _of_speed(a: Sequence[Cell], b: Sequence[Cell]) -> tuple[Comparison, str, float, str]:
+    """What a claim about convergence is judged by, its metric in words, the level, and why the curves say nothing of speed, or nothing."""
     sides = [convergence.curves_of(side) for side in (a, b)]
     metric = str((a[0].result.get("selection") or {}).get("metric"))
     if not all(sides):
         why = "one of the two has no learning curve"
-        return not_comparable(why), metric, why
+        return not_comparable(why), metric, math.nan, why
     level = convergence.common_threshold(sides)
-    words = f"share of the common level ({level:.3f} {metric} on validation) reached so far, mean over the run"
+    words = f"share of the common level of validation {metric} reached so far, mean over the run"
     why = _untimed(sides, level)
-    return not_comparable(why) if why else of_curves(sides[0], sides[1], level), words, why
+    return not_comparable(why) if why else of_curves(*sides, level), words, level, why
 
 
 def _untimed(sides: Sequence[Sequence[Curve]], level: float) -> str:

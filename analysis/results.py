@@ -159,9 +159,11 @@ def headline(cells: Iterable[Cell]) -> str | None:
     return next((metric for metric in PRIMARY if metric in held), None)
 
 
-def setting(strategy: object, options: object) -> str:
-    """A strategy with its options, in words."""
-    return f"{strategy} {options}".strip()
+@functools.lru_cache
+def setting(strategy: str, options: str) -> str:
+    """A strategy with its options, as `canonical` has them, in words: `fat cut=layer3 head=pooled`."""
+    held = json.loads(options) if options else {}
+    return " ".join([strategy, *(f"{name}={value}" for name, value in held.items() if value is not None)])
 
 
 def share(fraction: float) -> str:

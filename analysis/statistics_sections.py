@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import figures, results
 from analysis.evidence import Evidence
 from analysis.findings import APART, Finding
-from analysis.ledger import so_far
+from analysis.ledger import LOW, so_far
 from analysis.loaded import Loaded
 from analysis.ranks import ranks
 from analysis.results import Cell
@@ -42,6 +42,7 @@ def claims(evidence: Evidence) -> str:
         late = ' <span class="tag">direction only</span>' if entry.direction_only else ""
         late += ' <span class="tag bad">added after the results</span>' if entry.late else ""
         late += f' <span class="tag">{so_far(entry.missing)}</span>' if entry.missing else ""
+        late += f' <span class="tag bad">{LOW}</span>' if entry.low else ""
         c = entry.comparison
         parts = [f'<th scope="row">{esc(entry.claim.name)}</th>', cell(esc(entry.claim.sentence), cls="words")]
         parts += [cell(f'<span class="tag {mark}">{entry.verdict}</span>{late}'), cell(esc(entry.where()))]

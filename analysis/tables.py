@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from analysis import results, secondary
 from analysis.evidence import Evidence
 from analysis.findings import Finding, brief
-from analysis.ledger import signed
+from analysis.ledger import LOW, signed
 from analysis.results import Cell
 from analysis.study_floors import WORDS, Standing, bar
 
@@ -281,7 +281,9 @@ def findings(evidence: Evidence) -> str:
             cell(esc(pvalue(c.p)), sort=c.p),
             cell(esc(pvalue(f.adjusted)), sort=f.adjusted),
             cell(
-                f'<span class="tag {mark}">{verdict}</span>' + (' <span class="tag bad">added after the results</span>' if f.late else "")
+                f'<span class="tag {mark}">{verdict}</span>'
+                + (' <span class="tag bad">added after the results</span>' if f.late else "")
+                + (f' <span class="tag bad">{LOW}</span>' if f.low else "")
             ),
         ]
         parts += [cell(num(f.detectable), sort=f.detectable), cell(str(c.units), sort=c.units), cell(str(c.patients), sort=c.patients)]

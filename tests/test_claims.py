@@ -27,6 +27,7 @@ from analysis.statistics import Comparison, holm
 from base.config import load
 from base.errors import RequestError
 from base.paths import ROOT, names
+from base.storage import put
 from cluster.claims import Asked, axes_of_matrix, register_claims, row, show
 from cluster.events import Events
 from cluster.load import load_study
@@ -401,7 +402,7 @@ def test_convergence_is_of_speed_towards_a_level_that_both_reach(tmp_path: Path)
     for level in (1.0, 1.1):
         (found,) = with_claims(curves(made, 30, slower=3.0, level=level), sooner).ledger
         assert found.verdict == "holds"
-        assert "over seeds alone, on these validation images" in found.sentence()
+        assert "on these validation images, over seeds alone" in found.sentence()
     assert found.metric == "share of the common level (0.800 auroc_mean on validation) reached so far, mean over the run"
 
 
@@ -461,6 +462,19 @@ def test_convergence_is_not_comparable_where_no_level_is_one_of_speed(tmp_path: 
         "not comparable",
         "what a predictor that knows nothing scores in dice is not known, and so no share of a level",
     )
+
+
+@pytest.mark.parametrize(("floor", "low"), [(0.2, False), (0.999, True)])
+def test_does_not_repeat_a_claim_that_holds_under_a_floor_without_a_word(
+    floor: float, low: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_floors, "of_shards", lambda *_, **__: {1.0: [{"pixels": {"auroc_mean": floor}}]})
+    out = make(tmp_path / "out", {"random": 0.0, "simclr": 2.0}, seeds=4, images=80)
+    put(f"{out}/shards/phantom-chest/manifest.json", '{"card": {}}')
+    evidence = with_claims(out, claim())
+    assert [f.low for f in evidence.findings] == [low] * 2
+    said = [*(f.sentence(evidence) for f in evidence.findings), tables.findings(evidence), statistics_sections.claims(evidence)]
+    assert [("both sides under a floor" in text) for text in said] == [low] * 4
 
 
 def test_does_not_repeat_convergence_judged_from_one_evaluation(tmp_path: Path) -> None:
