@@ -257,8 +257,8 @@ def judge(evidence: Evidence) -> Judged:
         architecture, strategy, options, task, fraction, resolution = a[0].group
         setting = (architecture, strategy, options, task, a[0].dataset, fraction, resolution, metric)
         compared = evidence.compared(a, b, metric)
-        sides, low = (a[0].source, b[0].source), evidence.under_floor(a) and evidence.under_floor(b)
-        found.append(Finding(max(apart, default=kind), *sides, *setting, compared, late=name in late, missing=missing, low=low))
+        one = Finding(max(apart, default=kind), a[0].source, b[0].source, *setting, compared, late=name in late, missing=missing)
+        found.append(replace(one, low=evidence.under_floor(a) and evidence.under_floor(b)))
     names, corrected = [pair.name for pair in pairs], 0
     controls = [registered[name].early for name in gone if registered[name].kind == "control"]
     found, _ = _adjust(found, names, ("control",), planned, late, controls)

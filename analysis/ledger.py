@@ -356,7 +356,7 @@ def _of_speed(a: Sequence[Cell], b: Sequence[Cell]) -> tuple[Comparison, str, fl
     level = convergence.common_threshold(sides)
     words = f"share of the common level of validation {metric} reached so far, mean over the run"
     why = _untimed(sides, level)
-    return not_comparable(why) if why else of_curves(*sides, level), words, level, why
+    return not_comparable(why) if why else of_curves(sides[0], sides[1], level), words, level, why
 
 
 def _untimed(sides: Sequence[Sequence[Curve]], level: float) -> str:

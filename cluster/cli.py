@@ -395,8 +395,8 @@ def weights(
     normalisation: Annotated[str | None, typer.Option(help="of their images: imagenet, neutral, ..; timm's unless given")] = None,
     image_size: Annotated[int, typer.Option("--image-size", help="side in pixels of the images of one's own weights")] = 224,
 ) -> None:
-    """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME. With --architecture, convert one's own
-    weights of a timm architecture into a folder from which studies start."""
+    """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME. With --architecture, convert one's
+    own weights of a timm architecture into a folder from which studies start."""
     from base.errors import RequestError
     from base.paths import absolute
     from cluster.published import convert, obtain, show, source_of

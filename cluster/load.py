@@ -321,7 +321,7 @@ def _check_tasks(study: Study, cells: Cells, tasks: Mapping[str, Task], cards: M
         if task.dataset not in study.data:
             hint = f"data.{key_of(task.dataset)}.raw=PATH"
             raise RequestError(f"task '{name}' needs the dataset '{task.dataset}'", where=f"{where}: cells.tasks[{i}]", hint=hint)
-        if not cards[task.dataset].labels_found:
+        if study.data[task.dataset].raw and not cards[task.dataset].labels_found:  # else the packed images' own card is asked
             check_labels(task, cards[task.dataset], f"{where}: cells.tasks[{i}]: {named('task', name)}: labels")
         for j, strategy in enumerate(cells.strategies):
             for architecture in _architectures(study):

@@ -157,7 +157,10 @@ class Making:
         return self.graph.left().get("CPU", 1.0)
 
     def _pack(self, name: str) -> Packed:
-        return stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
+        packed = stages.pack(self.study, name, self.progress, self.events, self._room, self.graph.check)
+        for line in plan.one_class(self.study, name, packed):
+            self.progress.say(line)
+        return packed
 
     def _compare(self, corpus: tuple[str, str]) -> None:
         leakage.compare_one(self.study, self._packed(), corpus, self._tests, self.progress, self.events, self._room, self.graph.check)

@@ -134,6 +134,7 @@ def _of_data(
         counts = ", ".join(f"{split} {count:,}" for split, count in seen[name].images.items()) if name in seen else ""
         if name in corpora:
             yield f"pack {name}", f"stands: {counts}"
+            yield from (("", line) for line in plan.one_class(study, name, corpora[name]))
         elif name in problems:
             total.partly = True
             yield f"pack {name}", WRONG

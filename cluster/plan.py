@@ -246,7 +246,10 @@ def settings(
         task = load_task(task_name, matrix.task_settings.get(task_name, {}))
         corpus = corpora.get(task.dataset)
         if corpus:
-            _check_labels(task, corpus, f"cells.tasks: {task_name}: labels")
+            where = f"cells.tasks: {task_name}: labels"
+            check_labels(task, corpus.manifest.card, where)
+            if not only:  # else the study is under way, and what one task lacks is the failure of its cells
+                _refuse_unknown(task, corpus, where)
         fractions, resolutions = matrix.of_task("fractions", task_name), matrix.of_task("resolutions", task_name)
         for source in matrix.sources:
             if only and only[1] != source.name:
@@ -260,9 +263,10 @@ def settings(
             axes = itertools.product(group, matrix.strategies, fractions, resolutions, shuffles)
             for architecture, strategy in itertools.product(filter(None, dict(group)), matrix.strategies):
                 if wanted.strategy(task.task, architecture, strategy):
-                    check(asked(strategy)[1], architecture, task, f"cells.strategies: {strategy['name']}")
+                    where = f"cells.strategies[{matrix.strategies.index(strategy)}]"
+                    check(asked(strategy)[1], architecture, task, where)
                     if matrix.keep == "encoder":
-                        keep.check_named(architecture, task, strategy, f"cells.strategies: {strategy['name']}")
+                        keep.check_named(architecture, task, strategy, where)
             exposed = {
                 id(found): tuple(exposed_to(found.data, task.dataset, corpus.digest, compared)) if found and corpus else ()
                 for _, found in group
@@ -275,10 +279,20 @@ def settings(
                     yield one
 
 
-def _check_labels(task: Task, corpus: Packed, where: str) -> None:
-    """Raises RequestError: a label that the packed images do not have, or that is known for none of those to train on."""
+def one_class(study: Study, dataset: str, corpus: Packed) -> Iterator[str]:
+    """A line for each task of a packed dataset of which a label is the same in all training images, as far as the manifest counts them."""
+    counted, images = corpus.manifest.positives.get("train", {}), corpus.manifest.counts.get("train", 0)
+    matrix = study.cells
+    for task in [load_task(entry, matrix.task_settings.get(entry, {})) for entry in matrix.tasks] if matrix else ():
+        labels = {label: counted[label] for label in task.labels if label in counted} if task.dataset == dataset else {}
+        found = [(word, [label for label, n in labels.items() if n == all_of]) for word, all_of in (("no", 0), ("every", images))]
+        if said := [f"{word} training image is labelled {', '.join(of)}" for word, of in found if of]:
+            yield f"{task.task}: {'; '.join(said)}: a cell can only learn to say so"
+
+
+def _refuse_unknown(task: Task, corpus: Packed, where: str) -> None:
+    """Raises RequestError: a label that is known for none of the packed images to train on."""
     card, positives = corpus.manifest.card, corpus.manifest.positives.get("train", {})
-    check_labels(task, card, where)
     for label in task.labels:
         # Where the manifest counts a positive the label is known; only else is it looked for in the images' own records.
         if not any(positives.get(of) for of in card.derived.get(label, [label])) and not _is_known(task, corpus, label):

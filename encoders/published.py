@@ -25,7 +25,7 @@ from torch import Tensor
 from base.config import Strict, load
 from base.errors import RequestError, WorkError, unknown
 from base.paths import named, names
-from encoders.build import NORMALISATIONS, Encoder, build, in_channels
+from encoders.build import NORMALISATIONS, PATCHES, Encoder, build, in_channels
 from encoders.export import export
 from encoders.weights import State, channels_of, load_into, read_checkpoint, tensors_of, timm_names, timm_pretrained
 
@@ -142,16 +142,22 @@ def export_own(
         allow_partial: see `export_zoo`.
 
     Raises:
-        RequestError: the file cannot be read, or holds values that are not finite; unknown architecture or normalisation.
+        RequestError: the file cannot be read, or holds values that are not finite, or positions for another `image_size`; unknown
+            architecture or normalisation.
         WorkError: tensors of the encoder are missing in it.
     """
     if normalisation is not None and normalisation not in NORMALISATIONS:
         raise unknown("normalisation", normalisation, NORMALISATIONS)
     held = tensors_of(read_checkpoint(file), str(file))
     net: Any = build(architecture, 3, image_size=image_size).net
+    positions = next((tensor for name, tensor in held.items() if name.endswith("pos_embed")), None)
+    if getattr(net, "pos_embed", None) is not None and positions is not None and positions.shape[1] != net.pos_embed.shape[1]:
+        side = round((positions.shape[1] - net.num_prefix_tokens) ** 0.5) * PATCHES["vit"]  # else they would be interpolated
+        raise RequestError(f"its positions are not for images of {image_size} px", where=str(file), hint=f"--image-size {side}")
     state = timm_names(net, held, str(file))
     cfg = net.pretrained_cfg
-    mean, std = in_channels(*(NORMALISATIONS[normalisation] if normalisation else (cfg["mean"], cfg["std"])), channels_of(net, state))
+    own_mean, own_std = NORMALISATIONS[normalisation] if normalisation else (tuple(cfg["mean"]), tuple(cfg["std"]))
+    mean, std = in_channels(own_mean, own_std, channels_of(net, state))
     encoder = build(architecture, len(mean), mean, std, image_size=image_size)
     corpora = list(dict.fromkeys([*seen, *labelled]))
     filled = _fill(encoder, state, str(file), allow_partial)

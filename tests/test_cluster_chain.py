@@ -267,7 +267,7 @@ def test_sources_that_are_not_there_are_refused(tmp_path: Path, corpora: dict[st
     from cluster.standing import start_of
 
     study = chain(tmp_path, corpora, A | {"start_from": "./nowhere"})
-    with pytest.raises(RequestError, match=f"{tmp_path}/nowhere: no exported encoder here"):
+    with pytest.raises(RequestError, match=f"{tmp_path}/nowhere: no exported encoder here: there is no such file or folder"):
         start_of(study.pretrain[0].start_from, 0, {}, study, "")
 
 
@@ -286,8 +286,8 @@ def test_weights_are_shown_converted_and_listed(
     torch.save({f"module.{key}": value for key, value in timm.create_model("test_resnet").state_dict().items()}, "swav.pth.tar")
     with monkeypatch.context() as patched:
         patched.setattr(files, "load_zoo", lambda name: small)
-        published.show("swav", "swav.pth.tar", allow_partial=False)
-        published.show("zoo:swav", None, allow_partial=False)  # stands: nothing is fetched
+        published.show("zoo:swav", published.obtain(published.source_of("swav"), "swav.pth.tar"))
+        published.show("zoo:swav", published.obtain("zoo:swav"))  # stands: nothing is fetched
     said = capsys.readouterr().out
     assert "start_from: zoo:swav" in said
     assert "CC-BY-NC-4.0" in said

@@ -2,6 +2,7 @@
 
 import http.server
 import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_cell
+import torch
 
+from analysis.exposure import exposed_to
 from base import storage
-from base.errors import WorkError
+from base.errors import RequestError, WorkError
+from cluster import cli
+from cluster.single import finetune_study
 from cluster.sources import external
 from encoders.local import local_encoder
 from encoders.weights import load_local, sha256_of
 from finetune import data
 from finetune.cell import CellConfig
+from finetune.run import plant
 from shards import cache, decoded
 
 WORKERS = 3
@@ -102,6 +108,84 @@ def test_cells_of_a_node_decode_their_images_once(tmp_path: Path, monkeypatch: p
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["_fetch", "_fetch", "_write"]  # the shard's tar and its index
     corpus = data.describe(config.shards, config.manifest_digest, config.cache_dir)
     assert isinstance(decoded.decode_all(corpus, 32).images, np.memmap)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """How `allograft` ends."""
+    monkeypatch.setattr(sys, "argv", ["allograft", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+OWN = ("--architecture", "test_resnet", "--seen", "padchest", "--labelled", "phantom-chest", "--licence", "ours")
+
+
+def test_a_state_dict_of_plain_timm_becomes_the_source_of_a_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    network = timm.create_model("test_resnet", num_classes=4, in_chans=1)
+    torch.save(network.state_dict(), "model.pt")
+    assert command(monkeypatch, "weights", "mine", "--file", "model.pt", *OWN, "--image-size", "32") == 0
+    assert f"cells.sources: [{tmp_path}/mine]" in capsys.readouterr().out
+    found = external("./mine", str(tmp_path / "out"), "")
+    expected = sha256_of({name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")})
+    shards = tiny_cell.corpora(tmp_path / "corpora")
+    fields: dict[str, Any] = {"source": "mine", "source_kind": "weights", "encoder_dir": found.url, "encoder_sha256": found.sha256}
+    transplant, sha256, _ = plant(tiny_cell.config(shards, tmp_path, **fields), 1)
+    assert transplant.sha256 == sha256 == found.sha256 == expected
+    assert found.labelled == ("phantom-chest",)
+    assert exposed_to(found.data, "phantom-chest", "another packing") == ["phantom-chest"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("mine", "--file", "model.pt", "--architecture", "test_resnet", "--licence", "ours"), "which corpora have these weights seen?"),
+        (("mine", "--file", "model.pt", "--architecture", "test_resnet", "--seen", "padchest"), "need --file FILE and --licence LICENCE"),
+        (("mine", "--file", "model.pt", "--seen", "padchest"), "give their --architecture, too"),
+        (("there", "--file", "model.pt", *OWN), "there: this is there already"),
+        (("mine", "--file", "nothing.pt", *OWN), "nothing.pt: no such file"),
+    ],
+)
+def test_ones_own_weights_are_refused_without_what_must_be_said_of_them(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    torch.save({}, "model.pt")
+    assert command(monkeypatch, "weights", *words) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_places_that_hold_no_export_are_told_apart(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(RequestError, match=f"^{place}: no exported encoder here: there is no such file or folder$"):
+        external(str(place), str(tmp_path), "")
+    place.mkdir()
+    with pytest.raises(RequestError, match=rf"^{place}: no exported encoder here \(no allograft.json\)$"):
+        external(str(place), str(tmp_path), "")
+    file = place / "model.safetensors"
+    file.touch()
+    with pytest.raises(RequestError, match=rf"^{place}: no exported encoder .*: allograft weights NAME --file {file} --architecture"):
+        external(str(place), str(tmp_path), "")
+    with pytest.raises(RequestError, match=rf"^{file}: a file, not the folder .*: allograft weights NAME --file {file} --architecture"):
+        external(str(file), str(tmp_path), "")
+
+
+def test_a_file_or_folder_that_is_here_is_a_source_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    words = ["data.phantom-chest.raw=phantom:60"]
+    with pytest.raises(RequestError, match=r"unknown source 'mine' \(the file or folder of that name is \./mine\)"):
+        finetune_study("phantom-chest", [*words, "source=mine"])
+    study = finetune_study("phantom-chest", [*words, "source=model.safetensors"])
+    assert study.cells is not None
+    assert study.cells.sources[0].source == f"{tmp_path}/model.safetensors"
 
 
 class Broken(http.server.BaseHTTPRequestHandler):

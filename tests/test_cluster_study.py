@@ -4,10 +4,14 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
+import tiny_corpus
 import tiny_study
 import yaml
 
@@ -20,12 +24,14 @@ from cluster.load import load_study
 from cluster.lock import DriverLock
 from cluster.outlook import outlook
 from cluster.pack import check_place
+from cluster.registry import champion_score
 from cluster.single import as_typed, finetune_study, pretrain_study, spelled
 from cluster.standing import jobs_of, shards_url, standing_corpora
 from cluster.study import DataEntry, Resources, Study
 from cluster.submit import _texts
 from finetune.task import load_task
 from shards.card import load_card
+from shards.manifest import read
 from shards.pack import pack
 
 TINY: dict[str, Any] = {
@@ -214,8 +220,8 @@ def blob(tmp_path: Path, ward: dict[str, Any]) -> dict[str, Any]:
     return {**ward, "data": data, "cells": {**TINY["cells"], "tasks": ["phantom-chest/small", "blob.yaml/smoke"]}}
 
 
-def tiny_settings(study: Study) -> list[plan.Setting]:
-    return list(plan.settings(study, {}, {"simclr": [plan.Weights("", "", "test_resnet")]}))
+def tiny_settings(study: Study, corpora: Mapping[str, plan.Packed] = MappingProxyType({})) -> list[plan.Setting]:
+    return list(plan.settings(study, corpora, {"simclr": [plan.Weights("", "", "test_resnet")]}))
 
 
 @pytest.mark.parametrize("spelling", ["blob", "blob/smoke", "blob.yaml", "blob.yaml/smoke"])
@@ -234,6 +240,9 @@ def test_a_task_is_named_by_its_name_or_its_file_wherever_a_study_names_one(tmp_
     assert settings == {("blob", 0.5, 48, 7), ("phantom-chest", 1.0, ours.resolution, ours.recipe.epochs)}
     (tmp_path / "again.yaml").write_text(to_yaml(study))
     assert load_study("again.yaml") == study
+    cell = json.loads((ROOT / "tests" / "golden" / "cell_result.json").read_text())
+    row = {"split": "val", "metric": "auroc_mean", "class": "", "value": 0.75}
+    assert champion_score(study, "e", [{**cell, "task": "blob", "encoder_sha256": "e", "metrics": [row]}]) == 0.75
 
 
 def test_a_task_that_a_study_has_not_and_two_of_one_name_are_refused(tmp_path: Path, blob: dict[str, Any]) -> None:
@@ -252,6 +261,69 @@ def test_a_task_that_a_study_has_not_and_two_of_one_name_are_refused(tmp_path: P
         changed = {**blob, **changes, "cells": {**blob["cells"], **changes.get("cells", {})}}
         with pytest.raises(RequestError, match=r"study\.yaml: " + says):
             load_study(written(tmp_path, **changed))
+
+
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        (
+            {"strategies": ["full", {"name": "slim", "cut": "layer2", "factor": 7}]},
+            r"factor: \[256, 512\] channels of resnet18 do not divide by 7",
+        ),
+        ({"strategies": ["full", {"name": "slim", "cut": "layer2.0"}], "keep": "encoder"}, r"cannot be exported.*\(cells\.keep=nothing\)"),
+        ({"strategies": ["full", "linear"], "keep": "encoder", "task_settings": {"phantom-chest": {"volume": True}}}, "cannot be exported"),
+    ],
+)
+def test_a_strategy_that_would_fail_in_its_cell_is_refused(tmp_path: Path, cells: dict[str, Any], says: str) -> None:
+    sources = {"sources": ["random"], "architectures": ["resnet18"]}
+    with pytest.raises(RequestError, match=r"study\.yaml: cells\.strategies\[[01]\]: .*" + says):
+        load_study(written(tmp_path, pretrain=[], cells={**TINY["cells"], **sources, **cells}))
+    allowed = {"name": "slim", "cut": "layer2", "factor": 4}
+    assert load_study(written(tmp_path, pretrain=[], cells={**TINY["cells"], **sources, "strategies": [allowed], "keep": "encoder"}))
+
+
+def test_sides_that_are_not_whole_patches_are_refused_where_nothing_pads_them(tmp_path: Path) -> None:
+    cells = {"sources": ["random"], "strategies": ["linear"], "architectures": ["test_vit"], "resolutions": [50]}
+    data = {"phantom-chest": {"raw": "phantom:60"}, "phantom-fundus": {"raw": "phantom:60"}}
+    study = load_study(written(tmp_path, pretrain=[], data=data, cells={**cells, "tasks": ["phantom-vessels"]}))
+    assert [one.resolution for one in plan.settings(study, {}, {})] == [50]
+    study = load_study(written(tmp_path, pretrain=[], data=data, cells={**cells, "tasks": ["phantom-chest"]}))
+    with pytest.raises(RequestError, match=r"linear: resolution: test_vit takes .* multiples of 16 px, not 50 \(take 48 px\)"):
+        list(plan.settings(study, {}, {}))
+
+
+def test_labels_that_the_images_do_not_have_are_refused_before_anything_runs(tmp_path: Path, blob: dict[str, Any]) -> None:
+    task = yaml.safe_load((tmp_path / "blob.yaml").read_text())
+    (tmp_path / "blob.yaml").write_text(yaml.safe_dump({**task, "labels": ["texture", "nolabel"]}))
+    says = r"study\.yaml: cells\.tasks\[1\]: blob\.yaml: labels: ward has no label 'nolabel' \(known: texture, .*\)"
+    with pytest.raises(RequestError, match=says):
+        load_study(written(tmp_path, **blob))
+    # Of images that are packed, their own card is asked, and of a label without a positive the images themselves.
+    labels: dict[str, Any] = {"dataset": "ward", "labels": ["texture", "count"], "splits": ["val", "train", "test"]}
+    shards = {"known": tiny_corpus.write(tmp_path / "known", (4, 8, 4), **labels)}
+    shards["unknown"] = tiny_corpus.write(tmp_path / "unknown", (12, 4, 4), **labels)  # every fourth four of images say nothing of `count`
+    for name, of_task, refused in (
+        ("known", ["count", "nolabel"], r"cells\.tasks: blob\.yaml/smoke: labels: ward has no label 'nolabel' \(known: texture, count\)"),
+        ("unknown", ["texture", "count"], r"labels: 'count' is known for none of the training images of ward"),
+        ("known", ["texture", "count"], None),
+    ):
+        (tmp_path / "blob.yaml").write_text(yaml.safe_dump({**task, "labels": of_task}))
+        data = {**blob["data"], "cards/mine.yaml": {"shards": shards[name]}}
+        study = load_study(written(tmp_path, **{**blob, "data": data}))
+        packed = plan.Packed(shards[name], read(shards[name]))
+        with pytest.raises(RequestError, match=refused) if refused else nullcontext():
+            assert tiny_settings(study, {"ward": packed})
+
+
+def test_a_label_that_is_the_same_in_all_training_images_is_said(tmp_path: Path, phantom_chest: str) -> None:
+    study = load_study(written(tmp_path, data={"phantom-chest": {"shards": phantom_chest}}))
+    manifest = read(phantom_chest)
+    assert list(plan.one_class(study, "phantom-chest", plan.Packed(phantom_chest, manifest))) == []
+    counted = {"train": {"texture": 0, "count": manifest.counts["train"], "arrangement": 1}}
+    packed = plan.Packed(phantom_chest, manifest.model_copy(update={"positives": counted}))
+    (line,) = plan.one_class(study, "phantom-chest", packed)
+    assert line.startswith("phantom-chest: no training image is labelled texture; every training image is labelled count: ")
+    assert list(plan.one_class(study, "ward", packed)) == []
 
 
 def test_data_of_ones_own_are_planned_and_packed(

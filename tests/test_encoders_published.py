@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 from base.errors import RequestError, WorkError
 from base.paths import ROOT, names
 from encoders import published
+from encoders.build import build
 from encoders.export import read_export
-from encoders.published import ZooCard, export_zoo, load_zoo
+from encoders.published import ZooCard, export_own, export_timm, export_zoo, load_zoo
 from encoders.weights import load_local, sha256_of
 
 CARDS = {name: load_zoo(name) for name in names("weights")}
@@ -89,7 +92,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path, monk
         export_zoo("moco-v2", tmp_path / "out", revision="abc", file=tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cut.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:300])
-    with pytest.raises(RequestError, match="or is damaged"):
+    with pytest.raises(RequestError, match="it is damaged"):
         export_zoo("moco-v2", tmp_path / "out", revision="abc", file=tmp_path / "cut.pth")
 
 
@@ -106,9 +109,154 @@ def test_another_publishers_file_and_missing_tensors_are_refused(tmp_path: Path)
     with pytest.raises(WorkError, match=r"missing 1: bn1\.running_mean.*--allow-partial"):
         export_zoo("barlow-twins", tmp_path / "out", revision="abc", file=tmp_path / "one.pth")
     export_zoo("barlow-twins", tmp_path / "out", revision="abc", file=tmp_path / "one.pth", allow_partial=True)
-    assert read_export(tmp_path / "out").lineage[0]["missing"] == ["bn1.running_mean"]
+    step = read_export(tmp_path / "out").lineage[0]
+    assert step["missing"] == ["bn1.running_mean"]
+    assert "loaded: " + step["loaded"] in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(RequestError, match="no such file"):
         export_zoo("swav", tmp_path / "out", revision="abc", file=tmp_path / "nothing.pth")
+
+
+TAG = "test_resnet.r160_in1k"
+
+
+def test_weights_of_timm_lose_their_classifier_and_nothing_else(tmp_path: Path) -> None:
+    whole = timm.create_model("test_resnet", num_classes=1000)  # the layout that is published: with its classifier
+    torch.save(whole.state_dict(), tmp_path / "weights.pt")
+    export_timm(TAG, tmp_path / "out", revision="abc", file=str(tmp_path / "weights.pt"))
+    info = read_export(tmp_path / "out")
+    assert info.sha256 == sha256_of({name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("fc.")})
+    assert (info.mean, info.image_size, info.licence) == ((0.5, 0.5, 0.5), 160, "apache-2.0")
+    assert "missing" not in info.lineage[0]
+    with pytest.raises(RequestError, match=r"did you mean 'test_resnet\.r160_in1k'"):
+        export_timm("test_resnet.r160_in1", tmp_path / "out", revision="abc")
+
+
+@pytest.mark.parametrize("architecture", ["densenet121", "convnext_tiny", "swin_tiny_patch4_window7_224", "test_vit", "resnet50_clip_gap"])
+def test_the_filter_of_each_family_is_timms(architecture: str) -> None:
+    """Against timm's own loading of the same file, which is of the layout that the filter is for where there is another than timm's."""
+    from encoders.weights import timm_names
+
+    torch.manual_seed(0)
+    state = dict(timm.create_model(architecture).state_dict())
+    if architecture == "densenet121":
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): tensor for name, tensor in state.items()}
+    if architecture == "test_vit":
+        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+    theirs = timm.create_model(architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": dict(state)})
+    ours = build(architecture, 3, image_size=theirs.pretrained_cfg["input_size"][-1])
+    assert published._fill(ours, timm_names(ours.net, state, "x"), "x", False) == {}
+    assert sha256_of(ours.net.state_dict()) == sha256_of(theirs.state_dict())
+
+
+def spoilt(kind: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file that is not what it is given as."""
+    torch.manual_seed(1)
+    state = dict(timm.create_model("test_resnet").state_dict())
+    convolution = "layer3.0.conv1.weight"
+    if kind == "other":
+        return dict(timm.create_model("test_vit").state_dict())
+    if kind == "renamed":
+        return {f"foo.{name}" if i % 10 == 0 else name: tensor for i, (name, tensor) in enumerate(state.items())}
+    if kind == "part":
+        return {name: tensor for name, tensor in state.items() if not name.startswith("layer4")}
+    if kind == "one":
+        return {name: tensor for name, tensor in state.items() if name != convolution}
+    return state | {convolution: torch.full_like(state[convolution], float(kind))}
+
+
+@pytest.mark.parametrize("source", ["timm", "zoo", "own"])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("other", r"tensors of test_resnet are not in these weights \(loaded 0; .*another architecture\?"),
+        ("renamed", r"tensors of test_resnet are not in these weights .*missing \d+: conv1.*--allow-partial"),
+        ("part", r"tensors of test_resnet are not in these weights .*missing \d+: layer4"),
+        ("one", r"tensors of test_resnet are not in these weights .*missing 1: layer3\.0\.conv1\.weight"),
+        ("nan", r"'layer3\.0\.conv1\.weight' has values that are NaN or infinite"),
+        ("inf", r"'layer3\.0\.conv1\.weight' has values that are NaN or infinite"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_with_the_table(source: str, kind: str, says: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "weights.pt", tmp_path / "out"
+    torch.save(spoilt(kind), file)
+
+    def make(**options: Any) -> None:
+        if source == "timm":
+            export_timm(TAG, out, revision="abc", file=str(file), **options)
+        elif source == "zoo":
+            export_zoo("barlow-twins", out, revision="abc", file=file, **options)
+        else:
+            about: Any = {"seen": ["nih-cxr14"], "labelled": [], "licence": "ours", "revision": "abc"}
+            export_own(file, out, architecture="test_resnet", **about, **options)
+
+    with pytest.raises((RequestError, WorkError), match=f"^{file}: {says}"):
+        make()
+    assert not out.exists()
+    if kind in ("other", "nan", "inf"):  # these are refused all the same
+        with pytest.raises((RequestError, WorkError), match=says):
+            make(allow_partial=True)
+        return
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # what is missing is drawn by a seed of its own
+        make(allow_partial=True)
+        made.append(read_export(out))
+    assert made[0].sha256 == made[1].sha256
+    step = made[0].lineage[0]
+    share, whole = (int(number) for number in step["loaded"].removesuffix(" tensors").split(" of "))
+    assert whole - share == len(step["missing"]) > 0
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_the_hub_sends_takes_the_same_path(missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = spoilt("part") if missing else dict(timm.create_model("test_resnet").state_dict())
+    save_file(state, tmp_path / "sent.safetensors")
+    asked = []
+
+    def sent(**what: Any) -> str:
+        asked.append(what["repo_id"])
+        return str(tmp_path / "sent.safetensors")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", sent)
+    if missing:
+        with pytest.raises(WorkError, match=rf"^timm:{TAG}: tensors of test_resnet are not in these weights .*layer4"):
+            export_timm(TAG, tmp_path / "out", revision="abc")
+    else:
+        export_timm(TAG, tmp_path / "out", revision="abc")
+        expected = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        assert read_export(tmp_path / "out").sha256 == sha256_of(expected)
+    assert asked == [f"timm/{TAG}"]
+
+    def closed(**what: Any) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", closed)
+    with pytest.raises(WorkError, match=rf"^timm:{TAG}: could not be fetched \(OSError: no route\) .*--file FILE"):
+        export_timm(TAG, tmp_path / "out", revision="abc")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ones_own_weights_keep_their_tensors_and_channels(channels: int, tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=4, in_chans=channels)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in network.state_dict().items()}, "epoch": 9}, tmp_path / "x.pth")
+    about: Any = {"seen": ["padchest"], "labelled": ["nih-cxr14"], "licence": "ours", "revision": "abc", "image_size": 96}
+    export_own(tmp_path / "x.pth", tmp_path / "mine", architecture="test_resnet", normalisation="neutral", **about)
+    info = read_export(tmp_path / "mine")
+    assert info.sha256 == sha256_of({name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")})
+    assert (info.name, info.in_chans, info.mean, info.std) == ("mine", channels, (0.5,) * channels, (0.25,) * channels)
+    assert ([entry["dataset"] for entry in info.data], info.labelled_datasets) == (["padchest", "nih-cxr14"], ["nih-cxr14"])
+    assert (info.licence, info.image_size, info.method) == ("ours", 96, "own")
+    with pytest.raises(RequestError, match="did you mean 'neutral'"):
+        export_own(tmp_path / "x.pth", tmp_path / "mine", architecture="test_resnet", normalisation="neutra", **about)
+
+
+def test_positions_of_ones_own_weights_are_not_interpolated(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit", img_size=96, num_classes=0).state_dict()
+    torch.save(state, tmp_path / "x.pt")
+    about: Any = {"architecture": "test_vit", "seen": ["padchest"], "labelled": [], "licence": "ours", "revision": "abc"}
+    with pytest.raises(RequestError, match=r"its positions are not for images of 224 px \(--image-size 96\)"):
+        export_own(tmp_path / "x.pt", tmp_path / "mine", **about)
+    assert export_own(tmp_path / "x.pt", tmp_path / "mine", **about, image_size=96) == sha256_of(state)
 
 
 def test_a_hash_on_the_card_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

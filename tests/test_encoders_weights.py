@@ -1,6 +1,8 @@
 """Weights: nothing is loaded in silence, nothing is unpickled."""
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save_file
 
 from base.errors import RequestError, WorkError
 from encoders.build import build
-from encoders.weights import PREFIXES, adapt_input, load_into, load_local, sha256_of, timm_pretrained
+from encoders.weights import PREFIXES, adapt_input, load_into, load_local, read_checkpoint, sha256_of, tensors_of
 
 
 def plain(seed: int, in_chans: int = 3) -> dict[str, torch.Tensor]:
@@ -87,14 +89,53 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
         load_local(tmp_path)
 
 
-def test_published_weights_go_through_timms_own_loader(tmp_path: Path) -> None:
-    import timm
+class Runs:
+    """What a malicious file would hold."""
 
-    whole = timm.create_model("test_resnet", num_classes=1000)  # the layout that is published: with its classifier
-    save_file(whole.state_dict(), str(tmp_path / "weights.safetensors"))
-    found = timm_pretrained("test_resnet.r160_in1k", file=str(tmp_path / "weights.safetensors"))
-    expected = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("fc.")}
-    assert sha256_of(found.state) == sha256_of(expected)
-    assert (found.mean, found.image_size, found.licence) == ((0.5, 0.5, 0.5), 160, "apache-2.0")
-    with pytest.raises(RequestError, match=r"did you mean 'test_resnet\.r160_in1k'"):
-        timm_pretrained("test_resnet.r160_in1")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing.pt", "no such file"),
+        ("folder", "a folder, not a file of weights"),
+        ("empty.pt", r"this file is empty \(weights are a \.safetensors file, or"),
+        ("empty.safetensors", "this file is empty"),
+        ("short.pt", "it is damaged, or not what torch.save writes"),
+        ("text.pt", "it is damaged, or not what torch.save writes"),
+        ("short.safetensors", "not a safetensors file, or one that was cut short"),
+        ("code.pt", r"it holds more than tensors and plain values \(getattr\), which could run code: not read"),
+        ("module.pt", r"it holds more than tensors and plain values \(torch\.nn\S+\), which could run code: not read"),
+        ("plain.pkl", "it is damaged, or not what torch.save writes"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_and_said_what_they_are(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("empty.pt").touch()
+    Path("empty.safetensors").touch()
+    Path("text.pt").write_text("no model")
+    torch.save(plain(1), "whole.pt")
+    save_file(plain(1), "whole.safetensors")
+    for kind in ("pt", "safetensors"):
+        Path(f"short.{kind}").write_bytes(Path(f"whole.{kind}").read_bytes()[:3000])
+    torch.save({"a": Runs()}, "code.pt")
+    torch.save(torch.nn.Linear(2, 2), "module.pt")
+    Path("plain.pkl").write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(RequestError, match=f"^{name}: {says}") as found:
+        read_checkpoint(name)
+    assert "weights_only" not in str(found.value)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("container", [None, "state_dict", "model", "state_dict_ema"])
+def test_the_tensors_of_a_checkpoint_are_found(container: str | None) -> None:
+    state = plain(1)
+    held = {container: {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3} if container else state
+    assert sha256_of(tensors_of(held, "x.pt")) == sha256_of(state)
+    with pytest.raises(RequestError, match=r"^x\.pt: it holds no tensors by name"):
+        tensors_of({"epoch": 3, "model": {"name": "resnet"}}, "x.pt")

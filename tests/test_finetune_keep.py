@@ -43,6 +43,15 @@ def test_a_cell_keeps_the_encoder_that_it_trained(shards: dict[str, str], tmp_pa
         torch.testing.assert_close(encoder.eval()(image), again.module.eval().encoder(image), atol=1e-4, rtol=1e-4)
 
 
+def test_a_side_that_is_padded_for_masks_is_that_of_the_export(shards: dict[str, str], tmp_path: Path) -> None:
+    """A vision transformer takes whole patches, and masks of any side."""
+    fields: dict[str, Any] = {"architecture": "test_vit", "strategy": {"name": "linear"}, "resolution": 50}
+    config = tiny_cell.config(shards, tmp_path, task="phantom-vessels", keep="encoder", **fields)
+    result = run(config, LocalContext(dir=str(tmp_path)))
+    info = read_export(Path(config.out) / "encoder")
+    assert (info.image_size, result["resolution"]) == (64, 50)
+
+
 def test_an_encoder_is_kept_only_where_asked_and_a_result_without_is_computed_again(shards: dict[str, str], tmp_path: Path) -> None:
     config = tiny_cell.config(shards, tmp_path)
     run(config, LocalContext(dir=str(tmp_path)))

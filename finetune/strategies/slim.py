@@ -79,7 +79,7 @@ def _narrowed(architecture: str, own: Mapping[str, int], points: Sequence[Cut], 
     """The widths of the stages, those that end after the cut of that index divided. Raises RequestError: they do not divide."""
     narrow = [width for stage, width in own.items() if _end(points, stage) > last]
     if any(width % factor for width in narrow):
-        raise RequestError(f"{narrow} channels of {architecture} do not divide by {factor}", where="strategy slim: factor")
+        raise RequestError(f"factor: {narrow} channels of {architecture} do not divide by {factor}")
     return tuple(width // factor if _end(points, stage) > last else width for stage, width in own.items())
 
 
