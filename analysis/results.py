@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import yaml
 from pydantic_core import from_json
 
@@ -67,7 +66,7 @@ class Cell:
         except KeyError:
             raise AttributeError(name) from None
 
-    @property
+    @cached_property
     def key(self) -> str:
         return str(self.result["key"])
 
@@ -479,5 +478,9 @@ def in_groups(cells: Iterable[Cell]) -> dict[tuple[Any, ...], list[Cell]]:
 
 def mean_sd(values: Iterable[float]) -> tuple[float, float, int]:
     """Mean, standard deviation (ddof 1) and count of the finite values; NaN where undefined."""
-    held = np.array([value for value in values if math.isfinite(value)], float)
-    return (float(held.mean()) if len(held) else math.nan, float(held.std(ddof=1)) if len(held) > 1 else math.nan, len(held))
+    held = [value for value in values if math.isfinite(value)]  # no array: they are few, and a report asks for thousands of means
+    if not held:
+        return math.nan, math.nan, 0
+    mean = math.fsum(held) / len(held)
+    squares = math.fsum((value - mean) ** 2 for value in held)
+    return mean, math.sqrt(squares / (len(held) - 1)) if len(held) > 1 else math.nan, len(held)

@@ -9,6 +9,7 @@ Legend: K cells, L labels, M positives, N images, P patients, S seeds.
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def units(values: Mapping[tuple[int, int], float]) -> tuple[dict[int, float], bo
     groups: dict[int, list[float]] = {}
     for (source, seed), value in values.items():
         groups.setdefault(source if several else seed, []).append(value)
-    return {unit: float(np.mean(held)) for unit, held in groups.items()}, several
+    return {unit: fmean(held) for unit, held in groups.items()}, several
 
 
 def _units(cells: Sequence[Scores], metric: str) -> tuple[dict[int, float], bool]:

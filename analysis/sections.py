@@ -21,7 +21,7 @@ from analysis.tables import ROWS, cell, esc, num, over_seeds, short, table
 from base import paths, storage
 from base.config import digest
 
-PANELS = 24  # learning-curve figures in a page; more would not be read
+PANELS = 12  # learning-curve figures in a page; more would not be read
 DRAWN = 40  # differences of a figure
 LINES = 8  # sources of a figure: there are seven colours
 

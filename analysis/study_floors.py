@@ -86,11 +86,14 @@ class StudyFloors:
         """Of one setting's cells: the predictors that their mean on test images is not above, and those that it is clearly under."""
         mean, _, _ = results.mean_sd(c.value(metric) for c in cells)
         floors = {name: results.number(values.get(metric)) for name, values in self.under(cells).items()}
-        values, reached = {name: floor for name, floor in floors.items() if mean <= floor}, _runs(cells, metric)
+        values = {name: floor for name, floor in floors.items() if mean <= floor}
+        if not values:
+            return Standing({}, [])
         fits = self.fits.get((cells[0].task, float(cells[0].fraction)), [])
         against = {name: [results.number(fit.get(name, {}).get(metric)) for fit in fits] for name in values}
         if "shuffled" in values:
             against["shuffled"] = _runs(self._shuffled[_setting(cells[0])], metric)
+        reached = _runs(cells, metric)
         return Standing(values, [name for name in values if clearly_under(reached, against[name])])
 
     @cached_property

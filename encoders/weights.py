@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # Of what is no tensor and no plain value, PyContrast's files hold their command line: a Namespace, which is a dictionary with dots.
 HARMLESS: list[Any] = [argparse.Namespace]
-TENSORS_ALONE = "weights are a .safetensors file, or what torch.save(model.state_dict(), FILE) writes"
+TENSORS_ALONE = "weights are a .safetensors file, or a state_dict that torch.save wrote"
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which a checkpoint holds its tensors; timm's, in timm's order
 
 # Longest first where one begins another. MoCo and PCL: module.encoder_q.; InfoMin, InsDis, PIRL: module.encoder.; SwAV and kin: module.
