@@ -171,7 +171,7 @@ def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, decl
     first = cells[0]
     own, corpora = any(c.own_source for c in cells), sorted({name for c in cells for name in c.exposed_to})
     (under, which), standing = bar(evidence.floors.under(cells), metric), evidence.floors.standing(cells, metric)
-    spread = f'<span class="sd">± {num(sd)}</span>' if len(units) > 1 else '<span class="sd">one seed</span>'
+    spread = f'± {num(sd)}</span> <span class="n">n {n}' if len(units) > 1 else "one seed"
     marks = '<span class="tag own">own source</span>' if own else ""
     marks += f'<span class="tag own">exposed to {esc(", ".join(corpora))}</span>' if corpora else ""
     marks += f'<span class="tag bad">{lost} failed or without a number</span>' if (lost := evidence.lost(cells)) else ""
@@ -181,7 +181,7 @@ def _mean(evidence: Evidence, cells: list[Cell], metric: str, shade: float, decl
         better = found.comparison.estimate > 0
         marks += f'<span class="tag {"good" if better else "bad"}">{"▲ above" if better else "▼ below"} {esc(found.b)}</span>'
     why = f"{num(mean, 4)}, sd {num(sd, 4)}, n = {n}" + (f"; floor {num(under)} ({WORDS.get(which, which)})" if which else "")
-    text = f'<b>{num(mean)}</b> {spread} <span class="n">n {n}</span>' + (f"<br>{marks}" if marks else "")
+    text = f'<b>{num(mean)}</b> <span class="sd">{spread}</span>' + (f"<br>{marks}" if marks else "")
     return cell(text, sort=mean, cls="heat bad" if standing.under else "heat", style=f"--h:{shade:.2f}", title=why)
 
 
