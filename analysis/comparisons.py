@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from analysis.results import Cell
 from analysis.statistics import Comparison, compare
 from base import storage
 from base.config import digest
+from base.errors import WorkError
 
 CODE = ("statistics", "components", "replicates", "loaded")  # modules that decide a comparison
 FEW = 400  # cells under which other processes take longer to start than the comparisons
@@ -51,6 +53,7 @@ class Comparisons:
         self._whole: set[str] = set()  # keys of those that may be kept
         self._coming: dict[str, tuple[Future[list[tuple[Comparison, bool]]], int]] = {}  # and its place in a job
         self._load = Loaded()
+        self._pool: ProcessPoolExecutor | None = None
         self.computed = 0
 
     def begin(self, pairs: Iterable[Pair]) -> None:
@@ -66,11 +69,15 @@ class Comparisons:
         jobs = [[([_bare(cell) for cell in a], [_bare(cell) for cell in b], m) for a, b, m in map(new.__getitem__, held)] for held in keys]
         settings = (self.bootstrap.replicates, self.bootstrap.seed)
         # Not forked: the process that writes a report may have threads of Ray and of storage clients.
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
         for held, job in zip(keys, jobs, strict=True):
-            made = pool.submit(_in_worker, job)
+            made = self._pool.submit(_in_worker, job)
             self._coming |= {key: (made, place) for place, key in enumerate(held)}
-        pool.shutdown(wait=False)  # its processes end with the last job
+
+    def end(self) -> None:
+        """Nothing more is asked for: what is not made yet will not be."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def of(self, a: Sequence[Cell], b: Sequence[Cell], metric: str) -> Comparison:
         """`compare` of the two sides' predictions, which are read only where it was not made before."""
@@ -79,9 +86,16 @@ class Comparisons:
             self._asked[key] = self._held[key]
             self._whole.add(key)
         elif key not in self._asked:
-            made, place = self._coming.pop(key, (None, 0))
-            self._keep(key, *(computed((a, b, metric), self.bootstrap, self._load) if made is None else made.result()[place]))
+            self._keep(key, *(self._made(key) or computed((a, b, metric), self.bootstrap, self._load)))
         return self._asked[key]
+
+    def _made(self, key: str) -> tuple[Comparison, bool] | None:
+        made, place = self._coming.pop(key, (None, 0))
+        try:
+            return None if made is None else made.result()[place]
+        except BrokenProcessPool as error:
+            why = "a process that made comparisons was ended from outside, perhaps for want of memory"
+            raise WorkError(why, where=self.url, hint="the same command again, with less beside it") from error
 
     def write(self) -> None:
         """What was asked for and is whole, and no more."""

@@ -2,7 +2,7 @@
 
 finding.sentence(evidence); finding.declared, finding.mark, finding.about; significance(evidence)        # a table of all of them
 
-What is compared, and why these, is analysis.evidence.
+What is compared, and why these, is analysis.family.
 """
 
 import math

@@ -310,10 +310,6 @@ def _benchmark(evidence: Evidence) -> list[Layout]:
     return made
 
 
-def stars(a: Sequence[Cell], b: Sequence[Cell], metric: str) -> str:
-    """`n.s.` or the benchmark's stars of Student's test over seeds, as analysis.secondary makes it; nothing where it refuses."""
-    return _starred(over_seeds(a, metric), over_seeds(b, metric))
-
-
 def _starred(a: Spread, b: Spread) -> str:
+    """`n.s.` or the benchmark's stars of Student's test over seeds, as analysis.secondary makes it; nothing where it refuses."""
     return str(secondary.unpaired(np.array(a.units), np.array(b.units)).get("stars", ""))

@@ -14,7 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-TOGETHER = 500_000  # sums of ranks held at a time by the exact distribution; where it takes more, the asymptotic one stands for it
+# Sums of ranks that the exact distribution may hold at a time and go through in all; beyond these the asymptotic one stands for it.
+TOGETHER, TRIED = 500_000, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,19 @@ def exact(ranks_NK: NDArray[np.float64]) -> tuple[float, float]:
     """
     twice_NK = np.rint(2 * ranks_NK).astype(np.int64)  # mean ranks of ties are halves
     settings, sources = twice_NK.shape
+    if settings == 1:
+        return 1.0, 1.0
     if math.factorial(sources) > TOGETHER:
         return math.nan, math.nan
     orders = np.array(list(itertools.permutations(range(sources))))
     place_K = (2 * settings * sources + 1) ** np.arange(sources, dtype=np.int64)
     # Sums of ranks of the settings so far, sorted: which source has which makes no difference. One setting's are the same in any order.
     sums_MK, weight_M = np.sort(twice_NK[:1]), np.ones(1, np.float64)
+    tried = 0
     for row_K in twice_NK[1:]:
-        if len(sums_MK) * len(orders) > TOGETHER:
+        step = len(sums_MK) * len(orders)
+        tried += step
+        if step > TOGETHER or tried > TRIED:
             return math.nan, math.nan
         every_MK = np.sort(sums_MK[:, None] + row_K[orders], axis=-1).reshape(-1, sources)
         _, first, which = np.unique(every_MK @ place_K, return_index=True, return_inverse=True)

@@ -41,6 +41,14 @@ def report(out: str, evidence: Evidence | None = None) -> str:
         WorkError: the storage cannot be written.
     """
     evidence = evidence or gather(out)
+    try:
+        return _write(evidence)
+    finally:
+        evidence.comparisons.end()
+
+
+def _write(evidence: Evidence) -> str:
+    out = evidence.out
     results.write_results(out, evidence.finished)
     for name in ("tables", "figures", "secondary.csv"):  # those of an earlier report
         storage.remove(storage.join(out, "report", name))

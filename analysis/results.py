@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-from pydantic_core import from_json
 
 from base import storage
 from base.config import digest
@@ -207,7 +206,7 @@ def read_json(url: str) -> Any:
     """A JSON file, or None where there is none or it is not (yet) JSON."""
     raw = storage.read_or_none(url)
     try:
-        return None if raw is None else from_json(raw)
+        return None if raw is None else storage.parsed(raw)
     except ValueError:
         return None
 

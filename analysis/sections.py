@@ -35,8 +35,7 @@ def forests(evidence: Evidence) -> str:
     """One figure for each metric that has differences; a claim about a comparison that is also a gain or a control stands for it."""
     by_metric: dict[str, dict[object, list[Finding]]] = {}
     for i, f in enumerate(evidence.findings):
-        # Of the same cells the estimate is the same but for its direction.
-        same = (f.metric, f.dataset, f"{abs(f.comparison.estimate):.12f}") if math.isfinite(f.comparison.estimate) else i
+        same = f.compared if math.isfinite(f.comparison.estimate) else i
         by_metric.setdefault(evidence.unit(f.metric, f.dataset), {}).setdefault(same, []).append(f)
     known = {unit: held for unit, held in by_metric.items() if any(isinstance(same, tuple) for same in held)}
     parts, more = [], 0
@@ -50,16 +49,8 @@ def forests(evidence: Evidence) -> str:
 
 
 def _forest_label(evidence: Evidence, f: Finding) -> str:
-    where = f.entry.where() if f.entry is not None else _without_json(f.words(evidence), f)
+    where = f.entry.where() if f.entry is not None else f.words(evidence)
     return f"{f.a} − {f.b}, {where}"
-
-
-def _without_json(title: str, one: Cell | Finding) -> str:
-    """A title with the options of its strategy as the ledger has them: `truncated cut=layer3`."""
-    options = json.loads(one.options or "{}")
-    return title.replace(
-        one.setting, " ".join([str(one.strategy), *(f"{name}={value}" for name, value in options.items() if value is not None)])
-    )
 
 
 def curves(evidence: Evidence) -> str:
@@ -83,7 +74,7 @@ def curves(evidence: Evidence) -> str:
             words = [task, results.setting(strategy, options)] + ([f"{fraction * 100:g} %"] if len(evidence.varied["fraction"]) > 1 else [])
             words += [f"{resolution} px"] if len(evidence.varied["resolution"]) > 1 else []
             words += [architecture] if len(evidence.varied["architecture"]) > 1 else []
-            parts.append(figures.learning(f"learn{i}", _without_json(", ".join(words), held[0]), series, f"validation {label}"))
+            parts.append(figures.learning(f"learn{i}", ", ".join(words), series, f"validation {label}"))
     many = f" Of {len(order)} encoders the first and those that lead on validation." if len(order) > LINES else ""
     more = f"The first {PANELS} of {len(groups)} settings." if len(groups) > PANELS else ""
     shares = _by_fraction(evidence, order)
@@ -119,7 +110,7 @@ def _by_fraction(evidence: Evidence, order: dict[str, int]) -> list[str]:
             if units:
                 series.setdefault(source, (order[source], []))[1].append((float(fraction), mean, sd))
         # Shares vary, or there were no figure: the last of the words is the share.
-        title = _without_json(", ".join(dict.fromkeys([task, held[0].setting, *evidence.where(held[0])[:-1]])), held[0])
+        title = ", ".join(dict.fromkeys([task, held[0].setting, *evidence.where(held[0])[:-1]]))
         if len(parts) == PANELS:
             return [*parts, f'<p class="faint">The first {PANELS} settings with several shares.</p>']
         parts.append(figures.fractions(f"frac{i}", title, series, f"test {evidence.unit(metric, dataset)}"))

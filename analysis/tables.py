@@ -5,6 +5,7 @@ Each function takes the Evidence and returns HTML; `table` is the one place wher
 
 import html
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,8 +72,8 @@ def over_seeds(cells: Iterable[Cell], metric: str, label: str | None = None) -> 
     values = {(c.source_seed, c.seed): value for c in cells if math.isfinite(value := c.value(metric, label=label))}
     held, several = secondary.units(values)
     mean, sd, n = results.mean_sd(held.values())
-    each, rest = divmod(len(values), n) if several else (1, 0)
-    words = f"{n} pretrainings, {len(values)} runs" if rest else f"{n} × {each}" if several else str(n)
+    counts = set(Counter(source for source, _ in values).values())
+    words = str(n) if not several else f"{n} × {counts.pop()}" if len(counts) == 1 else f"{n} pretrainings, {len(values)} runs"
     return Spread(mean, sd, words, list(held.values()))
 
 

@@ -97,7 +97,7 @@ def finetune_study(task: str, settings: Sequence[str]) -> Study:
         "task_settings": {task: one.settings} if one.settings else {},
     }
     stem, preset = with_preset(task)
-    name = Path(stem).stem + ("" if stem == task else f"-{preset}")
+    name = load_task(task).task + ("" if stem == task else f"-{preset}")
     study = _study(f"finetune-{name}", one, {"cells": matrix}, where)
     if one.architecture and one.source != "random":
         raise RequestError(f"'{one.source}' brings its own architecture", where=f"{where}: architecture", hint="leave it out")

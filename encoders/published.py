@@ -167,13 +167,13 @@ def export_own(
 
 
 def _fill(encoder: Encoder, state: State, where: str, allow_partial: bool) -> dict[str, Any]:
-    """Load the tensors, all of them unless `allow_partial`; returns what the lineage says of those that were missing or reshaped.
+    """Load the tensors, all of them unless `allow_partial`; returns what the lineage says of those that were missing.
 
     Missing ones stay as `build` drew them, by a seed.
 
     Raises:
         RequestError: a loaded tensor has values that are not finite.
-        WorkError: tensors of the encoder are missing, or all of them.
+        WorkError: tensors of the encoder are missing, or all of them, or its layers hold others beside.
     """
     report = load_into(encoder.net, state, allow_partial=True)
     if report.missing and not (allow_partial and report.loaded):
@@ -181,10 +181,16 @@ def _fill(encoder: Encoder, state: State, where: str, allow_partial: bool) -> di
         hint = partial if report.loaded else "are they of another architecture?"
         raise WorkError(f"tensors of {encoder.architecture} are not in these weights ({report.table()})", where=where, hint=hint)
     loaded = encoder.net.state_dict()
-    bad = [name for name in report.loaded if not loaded[name].isfinite().all()]
+    layers = {name.partition(".")[0] for name in loaded}
+    beside = [name.removeprefix(report.prefix) for name in report.unexpected if name.startswith(report.prefix) and name.endswith(".weight")]
+    foreign = [name for name in beside if name.partition(".")[0] in layers]
+    if foreign and not allow_partial:
+        what = f"{len(foreign)} tensors of these weights have no place in {encoder.architecture}: {', '.join(foreign[:3])}"
+        raise WorkError(what, where=where, hint="are they of a deeper network? --allow-partial takes those that fit")
+    bad = [name for name in report.loaded if not loaded[name].isfinite().all() or (name.endswith("running_var") and loaded[name].min() < 0)]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise RequestError(f"'{bad[0]}'{more} has values that are NaN or infinite: such weights are not taken", where=where)
+        raise RequestError(f"'{bad[0]}'{more} has values that are NaN or infinite, or a variance under 0: not taken", where=where)
     if not report.missing:
         return {}
     counted = [name for name in report.loaded if not name.endswith("num_batches_tracked")]

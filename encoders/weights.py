@@ -73,14 +73,14 @@ def load_local(path: str | Path) -> State:
     """Tensors of a `.safetensors` file, or of `model.safetensors` in a folder.
 
     Raises:
-        RequestError: nothing there, or a pickle.
+        RequestError: nothing there, or another kind of file.
     """
     place = Path(path)
     file = place / "model.safetensors" if place.is_dir() else place
     if not file.is_file():
         raise RequestError("no weights here", where=str(file), hint="expected an exported encoder's folder or a .safetensors file")
     if file.suffix != ".safetensors":
-        raise RequestError(f"'{file.suffix}' files are not read: they can run code", where=str(file), hint="convert it to .safetensors")
+        raise RequestError(f"'{file.suffix}' is no exported encoder", where=str(file), hint=f"allograft weights NAME --file {file}")
     return _safetensors(file)
 
 
@@ -186,7 +186,8 @@ def timm_names(net: Any, state: State, where: str) -> State:
     Raises:
         WorkError: the filter takes them for another network's.
     """
-    module = sys.modules[type(net).__module__]
+    module, prefix = sys.modules[type(net).__module__], _prefix(net.state_dict(), state)
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     try:
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(state, net)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from analysis.findings import Finding, effect
 from analysis.replicates import Bootstrap, Scores
 from analysis.results import finished
 from analysis.statistics import Comparison
+from base.errors import WorkError
 from base.seeds import rng
 
 QUICK = Bootstrap(150)
@@ -303,8 +305,9 @@ def test_stars_are_those_of_a_two_sample_t_test(tmp_path: Path) -> None:
     held = results.by(finished(str(out)), "source")
     a, b = held["simclr",], held["random",]
     p = stats.ttest_ind(*([cell.value("auroc_mean") for cell in side] for side in (a, b))).pvalue
-    assert papers.stars(a, b, "auroc_mean") == secondary.stars(p)
-    assert papers.stars(a[:1], b, "auroc_mean") == ""
+    over = partial(tables.over_seeds, metric="auroc_mean")
+    assert papers._starred(over(a), over(b)) == secondary.stars(p)
+    assert papers._starred(over(a[:1]), over(b)) == ""
 
 
 def with_test_means(out: Path, values: dict[str, list[float]], metric: str = "auroc_mean") -> Evidence:
@@ -560,9 +563,32 @@ def test_comparisons_shared_out_over_processes_are_those_of_one(tmp_path: Path, 
     out = make(tmp_path, {"random": 0.0, "simclr": 0.4, "random-b": 0.0}, tasks=tasks, seeds=3, images=60)
     alone = gather(str(out), QUICK)
     monkeypatch.setattr("analysis.comparisons.FEW", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     together = gather(str(out), QUICK)
+    assert len(together.comparisons._coming) == 4
     assert repr(together.findings) == repr(alone.findings)
     assert together.comparisons.computed == alone.comparisons.computed == 4
+
+
+def test_does_not_repeat_a_report_that_goes_on_computing_when_it_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.4}, seeds=3, images=60)
+    monkeypatch.setattr("analysis.comparisons.FEW", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    evidence = gather(str(out), QUICK)
+    pool = evidence.comparisons._pool
+    assert pool is not None
+    monkeypatch.setattr(reports, "page", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reports.report(str(out), evidence)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(print)
+    ended = gather(str(out), QUICK)
+    killed = ended.comparisons._pool
+    assert killed is not None
+    for process in list(killed._processes.values()):
+        process.kill()
+    with pytest.raises(WorkError, match=r"ended from outside.*same command again"):
+        ended.answer()
 
 
 def computed(evidence: Evidence) -> int:

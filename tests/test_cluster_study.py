@@ -106,6 +106,10 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"out": "s3://bucket/x"}, "tracking must be a server"),
         ({"preset": "smok"}, ": preset: unknown preset 'smok' (there is none)"),
         ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
+        (
+            {"champion": {"task": "phantom-chest"}, "pretrain": [], "cells": {**TINY["cells"], "sources": ["random"]}},
+            ": champion: only pretrainings of the study are registered, and it has none",
+        ),
         ({"champion": {"task": "phantom-chest", "metric": "auroc_maen"}}, "champion.metric"),
         ({"champion": {"task": "phantom-chest", "metric": "dice"}}, "does not measure phantom-chest"),
         ({"tracking": "foo"}, "tracking"),
@@ -496,8 +500,9 @@ def test_one_cell_may_name_a_preset_and_without_data_the_words_to_type_are_said(
     assert (one.study, one.out) == ("finetune-phantom-chest-smoke", str(Path("runs/finetune-phantom-chest-smoke").absolute()))
     assert finetune_study("phantom-chest", words).out != one.out  # the second task finds a folder of its own
     assert finetune_study("phantom-chest", [*words, "out=/x"]).out == "/x"
-    (tmp_path / "own.yaml").write_text(named("task", "phantom-chest").read_text())
-    assert finetune_study(f"{tmp_path}/own.yaml/smoke", words).study == "finetune-own-smoke"
+    text = named("task", "phantom-chest").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace("task: phantom-chest", "task: mine"))  # a folder goes by the task's own name
+    assert finetune_study(f"{tmp_path}/own.yaml/smoke", words).study == "finetune-mine-smoke"
     with pytest.raises(RequestError, match="where are the images") as refused:
         finetune_study("phantom-chest", ["architecture=test_resnet"])
     assert "data.phantom-chest.raw=FOLDER" in str(refused.value)
