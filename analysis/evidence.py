@@ -211,7 +211,15 @@ class Evidence:
         """What is missing, before anything is said."""
         lead = self._unread()
         lead += f"{len(self.cells)} of {self.asked} cells finished: " if self.missing else ""
-        return lead + (f"{len(self.numberless)} of {len(self.cells)} have no number on test images: " if self.numberless else "")
+        why = ", where no label of theirs has both values" if self._one_sided else ""
+        return lead + (f"{len(self.numberless)} of {len(self.cells)} have no number on test images{why}: " if self.numberless else "")
+
+    @cached_property
+    def _one_sided(self) -> bool:
+        """Whether the reason of those without a number is that every label of theirs is all positive or all negative on test images."""
+        lost = [cell for cell in self.cells if cell.key in self.numberless]
+        rows = [row for cell in lost for row in cell.metrics if row["split"] == "test" and row["metric"] == "prevalence"]
+        return bool(rows) and all(row["value"] in (0, 1) for row in rows)
 
     def _unread(self) -> str:
         """Damaged files, in words."""

@@ -304,6 +304,10 @@ def test_metrics_that_are_not_numbers_and_a_flagged_control(tmp_path: Path) -> N
     page = text_of(out)
     assert "no number" in page
     assert gather(str(out), QUICK).answer() == "9 of 9 have no number on test images: no two sources can be compared"
+    for cell in finished(str(out)):
+        rows = [*cell.metrics, {**cell.metrics[0], "split": "test", "metric": "prevalence", "value": 0.0}]
+        Path(cell.url, "result.json").write_text(json.dumps({**cell.result, "metrics": rows}))
+    assert gather(str(out), QUICK).answer().startswith("9 of 9 have no number on test images, where no label of theirs has both values: ")
 
 
 def test_shuffled_labels_stand_among_the_controls_only(tmp_path: Path) -> None:
