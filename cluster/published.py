@@ -11,7 +11,7 @@ from pathlib import Path
 
 from base import storage
 from base.errors import RequestError
-from base.paths import revision, safe_name
+from base.paths import names, revision, safe_name
 
 
 def default_dir() -> str:
@@ -109,12 +109,14 @@ def show(source: str, folder: str) -> None:
     from encoders.export import read_export
 
     info = read_export(folder)
+    bare = sorted({str(entry["dataset"]) for entry in info.data} - set(names("card")))
     rows = [
         ("weights", f"{info.name}: {info.architecture}, {info.method}"),
         ("have seen", ", ".join(str(entry["dataset"]) for entry in info.data)),
         ("licence", info.licence),
         ("sha256", info.sha256),
-        *[("random", f"all but {step['loaded']}: {', '.join(step['missing'])}") for step in info.lineage if step.get("missing")],
+        *([("of no card", f"{', '.join(bare)}: leakage is judged by these names")] if bare and info.method == "own" else []),
+        *[("random", f"all but {step['loaded']}, namely {', '.join(step['missing'])}") for step in info.lineage if step.get("missing")],
         ("at", folder),
         ("use", f"start_from: {source}, or cells.sources: [{source}]"),
     ]

@@ -129,8 +129,10 @@ def test_a_state_dict_of_plain_timm_becomes_the_source_of_a_cell(
     monkeypatch.chdir(tmp_path)
     network = timm.create_model("test_resnet", num_classes=4, in_chans=1)
     torch.save(network.state_dict(), "model.pt")
-    assert command(monkeypatch, "weights", "mine", "--file", "model.pt", *OWN, "--image-size", "32") == 0
-    assert f"cells.sources: [{tmp_path}/mine]" in capsys.readouterr().out
+    assert command(monkeypatch, "weights", "mine", "--file", "model.pt", *OWN, "--seen", "padchset", "--image-size", "32") == 0
+    said = capsys.readouterr().out
+    assert f"cells.sources: [{tmp_path}/mine]" in said
+    assert "padchest, padchset: leakage is judged by these names" in said
     found = external("./mine", str(tmp_path / "out"), "")
     expected = sha256_of({name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")})
     shards = tiny_cell.corpora(tmp_path / "corpora")
