@@ -157,6 +157,8 @@ def _closing(study: Any, summary: Any) -> None:
             why = f"no encoder has cells of {study.champion.task} that count: own-source, exposed and incomplete settings do not"
             print(f"champion  none: {why}; allograft promote {study.study} VERSION --reason WHY --tracking {where}")
         print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
+    elif study.champion and not study.pretrain:
+        print("champion  none: only pretrainings of the study are registered, and it has none")
     if study.cells is None:
         from cluster.standing import encoders
 

@@ -134,7 +134,7 @@ def resolve_tasks(study: Study, where: str) -> Study:
     A task is named by its own name or by its file, either with or without the preset that `cells.tasks` has it in.
 
     Raises:
-        RequestError: naming file and key: no such task in the study, one name for two, or a champion where nothing is registered.
+        RequestError: naming file and key: no such task in the study, or one name for two.
     """
     cells = study.cells
     if cells is None:
@@ -168,9 +168,6 @@ def resolve_tasks(study: Study, where: str) -> Study:
     tasks = _tasks(cells, where)
     champion = study.champion
     if champion is not None:
-        if not study.pretrain:
-            why = "only pretrainings of the study are registered, and it has none"
-            raise RequestError(why, where=f"{where}: champion", hint="leave it out")
         champion = champion.model_copy(update={"task": tasks[entry_of(champion.task, "champion.task")].task})
     claims = []
     for claim in study.claims:

@@ -37,7 +37,7 @@ from cluster.ray_tasks import of_task
 from cluster.run import Summary, _drive, _tried, remove_damaged, run
 from cluster.searches import Searches
 from cluster.standing import standing_corpora
-from cluster.study import Study
+from cluster.study import Champion, Study
 from pretrain.run import PretrainConfig
 
 FOUR = {"CPU": 4.0, "GPU": 0.0}
@@ -374,6 +374,16 @@ def test_a_pretraining_that_failed_is_no_failed_cell(packed: Study, capsys: pyte
     counts = {"cells_kept": 0, "cells_new": 3, "cells_failed": 1, "restarts": 0, "deaths": 0}
     _closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer=""))
     assert "cells     0 kept, 3 new, 1 failed" in capsys.readouterr().out
+
+
+def test_does_not_repeat_a_champion_of_a_study_without_pretrainings_that_nobody_mentions(
+    packed: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"cells_kept": 1, "cells_new": 0, "cells_failed": 0, "restarts": 0, "deaths": 0}
+    ended = Summary(**counts, failed={}, versions={}, champion=None, report="index.html", answer="")
+    for champion, said in ((None, 0), (Champion(task="phantom-chest"), 1)):
+        _closing(packed.model_copy(update={"pretrain": [], "champion": champion}), ended)
+        assert capsys.readouterr().out.count("champion  none: only pretrainings of the study are registered") == said
 
 
 def test_whatever_the_registry_raises_the_report_is_written_first(packed: Study) -> None:

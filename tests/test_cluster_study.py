@@ -106,10 +106,6 @@ def test_short_forms_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"out": "s3://bucket/x"}, "tracking must be a server"),
         ({"preset": "smok"}, ": preset: unknown preset 'smok' (there is none)"),
         ({"champion": {"task": "dxc14"}}, "unknown task 'dxc14'"),
-        (
-            {"champion": {"task": "phantom-chest"}, "pretrain": [], "cells": {**TINY["cells"], "sources": ["random"]}},
-            ": champion: only pretrainings of the study are registered, and it has none",
-        ),
         ({"champion": {"task": "phantom-chest", "metric": "auroc_maen"}}, "champion.metric"),
         ({"champion": {"task": "phantom-chest", "metric": "dice"}}, "does not measure phantom-chest"),
         ({"tracking": "foo"}, "tracking"),
