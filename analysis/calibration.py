@@ -11,13 +11,12 @@ labels does not give: there a label that promises too much makes up for one that
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import figures, results
+from analysis import figures
 from analysis.evidence import Evidence
-from analysis.loaded import scores
 from analysis.metrics import ECE_BINS
 from analysis.replicates import Scores
-from analysis.subgroups import chosen
-from analysis.tables import cell, esc, num, table
+from analysis.subgroups import RUNS, chosen, some_scores
+from analysis.tables import cell, esc, num, over_seeds, table
 
 Array = NDArray[np.float64]
 Points = list[tuple[float, float, int]]
@@ -56,15 +55,14 @@ def section(evidence: Evidence) -> str:
     for number, ((task, _), sources) in enumerate(chosen(evidence).items()):
         series: dict[str, tuple[int, Points]] = {}
         for source, own in sources.items():
-            held = [s for c in own if (s := scores(c)) is not None and s.score_NL is not None]
-            held = [s for s in held if s.score_NL is not None and s.score_NL.min() >= 0 and s.score_NL.max() <= 1 + 1e-9]
+            held = [s for s in some_scores(own) if s.score_NL is not None and s.score_NL.min() >= 0 and s.score_NL.max() <= 1 + 1e-9]
             if not held:
                 continue
             series[source] = (order[source], reliability(*pooled(held)))
-            mean, sd, n = results.mean_sd(c.value("ece" if held[0].true_N is not None else "ece_mean", label="") for c in own)
+            mean, sd, n, units = over_seeds(own, "ece" if held[0].true_N is not None else "ece_mean", "")
             parts = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(own[0].setting))]
             parts += [cell(num(value, 4), sort=value) for value in (mean, sd)]
-            rows.append("".join([*parts, cell(str(n), sort=n)]))
+            rows.append("".join([*parts, cell(n, sort=len(units))]))
         if series:
             panels.append(figures.reliability(f"calib{number}", f"{task}, all labels pooled", series))
     if not rows:
@@ -73,8 +71,8 @@ def section(evidence: Evidence) -> str:
     note = (
         "ECE: of one label, the mean over test images of the distance between mean score and share of positives of their bin,"
         f" {ECE_BINS} bins of equal width; then the mean over labels, and over seeds (ece_mean of results.csv). Of labels that exclude each"
-        " other, of the highest score and the share in which it is right (ece). The diagrams pool labels and seeds of the test images, so"
-        " that labels may cancel there. Below the diagonal scores promise too much. Nothing was recalibrated. The setting of each task"
-        " that leads on validation."
+        " other, of the highest score and the share in which it is right (ece). The diagrams pool the labels of the test images and"
+        f" {RUNS} runs of an encoder at most, so that labels may cancel there. Below the diagonal scores promise too much. Nothing was"
+        " recalibrated. The setting of each task that leads on validation."
     )
     return f'<div class="panels">{"".join(panels)}</div>{table(heads, rows, cls="numbers")}<p class="faint">{note}</p>'

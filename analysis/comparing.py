@@ -24,7 +24,7 @@ from analysis.loaded import scores
 from analysis.replicates import Bootstrap
 from analysis.results import Cell
 from analysis.statistics import Comparison, compare, not_comparable
-from analysis.tables import ROWS, cell, esc, num, pvalue, table
+from analysis.tables import ROWS, cell, esc, num, over_seeds, pvalue, table
 from base import storage
 from base.config import digest
 
@@ -108,7 +108,7 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         metric = results.headline([*one, *two])
         if metric is None:
             continue
-        values = [results.mean_sd(c.value(metric) for c in side) for side in (one, two)]
+        values = [over_seeds(side, metric) for side in (one, two)]
         found = _difference(one, two, metric, bootstrap)
         found = replace(found, pretraining_seeds=min(found.pretraining_seeds, a.independent(one), b.independent(two)))
         paired = math.isfinite(found.estimate)
@@ -122,10 +122,10 @@ def page(a: Evidence, b: Evidence, bootstrap: Bootstrap | None = None) -> str:
         parts = [f'<th scope="row">{esc(key[0])}</th>', cell(esc(key[2]) + tag), cell(esc(results.setting(key[3], key[4])))]
         parts += [cell(esc(key[1]))]
         parts += [cell(f"{key[5] * 100:g} %", sort=key[5]), cell(str(key[6]), sort=key[6])]
-        parts += [cell(f'{num(mean)} <span class="sd">± {num(sd)}, n {n}</span>', sort=mean) for mean, sd, n in values]
+        parts += [cell(f'{num(mean)} <span class="sd">± {num(sd)}, n {n}</span>', sort=mean) for mean, sd, n, _ in values]
         # Of the seeds that both have, where only they can be paired: not of the means beside it.
         difference = found.estimate if paired else values[1][0] - values[0][0]
-        over = f" over {found.units} common seeds" if paired and 0 < found.units < max(n for _, _, n in values) else ""
+        over = f" over {found.units} common seeds" if paired and 0 < found.units < max(len(spread.units) for spread in values) else ""
         told = f"{signed(difference)} {esc(a.unit(metric, one[0].dataset))}{over}" if math.isfinite(difference) else "–"
         parts.append(cell(told, sort=difference))
         interval = f"[{num(found.low)}, {num(found.high)}]" if math.isfinite(found.low) else esc(found.why or found.basis)

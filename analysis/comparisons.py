@@ -56,22 +56,37 @@ class Comparisons:
         self._pool: ProcessPoolExecutor | None = None
         self.computed = 0
 
+    @property
+    def fresh(self) -> bool:
+        """Nothing is kept from an earlier report."""
+        return not self._held
+
+    def ready(self, cells: int) -> None:
+        """Start the other processes before the cells are known, where so many will be compared for the first time: they import for as long
+        as it takes to read these."""
+        processes = min(os.cpu_count() or 1, MOST)
+        if self._pool is None and processes > 1 and cells >= FEW:
+            settings = (self.bootstrap.replicates, self.bootstrap.seed)
+            # Not forked: the process that writes a report may have threads of Ray and of storage clients.
+            self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
+            self._pool.submit(os.getpid)  # they start with the first that is asked
+
     def begin(self, pairs: Iterable[Pair]) -> None:
         """Where those that are new are many, have them made by other processes while this one goes on; `of` waits for what it gives."""
         new = {key: pair for pair in pairs if (key := self._key(*pair)) not in self._held}
-        processes = min(os.cpu_count() or 1, MOST)
-        if processes < 2 or len({cell.key for a, b, _ in new.values() for cell in (*a, *b)}) < FEW:
+        self.ready(len({cell.key for a, b, _ in new.values() for cell in (*a, *b)}))
+        if self._pool is None:
             return  # `of` does it
         groups: dict[tuple[str, str], list[str]] = {}
         for key, (a, _, _) in new.items():
             groups.setdefault((str(a[0].task), str(a[0].group)), []).append(key)  # of one task together: they share the draws
         keys = [groups[group] for group in sorted(groups)]
         jobs = [[([_bare(cell) for cell in a], [_bare(cell) for cell in b], m) for a, b, m in map(new.__getitem__, held)] for held in keys]
-        settings = (self.bootstrap.replicates, self.bootstrap.seed)
-        # Not forked: the process that writes a report may have threads of Ray and of storage clients.
-        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
         for held, job in zip(keys, jobs, strict=True):
-            made = self._pool.submit(_in_worker, job)
+            try:
+                made = self._pool.submit(_in_worker, job)
+            except BrokenProcessPool as error:
+                raise self._ended() from error
             self._coming |= {key: (made, place) for place, key in enumerate(held)}
 
     def end(self) -> None:
@@ -94,8 +109,11 @@ class Comparisons:
         try:
             return None if made is None else made.result()[place]
         except BrokenProcessPool as error:
-            why = "a process that made comparisons was ended from outside, perhaps for want of memory"
-            raise WorkError(why, where=self.url, hint="the same command again, with less beside it") from error
+            raise self._ended() from error
+
+    def _ended(self) -> WorkError:
+        why = "a process that made comparisons was ended from outside, perhaps for want of memory"
+        return WorkError(why, where=self.url, hint="the same command again, with less beside it")
 
     def write(self) -> None:
         """What was asked for and is whole, and no more."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from analysis import results
+from analysis.diary import failures
 from analysis.results import Cell
 from base import storage
 
@@ -30,7 +31,7 @@ def failed_beside(rows: Sequence[Mapping[str, Any]], failed: Collection[str]) ->
 def losses(out: str) -> dict[str, int]:
     """`failed_beside` of the cells whose last attempt failed."""
     done = storage.holding(storage.join(out, "cells"), "result.json")
-    return failed_beside(results.expected(out), results.failures(out).keys() - set(done))
+    return failed_beside(results.expected(out), failures(out).keys() - set(done))
 
 
 def counts(result: Mapping[str, Any], exposed: str) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from analysis import family, ledger, results, study_floors
+from analysis import diary, family, ledger, results, study_floors
 from analysis.claims import Claim
 from analysis.comparisons import Comparisons
 from analysis.counted import failed_beside
@@ -312,17 +312,19 @@ def floors_of(out: str, cells: Sequence[Cell], compute: bool) -> study_floors.St
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
     """Read OUT and begin the comparisons. Works on an empty, running or partly failed study."""
+    planned, comparisons = results.planned(out), Comparisons(out, bootstrap or Bootstrap())
+    if comparisons.fresh:
+        comparisons.ready(len(planned))
     study, found = results.read_study(out), results.finished(out)
     # A study may grow or change under one `out`: cells of an earlier plan stay in results.csv but are no evidence for this one.
-    planned = results.planned(out)
     every = [cell for cell in found if cell.key in planned] if planned else found
     cells, controls = [c for c in every if not c.shuffled], [c for c in every if c.shuffled]
     shards = results.shard_urls(out, every)
     manifests = {name: results.read_json(storage.join(url, "manifest.json")) for name, url in shards.items()}
     held = {cell.key for cell in every}
-    failed = {key: why for key, why in results.failures(out).items() if key not in held}
+    failed = {key: why for key, why in diary.failures(out).items() if key not in held}
     evidence = Evidence(out, study, cells, controls, results.absent(out, cells), failed, results.pretrainings(out), manifests, shards)
     evidence.earlier, evidence.finished = len(found) - len(every), found
-    evidence.comparisons = Comparisons(out, bootstrap or Bootstrap())
-    evidence.comparisons.begin([(a, b, metric) for *_, a, b, metric in evidence.pairs.pairs if not evidence.lost(a) + evidence.lost(b)])
+    evidence.comparisons = comparisons
+    comparisons.begin([(a, b, metric) for *_, a, b, metric in evidence.pairs.pairs if not evidence.lost(a) + evidence.lost(b)])
     return evidence

@@ -186,8 +186,8 @@ def _confounded(evidence: Evidence, task: str, dataset: str, metric: str) -> str
     alone = evidence.floors.confounded(task)
     if "within" in metric or not math.isfinite(alone):
         return ""
-    word = "AUPRC" if metric.startswith("auprc") else "AUROC"
-    return f"; plain {word} of {task} is confounded: {evidence.card(dataset).get('stratify_by')} alone reaches a mean AUROC of {num(alone)}"
+    word = next((f"plain {word} of " for name, word in (("auprc", "AUPRC"), ("auroc", "AUROC")) if metric.startswith(name)), "")
+    return f"; {word}{task} is confounded: {evidence.card(dataset).get('stratify_by')} alone reaches a mean AUROC of {num(alone)}"
 
 
 def _share(fraction: float) -> str:

@@ -86,6 +86,25 @@ class Scores:
         return [np.flatnonzero(known & (names == name)) for name in np.unique(names[known])]
 
 
+class Rows:
+    """Weights as AUROC takes them: of each image its row of replicates, and sums of rows, each made once for all cells of a task."""
+
+    def __init__(self, weight_BN: NDArray[np.uint16] | Array) -> None:
+        # Whole numbers, in the shortest floats that hold every sum of wins exactly.
+        row_NB: Weights = np.ascontiguousarray(weight_BN.T, np.float32)
+        if row_NB.sum(axis=0).max(initial=0) > EXACT:
+            row_NB = np.ascontiguousarray(weight_BN.T, np.float64)
+        self.of_image = list(row_NB)
+        self._sums: dict[bytes, Array] = {}
+
+    def sum_B(self, at: NDArray[np.int64]) -> Array:
+        """Over the images `at`."""
+        key = at.tobytes()
+        if key not in self._sums:
+            self._sums[key] = np.sum([self.of_image[place] for place in at], axis=0, dtype=float)
+        return self._sums[key]
+
+
 @dataclass(frozen=True)
 class Resample:
     """How often an image counts in the test set itself, once, and in every replicate (those of an image lie together in memory); how many
@@ -99,33 +118,36 @@ class Resample:
     def weight_BN(self) -> NDArray[np.uint16]:
         return self.weight_CN[1:]
 
+    @cached_property
+    def rows(self) -> Rows | None:
+        """`weight_CN` as AUROC takes it, where that is one chunk."""
+        return Rows(self.weight_CN) if self.weight_CN.size <= CHUNK else None
 
-def _auroc_B(rows_NB: Sequence[Weights], score_N: Array, positive_N: NDArray[np.bool_], at: NDArray[np.int64]) -> tuple[Array, Array]:
+
+def _auroc_B(rows: Rows, score_N: Array, positive_N: NDArray[np.bool_], at: NDArray[np.int64]) -> tuple[Array, Array]:
     """(wins over positive-negative pairs, ties half; pairs) of every replicate, over the images `at`.
 
     From the lowest score up, every positive wins against the negatives that were passed: sums of whole rows of replicates.
     """
-    below_B, above_B, wins_B, won_B = (np.zeros_like(rows_NB[0]) for _ in range(4))
+    row_of = rows.of_image
+    below_B, wins_B, won_B = (np.zeros_like(row_of[0]) for _ in range(3))
     order = np.argsort(score_N, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(score_N[order]) != 0, True)) + 1
     place, positive, start = at[order].tolist(), positive_N[order].tolist(), 0
     for end in ends.tolist():
         if end - start > 1:  # equal scores: half of the negatives among them are won
             level = range(start, end)
-            lost_B = sum((rows_NB[place[i]] for i in level if not positive[i]), start=np.zeros_like(below_B))
-            held_B = sum((rows_NB[place[i]] for i in level if positive[i]), start=np.zeros_like(below_B))
+            lost_B = sum((row_of[place[i]] for i in level if not positive[i]), start=np.zeros_like(below_B))
+            held_B = sum((row_of[place[i]] for i in level if positive[i]), start=np.zeros_like(below_B))
             wins_B += held_B * (below_B + 0.5 * lost_B)
-            above_B += held_B
             below_B += lost_B
         elif positive[start]:
-            row_B = rows_NB[place[start]]
-            np.multiply(row_B, below_B, out=won_B)
+            np.multiply(row_of[place[start]], below_B, out=won_B)
             wins_B += won_B
-            above_B += row_B
         else:
-            below_B += rows_NB[place[start]]
+            below_B += row_of[place[start]]
         start = end
-    return wins_B.astype(float), above_B.astype(float) * below_B
+    return wins_B.astype(float), rows.sum_B(at[positive_N]) * below_B
 
 
 def _labels(scores: Scores, strata: list[NDArray[np.int64]]) -> list[list[tuple[NDArray[np.int64], NDArray[np.bool_]]]]:
@@ -181,11 +203,13 @@ def _decided_B(scores: Scores, metric: str, weight_BN: Array) -> Array:
 DECIDED = ("accuracy", "balanced_accuracy", "kappa_quadratic")
 
 
-def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array) -> Array:
+def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array, rows: Rows | None = None) -> Array:
     """The metric for every row of weights: of masks `dice` or `iou`, of decisions one of DECIDED, of scores `auroc_mean`,
     `auroc_within_mean` or `auprc_mean` (means over labels that have both classes).
 
     Within strata: a label's AUROC is the mean over strata weighted by positives x negatives.
+
+    rows: the weights as `Resample.rows` has them.
     """
     if metric in ("dice", "iou"):
         of_image_N = scores.dice_N if metric == "dice" else scores.iou_N
@@ -207,18 +231,12 @@ def metric_B(scores: Scores, metric: str, weight_BN: NDArray[np.uint16] | Array)
             for label, ((at, positive),) in labels:
                 total_B[chunk] += _auprc_B(weight_BN[chunk, at].astype(float), scores.score_NL[at, label], positive)
             continue
-        rows_NB = list(_rows(weight_BN[chunk]))
+        held = rows or Rows(weight_BN[chunk])
         for label, parts in labels:
-            sums = [_auroc_B(rows_NB, scores.score_NL[at, label], positive, at) for at, positive in parts]
+            sums = [_auroc_B(held, scores.score_NL[at, label], positive, at) for at, positive in parts]
             with np.errstate(invalid="ignore"):
                 total_B[chunk] += sum(wins for wins, _ in sums) / sum(pairs for _, pairs in sums)
     return total_B / max(1, len(labels))
-
-
-def _rows(weight_BN: NDArray[np.uint16] | Array) -> Weights:
-    """Weights of whole numbers as rows of replicates, in the shortest floats that hold every sum of wins exactly."""
-    rows_NB = np.ascontiguousarray(weight_BN.T, np.float32)
-    return rows_NB if rows_NB.sum(axis=0).max(initial=0) <= EXACT else np.ascontiguousarray(weight_BN.T, np.float64)
 
 
 def resample(scores: Scores, metric: str, replicates: int = REPLICATES, seed: int = 0) -> Resample:
@@ -275,7 +293,8 @@ class Bootstrap:
         """The metric itself, then its replicates: C."""
         key = (scores.digest, metric)  # not the scores themselves: a study of 10,000 cells has more of them than memory
         if key not in self._values:
-            self._values[key] = metric_B(scores, metric, self.draw(scores, metric).weight_CN)
+            drawn = self.draw(scores, metric)
+            self._values[key] = metric_B(scores, metric, drawn.weight_CN, drawn.rows if "auroc" in metric else None)
         return self._values[key]
 
     def forget(self) -> None:

@@ -25,6 +25,7 @@ from analysis import (
 )
 from analysis.evidence import Evidence, gather
 from analysis.findings import significance
+from analysis.results_csv import write_results
 from analysis.tables import esc, in_study, num, short
 from base import storage
 
@@ -49,7 +50,7 @@ def report(out: str, evidence: Evidence | None = None) -> str:
 
 def _write(evidence: Evidence) -> str:
     out = evidence.out
-    results.write_results(out, evidence.finished)
+    write_results(out, evidence.finished)
     for name in ("tables", "figures", "secondary.csv"):  # those of an earlier report
         storage.remove(storage.join(out, "report", name))
     url, text = storage.join(out, "report", "index.html"), page(evidence)

@@ -1,6 +1,6 @@
-"""What a study has in its `out`: finished cells, those still missing, pretrainings, manifests; and results.csv.
+"""What a study has in its `out`: finished cells, those still missing, pretrainings, manifests.
 
-write_results(out); cells = finished(out); missing = absent(out, cells)
+cells = finished(out); missing = absent(out, cells)
 
 Storage is the truth: a cell is finished when its result.json stands in OUT/cells/<key>/. Everything here only reads files, so it works on a
 study that is running, half failed, empty, or on another machine (`out` may be a URL).
@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from analysis.diary import RUNNING, Ending, endings
 from base import storage
 from base.config import digest
 from base.paths import is_url
@@ -25,12 +26,8 @@ from base.paths import is_url
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ["study", "key", "architecture", "source", "source_seed", "strategy", "options", "task", "dataset", "split", "fraction"]
-COLUMNS += ["resolution", "seed", "class", "metric", "unit", "value", "n", "params", "macs", "seconds", "run_id", "apart"]
-ORDER = ("architecture", "source", "source_seed", "strategy", "options", "task", "fraction", "resolution", "seed", "key")
 AT_ONCE = 32  # files asked of an object store
 RESULT = "result.json"
-INTERRUPTED = ("KeyboardInterrupt", "SystemExit")  # what ends a driver from outside
 ITS_OWN = ("iou", "kappa_quadratic", "balanced_accuracy", "accuracy", "auprc_mean")  # headlines of tasks that select on them
 PRIMARY = (*ITS_OWN, "dice", "auroc_within_mean", "auroc_mean")  # of all others the first that a cell reports
 WORDS = {
@@ -282,44 +279,6 @@ def _read_all(urls: Sequence[str]) -> list[Any]:
         return list(pool.map(read_json, urls))
 
 
-def write_results(out: str, cells: Sequence[Cell] | None = None) -> str:
-    """Write OUT/report/results.csv and return its address: one row a finished cell and metric, in a fixed order.
-
-    Proportions are fractions (unit "fraction"); `seconds` is the cell's wall time; a metric that could not be computed is empty.
-    `apart` says why a cell is evidence for nothing: "own" (its source has seen these labels), "exposed" (maybe these test images), or "".
-
-    Args:
-        cells: as `finished(out)` gave them, to save reading twice.
-    """
-    study, runs = str(read_study(out).get("study", "")), read_json(storage.join(out, "tracking.json")) or {}
-    lines = [",".join(COLUMNS)]
-    held = finished(out) if cells is None else cells
-    for cell in sorted(held, key=lambda cell: tuple(getattr(cell, name) for name in ORDER)):
-        r = cell.result
-        named = [study, cell.key, r["architecture"], cell.source, cell.source_seed, r["strategy"], cell.options, r["task"]]
-        run = runs.get(cell.key, "") if isinstance(runs, dict) else ""
-        head, tail = _line([*named, r.get("dataset")]), _line([r.get("params"), r.get("macs"), r.get("seconds"), run, cell.apart])
-        at = _line([r["fraction"], r["resolution"], r["seed"]])
-        rows = [(row["split"], row["metric"], row.get("class") or "", row) for row in r.get("metrics", [])]
-        for split, metric, label, row in sorted(rows, key=lambda row: row[:3]):
-            value = number(row.get("value"))
-            shown, n = repr(value) if math.isfinite(value) else "", "" if row.get("n") is None else row["n"]
-            lines.append(f"{head},{split},{at},{_field(label)},{metric},{row.get('unit') or ''},{shown},{n},{tail}")
-    url = storage.join(out, "report", "results.csv")
-    storage.put(url, "\n".join(lines) + "\n")
-    return url
-
-
-def _line(values: Iterable[object]) -> str:
-    return ",".join("" if value is None else _field(str(value)) for value in values)
-
-
-@functools.lru_cache
-def _field(text: str) -> str:
-    """A text as a field of CSV, quoted where it must be (RFC 4180)."""
-    return '"' + text.replace('"', '""') + '"' if any(letter in text for letter in ',"\r\n') else text
-
-
 def predictions(cell: Cell, split: str = "test") -> "pd.DataFrame | None":
     """Rows of predictions.parquet of a split, in order of sample_id, without maps of masks; None when the file is absent or has none."""
     from pyarrow.parquet import ParquetFile
@@ -360,54 +319,6 @@ def absent(out: str, cells: list[Cell]) -> list[dict[str, Any]]:
     """Cells that the study asks for and that no result stands for, as {source, strategy, task, fraction, resolution, seed}."""
     held = {cell.key for cell in cells}
     return [{name: row[name] for name in AXES} for row in expected(out) if row["key"] not in held]
-
-
-def failures(out: str) -> dict[str, str]:
-    """Reasons by key, from the `cell failed` events of OUT/events.jsonl. A key that succeeded later is for the caller to leave out."""
-    rows = storage.read_rows(storage.join(out, "events.jsonl"))
-    return {row["key"]: _reason(row) for row in rows if row.get("event") == "cell failed"}
-
-
-def _reason(row: Mapping[str, Any]) -> str:
-    return str(row.get("error") or row.get("reason") or "no reason recorded")
-
-
-class Ending(NamedTuple):
-    """How work stands, in MLflow's words (RUNNING, FINISHED, FAILED, KILLED), and why it ended early."""
-
-    status: str
-    why: str = ""
-
-
-RUNNING = Ending("RUNNING")
-
-
-def endings(out: str) -> dict[str, Ending]:
-    """How each pretraining without a result stands, by key, and the study itself by the empty key; from OUT/events.jsonl.
-
-    A run that is not named here goes on, or was started by no driver.
-    """
-    found: dict[str, Ending] = {}
-    for row in storage.read_rows(storage.join(out, "events.jsonl")):
-        event, key = row.get("event"), str(row.get("key", ""))
-        if event == "start":
-            found = _cut_off(found, Ending("KILLED", "its driver ended without a word")) | {"": RUNNING}
-        elif event == "stop":
-            why = str(row.get("error", "")).strip(": ")
-            found = _cut_off(found, Ending("KILLED" if why.startswith(INTERRUPTED) else "FAILED", why))
-        elif event == "end":
-            found[""] = Ending("FAILED" if row.get("failed") else "FINISHED")
-        elif event == "pretraining":
-            found[key] = RUNNING
-        elif event == "pretrained":
-            found.pop(key, None)
-        elif event == "pretraining failed" and found.get(key) == RUNNING:  # not what its driver took down with it
-            found[key] = Ending("FAILED", _reason(row))
-    return found
-
-
-def _cut_off(found: Mapping[str, Ending], ending: Ending) -> dict[str, Ending]:
-    return {key: ending if one == RUNNING else one for key, one in found.items()}
 
 
 def damaged(out: str, whole: Collection[str] = ()) -> list[str]:

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -72,42 +70,11 @@ def pack(
 ) -> None:
     """Make checked, de-identified WebDataset shards from raw files."""
     from cluster.pack import pack_command
+    from cluster.stopping import stoppable
 
-    with _stoppable():
+    with stoppable():
         changes = {key: value for key, value in (("max_side", max_side), ("depth", depth)) if value is not None}
         pack_command(card, raw, out, changes, split_files)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C, and SIGTERM (Slurm, Kubernetes, timeout), end work that can go on later cleanly, and say so."""
-    import os
-    import signal
-
-    import psutil
-
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        # A job is stopped by this signal, and a cluster that was started in the background hands it down as ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.stdout.flush()
-        # Not by Python's way out, on which Ray would shut down beside threads that still call it (cluster/session.py).
-        for process in psutil.Process().children(recursive=True):  # a Ray of our own
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        os._exit(143 if isinstance(error, Terminated) else 130)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-def _terminated(*_: object) -> None:
-    raise Terminated
 
 
 @app.command(epilog=_example("allograft inspect s3://bucket/shards/montgomery --sheet montgomery.png"))
@@ -134,42 +101,15 @@ def run(
 
 
 def _run(study: Any, *, typed: bool = False) -> None:
+    from cluster.closing import closing
     from cluster.run import require_done
     from cluster.run import run as run_study
+    from cluster.stopping import stoppable
 
-    with _stoppable():
+    with stoppable():
         summary = run_study(study, typed=typed)
-    _closing(study, summary)
+    closing(study, summary)
     require_done(summary)
-
-
-def _closing(study: Any, summary: Any) -> None:
-    from base.paths import is_url
-
-    embedded = study.tracking == "sqlite" and not is_url(study.out)
-    where = study.out if embedded else study.tracking
-    print(f"report    {summary.report}")
-    print(f"MLflow    {f'allograft ui {study.out}' if embedded else study.tracking}")
-    if summary.champion:
-        print(f"encoder   allograft pull {study.study}@champion DIR --tracking {where}   ({summary.champion})")
-    elif summary.versions:
-        if study.champion:
-            why = f"no encoder has cells of {study.champion.task} that count: own-source, exposed and incomplete settings do not"
-            print(f"champion  none: {why}; allograft promote {study.study} VERSION --reason WHY --tracking {where}")
-        print(f"encoders  {', '.join(f'{study.study}/{version} is {name}' for name, version in summary.versions.items())}")
-    elif study.champion and not study.pretrain:
-        print("champion  none: only pretrainings of the study are registered, and it has none")
-    if study.cells is None:
-        from cluster.standing import encoders
-
-        for folder, health in encoders(study.out):
-            print(f"folder    {folder}   ({health})")
-    else:
-        print(f"cells     {summary.cells_kept} kept, {summary.cells_new} new, {summary.cells_failed} failed")
-    if summary.restarts or summary.deaths:
-        print(f"survived  {summary.restarts} restart(s) of a pretraining, {summary.deaths} death(s) of a cell worker")
-    if study.cells is not None:
-        print(summary.answer)
 
 
 @app.command(epilog=_example("allograft submit demo out=s3://bucket/demo tracking=http://mlflow:5000 --address http://127.0.0.1:8265"))
@@ -246,11 +186,13 @@ def _resume(run: str, words: list[str]) -> None:
         steps = storage.read_json(storage.join(config.out, "result.json"))["steps"]
         print(f"pretrain {config.name}: finished at step {steps}, nothing to do")
         return
+    from cluster.closing import closing
     from cluster.run import go_on
+    from cluster.stopping import stoppable
 
-    with _stoppable():
+    with stoppable():
         summary = go_on(study, config)
-    _closing(study.model_copy(update={"cells": None}), summary)
+    closing(study.model_copy(update={"cells": None}), summary)
     if study.cells is not None or len(study.pretrain) > 1:
         print(f"study     allograft run {study.out}/study.yaml   (what else it asks for)")
 
@@ -395,7 +337,7 @@ def weights(
     labelled: Annotated[list[str] | None, typer.Option(help="a corpus that they have seen with its labels; again for each")] = None,
     licence: Annotated[str | None, typer.Option(help="terms of one's own weights")] = None,
     normalisation: Annotated[str | None, typer.Option(help="of their images: imagenet, neutral, ..; timm's unless given")] = None,
-    image_size: Annotated[int, typer.Option("--image-size", help="side in pixels of the images of one's own weights")] = 224,
+    image_size: Annotated[int | None, typer.Option("--image-size", help="side in pixels of their images; 224 unless given")] = None,
 ) -> None:
     """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME. With --architecture, convert one's
     own weights of a timm architecture into a folder from which studies start."""
@@ -404,7 +346,7 @@ def weights(
     from cluster.published import convert, obtain, show, source_of
 
     if architecture is None:
-        if seen or labelled or licence or normalisation:
+        if seen or labelled or licence or normalisation or image_size:
             raise RequestError("these are said of one's own weights", where=name, hint="give their --architecture, too")
         show(source_of(name), obtain(source_of(name), file, allow_partial))
         return
@@ -418,7 +360,7 @@ def weights(
         labelled=labelled or [],
         licence=licence,
         normalisation=normalisation,
-        image_size=image_size,
+        image_size=image_size or 224,
         allow_partial=allow_partial,
     )
     show(absolute(name), name)

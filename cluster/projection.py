@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
-from analysis.results import RUNNING, Cell, Ending, as_asked, endings, failures, planned, read_json, read_study
+from analysis.diary import RUNNING, Ending, endings, failures
+from analysis.results import Cell, as_asked, planned, read_json, read_study
 from base import storage
 from base.paths import is_url
 from cluster import facts, pages, showcase

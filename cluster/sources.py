@@ -39,10 +39,9 @@ def no_export(place: str) -> RequestError:
     command = f"allograft weights NAME --file {file or 'FILE'} --architecture ARCHITECTURE --seen CORPUS --licence LICENCE"
     if file == place:
         return RequestError("a file, not the folder of an exported encoder", where=place, hint=f"weights are converted by: {command}")
-    if is_url(place) or os.path.exists(place):
-        what = "no exported encoder here (no allograft.json)"
-        return RequestError(what, where=place, hint=f"its weights are converted by: {command}" if file else None)
-    return RequestError("no exported encoder here: there is no such file or folder", where=place)
+    there = is_url(place) or os.path.exists(place)
+    what = "no exported encoder here" + (" (no allograft.json)" if there else ": there is no such file or folder")
+    return RequestError(what, where=place, hint=f"{'its ' if file else ''}weights are converted by: {command}")
 
 
 def cell_config(url: str) -> CellConfig:

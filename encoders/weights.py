@@ -129,7 +129,8 @@ def tensors_of(held: Any, where: str) -> State:
     inner = next((whole[key] for key in CONTAINERS if isinstance(whole.get(key), dict)), whole)
     state = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
     if not state:
-        raise RequestError("it holds no tensors by name", where=where, hint=TENSORS_ALONE)
+        keys = f", but {', '.join(map(str, list(whole)[:6]))}" if whole else ""
+        raise RequestError(f"it holds no tensors by name{keys}", where=where, hint=TENSORS_ALONE)
     return clean_state_dict(state)
 
 

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from made_study import LABELS, make
 
-from analysis import floors, results
+from analysis import diary, floors, results
+from analysis.results_csv import write_results
 from base import storage
 from base.paths import ROOT
 from base.seeds import rng
@@ -26,7 +27,7 @@ def test_results_csv_has_the_columns_of_the_design_one_row_a_cell_and_metric_in_
     out = make(tmp_path, {"random": 0.0, "simclr": 0.5}, seeds=2, images=60)
     first = next(iter((out / "cells").iterdir())).name
     (out / "tracking.json").write_text(json.dumps({first: "run1"}))
-    url = results.write_results(str(out))
+    url = write_results(str(out))
     text = storage.read_bytes(url).decode()
     assert text.splitlines()[0] == HEAD
     frame = pd.read_csv(io.StringIO(text))
@@ -35,7 +36,7 @@ def test_results_csv_has_the_columns_of_the_design_one_row_a_cell_and_metric_in_
     assert frame["value"].between(0, 1).all()
     assert set(frame["source"]) == {"random", "simclr"}
     assert set(frame.loc[frame["key"] == first, "run_id"]) == {"run1"}
-    results.write_results(str(out), results.finished(str(out)))
+    write_results(str(out), results.finished(str(out)))
     assert storage.read_bytes(url).decode() == text
     order = ["source", "seed", "split", "metric", "class"]
     pd.testing.assert_frame_equal(frame, frame.fillna({"class": ""}).sort_values(order, ignore_index=True).replace({"class": ""}, math.nan))
@@ -45,7 +46,7 @@ def test_results_csv_has_the_columns_of_the_design_one_row_a_cell_and_metric_in_
 
 
 def written(out: Path) -> pd.DataFrame:
-    return pd.read_csv(io.BytesIO(storage.read_bytes(results.write_results(str(out)))))
+    return pd.read_csv(io.BytesIO(storage.read_bytes(write_results(str(out)))))
 
 
 def test_cells_that_are_evidence_for_nothing_say_why(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_trials_and_unfinished_cells_are_no_results_and_shuffled_ones_are_marked
 
 
 def test_an_empty_folder_has_no_results_but_the_head(tmp_path: Path) -> None:
-    assert storage.read_bytes(results.write_results(str(tmp_path))).decode().strip() == HEAD
+    assert storage.read_bytes(write_results(str(tmp_path))).decode().strip() == HEAD
 
 
 def test_missing_cells_are_those_the_study_asks_for(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_missing_cells_are_those_the_study_asks_for(tmp_path: Path) -> None:
         held["seed"],
     )
     (out / "events.jsonl").write_text('{"event": "cell failed", "key": "k1", "error": "no"}\n{"event": "ce')
-    assert results.failures(str(out)) == {"k1": "no"}
+    assert diary.failures(str(out)) == {"k1": "no"}
 
 
 def test_the_diary_says_how_pretrainings_stand(tmp_path: Path) -> None:
@@ -121,16 +122,16 @@ def test_the_diary_says_how_pretrainings_stand(tmp_path: Path) -> None:
         ({"event": "pretrained", "key": "a"}, {"": "FAILED"}),
         ({"event": "end", "failed": {}}, {"": "FINISHED"}),
     ]
-    assert results.endings(str(tmp_path)) == {}
+    assert diary.endings(str(tmp_path)) == {}
     text, whys = "", list[str]()
     for event, expected in told:
         text += json.dumps(event) + "\n"
         (tmp_path / "events.jsonl").write_text(text)
-        found = results.endings(str(tmp_path))
+        found = diary.endings(str(tmp_path))
         assert {key: ending.status for key, ending in found.items()} == expected, event
-        whys.append(found.get("a", results.RUNNING).why)
+        whys.append(found.get("a", diary.RUNNING).why)
     assert list(dict.fromkeys(whys)) == ["", "no", "KeyboardInterrupt", "its driver ended without a word", "RequestError: no"]
-    assert results.failures(str(tmp_path)) == {}
+    assert diary.failures(str(tmp_path)) == {}
 
 
 def test_damaged_results_are_found_and_whole_ones_need_no_look(tmp_path: Path) -> None:

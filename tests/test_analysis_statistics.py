@@ -114,6 +114,16 @@ def test_resampling_is_by_patient_and_redraws_lost_classes() -> None:
     assert 300 / (300 + drawn.redrawn) == pytest.approx(0.645, abs=0.06)
 
 
+def test_replicates_are_the_same_in_one_chunk_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = rng("chunks")
+    target = (draw.random((60, 2)) < 0.4).astype(float)
+    held = made(0, draw.integers(0, 30, (60, 2)).astype(float), target, np.arange(60))
+    whole = Bootstrap(50)(held, "auroc_mean")
+    monkeypatch.setattr("analysis.replicates.CHUNK", 600)
+    assert Bootstrap(50).draw(held, "auroc_mean").rows is None
+    np.testing.assert_array_equal(Bootstrap(50)(held, "auroc_mean"), whole)
+
+
 def study(draw: np.random.Generator, seeds: int, lift: float, images: int = 120, replicates: int = 400) -> Comparison:
     """Two encoders on the same images: their own mistakes by image, noise by seed, several images a patient."""
     patient = draw.integers(0, images * 3 // 4, images)

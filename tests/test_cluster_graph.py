@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from analysis import results
+from analysis import diary, results
 from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
 from cluster import leakage, pretraining, stages
 from cluster.cells import Fanned, write_plan
-from cluster.cli import _closing
+from cluster.closing import closing
 from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
 from cluster.load import load_study
@@ -372,7 +372,7 @@ def test_what_a_lost_dataset_takes_with_it_is_said_once_for_each_result(tmp_path
 def test_a_pretraining_that_failed_is_no_failed_cell(packed: Study, capsys: pytest.CaptureFixture[str]) -> None:
     failed = {"pretrain simclr": "not finite", "phantom-chest random linear seed 0 (0123)": "no memory"}
     counts = {"cells_kept": 0, "cells_new": 3, "cells_failed": 1, "restarts": 0, "deaths": 0}
-    _closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer=""))
+    closing(packed, Summary(**counts, failed=failed, versions={}, champion=None, report="index.html", answer=""))
     assert "cells     0 kept, 3 new, 1 failed" in capsys.readouterr().out
 
 
@@ -382,7 +382,7 @@ def test_does_not_repeat_a_champion_of_a_study_without_pretrainings_that_nobody_
     counts = {"cells_kept": 1, "cells_new": 0, "cells_failed": 0, "restarts": 0, "deaths": 0}
     ended = Summary(**counts, failed={}, versions={}, champion=None, report="index.html", answer="")
     for champion, said in ((None, 0), (Champion(task="phantom-chest"), 1)):
-        _closing(packed.model_copy(update={"pretrain": [], "champion": champion}), ended)
+        closing(packed.model_copy(update={"pretrain": [], "champion": champion}), ended)
         assert capsys.readouterr().out.count("champion  none: only pretrainings of the study are registered") == said
 
 
@@ -455,7 +455,7 @@ def test_a_pretraining_that_fails_is_in_the_diary_by_its_key(tmp_path: Path, mon
     monkeypatch.setattr(pretraining, "pretrain_on_ray", fail)
     with pytest.raises(WorkError):
         stages.pretrain(study, config, "pretrain simclr", Progress(), Events(study.out))
-    assert results.endings(study.out) == {made["key"]: ("FAILED", "the loss is not finite at step 4")}
+    assert diary.endings(study.out) == {made["key"]: ("FAILED", "the loss is not finite at step 4")}
 
 
 def test_a_result_that_was_cut_in_half_is_removed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ COMMAND = [
 ASKING = """
 import os, signal, sys, threading, time
 from contextlib import suppress
-from cluster.cli import _stoppable
+from cluster.stopping import stoppable
 from cluster.lock import DriverLock
 from cluster.session import session
 
@@ -32,7 +32,7 @@ def ask():
         with suppress(Exception):
             ray.get(nothing.remote())
 
-with _stoppable(), DriverLock(sys.argv[1]), session():
+with stoppable(), DriverLock(sys.argv[1]), session():
     for _ in range(8):
         threading.Thread(target=ask, daemon=True).start()
     time.sleep(3)
