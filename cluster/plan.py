@@ -24,6 +24,12 @@ from shards.manifest import Manifest
 from shards.views import VIEWS_VERSION
 
 KEY_DIGITS = 16
+# Of a label with one value: how the split's images are called, and what follows.
+ONE_CLASS = {
+    "train": ("training", "a cell can only learn to say so"),
+    "val": ("validation", "by that nothing is chosen"),
+    "test": ("test", "of that there is no AUROC"),
+}
 
 
 @dataclass(frozen=True)
@@ -280,14 +286,15 @@ def settings(
 
 
 def one_class(study: Study, dataset: str, corpus: Packed) -> Iterator[str]:
-    """A line for each task of a packed dataset of which a label is the same in all training images, as far as the manifest counts them."""
-    counted, images = corpus.manifest.positives.get("train", {}), corpus.manifest.counts.get("train", 0)
+    """A line for each task of a packed dataset and split of which a label is the same in all images, as far as the manifest counts them."""
     matrix = study.cells
-    for task in [load_task(entry, matrix.task_settings.get(entry, {})) for entry in matrix.tasks] if matrix else ():
-        labels = {label: counted[label] for label in task.labels if label in counted} if task.dataset == dataset else {}
+    tasks = [load_task(entry, matrix.task_settings.get(entry, {})) for entry in matrix.tasks] if matrix else []
+    for task, (split, (name, effect)) in itertools.product((task for task in tasks if task.dataset == dataset), ONE_CLASS.items()):
+        counted, images = corpus.manifest.positives.get(split, {}), corpus.manifest.counts.get(split, 0)
+        labels = {label: counted[label] for label in task.labels if label in counted} if images else {}
         found = [(word, [label for label, n in labels.items() if n == all_of]) for word, all_of in (("no", 0), ("every", images))]
-        if said := [f"{word} training image is labelled {', '.join(of)}" for word, of in found if of]:
-            yield f"{task.task}: {'; '.join(said)}: a cell can only learn to say so"
+        if said := [f"{word} {name} image is labelled {', '.join(of)}" for word, of in found if of]:
+            yield f"{task.task}: {'; '.join(said)}: {effect}"
 
 
 def _refuse_unknown(task: Task, corpus: Packed, where: str) -> None:

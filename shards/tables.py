@@ -38,6 +38,8 @@ class Table:
         """
         try:
             data = storage.read_bytes(url)
+            if data[:4] == b"PK\x03\x04":
+                raise RequestError("a workbook or another zip archive, not a table of text", where=url, hint="save the sheet as CSV, UTF-8")
             text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RequestError(f"not UTF-8 at byte {error.start}", where=url, hint="save the table as UTF-8") from None

@@ -315,14 +315,16 @@ def test_labels_that_the_images_do_not_have_are_refused_before_anything_runs(tmp
             assert tiny_settings(study, {"ward": packed})
 
 
-def test_a_label_that_is_the_same_in_all_training_images_is_said(tmp_path: Path, phantom_chest: str) -> None:
+def test_a_label_that_is_the_same_in_all_images_of_a_split_is_said(tmp_path: Path, phantom_chest: str) -> None:
     study = load_study(written(tmp_path, data={"phantom-chest": {"shards": phantom_chest}}))
     manifest = read(phantom_chest)
     assert list(plan.one_class(study, "phantom-chest", plan.Packed(phantom_chest, manifest))) == []
-    counted = {"train": {"texture": 0, "count": manifest.counts["train"], "arrangement": 1}}
+    counted = {"train": {"texture": 0, "count": manifest.counts["train"], "arrangement": 1}, "val": {"count": 1}, "test": {"count": 0}}
     packed = plan.Packed(phantom_chest, manifest.model_copy(update={"positives": counted}))
-    (line,) = plan.one_class(study, "phantom-chest", packed)
-    assert line.startswith("phantom-chest: no training image is labelled texture; every training image is labelled count: ")
+    assert list(plan.one_class(study, "phantom-chest", packed)) == [
+        "phantom-chest: no training image is labelled texture; every training image is labelled count: a cell can only learn to say so",
+        "phantom-chest: no test image is labelled count: of that there is no AUROC",
+    ]
     assert list(plan.one_class(study, "ward", packed)) == []
 
 

@@ -242,6 +242,7 @@ def test_ages_are_whole_years_in_any_unit(text: str, years: int) -> None:
         (b"a,b\n1\n", "row 2 has 1 cells"),
         (b"a,b\n0,1,1\n", "row 2 has 3 cells, the header 2"),
         (b"a\n\xff\n", "not UTF-8"),
+        (b"PK\x03\x04\x14\x00", "a workbook or another zip archive, not a table of text"),
     ],
 )
 def test_broken_tables(tmp_path: Path, data: bytes, says: str) -> None:
