@@ -16,7 +16,7 @@ from analysis.evidence import Evidence
 from analysis.metrics import ECE_BINS
 from analysis.replicates import Scores
 from analysis.subgroups import RUNS, chosen, some_scores
-from analysis.tables import cell, esc, num, over_seeds, table
+from analysis.tables import cell, esc, in_study, num, over_seeds, table
 
 Array = NDArray[np.float64]
 Points = list[tuple[float, float, int]]
@@ -60,7 +60,7 @@ def section(evidence: Evidence) -> str:
                 continue
             series[source] = (order[source], reliability(*pooled(held)))
             mean, sd, n, units = over_seeds(own, "ece" if held[0].true_N is not None else "ece_mean", "")
-            parts = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(own[0].setting))]
+            parts = [f'<th scope="row">{esc(task)}</th>', cell(esc(source)), cell(esc(in_study(evidence, own[0])))]
             parts += [cell(num(value, 4), sort=value) for value in (mean, sd)]
             rows.append("".join([*parts, cell(n, sort=len(units))]))
         if series:

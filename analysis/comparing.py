@@ -38,11 +38,11 @@ def compare_studies(out: str, other: str, bootstrap: Bootstrap | None = None) ->
     Raises:
         WorkError: the storage cannot be written.
     """
-    a, b = gather(out, bootstrap), gather(other, bootstrap)
-    name = str(b.study.get("study") or "study")
-    url = storage.join(out, "report", f"compare-{name}.html")
-    storage.put(url, page(a, b, bootstrap))
-    return url
+    with gather(out, bootstrap) as a, gather(other, bootstrap) as b:
+        name = str(b.study.get("study") or "study")
+        url = storage.join(out, "report", f"compare-{name}.html")
+        storage.put(url, page(a, b, bootstrap))
+        return url
 
 
 def settings(tree: Any) -> Any:

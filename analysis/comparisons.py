@@ -69,7 +69,8 @@ class Comparisons:
             settings = (self.bootstrap.replicates, self.bootstrap.seed)
             # Not forked: the process that writes a report may have threads of Ray and of storage clients.
             self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, settings)
-            self._pool.submit(os.getpid)  # they start with the first that is asked
+            for _ in range(processes):  # each starts with a call of its own
+                self._pool.submit(os.getpid)
 
     def begin(self, pairs: Iterable[Pair]) -> None:
         """Where those that are new are many, have them made by other processes while this one goes on; `of` waits for what it gives."""

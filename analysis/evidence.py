@@ -1,6 +1,6 @@
 """The evidence of a study: all that its report is made of, and what its comparisons found.
 
-evidence = gather(out); evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
+with gather(out) as evidence: evidence.answer(); [finding.sentence(evidence) for finding in evidence.findings]
 
 Which comparisons there are is fixed before a number is seen (analysis.family). A study with claims has its claims, and Holm's correction
 runs over them alone (analysis.ledger); what else could be compared is printed and never declared. In any other study it runs over gains
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from analysis import diary, family, ledger, results, study_floors
 from analysis.claims import Claim
@@ -64,6 +64,12 @@ class Evidence:
         self.plan = results.expected(self.out)
         self.varied = {name: {getattr(c, name) for c in self.cells} for name in ("architecture", "resolution", "fraction")}
         self.varied["strategy"] = {(c.strategy, c.options) for c in self.cells}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.comparisons.end()
 
     @cached_property
     def pairs(self) -> Family:
@@ -311,11 +317,12 @@ def floors_of(out: str, cells: Sequence[Cell], compute: bool) -> study_floors.St
 
 
 def gather(out: str, bootstrap: Bootstrap | None = None) -> Evidence:
-    """Read OUT and begin the comparisons. Works on an empty, running or partly failed study."""
-    planned, comparisons = results.planned(out), Comparisons(out, bootstrap or Bootstrap())
+    """Read OUT and begin the comparisons, whose processes end with the `with` of what is returned. Works on an empty, running or partly
+    failed study."""
+    comparisons = Comparisons(out, bootstrap or Bootstrap())
     if comparisons.fresh:
-        comparisons.ready(len(planned))
-    study, found = results.read_study(out), results.finished(out)
+        comparisons.ready(len(storage.listing(storage.join(out, "cells"))))
+    study, found, planned = results.read_study(out), results.finished(out), results.planned(out)
     # A study may grow or change under one `out`: cells of an earlier plan stay in results.csv but are no evidence for this one.
     every = [cell for cell in found if cell.key in planned] if planned else found
     cells, controls = [c for c in every if not c.shuffled], [c for c in every if c.shuffled]

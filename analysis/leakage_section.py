@@ -64,8 +64,14 @@ def _comparisons(checks: Sequence[Row], setting: str) -> str:
         left_out = check.leaked if setting == "exclude" else 0
         parts = [f'<th scope="row">{esc(corpus.dataset)} {esc(corpus.split)} ({corpus.images:,})</th>']
         parts += [cell(f"{esc(test.dataset)} ({test.images:,})"), cell(esc(PATIENTS[check.patients]))]
-        counts = (check.same_patient, check.same_pixels, check.near_duplicate, check.follow_up, left_out)
-        rows.append("".join([*parts, *(cell(str(count)) for count in counts)]))
+        by_patient = check.patients == "compared"  # else of patients nothing is known, which is no 0
+        counts = (
+            check.same_patient if by_patient else "–",
+            check.same_pixels,
+            check.near_duplicate,
+            check.follow_up if by_patient else "–",
+        )
+        rows.append("".join([*parts, *(cell(str(count)) for count in (*counts, left_out))]))
         notes += [f"Known overlap: {note}." for note in check.known]
         unread, names = corpus.unread + test.unread, f"{corpus.dataset} and {test.dataset}"
         notes += [f"{unread} images of {names} could not be read and were not compared."] if unread else []

@@ -41,11 +41,8 @@ def report(out: str, evidence: Evidence | None = None) -> str:
     Raises:
         WorkError: the storage cannot be written.
     """
-    evidence = evidence or gather(out)
-    try:
-        return _write(evidence)
-    finally:
-        evidence.comparisons.end()
+    with evidence or gather(out) as held:
+        return _write(held)
 
 
 def _write(evidence: Evidence) -> str:
@@ -90,7 +87,7 @@ def _tiles(evidence: Evidence) -> str:
     failed = sum(run.ending.status == "FAILED" for run in unfinished)
     counts = {"failed": failed, "not finished": len(unfinished) - failed, "not healthy": len(sick)}
     state = f"{len(evidence.pretrainings) - len(unfinished)} finished" + "".join(f", {n} {word}" for word, n in counts.items() if n)
-    spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells)
+    spent = sum(results.number(c.result.get("seconds") or 0) for c in evidence.cells + evidence.controls)
     spent += sum(results.number((run.result or {}).get("seconds") or 0) for run in evidence.pretrainings)
     floors = evidence.floors
     shown = [
@@ -99,11 +96,18 @@ def _tiles(evidence: Evidence) -> str:
         ("encoders", str(len(evidence.sources())), ""),
         ("tasks", str(len({c.task for c in evidence.cells})), ""),
         ("seeds", str(len({c.seed for c in evidence.cells})), ""),
-        ("pretrainings", state, "bad" if sick or failed else ""),
+        ("pretraining" if len(evidence.pretrainings) == 1 else "pretrainings", state, "bad" if sick or failed else ""),
         *([("under a floor", f"{len(floors.below)} of {floors.known}", "bad")] if floors.below else []),
-        ("compute", f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s", ""),
+        (
+            "compute of cells and pretrainings",
+            f"{spent / 3600:.1f} h" if spent > 5400 else f"{spent / 60:.0f} min" if spent > 90 else f"{short(spent)} s",
+            "",
+        ),
     ]
-    return "".join(f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for name, value, cls in shown)
+    return "".join(
+        f'<div class="tile {cls}"><b>{esc(value)}</b><span>{esc(name.removesuffix("s") if value == "1" else name)}</span></div>'
+        for name, value, cls in shown
+    )
 
 
 def _headline(evidence: Evidence) -> str:

@@ -355,7 +355,7 @@ def pretrainings(out: str) -> list[Pretraining]:
         name = str((result or config).get("name") or folder.rsplit("-", 1)[0])
         rows = storage.read_rows(storage.join(url, "metrics.jsonl"))
         found.append(Pretraining(name, key, url, config, rows, result, ended.get(key, RUNNING)))
-    return found
+    return sorted(found, key=lambda run: (run.name, number(run.config.get("seed"))))
 
 
 def shard_urls(out: str, cells: list[Cell]) -> dict[str, str]:

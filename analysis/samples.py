@@ -17,7 +17,7 @@ from analysis import figures, heat, results
 from analysis.evidence import Evidence
 from analysis.heat import cases
 from analysis.results import Cell
-from analysis.tables import esc, leading
+from analysis.tables import esc, in_study, leading
 from base import storage
 from base.errors import AllograftError, WorkError
 
@@ -110,7 +110,7 @@ def _true_masks(evidence: Evidence, cells: list[Cell]) -> str:
         for word, at in cases(range(len(ranked))):
             row = ranked.iloc[at]
             sample = _sample(corpus, place, row["sample_id"])
-            text = f"{word}: {best.source}, {best.strategy}: Dice {row['dice']:.3f}"
+            text = f"{word}: {best.source}, {in_study(evidence, best)}: Dice {row['dice']:.3f}"
             true = sample.seg if mask_class is None else sample.seg == corpus.card.mask_index(mask_class, best.task)
             drawn = figures.overlay(sample.image, true, None, f"test image {row['sample_id']}; {text}")
             parts.append(f"<figure>{drawn}<figcaption>{esc(text)}</figcaption></figure>")
@@ -144,6 +144,6 @@ def _labels(evidence: Evidence, cells: list[Cell]) -> str:
             parts.append(f"<figure>{drawn}<figcaption>{word}; <b>{esc(text)}</b><br>{esc(said)}</figcaption></figure>")
     except (AllograftError, OSError, IndexError) as error:
         return f'<p class="faint">Images could not be read: {esc(error)}</p>'
-    note = f"By log loss of {best.source}, {best.strategy} (the best cell on validation of the setting that leads there), with true labels"
-    note += " and its highest scores."
+    note = f"By log loss of {best.source}, {in_study(evidence, best)} (the best cell on validation of the setting that leads there),"
+    note += " with true labels and its highest scores."
     return f'<div class="gallery" style="--n:{len(parts)}">{"".join(parts)}</div><p class="faint">{esc(note)}</p>'

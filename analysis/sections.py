@@ -173,7 +173,8 @@ def _forgotten(evidence: Evidence) -> str:
     rows = []
     for run in evidence.pretrainings:
         held = {(probe["dataset"], probe["when"]): probe for probe in (run.result or {}).get("source_probes", [])}
-        for dataset in dict.fromkeys(dataset for dataset, _ in held):
+        trained = {str(entry.get("dataset")) for entry in run.config.get("data") or []}  # no earlier corpus: the step goes on with it
+        for dataset in dict.fromkeys(dataset for dataset, _ in held if dataset not in trained):
             parts = [f'<th scope="row">{esc(run.name)}</th>', cell(esc(run.config.get("seed", "–"))), cell(esc(dataset))]
             replay = results.number(run.config.get("replay"))
             parts.append(cell(f"{replay:.0%}" if math.isfinite(replay) else "none", sort=replay))
@@ -184,7 +185,8 @@ def _forgotten(evidence: Evidence) -> str:
     if not rows:
         return ""
     probes = [f"{probe}, {when}" for probe in ("linear AUROC", "kNN AUROC") for when in ("before", "after", "change")]
-    note = "At most 1,000 training images of each earlier corpus, by probes on frozen features; a falling value is what was forgotten."
+    note = "At most 1,000 training images of each earlier corpus, by probes on frozen features; a fall, of one run and without an interval,"
+    note += " may be what was forgotten."
     shown = table(["pretraining", "seed", "earlier corpus", "replay", *probes], rows, cls="numbers")
     return f'<h3>What was kept of earlier corpora</h3>{shown}<p class="faint">{note}</p>'
 

@@ -106,9 +106,10 @@ def ranked(evidence: Evidence) -> str:
     said = f"Friedman {found.statistic:.2f}, p {pvalue(found.p)}, {how}" if math.isfinite(found.p) else found.why
     twins = "".join(f"; {name} has no rank of its own, being the baseline under another name (A/A)" for name in _twins(evidence))
     note = (
-        f"{found.settings} settings that every source has, {found.dropped} left out for want of one{esc(twins)}; {esc(said)}. Sources"
-        " under one bar are nearer than Nemenyi's critical difference (Demsar 2006). Tasks of one dataset and strategies of one task are"
-        " not independent settings, and seeds and patients do not enter: nothing is declared from ranks."
+        f"{found.settings} settings that every source has, {found.dropped} left out where one lacks a cell, is own source or"
+        f" exposed{esc(twins)}; {esc(said)}. Sources under one bar are nearer than Nemenyi's critical difference (Demsar 2006). Tasks of"
+        " one dataset and strategies of one task are not independent settings, and seeds and patients do not enter: nothing is declared"
+        " from ranks."
     )
     return f'<div class="wide">{drawn}</div>{table(["encoder", "average rank"], rows, cls="numbers")}<p class="faint">{note}</p>'
 

@@ -26,7 +26,7 @@ from analysis.evidence import Evidence
 from analysis.loaded import Images, scores
 from analysis.replicates import Bootstrap, Scores, metric_B
 from analysis.results import Cell
-from analysis.tables import cell, esc, num, table
+from analysis.tables import cell, esc, in_study, leading, num, table
 from base import storage
 from base.errors import AllograftError
 
@@ -60,7 +60,7 @@ class Subgroup:
     attribute: str
     metric: str
     dataset: str
-    seeds: int
+    runs: int
     labels: int
     groups: list[Group]
     gap: float
@@ -119,10 +119,8 @@ def chosen(evidence: Evidence) -> dict[tuple[str, str], dict[str, list[Cell]]]:
         metric = results.headline(cells)
         if metric is None:
             continue
-        held = results.by(cells, "architecture", "strategy", "options", "fraction", "resolution")
-        sides = {setting: _best(part, metric) for setting, part in held.items()}
-        ranked = [setting for setting in sides if math.isfinite(sides[setting])] or list(sides)
-        best = max(ranked, key=lambda setting: (sides[setting], str(setting)))
+        ranked, held = leading(evidence, cells), results.in_groups(cells)
+        best = ranked[0][1][0].group if ranked else next(iter(held))
         order = {source: i for i, source in enumerate(evidence.sources())}
         by_source = sorted(results.by(held[best], "source").items(), key=lambda item: order[item[0][0]])
         found[task, dataset] = {source: own for (source,), own in by_source[:SOURCES]}
@@ -132,14 +130,9 @@ def chosen(evidence: Evidence) -> dict[tuple[str, str], dict[str, list[Cell]]]:
 def some_scores(cells: list[Cell]) -> list[Scores]:
     """Predictions of RUNS of one source's cells, of every pretraining as many as of the others."""
     images: dict[bytes, Images] = {}
-    held = (scores(c, images) for c in sorted(cells, key=lambda c: (c.seed, c.source_seed))[:RUNS])
+    seeds = [own for _, own in sorted(results.by(cells, "source_seed").items())][:RUNS]
+    held = (scores(c, images) for own in seeds for c in sorted(own, key=lambda c: c.seed)[: RUNS // len(seeds)])
     return [one for one in held if one is not None]
-
-
-def _best(cells: list[Cell], metric: str) -> float:
-    """The highest mean on validation of a source; NaN where none has one."""
-    means = [results.mean_sd(c.value(metric, "val") for c in own)[0] for own in results.by(cells, "source").values()]
-    return max((mean for mean in means if math.isfinite(mean)), default=math.nan)
 
 
 def subgroups(evidence: Evidence) -> list[Subgroup]:
@@ -156,7 +149,7 @@ def subgroups(evidence: Evidence) -> list[Subgroup]:
             within = metric == "auroc_within_mean" and attribute == evidence.card(dataset).get("stratify_by")
             for source, cells in held.items():
                 if cells and any(str(image) in group_of for image in cells[0].ids_N):
-                    facts = (task, source, sources[source][0].setting, attribute, "auroc_mean" if within else metric, dataset)
+                    facts = (task, source, in_study(evidence, sources[source][0]), attribute, "auroc_mean" if within else metric, dataset)
                     found.append(by_group(facts, cells, group_of, bootstrap))
     return found
 
@@ -171,7 +164,7 @@ def by_group(
     masks = {name: of_image == name for name in names}
     patients = {name: len(np.unique(first.clusters_N[masks[name]])) for name in names}
     large = [name for name in names if patients[name] >= LEAST]
-    labels = _labels(first, [masks[name] for name in large])
+    labels = _labels(first, [masks[name] for name in large], first.strata if "within" in metric else [np.arange(len(first.ids_N))])
     values = dict.fromkeys(names, math.nan)
     drawn: dict[str, NDArray[np.float64]] = {}
     same = [one for one in cells if np.array_equal(one.ids_N, first.ids_N)]
@@ -214,14 +207,15 @@ def _order(name: str) -> tuple[int, str]:
     return (0 if name.startswith("under") else 2 if name == UNKNOWN else 1, name)
 
 
-def _labels(one: Scores, masks: list[NDArray[np.bool_]]) -> NDArray[np.int64] | None:
-    """Columns of the labels that every group has both ways; None for masks and for decisions, which have no such columns."""
+def _labels(one: Scores, masks: list[NDArray[np.bool_]], strata: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
+    """Columns of the labels that every group has both ways, in some stratum, too; None for masks and for decisions, which have no such
+    columns."""
     if one.target_NL is None or one.decided_N is not None:
         return None
     kept = []
     for label in range(one.target_NL.shape[1]):
-        targets = [one.target_NL[mask, label] for mask in masks]
-        if all(min((t == 1).sum(), (t == 0).sum()) >= CLASSES for t in targets):
+        targets = [np.where(mask, one.target_NL[:, label], np.nan) for mask in masks]
+        if all(min((t == 1).sum(), (t == 0).sum()) >= CLASSES and any({0, 1} <= set(t[at]) for at in strata) for t in targets):
             kept.append(label)
     return np.array(kept, np.int64)
 
@@ -255,7 +249,7 @@ def section(evidence: Evidence) -> str:
         counts = {group.name: group.patients for group in rows[0].groups}
         reasons = any(one.why for one in rows)
         body = ["".join(_row(one, names) + ([cell(esc(one.why), cls="words")] if reasons else [])) for one in rows]
-        heads = ["encoder", "strategy", *(f"{name} (n {counts[name]})" for name in names), "worst", "gap", "gap by chance"] + [
+        heads = ["encoder", "strategy", "runs", *(f"{name} (n {counts[name]})" for name in names), "worst", "gap", "gap by chance"] + [
             "not given"
         ] * reasons
         over = f", over {rows[0].labels} labels" if rows[0].labels else ""
@@ -272,7 +266,7 @@ def section(evidence: Evidence) -> str:
 
 def _row(one: Subgroup, names: list[str]) -> list[str]:
     values = {group.name: group.value for group in one.groups}
-    parts = [f'<th scope="row">{esc(one.source)}</th>', cell(esc(one.strategy))]
+    parts = [f'<th scope="row">{esc(one.source)}</th>', cell(esc(one.strategy)), cell(str(one.runs), sort=one.runs)]
     for name in names:
         worst = one.clear and name == one.worst
         parts.append(cell(num(values.get(name, math.nan)), sort=values.get(name, math.nan), cls="bad" if worst else ""))

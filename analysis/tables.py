@@ -332,13 +332,19 @@ def classes(evidence: Evidence) -> str:
     return "".join(blocks)
 
 
+VARIED = {"architecture": "architecture", "source_seed": "pretraining seed"}  # columns of all cells where they have several
+
+
 def cells(evidence: Evidence) -> str:
     """Every finished cell with its key, the number that it was selected by, and its cost."""
-    rows = [_cell_row(evidence, c) for c in (evidence.cells + evidence.controls)[:ROWS]]
+    every = evidence.cells + evidence.controls
+    varied = {name: of for name, of in VARIED.items() if len({getattr(c, name) for c in every}) > 1}
+    rows = [_cell_row(evidence, c, list(varied)) for c in every[:ROWS]]
     heads = [
         "key",
         "encoder",
         "strategy",
+        *varied.values(),
         "task",
         "labels",
         "px",
@@ -354,7 +360,7 @@ def cells(evidence: Evidence) -> str:
     return table(heads, rows, cls="numbers") + more
 
 
-def _cell_row(evidence: Evidence, c: Cell) -> str:
+def _cell_row(evidence: Evidence, c: Cell, varied: Sequence[str]) -> str:
     metric = c.primary() or ""
     chosen: dict[str, Any] = c.result.get("selection") or {}
     value, best = results.number(chosen.get("value")), results.number(chosen.get("epoch"))
@@ -362,6 +368,7 @@ def _cell_row(evidence: Evidence, c: Cell) -> str:
         f'<th scope="row"><code>{esc(c.key)}</code></th>',
         cell(esc(c.source)),
         cell(esc(c.setting)),
+        *(cell(esc(getattr(c, name))) for name in varied),
         cell(esc(c.task)),
     ]
     parts += [cell(f"{float(c.fraction) * 100:g} %", sort=float(c.fraction)), cell(esc(c.resolution)), cell(esc(c.seed))]

@@ -29,8 +29,8 @@ def logme(features_ND: NDArray[Any], target: NDArray[Any]) -> float:
     """Maximum over a prior and a noise precision of the log evidence of a linear model of the labels, by image, mean over classes.
 
     You et al., LogME, ICML 2021, eq. 2 and algorithm 1: features as they are, without an intercept, one 0/1 vector a class. The fixed
-    point runs on the ratio t of the precisions; the noise at a ratio is known in closed form. Infinite where a linear map gives the labels
-    exactly.
+    point runs on the ratio t of the precisions, from 1 to the maximum that is nearest; the noise at a ratio is known in closed form.
+    Infinite where a linear map gives the labels exactly.
 
     Raises:
         RequestError: no class is there beside another; shapes that do not fit; numbers that are not finite.

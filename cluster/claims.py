@@ -186,17 +186,16 @@ def ready() -> None:
 def _study(url: str) -> None:
     from analysis.evidence import gather
 
-    evidence = gather(url)
-    if not evidence.ledger and not evidence.withdrawn:
-        raise RequestError("this study makes no claims", where=url, hint="claims: [...] in its file, before it runs")
-    print(
-        f"{evidence.study.get('study')}: {len(evidence.ledger)} claims in their settings, {len(evidence.cells)} of {evidence.asked} cells"
-    )
-    header = ("claim", "verdict", "a - b", "why", "it would take", "about", "in", "compared")
-    table([row(entry) for entry in evidence.ledger], header)
-    print(f"\n{JUDGED}")
-    if evidence.withdrawn:
-        print(f"\nwithdrawn or changed since the study first ran: {', '.join(evidence.withdrawn)}")
+    with gather(url) as evidence:
+        if not evidence.ledger and not evidence.withdrawn:
+            raise RequestError("this study makes no claims", where=url, hint="claims: [...] in its file, before it runs")
+        counts = f"{len(evidence.ledger)} claims in their settings, {len(evidence.cells)} of {evidence.asked} cells"
+        print(f"{evidence.study.get('study')}: {counts}")
+        header = ("claim", "verdict", "a - b", "why", "it would take", "about", "in", "compared")
+        table([row(entry) for entry in evidence.ledger], header)
+        print(f"\n{JUDGED}")
+        if evidence.withdrawn:
+            print(f"\nwithdrawn or changed since the study first ran: {', '.join(evidence.withdrawn)}")
 
 
 def row(entry: "Entry") -> tuple[str, ...]:

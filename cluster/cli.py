@@ -337,7 +337,7 @@ def weights(
     labelled: Annotated[list[str] | None, typer.Option(help="a corpus that they have seen with its labels; again for each")] = None,
     licence: Annotated[str | None, typer.Option(help="terms of one's own weights")] = None,
     normalisation: Annotated[str | None, typer.Option(help="of their images: imagenet, neutral, ..; timm's unless given")] = None,
-    image_size: Annotated[int | None, typer.Option("--image-size", help="side in pixels of their images; 224 unless given")] = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="side in pixels of their images; 224 unless given")] = None,
 ) -> None:
     """Fetch published weights, verify them and convert them once, so that studies start from zoo:NAME. With --architecture, convert one's
     own weights of a timm architecture into a folder from which studies start."""

@@ -248,7 +248,8 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
     projection.update()
     _, champion = register(projection, study)
     projection.write_runs()
-    projection.close(ok=True, words=gather(out).answer())
+    with gather(out) as evidence:
+        projection.close(ok=True, words=evidence.answer())
     return len(projection.finished), champion
 
 

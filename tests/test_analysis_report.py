@@ -161,6 +161,8 @@ def test_the_report_says_what_was_compared_and_left_out(tmp_path: Path) -> None:
         "name patients differently",
     ):
         assert words in said
+    # Of patients that cannot be compared nothing is known, which is no 0.
+    assert "<td>–</td><td>2</td><td>5</td><td>–</td><td>6</td>" in said
 
 
 def test_the_report_says_which_training_images_are_test_images_too(tmp_path: Path) -> None:
@@ -207,6 +209,9 @@ def test_what_a_chain_forgot_of_earlier_corpora_is_a_table(tmp_path: Path) -> No
     page = text_of(out)
     table = page[page.index("What was kept of earlier corpora") :]
     assert re.findall(r"0\.810|0\.740|-0\.070|none", table)[:4] == ["none", "0.810", "0.740", "-0.070"]
+    config = file.with_name("config.yaml")
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": [{"dataset": "nih-cxr14"}]}))
+    assert "earlier corpora" not in text_of(out)  # it goes on with the very same
 
 
 def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path) -> None:

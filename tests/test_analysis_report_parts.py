@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,6 +95,60 @@ def test_small_groups_have_no_number_and_labels_that_a_group_lacks_count_for_non
     assert one.target_NL is not None
     one.target_NL[[groups[str(i)] == "a" for i in one.ids_N], 1] = 0
     assert subgroups.by_group(FACTS, [one], groups, Bootstrap(100)).labels == 1
+
+
+def test_a_label_that_a_group_has_both_ways_in_no_stratum_counts_for_none_within_strata() -> None:
+    """Its positives in one stratum and its negatives in the other: that group has no such AUROC, the others have."""
+    one, groups = scored(0, 400, 1.0)
+    in_a = np.array([groups[str(i)] == "a" for i in one.ids_N])
+    assert one.target_NL is not None
+    split = np.where(one.target_NL[:, 1] == 1, "s", "t")
+    strata = np.where(in_a, split, np.where(np.arange(400) % 4 < 2, "s", "t")).astype(object)
+    within = (*FACTS[:4], "auroc_within_mean", FACTS[5])
+    held = replace(one, stratum_N=strata)
+    found = subgroups.by_group(within, [held], groups, Bootstrap(100))
+    assert found.labels == 1
+    assert subgroups.by_group(FACTS, [held], groups, Bootstrap(100)).labels == 2
+    first = {group.name: group.value for group in found.groups}
+    alone = replace(held, target_NL=one.target_NL[:, :1], score_NL=one.score_NL[:, :1])  # type: ignore[index]
+    assert first == {group.name: group.value for group in subgroups.by_group(within, [alone], groups, Bootstrap(100)).groups}
+
+
+@pytest.mark.parametrize(("pretrainings", "seeds", "of_each"), [(3, 3, 2), (4, 2, 1), (5, 2, 1), (1, 8, 6), (8, 1, 1)])
+def test_predictions_are_read_of_every_pretraining_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrainings: int, seeds: int, of_each: int
+) -> None:
+    (cell,) = gather(str(make(tmp_path, {"simclr": 0.0}, seeds=1, images=60)), QUICK).cells
+    every = [replace(cell, result=cell.result | {"source_seed": p, "seed": s}) for s in range(seeds) for p in range(pretrainings)]
+    monkeypatch.setattr(subgroups, "scores", lambda cell, _: cell)
+    read: list[Any] = subgroups.some_scores(every)
+    assert Counter(cell.source_seed for cell in read) == dict.fromkeys(range(min(pretrainings, subgroups.RUNS)), of_each)
+
+
+def test_the_setting_of_subgroups_is_the_one_that_leads_without_own_sources(tmp_path: Path) -> None:
+    out = make(
+        tmp_path, {"random": 0.0, "simclr": 0.3}, strategies=("full", "linear"), seeds=2, images=80, own=[("simclr", "phantom-chest")]
+    )
+    for cell in gather(str(out), QUICK).cells:
+        value = 0.99 if (cell.source, cell.strategy) == ("simclr", "full") else 0.8 if cell.strategy == "linear" else 0.6
+        rows = [row | {"value": value} if row["split"] == "val" else row for row in cell.metrics]
+        Path(cell.url, "result.json").write_text(json.dumps(cell.result | {"metrics": rows}))
+    (sides,) = subgroups.chosen(gather(str(out), QUICK)).values()
+    assert {source: {cell.strategy for cell in cells} for source, cells in sides.items()} == {"random": {"linear"}, "simclr": {"linear"}}
+
+
+def test_all_cells_name_what_tells_them_apart(tmp_path: Path) -> None:
+    out = make(tmp_path, {"random": 0.0, "simclr": 0.3}, seeds=2, images=80)
+    table = tables.cells(gather(str(out), QUICK))
+    assert "architecture" not in table
+    assert "pretraining seed" not in table
+    for cell in gather(str(out), QUICK).cells:
+        facts = {"source_seed": 3, "architecture": "vit"} if (cell.source, cell.seed) == ("simclr", 1) else {}
+        Path(cell.url, "result.json").write_text(json.dumps(cell.result | facts))
+    table = tables.cells(gather(str(out), QUICK))
+    heads = re.findall(r"<button[^>]*>([^<]*)</button>", table)
+    (row,) = (re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in table.split("<tr>") if "<td>vit</td>" in row)
+    assert (row[heads.index("architecture")], row[heads.index("pretraining seed")], row[heads.index("encoder")]) == ("vit", "3", "simclr")
 
 
 @pytest.mark.parametrize(("age", "name"), [(17, "under 18"), (18, "18-39"), ("59", "40-59"), (80, "80 and over"), (None, "not known")])
@@ -568,6 +624,13 @@ def test_comparisons_shared_out_over_processes_are_those_of_one(tmp_path: Path, 
     assert len(together.comparisons._coming) == 4
     assert repr(together.findings) == repr(alone.findings)
     assert together.comparisons.computed == alone.comparisons.computed == 4
+    pool = together.comparisons._pool
+    assert pool is not None
+    assert len(pool._processes) == 2
+    together.comparisons.end()
+    shutil.rmtree(out / "cells")
+    with gather(str(out), QUICK) as empty:  # planned, none finished: nothing to compare, nobody starts
+        assert empty.comparisons._pool is None
 
 
 def test_does_not_repeat_a_report_that_goes_on_computing_when_it_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
