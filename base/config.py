@@ -10,23 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from base import storage
 from base.errors import RequestError
 from base.problems import problems
 
 # A float that need not be finite, for which JSON has no number: of models with ser_json_inf_nan="strings".
-Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
+Number = Annotated[float, AllowInfNan(True), WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]})]
 
 # Where a key is cut: at its dots, but for those of a file's name (`data.../cards/mine.yaml.raw`), which may have one before its suffix.
 KEY_CUT = re.compile(r"(?<![./])\.(?!ya?ml(?:[./]|$))")
 
 
 class Strict(BaseModel):
-    """Frozen, and an unknown key is an error. Every file format of the project is a subclass."""
+    """Frozen; an unknown key is an error, and so is a number that is not finite. Every file format of the project is a subclass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 M = TypeVar("M", bound=BaseModel)

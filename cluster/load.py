@@ -4,6 +4,7 @@ study = load_study("studies/demo.yaml", ["cells.seeds=[0]"])
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,8 +261,12 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     with at(f"{key}.architecture"):
         if entry.architecture:
             family(entry.architecture)
+    _check_source(entry.start_from, earlier, f"{key}.start_from")  # before anything follows the chain, which might be a circle
     recipe = load_recipe(entry.recipe, entry.settings)
-    methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry))
+    # What needs no images is found before any are packed; how many there are, and their labels, is not known yet.
+    labelled = methods.method_class(recipe.method).labelled
+    facts = None if labelled else methods.Facts(entry.seeds[0], sys.maxsize, recipe.global_batch, tuple(recipe.views.sizes))
+    methods.check(recipe.method, recipe.options, views=recipe.views, architecture=study.architecture_of(entry), facts=facts)
     for count in study.resources.pretrain_range:
         rank_batch(recipe.global_batch, count, recipe.accumulate)
     for dataset in entry.data:
@@ -277,7 +282,6 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
         pretrain_labels(entry, recipe.method, read, f"{key}.labels")
         if methods.method_class(recipe.method).labelled and not any(card.labels for card in read):
             raise RequestError(f"{recipe.method} needs labels, and the datasets' cards name none", where=f"{key}.data")
-    _check_source(entry.start_from, earlier, f"{key}.start_from")
     start = study.architecture_of(before[-1]) if (before := study.before(entry)) else None
     if entry.architecture and start and entry.architecture != start:
         raise RequestError(

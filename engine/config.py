@@ -1,11 +1,13 @@
 """Settings of the training step. Imports no torch, so that a plan can read recipes in no time."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from base.config import Strict
 from engine.schedules import Shape
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
@@ -16,7 +18,7 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_end: float | None = Field(default=None, ge=0)  # reached along a cosine at the last step, as in DINO
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd and lars
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw and lamb
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw and lamb
     layer_decay: float | None = Field(default=None, gt=0, le=1)  # factor of the rate from a cut of the encoder to the one before
     schedule: Shape = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)

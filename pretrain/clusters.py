@@ -36,7 +36,9 @@ def check_count(prototypes: int | None, samples: int) -> None:
     """Raises RequestError for more prototypes than samples."""
     if prototypes is not None and prototypes > samples:
         raise RequestError(
-            f"{samples} samples cannot have {prototypes} prototypes", where="recipe: options.prototypes", hint=f"prototypes={samples}"
+            f"{samples} samples cannot have {prototypes} prototypes",
+            where="recipe: options.prototypes",
+            hint=f"options.prototypes={samples}",
         )
 
 

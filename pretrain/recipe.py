@@ -45,6 +45,8 @@ class Recipe(Strict):
         self.engine()
         if self.global_batch % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide global_batch {self.global_batch}")
+        if self.global_batch == self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} leaves micro-batches of one image, which no other can be told from")
         return self
 
     def engine(self) -> EngineConfig:

@@ -38,10 +38,6 @@ def corpora(shards: str) -> dict[str, Packed]:
     [
         ({"recipe": "swav/smoke", "settings": {"options.prototypes": 500}}, "60 samples cannot have 500 prototypes"),
         ({"recipe": "deepcluster-v2/smoke", "settings": {"options.prototypes": 61}}, "60 samples cannot have 61 prototypes"),
-        (
-            {"recipe": "moco-v2/smoke", "settings": {"options.queue": 100}},
-            "a queue of 100 keys is not a multiple of the global batch",
-        ),
         ({"recipe": "insdis/smoke", "settings": {"options.negatives": 60}}, "every image has only 59 others"),
         ({"recipe": "simclr/smoke", "settings": {"global_batch": 64}}, "global batch of 64 is larger than the 60 samples"),
     ],
@@ -97,6 +93,17 @@ def test_images_reduced_when_packed_are_as_small_as_the_card_says(shards: str, t
             [{"recipe": "simclr/smoke"}, {"recipe": "simclr/smoke", "architecture": "resnet18", "start_from": "pretrain:run0"}],
             {},
             "weights of test_resnet do not fit resnet18",
+        ),
+        (
+            [{"recipe": "simclr/smoke"}, {"recipe": "moco-v2/smoke", "settings": {"options.queue": 100}}],
+            {},
+            r"pretrain\[1\]: .*a queue of 100 keys is not a multiple of the global batch of 32 \(options.queue=96\)",
+        ),
+        ([{"recipe": "simclr/smoke", "start_from": "pretrain:run0"}], {}, r"pretrain\[0\]\.start_from: unknown pretraining run 'run0'"),
+        (
+            [{"recipe": "simclr/smoke", "start_from": "pretrain:run1"}, {"recipe": "simclr/smoke", "start_from": "pretrain:run0"}],
+            {},
+            r"pretrain\[0\]\.start_from: unknown pretraining run 'run1'",
         ),
     ],
 )

@@ -254,7 +254,7 @@ def test_sizes_that_do_not_fit_the_data_are_refused() -> None:
     for name in ("swav", "deepcluster-v2", "sela-v2"):
         with pytest.raises(RequestError, match=r"50 samples cannot have 64 prototypes.*") as caught:
             methods.check(name, {"prototypes": 64}, facts=facts)
-        assert caught.value.hint == "prototypes=50"
+        assert caught.value.hint == "options.prototypes=50"
         with pytest.raises(RequestError, match="first two views must be of one size"):
             methods.check(name, {}, facts=facts._replace(sizes=(32, 16, 16)))
     for queue, near in ((30, 32), (3, 8)):

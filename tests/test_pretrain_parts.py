@@ -1,7 +1,9 @@
 """Recipes, schemas, probes and verdicts, without training."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from base.paths import ROOT, names
 from pretrain import methods
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run import PretrainConfig, Result
+from shards.batches import Batch
 
 GOLDEN = Path(__file__).parent / "golden"
 SCHEMAS: dict[str, type[BaseModel]] = {"recipe": Recipe, "pretrain": PretrainConfig, "pretrain_result": Result}
@@ -65,6 +68,47 @@ def test_settings_and_what_is_wrong_with_them() -> None:
         load_recipe("simclr/small", {"optimizer.schedule": "step"})
     with pytest.raises(RequestError, match="lars needs zero_stage 0"):
         load_recipe("simclr/paper", {"zero_stage": 1})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "says"),
+    [
+        ("simclr/smoke", {"epochs": math.inf}, "epochs: expected a finite number"),
+        ("simclr/smoke", {"optimizer.betas": [0.9, 1.0]}, r"optimizer.betas.1: 1\.0 is not less than 1"),
+        ("simclr/smoke", {"optimizer.betas": [2, -1]}, "optimizer.betas.0: 2 is not less than 1; optimizer.betas.1: -1 is less than 0"),
+        ("barlow-twins/smoke", {"accumulate": 32, "global_batch": 32}, "accumulate 32 leaves micro-batches of one image"),
+        ("simclr/smoke", {"options.temperature": math.nan}, "temperature: expected a finite number"),
+        ("simclr/smoke", {"options.temperature": 1e-300}, "temperature: 1e-300 is less than 0.001"),
+        ("pcl-v1/smoke", {"options.clusters": [0]}, "a clustering has two clusters at least, got 0"),
+        ("mae/smoke", {"options.decoder_heads": 3}, "decoder_heads 3 do not divide the width 32"),
+        ("mae/smoke", {"views.size": 16}, r"views.size: a view of 16 px is one patch: none is left to paint \(views.size=32\)"),
+        ("ijepa/smoke", {"options.predictor_heads": 5}, "predictor_heads 5 do not divide the width 32"),
+        ("ijepa/smoke", {"options.target_scale": [-0.8, -0.9]}, "target_scale must be 0 < low <= high <= 1, got -0.8, -0.9"),
+        ("ijepa/smoke", {"options.target_aspect": [0, 1]}, "target_aspect must be 0 < low <= high <= 10, got 0, 1"),
+        ("dinov2/smoke", {"options.mask_ratio": [1.5, 2.0]}, "mask_ratio must be 0 < low <= high <= 1, got 1.5, 2"),
+        ("dinov2/smoke", {"options.mask_ratio": [0.5, 0.1]}, "mask_ratio must be 0 < low <= high <= 1, got 0.5, 0.1"),
+        ("dino/smoke", {"options.prototypes": 5000}, r"200 samples cannot have 5000 prototypes \(options.prototypes=200\)"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused(recipe: str, settings: dict[str, Any], says: str) -> None:
+    """Each ended in a traceback, a run without end or weights that are not finite."""
+
+    def read() -> None:
+        held = load_recipe(recipe, settings)
+        facts = methods.Facts(0, 200, held.global_batch, tuple(held.views.sizes))
+        methods.check(held.method, held.options, views=held.views, facts=facts)
+
+    with pytest.raises(RequestError, match=says):
+        read()
+
+
+def test_simclr_takes_views_of_two_sizes() -> None:
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    encoder.num_features = 4  # type: ignore[assignment]
+    made = methods.build("simclr", encoder, {}, methods.Facts(seed=5, samples=100, global_batch=4))
+    views = [torch.randint(0, 256, (4, 1, side, side)).float() for side in (32, 16)]
+    ids = torch.arange(4)
+    assert made(Batch(ids, views, None, None, None, ids >= 0, torch.zeros_like(ids))).loss.isfinite()
 
 
 def test_unknown_method_and_option() -> None:

@@ -47,7 +47,7 @@ class DeepClusterOptions(Strict):
     quarter of the samples). `iterations` are of k-means. `hidden_dim` defaults to the width of the encoder's features.
     """
 
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, ge=1e-3)
     heads: int = Field(default=3, ge=1)
     prototypes: int | None = Field(default=None, gt=0)
     iterations: int = Field(default=10, ge=1)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +52,11 @@ class DINOv2Options(DINOOptions):
     mask_p: float = Field(default=0.5, ge=0, le=1)
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     koleo: float = Field(default=0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _shares_are_a_range(self) -> "DINOv2Options":
+        masking.check_range("mask_ratio", self.mask_ratio)
+        return self
 
 
 class DINOv2(Method):

@@ -12,7 +12,8 @@ of the target 0.996 to 1 linearly, predictor of 12 blocks of width 384, crops of
 L2, its official code has the smooth L1 that is used here.
 
 Parts: lightly's decoder (IJEPAPredictorTIMM has no place for a class token); masks and predictor in pretrain/masking.py.
-Deviations: sizes of blocks are drawn once a step, as in the official code, but from (seed, step) for all ranks. The official code cuts all
+Deviations: sizes of blocks are drawn once a step, as in the official code, but from (seed, step) for all ranks, and a target's aspect by
+itself and even in its logarithm, where the official code has one draw for scale and aspect. The official code cuts all
 contexts of a rank's batch to the shortest, keeping the upper rows; here each image keeps a random `context` share of the grid's patches,
 25 %, which is what that cut leaves on average at its 128 images (24 % in a simulation), and targets are drawn again where less is free. The
 class token of timm's ViT, which the paper's has not, is seen by the encoder and given to the predictor, because transplants pool by it.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,6 +57,14 @@ class IJEPAOptions(Strict):
     predictor_depth: int = Field(default=12, ge=1)
     predictor_heads: int = Field(default=12, ge=1)
     momentum: float = Field(default=0.996, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _blocks_and_heads_can_be(self) -> "IJEPAOptions":
+        masking.check_range("target_scale", self.target_scale)
+        masking.check_range("target_aspect", self.target_aspect, 10.0)
+        masking.check_range("context_scale", self.context_scale)
+        masking.check_heads("predictor_heads", self.predictor_heads, self.predictor_dim)
+        return self
 
 
 class IJEPA(Method):

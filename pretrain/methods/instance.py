@@ -46,7 +46,7 @@ PATCHES = 9
 class InsDisOptions(Strict):
     """negatives: left open, 65536 or all other images where there are fewer. bank_momentum: share of the old row that stays."""
 
-    temperature: float = Field(default=0.07, gt=0)
+    temperature: float = Field(default=0.07, ge=1e-3)
     output_dim: int = Field(default=128, gt=0)
     negatives: int | None = Field(default=None, ge=1)
     bank_momentum: float = Field(default=0.5, ge=0, lt=1)

@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +47,11 @@ class MAEOptions(Strict):
     decoder_depth: int = Field(default=8, ge=1)
     decoder_heads: int = Field(default=16, ge=1)
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "MAEOptions":
+        masking.check_heads("decoder_heads", self.decoder_heads, self.decoder_dim)
+        return self
+
 
 class MAE(Method):
     """See the module's header. Legend: M kept patches, Q masked ones, P pixels of a patch."""
@@ -67,7 +72,11 @@ class MAE(Method):
 
     @classmethod
     def check(cls, options: MAEOptions, facts: Facts) -> None:
+        """Some patches must be hidden and some not."""
         masking.check_side(facts)
+        if facts.sizes and facts.sizes[0] < 2 * vit.PATCH:
+            why = f"a view of {facts.sizes[0]} px is one patch: none is left to paint"
+            raise RequestError(why, where="recipe: views.size", hint=f"views.size={2 * vit.PATCH}")
 
     def forward(self, batch: "Batch") -> Output:
         """views: one u8 BCHW."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class MoCoOptions(Strict):
     """queue: keys; left open, 65536 or what fits a quarter of the corpus (pretrain.memory.queue_length). momentum: of the key encoder."""
 
-    temperature: float = Field(default=0.07, gt=0)
+    temperature: float = Field(default=0.07, ge=1e-3)
     output_dim: int = Field(default=128, gt=0)
     queue: int | None = Field(default=None, ge=1)
     momentum: float = Field(default=0.999, ge=0, lt=1)
@@ -50,14 +50,14 @@ class MoCoOptions(Strict):
 class MoCoV2Options(MoCoOptions):
     """`hidden_dim` defaults to the width of the encoder's features, as in the official code."""
 
-    temperature: float = Field(default=0.2, gt=0)
+    temperature: float = Field(default=0.2, ge=1e-3)
     hidden_dim: int | None = Field(default=None, gt=0)
 
 
 class InfoMinOptions(MoCoV2Options):
     """patch_weight: of the patches' part of the loss."""
 
-    temperature: float = Field(default=0.15, gt=0)
+    temperature: float = Field(default=0.15, ge=1e-3)
     patch_weight: float = Field(default=0.5, ge=0, le=1)
 
 

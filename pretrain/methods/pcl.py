@@ -18,7 +18,7 @@ there it is Euclidean and the best of five starts. Numbers of clusters that are 
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,9 +40,15 @@ SMOOTHING = 10  # of the concentration: small clusters do not look tight
 class PCLOptions(MoCoOptions):
     """clusters: of each clustering; left open, the official ones in proportion to the corpus, 2 at least. warmup_epochs: without any."""
 
-    temperature: float = Field(default=0.2, gt=0)
+    temperature: float = Field(default=0.2, ge=1e-3)
     clusters: tuple[int, ...] | None = Field(default=None, min_length=1)
     warmup_epochs: int = Field(default=20, ge=0)
+
+    @model_validator(mode="after")
+    def _clusters_are_several(self) -> "PCLOptions":
+        if few := [count for count in self.clusters or () if count < 2]:
+            raise ValueError(f"a clustering has two clusters at least, got {few[0]}")
+        return self
 
 
 class PCLV2Options(PCLOptions, MoCoV2Options):

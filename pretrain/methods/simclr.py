@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class SimCLROptions(Strict):
     """`hidden_dim` defaults to the width of the encoder's features, as in the paper."""
 
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, ge=1e-3)
     hidden_dim: int | None = Field(default=None, gt=0)
     output_dim: int = Field(default=128, gt=0)
     num_layers: int = Field(default=2, ge=2)
@@ -62,7 +62,7 @@ class SimCLR(Method):
 
     def forward(self, batch: "Batch") -> Output:
         """views: two u8 BCHW."""
-        z_2BD = self.encode(torch.cat(batch.views))
+        z_2BD = torch.cat(self.encode_views(batch.views))
         p_2Bd: Tensor = self.head(z_2BD)
         # exp(1 / t) and the sum over thousands of negatives need float32 whatever the network computes in.
         with torch.autocast(p_2Bd.device.type, enabled=False):

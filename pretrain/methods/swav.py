@@ -50,7 +50,7 @@ class SwAVOptions(Strict):
     hidden_dim: defaults to the width of the encoder's features.
     """
 
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, ge=1e-3)
     epsilon: float = Field(default=0.05, gt=0)
     iterations: int = Field(default=3, ge=1)
     prototypes: int | None = Field(default=None, gt=0)
