@@ -29,6 +29,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
+def check_range(name: str, low_high: tuple[float, float], most: float = 1.0) -> None:
+    """Raises ValueError for what is not 0 < low <= high <= most."""
+    low, high = low_high
+    if not 0 < low <= high <= most:
+        raise ValueError(f"{name} must be 0 < low <= high <= {most:g}, got {low:g}, {high:g}")
+
+
 M = TypeVar("M", bound=BaseModel)
 Settings = Sequence[str] | Mapping[str, Any]  # `key=value` texts as typed, or dotted keys with values as in a study file
 

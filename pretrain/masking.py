@@ -49,13 +49,6 @@ def check_side(facts: Facts) -> None:
         )
 
 
-def check_range(name: str, low_high: tuple[float, float], most: float = 1.0) -> None:
-    """Raises ValueError for what is not 0 < low <= high <= most."""
-    low, high = low_high
-    if not 0 < low <= high <= most:
-        raise ValueError(f"{name} must be 0 < low <= high <= {most:g}, got {low:g}, {high:g}")
-
-
 def check_heads(name: str, heads: int, width: int) -> None:
     """Raises ValueError for heads that do not divide the width."""
     if width % heads:

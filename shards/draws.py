@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from base.config import Strict
+from base.config import Strict, check_range
 from base.seeds import seed_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -99,9 +99,8 @@ class ViewsConfig(Strict):
         ranges = {"crop_scale": self.crop_scale, "jigsaw.crop_scale": self.jigsaw.crop_scale, **scales}
         tops = dict.fromkeys(ranges, 1.0) | {"crop_ratio": 10.0, "blur_sigma": 100.0}
         ranges |= {"crop_ratio": self.crop_ratio, "blur_sigma": self.blur_sigma}
-        for name, (low, high) in ranges.items():
-            if not 0 < low <= high <= tops[name]:
-                raise ValueError(f"{name} must be 0 < low <= high <= {tops[name]:g}, got {low:g}, {high:g}")
+        for name, low_high in ranges.items():
+            check_range(name, low_high, tops[name])
         return self
 
     @model_validator(mode="after")

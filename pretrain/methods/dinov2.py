@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from base.config import check_range
 from encoders import vit
 from engine import ema, ranks
 from pretrain import masking
@@ -55,7 +56,7 @@ class DINOv2Options(DINOOptions):
 
     @model_validator(mode="after")
     def _shares_are_a_range(self) -> "DINOv2Options":
-        masking.check_range("mask_ratio", self.mask_ratio)
+        check_range("mask_ratio", self.mask_ratio)
         return self
 
 

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-from base.config import Strict
+from base.config import Strict, check_range
 from base.errors import WorkError
 from base.seeds import rng
 from encoders import vit
@@ -60,9 +60,9 @@ class IJEPAOptions(Strict):
 
     @model_validator(mode="after")
     def _blocks_and_heads_can_be(self) -> "IJEPAOptions":
-        masking.check_range("target_scale", self.target_scale)
-        masking.check_range("target_aspect", self.target_aspect, 10.0)
-        masking.check_range("context_scale", self.context_scale)
+        check_range("target_scale", self.target_scale)
+        check_range("target_aspect", self.target_aspect, 10.0)
+        check_range("context_scale", self.context_scale)
         masking.check_heads("predictor_heads", self.predictor_heads, self.predictor_dim)
         return self
 
