@@ -55,12 +55,12 @@ def _best(evidence: Evidence, cells: list[Cell]) -> Cell:
 
 
 def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
-    """The same images for every source: worst, median and best by mean Dice over sources."""
+    """The same images for every source in the setting that leads: worst, median and best by mean Dice over sources."""
     held: dict[str, dict[str, Any]] = {}
-    strategy = cells[0].strategy
+    best = _best(evidence, cells)
     for cell in cells:
         url = storage.join(cell.url, "samples.npz")
-        if cell.strategy == strategy and cell.source not in held and storage.exists(url):
+        if cell.group == best.group and cell.source not in held and storage.exists(url):
             with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
                 held[cell.source] = {name: arrays[name] for name in arrays.files} | {"seed": cell.seed}
     if not held:
@@ -76,7 +76,10 @@ def _kept_masks(evidence: Evidence, cells: list[Cell]) -> str:
             text = f"{word}, {source}: test image {i}, Dice {arrays['dice'][at]:.3f}"
             drawn = figures.overlay(arrays["image"][at], arrays["true"][at], arrays["pred"][at], text)
             parts.append(f"<figure>{drawn}<figcaption>{word}: <b>{esc(source)}</b> Dice {arrays['dice'][at]:.3f}</figcaption></figure>")
-    note = f"The worst, the median and the best test image by mean Dice among those kept (strategy {strategy}, one seed a source)."
+    note = (
+        f"The worst, the median and the best test image by mean Dice among those kept: {in_study(evidence, best)} (the setting that leads"
+    )
+    note += " on validation), one seed a source."
     style = f'style="--n:{len(held)}"'
     return f'{_legend()}<div class="gallery" {style}>{"".join(parts)}</div><p class="faint">{esc(note)}</p>'
 

@@ -6,6 +6,7 @@ Each takes the Evidence and returns HTML, or an empty string where there is noth
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -173,8 +174,8 @@ def _forgotten(evidence: Evidence) -> str:
     rows = []
     for run in evidence.pretrainings:
         held = {(probe["dataset"], probe["when"]): probe for probe in (run.result or {}).get("source_probes", [])}
-        trained = {str(entry.get("dataset")) for entry in run.config.get("data") or []}  # no earlier corpus: the step goes on with it
-        for dataset in dict.fromkeys(dataset for dataset, _ in held if dataset not in trained):
+        own = _own_data(run.config)
+        for dataset in dict.fromkeys(dataset for dataset, _ in held if dataset not in own):
             parts = [f'<th scope="row">{esc(run.name)}</th>', cell(esc(run.config.get("seed", "–"))), cell(esc(dataset))]
             replay = results.number(run.config.get("replay"))
             parts.append(cell(f"{replay:.0%}" if math.isfinite(replay) else "none", sort=replay))
@@ -189,6 +190,17 @@ def _forgotten(evidence: Evidence) -> str:
     note += " may be what was forgotten."
     shown = table(["pretraining", "seed", "earlier corpus", "replay", *probes], rows, cls="numbers")
     return f'<h3>What was kept of earlier corpora</h3>{shown}<p class="faint">{note}</p>'
+
+
+def _own_data(config: Mapping[str, Any]) -> set[str]:
+    """Datasets of a run itself, no earlier corpora: what it replays of those follows in its data, with the share `replay` in all."""
+    held, left = set(), 1 - float(config.get("replay") or 0)
+    for entry in config.get("data") or []:
+        if config.get("replay") and left < 1e-6:
+            break
+        held.add(str(entry["dataset"]))
+        left -= float(entry.get("weight", 1))
+    return held
 
 
 def _unread(evidence: Evidence) -> str:

@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 
 SEEDS, STEPS, BATCH = 5, 500, 64
 LONGER = {"ijepa": 2000, "mae": 2000, "simmim": 2000}  # whose losses still fall at 500
+CROPS = {  # small ones still hold something of what the labels are about
+    "vit": [{"count": 2, "crop_scale": [0.4, 1.0]}, {"count": 2, "size": 32, "crop_scale": [0.1, 0.4]}],
+    "other": [{"count": 2, "crop_scale": [0.3, 1.0]}, {"count": 2, "size": 24, "crop_scale": [0.3, 0.6]}],
+}
+PROTOTYPES = 64  # as in `small`; smoke leaves them open, which at this size is 8
 GREY = {"brightness": 0.3, "contrast": 0.4, "blur_p": 0.0}
 
 
@@ -46,7 +51,7 @@ def kind(method: str) -> str:
 
 
 def settings(method: str, data: str, epochs: float) -> dict[str, Any]:
-    """What this benchmark changes of a recipe: budget and pace; for phantoms grey views, and for tokens of 16 px whole images."""
+    """What this benchmark changes of a recipe: budget and pace; for phantoms grey views of which small ones show enough, and prototypes."""
     from pretrain.recipe import load_recipe
 
     changed: dict[str, Any] = {"optimizer.warmup_epochs": 1, "checkpoint_every_steps": 0, "stop_when_collapsed": False}
@@ -54,11 +59,13 @@ def settings(method: str, data: str, epochs: float) -> dict[str, Any]:
         return changed | {"epochs": epochs}
     changed |= {"max_steps": LONGER.get(method, STEPS), "epochs": 1000, "global_batch": BATCH, "log_every_steps": 25}
     changed |= {f"views.{key}": value for key, value in GREY.items()}
+    crops = bool(load_recipe(f"{method}/smoke").views.crops)
     if kind(method) == "vit":
-        views = load_recipe(f"{method}/smoke").views
         changed["views.size"] = 64
-        if views.crops:
-            changed["views.crops"] = [{"count": 2, "crop_scale": [0.4, 1.0]}, {"count": 2, "size": 32, "crop_scale": [0.1, 0.4]}]
+    if crops:
+        changed["views.crops"] = CROPS[kind(method)]
+    if method in ("swav", "sela-v2", "deepcluster-v2"):
+        changed["options.prototypes"] = PROTOTYPES
     return changed
 
 

@@ -80,7 +80,7 @@ def _runs(study: Study, corpora: Mapping[str, Packed] | None) -> Counter[str]:
         elif config is not None and newest_step(storage.join(config.out, "checkpoints")):
             found["begun, to go on from a checkpoint"] += 1
         else:
-            found[AGAIN if config is not None and (entry.name, seed) in earlier else "new"] += 1
+            found[AGAIN if (entry.name, seed) in earlier else "new"] += 1
     names = {entry.name for entry in study.pretrain}
     found["no longer asked for"] = sum(name.rpartition("-")[0] not in names for name in stand - asked)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from base.errors import RequestError, at
 from cluster.plan import Packed, pretrain_data, pretrain_labels
-from cluster.study import PretrainEntry, Study
+from cluster.study import PretrainEntry, Study, as_in_study
 from pretrain import methods
 from pretrain.recipe import load_recipe
 from shards.order import Order, Source
@@ -27,7 +27,7 @@ def fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> No
         RequestError: options of a method that do not fit the number of images (prototypes, queues, negatives), a batch larger than an
             epoch, images smaller than the views.
     """
-    with at(f"pretrain {entry.name}"):
+    with at(f"pretrain {entry.name}"), as_in_study(entry):
         _fit(study, entry, corpora)
 
 
@@ -56,7 +56,7 @@ def _fit(study: Study, entry: PretrainEntry, corpora: Mapping[str, Packed]) -> N
             raise RequestError(
                 f"views of {wanted} px from images of '{ref.dataset}' that are at most {largest} px",
                 where="recipe: views.size",
-                hint=f"pretrain.{entry.name}.settings.views.size={largest}, or larger images",
+                hint=f"views.size={largest}, or larger images",
             )
 
 

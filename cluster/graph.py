@@ -20,6 +20,7 @@ from base.errors import WorkError, in_a_line
 
 POLL_S = 2.0  # a cluster that has grown is seen so late
 PATIENCE_S = 3.0  # for nodes that share to end, when the graph ends early
+NOT_TRIED = "not tried"  # what is said of a node that needs one that failed
 EXACT = 1e-6  # shares of a GPU do not add up to the last bit
 
 

@@ -13,7 +13,7 @@ from analysis.claims import load_claim, settings_of
 from base.config import apply, assign, load_tree, parse
 from base.errors import RequestError, at, unknown
 from base.paths import absolute, is_url, named, names, with_preset
-from cluster.study import Cells, PretrainEntry, Study
+from cluster.study import Cells, PretrainEntry, Study, as_in_study
 from finetune.task import METRICS, Task, check_labels, load_task
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def check_names(study: Study, where: str) -> None:
             cards[name] = study.card(name)
     earlier: dict[str, PretrainEntry] = {}
     for i, entry in enumerate(study.pretrain):
-        with at(f"{where}: pretrain[{i}]"):
+        with at(f"{where}: pretrain[{i}]"), as_in_study(entry):
             _check_run(study, entry, earlier, cards, f"{where}: pretrain[{i}]")
         earlier[entry.name] = entry
     if study.cells is None:
@@ -252,6 +252,7 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
     from encoders.cuts import family
     from engine.step import rank_batch
     from pretrain import methods
+    from pretrain.economy import affordable
     from pretrain.recipe import load_recipe
 
     if entry.name in earlier:
@@ -289,6 +290,8 @@ def _check_run(study: Study, entry: PretrainEntry, earlier: Mapping[str, Pretrai
         )
     if entry.architecture is None and entry.start_from == "random":
         raise RequestError("a run that starts from random weights needs an architecture", where=key, hint="architecture: resnet18")
+    if known := study.architecture_of(entry):
+        affordable(recipe, known)
     if entry.replay is not None:
         _check_replay(study, entry, cards, f"{key}.replay")
 

@@ -18,7 +18,7 @@ from cluster import leakage, plan, stages
 from cluster.cells import CellStage, Fanned, Feed, write_plan
 from cluster.events import Events
 from cluster.fit import fit
-from cluster.graph import Graph, Node
+from cluster.graph import NOT_TRIED, Graph, Node
 from cluster.places import of_pretraining
 from cluster.plan import Packed, Weights
 from cluster.progress import Progress
@@ -77,7 +77,7 @@ class Making:
         reasons = {name: str(error) for name, error in self.graph.failed.items()}
         for name, lost in self.graph.skipped.items():
             if not name.startswith(("leakage ", "fit ")):  # on the way to what a person asked for, which is skipped too
-                reasons[name] = f"not tried: {lost} failed"
+                reasons[name] = f"{NOT_TRIED}: {lost} failed"
         return reasons | self.fanned.failed
 
     # -- the nodes

@@ -1,5 +1,6 @@
 """`allograft plan`: what a study would do and take, what stands, what is missing, what it could find. Starts nothing and writes nothing."""
 
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from engine import gpus
 from engine.gpus import Gpu
 from finetune.cell import CellConfig
 from finetune.search import Tune, most_trials
+from pretrain.recipe import load_recipe
 
 WRONG = "cannot start, see above"
 UNTUNED = "untuned: one fixed rate a task, which may suit one source better than another (cells.tune: {lr: [...], trials: n})"
@@ -189,6 +191,9 @@ def _of_runs(
         known = architecture and all(name in seen for name in entry.data)
         if todo and known and architecture:
             images = sum(seen[name].images.get(split, 0) for name, split in entry.data.items())
+            if entry.replay is not None:  # so many batches that its own data are gone through once, as in pretrain.loop
+                batch = load_recipe(entry.recipe, entry.settings).global_batch
+                images = math.ceil(images / (1 - entry.replay) / batch) * batch
             channels = seen[next(iter(entry.data))].card.channels
             try:
                 run = Run.of(study, entry, architecture, images, channels)
@@ -323,6 +328,9 @@ def _of_power(study: Study, searches: Searches, seen: Mapping[str, Seen], wanted
         min(pretraining_seeds, len(matrix.seeds)) if any(one.source == "random" for one in matrix.sources) else pretraining_seeds
     )
     family = comparisons(study, searches)
+    if not family:
+        yield "power", "nothing is declared: every comparison has a source that the task's own images or labels have taught"
+        return
     for task in dict.fromkeys(one.task.task for one in searches.chosen):
         about = next(one.task for one in searches.chosen if one.task.task == task)
         if about.dataset not in seen:
@@ -361,13 +369,12 @@ def comparisons(study: Study, searches: Searches) -> int:
     rows = [row | {"own_source": row["own_source"] or datasets[row["task"]] in learned[row["source"]]} for row in searches.rows()]
     planned = planned_family(study.model_dump(mode="json", by_alias=True), without_controls(rows)).values()
     kinds = [held.kind for held in planned if held.several] or [held.kind for held in planned]
-    return sum(kind != "control" for kind in kinds) or max(1, len(kinds))  # which a study of twins alone has
+    return sum(kind != "control" for kind in kinds) or len(kinds)  # which a study of twins alone has
 
 
 def _labels_read(study: Study, source: str) -> set[str]:
     """Datasets whose labels the pretrainings of the study that lead to a source read, finished or not."""
     from pretrain.methods import method_class
-    from pretrain.recipe import load_recipe
 
     runs = [run for entry in study.pretrain if source == f"pretrain:{entry.name}" for run in (*study.before(entry), entry)]
     labelled = [run for run in runs if method_class(load_recipe(run.recipe, run.settings).method).labelled]

@@ -18,7 +18,9 @@ from cluster.places import of_trainer
 from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
-COLLECTIVE_S = 600  # longest wait for another rank: more than the slowest pass over a corpus may differ between ranks
+COLLECTIVE_S = (
+    2400  # longest wait for another rank: rank 0 alone uploads the export, and waits up to 30 minutes for a checkpoint (engine.checkpoint)
+)
 RESIZE_S = 60.0  # how often a run with a range of workers looks whether the cluster has grown or shrunk
 
 

@@ -19,6 +19,7 @@ from cluster.cells import write_plan
 from cluster.changes import changes, held
 from cluster.claims import register_claims, register_family
 from cluster.events import Events
+from cluster.graph import NOT_TRIED
 from cluster.lock import DriverLock
 from cluster.mlflow_store import require_server, tracking_uri
 from cluster.outs import FILE, refuse_other_out, study_at
@@ -30,6 +31,7 @@ from cluster.searches import Searches
 from cluster.standing import foreseen, standing_corpora, standing_sources, standing_weights
 from cluster.study import Study
 from pretrain.run import PretrainConfig
+from shards.splitting import count
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,9 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
 def require_done(summary: Summary) -> None:
     """Raise when something is missing, each piece of work listed."""
     if summary.failed:
-        lines = "\n".join(f"  {name}: {reason}" for name, reason in summary.failed.items())
+        failed = [name for name, reason in summary.failed.items() if not reason.startswith(NOT_TRIED)]
+        rest = f", {len(summary.failed) - len(failed)} not tried" if len(failed) < len(summary.failed) else ""
+        lines = "\n".join(f"  {name}: {reason.removeprefix(f'{name}: ')}" for name, reason in summary.failed.items())
         raise WorkError(
-            f"{len(summary.failed)} piece(s) of work failed:\n{lines}", hint="with that mended, the same command does what is missing"
+            f"{count(len(failed), 'piece')} of work failed{rest}:\n{lines}", hint="with that mended, the same command does what is missing"
         )

@@ -3,6 +3,9 @@
 `cluster.load.load_study` reads one and looks up every name in it.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -70,6 +73,19 @@ class PretrainEntry(Strict):
         None, description="of a supervised run: the labels that it learns, or a view of the dataset's card that names them; default: all"
     )
     settings: dict[str, Any] = Field({}, description="keys of the recipe that this run sets otherwise")
+
+
+@contextmanager
+def as_in_study(entry: PretrainEntry) -> Iterator[None]:
+    """Requests refused inside hint at keys of the recipe, `options.queue=64`; outside, as the study sets them."""
+    from pretrain.recipe import Recipe
+
+    try:
+        yield
+    except RequestError as error:
+        keys = rf"(?<![\w.])(?=(?:{'|'.join(Recipe.model_fields)})(?:\.\w+)*=)"
+        hint = error.hint and re.sub(keys, f"pretrain.{entry.name}.settings.", error.hint)
+        raise RequestError(error.what, where=error.where, hint=hint) from error
 
 
 class SourceEntry(Strict):

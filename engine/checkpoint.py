@@ -107,7 +107,7 @@ class Saver:
             _write_files(place, snapshot, rank, world)
             if rank == 0:
                 _commit(place, snapshot, world)
-                _prune(self.url, self.keep)
+                _prune(self.url, self.keep, snapshot.step)
         except BaseException as error:  # noqa: BLE001, handed to the run, which raises it
             self._error = error
 
@@ -172,7 +172,7 @@ def load(found: Found) -> Snapshot:
     Raises:
         RequestError: another version wrote it.
     """
-    with _here(found.url) as local:
+    with _here(found.url, of_rank=ranks.rank()) as local:
         state = read_state(str(local), found.url)
         mine = local / f"rank{ranks.rank()}.safetensors"
         same = state.world_size == ranks.world()
@@ -249,8 +249,9 @@ def _committed(url: str) -> Iterator[tuple[int, str, Commit]]:
                 yield step, place, commit
 
 
-def _prune(url: str, keep: int) -> None:
-    committed = list(_committed(url))
+def _prune(url: str, keep: int, newest: int) -> None:
+    # What lies above the newest was passed over when the run went on from below: damaged folders would take the place of whole ones.
+    committed = [one for one in _committed(url) if one[0] <= newest]
     kept = {step for step, _, _ in committed[: max(1, keep)]}
     kept |= set([step for step, _, commit in committed if commit.sound][:1])
     scored = [(commit.score, step) for step, _, commit in committed if commit.score is not None]
@@ -261,14 +262,16 @@ def _prune(url: str, keep: int) -> None:
 
 
 @contextmanager
-def _here(place: str) -> Iterator[Path]:
-    """The folder on the local disk: itself, or a copy."""
+def _here(place: str, of_rank: int | None = None) -> Iterator[Path]:
+    """The folder on the local disk: itself, or a copy, without what belongs to other ranks than `of_rank` where that is given."""
     if not is_url(place):
         yield Path(place)
         return
     folder = tempfile.mkdtemp(prefix="allograft-load-")
     try:
-        storage.get_dir(place, folder)
+        for name in storage.listing(place):
+            if of_rank is None or not name.startswith("rank") or name == f"rank{of_rank}.safetensors":
+                storage.get_file(storage.join(place, name), Path(folder) / name)
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -35,6 +35,16 @@ class OptimizerConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _decay_moves_where_there_is_one(self) -> "OptimizerConfig":
+        if self.weight_decay_end is not None and self.weight_decay == 0:
+            raise ValueError("weight_decay_end moves a weight_decay above 0, for instance weight_decay: 0.04")
+        if self.name in ("lars", "lamb") and self.weight_decay_end == 0:
+            raise ValueError(
+                f"{self.name} needs a weight_decay_end above 0, for instance 1e-6: at 0 the steps lose the scaling to each tensor's norm"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> "OptimizerConfig":
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError("schedule step and milestones come together, for instance milestones: [0.6, 0.8]")

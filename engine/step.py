@@ -81,7 +81,8 @@ class Engine:
             "zero_optimization": {"stage": config.zero_stage},
         }
         if config.precision == "bf16":
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # Of no layer are weights gathered or gradients averaged in bf16: stage 0 does neither.
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )

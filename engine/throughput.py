@@ -11,8 +11,6 @@ from contextlib import contextmanager
 class Meter:
     """Counts between two `read` calls. Under 0.1 the step is bound by the network, above it look at the loader first.
 
-    The first step is left out of the total rate: it pays for lazy imports and allocations.
-
     Args:
         least: seconds that a step takes at the roofline (engine.gpus); None where that is not known.
     """
@@ -20,7 +18,6 @@ class Meter:
     def __init__(self, global_batch: int, least: float | None = None) -> None:
         self.global_batch, self.least = global_batch, least
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
-        self._all_steps, self._first_end = 0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -32,9 +29,6 @@ class Meter:
     def tick(self) -> None:
         """One step is done."""
         self._steps += 1
-        self._all_steps += 1
-        if self._all_steps == 1:
-            self._first_end = time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """`img_per_s`, `s_per_step` and `data_wait` (0 to 1) since the last read; where it is known `roofline`, the share of it reached."""
@@ -45,9 +39,3 @@ class Meter:
             row["roofline"] = round(self._steps * self.least / elapsed, 4)
         self._steps, self._wait, self._start = 0, 0.0, time.perf_counter()
         return row
-
-    def total(self) -> float:
-        """Images per second since the first step ended; 0 before the second."""
-        if self._all_steps < 2:
-            return 0.0
-        return (self._all_steps - 1) * self.global_batch / max(time.perf_counter() - self._first_end, 1e-9)

@@ -2,10 +2,12 @@
 
     tensors = gather(module, zero)             # `<slot>|<parameter>` on the CPU, the same on every rank
     scatter(module, zero, tensors)             # into a fresh engine, at any stage and number of ranks
+    change(parameter, F.normalize)             # after an update, at any stage, stage 0 too
 
 DeepSpeed's own files are pickles, at stages 1 and 2 need a conversion for another number of ranks, and then lose the buffers of batch norm.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +60,20 @@ def scatter(module: nn.Module, zero: Any, tensors: State) -> None:
                 safe_set_local_optimizer_state(parameter, padded.narrow(0, part * ranks.rank(), part), slot)
             else:
                 safe_set_full_optimizer_state(parameter, value, slot)
+
+
+@torch.no_grad()
+def change(parameter: nn.Parameter, how: Callable[[Tensor], Tensor]) -> None:
+    """Set a parameter to a function of itself, and the optimiser's own copy, which the next update would bring back. All ranks call."""
+    deepspeed = ranks.import_deepspeed()
+    if hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            value = how(parameter.detach())
+            parameter.copy_(value)
+    else:
+        value = how(parameter.detach())
+        parameter.copy_(value)
+    deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
 
 def _link(zero: Any) -> None:

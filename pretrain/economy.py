@@ -2,10 +2,20 @@
 
 from typing import Any
 
+import torch
+
 from base.errors import RequestError
-from encoders.build import Encoder
+from encoders.build import Encoder, build
 from engine import norm
 from pretrain.recipe import Recipe
+
+
+def affordable(recipe: Recipe, architecture: str) -> None:
+    """What `economise` would refuse of the architecture, by a network without values: before anything starts. Raises as that."""
+    if recipe.virtual_batch or recipe.activation_checkpointing:
+        with torch.device("meta"):
+            encoder = build(architecture, 3, image_size=recipe.views.size)
+        economise(recipe, encoder)
 
 
 def economise(recipe: Recipe, encoder: Encoder) -> None:

@@ -72,9 +72,10 @@ def judge(rows: Sequence[dict[str, Any]], *, chance_loss: float | None, width: i
     for health, rule in rules.items():
         if why := rule(rows):
             return Verdict(health, why)
-    return Verdict(
-        "healthy", f"loss {_recent_loss(rows):.4f}, spread {last['std_ratio']:.2f}, effective rank {last['rankme']:.0f} of {width}"
-    )
+    loss = f"loss {_recent_loss(rows):.4f}"
+    if chance_loss is not None and _recent_loss(rows) >= chance_loss:
+        loss += f" (over the {chance_loss:.4f} of a network that knows nothing: the rate may be too high)"
+    return Verdict("healthy", f"{loss}, spread {last['std_ratio']:.2f}, effective rank {last['rankme']:.0f} of {width}")
 
 
 def collapse(row: dict[str, Any], width: int, labelled: bool) -> str | None:
@@ -117,9 +118,9 @@ def _pairs_found(rows: Sequence[dict[str, Any]]) -> _Pairs | None:
     if len(later) < FEWEST_ROWS:
         return None
     chance = float(later[-1]["contrastive_chance"])
-    of_a_row = round(1 / chance) + 1
+    pairs = len(later) * (round(1 / chance) + 1) // 2  # the two views of an image find one another or neither: they are one case
     share = sum(row["contrastive_top1"] for row in later) / len(later)
-    p = binom.sf(round(share * of_a_row * len(later)) - 1, of_a_row * len(later), chance)
+    p = binom.sf(round(share * pairs) - 1, pairs, chance)
     return _Pairs(share, chance, bool(p < PAIRS_P))
 
 
@@ -154,6 +155,8 @@ def _narrowing(rows: Sequence[dict[str, Any]]) -> str | None:
     if len(rows) < RANK_ROWS:
         return None
     first, last = rows[-RANK_ROWS], rows[-1]
+    if last["window"] < first["window"]:  # at another number of ranks a run begins a window anew: fewer samples span fewer directions
+        return None
     if last["rankme"] < FALLING_RANK * first["rankme"] and last["loss"] < first["loss"]:
         return f"the loss improves but the effective rank fell from {first['rankme']:.0f} to {last['rankme']:.0f}"
     return None

@@ -156,7 +156,7 @@ class Run:
             state.go_on(self, snapshot)
 
     def _train(self) -> bool:
-        """Steps to the end; False when asked to stop. A checkpoint stands at the end either way."""
+        """Steps to the end; False when asked to stop. A checkpoint stands at the end either way, where the recipe asks for any."""
         if self.step == 0:
             self._probe_sources("before")
         meter = Meter(self.recipe.global_batch, self.least_seconds)
@@ -172,12 +172,14 @@ class Run:
                     batch = next(batches)
                 batch = self._place(batch)
                 output, measured = self._update(batch, logged)
+            if self.recipe.optimizer.schedule == "plateau":
+                self._observe(output)
             self.step = done
             meter.tick()
             if output and logged:
                 self._log(output, measured, batch, meter)
             every = self.recipe.checkpoint_every_steps
-            if every and output and (done % every == 0 or done == self.total or self.watch.stop):
+            if every and (self.watch.stop or (output and (done % every == 0 or done == self.total))):
                 state.save(self)
             if self.watch.stop and done < self.total:
                 self.record.put()
@@ -214,7 +216,7 @@ class Run:
         self.watch.keep()
         for part in micro.parts(batch, self.recipe.accumulate):
             output = self.engine.forward(part)
-            if not self.watch.finite(output.loss, part, self.step + 1, self.engine.model_state, asked):
+            if not self.watch.finite(output.loss, part, self.step + 1, lambda: state.held(self), asked):
                 return None, {}
             gradient = self.engine.step(output.loss, self.step, measure=logged)
             outputs.append(output)
@@ -223,19 +225,20 @@ class Run:
         self.method.on_step_end()
         output = micro.joined(outputs)
         self.window.count(output.features)
-        if self.recipe.optimizer.schedule == "plateau":
-            self._observe(output.loss)
         measured = {"lr": rate} | ({"grad_norm": round(gradient, 6)} if gradient is not None else {})
         for name, student in followed.items():
             measured[f"{name}_lag"] = round(ema.lag(self.method.teachers[name], student), 6)
             measured["teacher_moved"] = round(ema.moved(before[name], self.method.teachers[name], student), 6)
         return output, measured
 
-    def _observe(self, loss: Tensor) -> None:
-        self.epoch_loss += torch.tensor([float(loss.detach()), 1.0])
+    def _observe(self, output: methods.Output | None) -> None:
+        """The mean loss of an epoch, whichever of its steps were skipped."""
+        if output is not None:
+            self.epoch_loss += torch.tensor([float(output.loss.detach()), 1.0])
         if (self.step + 1) % self.epoch_steps == 0:
             total, count = ranks.all_sum(self.epoch_loss.to(self.engine.device)).tolist()
-            self.engine.plateau.observe(total / count)
+            if count:
+                self.engine.plateau.observe(total / count)
             self.epoch_loss = torch.zeros(2)
 
     def _sent(self, batch: Batch) -> Batch:
@@ -270,7 +273,7 @@ class Run:
         self._stop_collapsed(verdict)
 
     def _verdict(self, rows: list[dict[str, Any]]) -> health.Verdict:
-        chance, width = self.method.chance_loss(self.recipe.global_batch), self.method.width
+        chance, width = self.method.chance_loss(self.recipe.global_batch // self.recipe.accumulate), self.method.width
         return health.judge(rows, chance_loss=chance, width=width, labelled=self.method.labelled)
 
     def _stop_collapsed(self, verdict: health.Verdict) -> None:
@@ -283,7 +286,7 @@ class Run:
         raise WorkError(
             f"{verdict.why}; the last checkpoint before: {sound or 'none'}",
             where=f"pretrain {self.config.name}",
-            hint="stop_when_collapsed=false lets it go on",
+            hint="with settings.stop_when_collapsed=false a run, another one, trains on",
         )
 
     def seconds(self) -> float:

@@ -63,21 +63,27 @@ def go_on(run: "Run", snapshot: Snapshot) -> None:
         run.epoch_loss = snapshot.mine["epoch_loss"]
 
 
+def held(run: "Run") -> dict[str, dict[str, Tensor]]:
+    """`model` and, with teachers, `ema`: tensors on the CPU, whatever they hold. All ranks call."""
+    teachers = {name: run.engine.whole(teacher) for name, teacher in run.method.teachers.items()}
+    ema = {f"{name}.{key}": value for name, teacher in teachers.items() for key, value in teacher.items()}
+    return {"model": run.engine.model_state()} | ({"ema": ema} if ema else {})
+
+
 def whole(run: "Run") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The method's tensors and those of its teachers, on the CPU. All ranks call.
 
     Raises:
         WorkError: one of them is not finite: who went on from it could only repeat it.
     """
-    model = run.engine.model_state()
-    teachers = {name: run.engine.whole(teacher) for name, teacher in run.method.teachers.items()}
-    ema = {f"{name}.{key}": value for name, teacher in teachers.items() for key, value in teacher.items()}
+    tensors = held(run)
+    model, ema = tensors["model"], tensors.get("ema", {})
     if broken := not_finite(model | ema):
         run.record.put()
         raise WorkError(
             f"not finite at step {run.step}: {', '.join(broken[:3])}" + (f" and {len(broken) - 3} more" if broken[3:] else ""),
             where=f"pretrain {run.config.name}",
-            hint="lower optimizer.lr, or clip gradients: optimizer.clip=5",
+            hint="lower settings.optimizer.lr, or clip gradients: settings.optimizer.clip=5",
         )
     return model, ema
 

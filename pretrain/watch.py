@@ -2,7 +2,7 @@
 
     watch = Watch(name, "OUT/pretrain/x/not-finite", record, method)
     watch.keep()                                              # before the forward pass
-    if not watch.finite(loss, batch, step, weights, asked):   # all ranks, the same answer: without it nothing may be updated
+    if not watch.finite(loss, batch, step, held, asked):   # all ranks, the same answer: without it nothing may be updated
         ...                                                   # its batches and the state are written down; the third in a row raises
     if watch.stop: ...                                        # a rank was asked to
 
@@ -46,12 +46,12 @@ class Watch:
         if self._kept:
             torch._foreach_copy_(self._kept, self._moved)
 
-    def finite(self, loss: Tensor, batch: Batch, step: int, weights: Callable[[], dict[str, Tensor]], asked: bool = False) -> bool:
+    def finite(self, loss: Tensor, batch: Batch, step: int, held: Callable[[], dict[str, dict[str, Tensor]]], asked: bool = False) -> bool:
         """Whether the losses of all ranks are.
 
         Args:
             step: number of the update that would follow, from 1.
-            weights: the method's whole state on the CPU; all ranks call it where it is needed.
+            held: the whole state by file (`model`, `ema`) on the CPU; all ranks call it where it is needed.
             asked: whether this rank was asked to stop.
 
         Raises:
@@ -68,8 +68,8 @@ class Watch:
         if self._kept:
             torch._foreach_copy_(self._moved, self._kept)
         self.method.on_step_skipped()
-        state = weights()
-        place = dump(self.url, step, batch, state if ranks.rank() == 0 else None, float(loss.detach()))
+        state = held()
+        place = dump(self.url, step, batch, state if ranks.rank() == 0 else {}, float(loss.detach()))
         self.record.add({"event": "not finite", "step": step, "why": f"the loss on rank {named}", "dump": place})
         if self.in_a_row == self.most:
             self.record.put()
@@ -77,7 +77,7 @@ class Watch:
             raise WorkError(
                 f"the loss is not finite at step {step} on rank {named}{times}",
                 where=f"pretrain {self.name}",
-                hint=f"lower optimizer.lr; the batches and the state are in {self.url}",
+                hint=f"lower settings.optimizer.lr; the batches and the state are in {self.url}",
             )
         return False
 

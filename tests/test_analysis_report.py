@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -212,6 +213,10 @@ def test_what_a_chain_forgot_of_earlier_corpora_is_a_table(tmp_path: Path) -> No
     config = file.with_name("config.yaml")
     config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": [{"dataset": "nih-cxr14"}]}))
     assert "earlier corpora" not in text_of(out)  # it goes on with the very same
+    replayed = [{"dataset": "own-a", "weight": 0.3}, {"dataset": "own-b", "weight": 0.4}, {"dataset": "nih-cxr14", "weight": 0.3}]
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": replayed, "replay": 0.3}))
+    page = text_of(out)
+    assert re.findall(r"0\.810|30%|-0\.070", page[page.index("What was kept of earlier corpora") :])[:3] == ["30%", "0.810", "-0.070"]
 
 
 def test_results_under_their_floor_are_red_and_a_confounded_task_says_so(tmp_path: Path) -> None:
@@ -360,6 +365,25 @@ def test_masks_are_outlined_only_where_the_card_shares_images(tmp_path: Path) ->
         assert ('class="predicted" d="M' in page) is shared
         assert ("does not share images" in page) is not shared
         assert "Dice" in page
+
+
+def test_predicted_masks_are_those_of_the_setting_that_leads(tmp_path: Path) -> None:
+    """The first cell's strategy was shown, of whatever architecture came first for each source."""
+    shown = {"lungs": {"share_images": True}}
+    out = make(tmp_path, {"random": 0.0, "simclr": 1.0}, tasks={"lungs": "segmentation"}, seeds=2, images=30, manifests=shown)
+    arrays: dict[str, Any] = {"ids": np.arange(4), "image": np.zeros((4, 8, 8), np.uint8), "true": np.ones((4, 8, 8), np.uint8)}
+    for cell in finished(str(out)):
+        leads = cell.result["seed"] == 1
+        result = cell.result | ({"architecture": "densenet121", "strategy": "linear"} if leads else {})
+        for row in result["metrics"]:
+            row["value"] = 0.9 if leads else 0.5
+        Path(cell.url, "result.json").write_text(json.dumps(result))
+        dice = np.full(4, 0.875 if leads else 0.25, np.float32)
+        np.savez(Path(cell.url, "samples.npz"), **arrays, pred=arrays["true"], dice=dice)
+    page = samples.gallery(gather(str(out), QUICK), "lungs")
+    assert ("Dice 0.875" in page, "Dice 0.250" in page) == (True, False)
+    assert page.count("<b>random</b>") == page.count("<b>simclr</b>") == 3
+    assert "linear" in page.split("faint")[-1]
 
 
 def test_true_masks_are_those_of_the_best_cell_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

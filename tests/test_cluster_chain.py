@@ -1,6 +1,7 @@
 """Chains of pretrainings: what a run replays of the runs before it, what it may forget, and where it may start from."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 import yaml
 from tiny_corpus import write
 
+from base import storage
 from base.config import parse
 from base.errors import RequestError
 from cluster import facts, plan
+from cluster.changes import changes
 from cluster.load import load_study
+from cluster.outlook import outlook
 from cluster.plan import Packed, Weights
+from cluster.searches import Searches
 from cluster.study import Study
 from encoders.build import build
 from encoders.export import export, read_export
@@ -70,6 +75,22 @@ def test_an_epoch_of_a_run_that_replays_is_one_pass_over_its_own_data(tmp_path: 
     assert one.epoch_steps == 5  # 30 images of its own are 60 % of 50
     ids = [i for step in range(one.epoch_steps) for i in one.loader.ids(step).tolist()]
     assert sorted(i for i in ids if i < 30) == list(range(30))
+
+
+def test_a_plan_counts_the_steps_of_a_run_that_replays(
+    tmp_path: Path, corpora: dict[str, Packed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = chain(tmp_path, corpora, A, B | {"replay": 0.4, "settings": {"global_batch": 10, "epochs": 2, "max_steps": None}})
+    outlook(study)
+    assert re.search(r"pretrain b +1 of 1 to do, 10 steps,", capsys.readouterr().out)  # two epochs of the five above
+
+
+def test_runs_that_follow_a_changed_one_are_computed_again_and_not_new(tmp_path: Path, corpora: dict[str, Packed]) -> None:
+    study = chain(tmp_path, corpora, A, B)
+    for i, name in enumerate("ab"):
+        result = {"name": name, "seed": 0, "key": f"{i}" * 16}
+        storage.put(f"{study.out}/pretrain/{name}-{result['key']}/result.json", json.dumps(result))
+    assert changes(study, None, corpora, Searches([])) == ["pretrainings: 2 computed again, since what they are made of has changed"]
 
 
 def test_replay_is_part_of_the_key_and_other_runs_keep_theirs(tmp_path: Path, corpora: dict[str, Packed]) -> None:

@@ -97,7 +97,12 @@ def test_images_reduced_when_packed_are_as_small_as_the_card_says(shards: str, t
         (
             [{"recipe": "simclr/smoke"}, {"recipe": "moco-v2/smoke", "settings": {"options.queue": 100}}],
             {},
-            r"pretrain\[1\]: .*a queue of 100 keys is not a multiple of the global batch of 32 \(options.queue=96\)",
+            r"pretrain\[1\]: .*100 keys is not a multiple of the global batch of 32 \(pretrain\.run1\.settings\.options\.queue=96\)",
+        ),
+        (
+            [{"recipe": "simclr/smoke", "settings": {"virtual_batch": 8}}],
+            {},
+            r"virtual_batch is exact only without batch norm, and test_resnet has it \(pretrain\.run0\.settings\.virtual_batch=null,",
         ),
         ([{"recipe": "simclr/smoke", "start_from": "pretrain:run0"}], {}, r"pretrain\[0\]\.start_from: unknown pretraining run 'run0'"),
         (

@@ -247,6 +247,18 @@ def test_comparisons_are_those_of_the_report(tmp_path: Path, phantom_chest: str)
     assert comparisons(study, searches_of(study, phantom_chest)) == 2
 
 
+def test_no_power_is_promised_where_every_comparison_has_a_source_that_the_task_taught(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {**tiny_study.SIMCLR, "recipe": "supervised/smoke"}
+    cells = {**tiny_study.SMALLER["cells"], "sources": ["random", f"pretrain:{entry['name']}"], "seeds": [0, 1]}
+    study = load_study(tiny_study.write(tmp_path, tiny_study.SMALLER, pretrain=[entry], cells=cells))
+    outlook(study)
+    text = said(capsys)
+    assert "power nothing is declared: every comparison has a source that the task's own images or labels have taught" in text
+    assert "declares" not in text
+
+
 def test_comparisons_leave_out_labels_that_a_source_will_have_seen() -> None:
     """Two gains and a chain in four settings, without those of simclr-sup on the findings that it learns, before any run has begun."""
     study = load_study("studies/real-mini.yaml", ["cells.seeds=[0,1]"])

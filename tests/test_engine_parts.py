@@ -24,7 +24,7 @@ from base import storage
 from base.config import parse
 from base.errors import RequestError, WorkError
 from base.paths import ROOT
-from engine import checkpoint, losses, optimizers, ranks, schedules
+from engine import checkpoint, losses, optimizers, ranks, schedules, zero
 from engine.ahead import ahead
 from engine.checkpoint import Snapshot
 from engine.config import EngineConfig, OptimizerConfig
@@ -95,6 +95,16 @@ def test_batch_must_divide_and_lars_needs_whole_tensors() -> None:
         OptimizerConfig(name="lars", lr=1.0)
 
 
+def test_a_decay_that_would_never_move_or_end_as_plain_sgd_is_refused() -> None:
+    """At a decay of 0 the last step of LARS was 200 times as long as those before it; a decay from 0 on stayed 0."""
+    with pytest.raises(ValidationError, match="weight_decay_end moves a weight_decay above 0"):
+        OptimizerConfig(lr=1.0, weight_decay_end=0.4)
+    for name in ("lars", "lamb"):
+        with pytest.raises(ValidationError, match=f"{name} needs a weight_decay_end above 0"):
+            OptimizerConfig(name=name, lr=1.0, weight_decay=1e-6, weight_decay_end=0.0)
+    assert OptimizerConfig(lr=1.0, weight_decay=0.1, weight_decay_end=0.0).weight_decay_end == 0
+
+
 def test_no_decay_on_biases_and_norms() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     decayed, spared = optimizers.groups(net, 0.1)
@@ -106,12 +116,16 @@ def test_no_decay_on_biases_and_norms() -> None:
         assert optimizers.make(net, OptimizerConfig(name=name, lr=0.1, weight_decay=1e-6)).param_groups[0]["lr"] == 0.1
 
 
-def small_engine(seed: int, name: str = "adamw", zero_stage: int = 0, state: dict[str, torch.Tensor] | None = None) -> Engine:
+def small_engine(
+    seed: int, name: str = "adamw", zero_stage: int = 0, state: dict[str, torch.Tensor] | None = None, precision: str = "fp32"
+) -> Engine:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
     if state is not None:
         net.load_state_dict(state)
-    config = EngineConfig(optimizer=OptimizerConfig(name=name, lr=0.05, weight_decay=0.01, clip=1.0), zero_stage=zero_stage)
+    config = EngineConfig(
+        optimizer=OptimizerConfig(name=name, lr=0.05, weight_decay=0.01, clip=1.0), zero_stage=zero_stage, precision=precision
+    )
     return Engine(net, config, rank_batch=6, warmup_steps=2, total_steps=9)
 
 
@@ -206,6 +220,33 @@ def test_partitioned_states_resume_bit_identical_at_any_stage(stage: int) -> Non
         assert begun + steps(second, 3, 6) == (expected if later else pytest.approx(expected, rel=1e-5))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gathers_and_averages_in_float32_at_every_stage(stage: int) -> None:
+    """Does not repeat DeepSpeed's default of bf16 for linear layers and convolutions above stage 0."""
+    from deepspeed.runtime.torch_autocast import get_comm_dtype
+
+    engine = small_engine(0, zero_stage=stage, precision="bf16")
+    assert {get_comm_dtype(p) for p in engine.module.parameters()} == {torch.float32}
+    assert steps(engine, 0, 3) == pytest.approx(steps(small_engine(0), 0, 3), rel=0.05)
+    assert engine.forward(torch.randn(6, 4)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_changed_after_an_update_stays_changed_at_every_stage(stage: int) -> None:
+    """SwAV's prototypes grew above stage 0: the next update began from the optimiser's own copy of them."""
+    torch.set_num_threads(1)
+    plain, cut_up = small_engine(0), small_engine(0, zero_stage=stage)
+    seen = []
+    for engine in (plain, cut_up):
+        losses = []
+        for step in range(4):
+            losses += steps(engine, step, step + 1)
+            zero.change(engine.module[0].weight, nn.functional.normalize)  # type: ignore[index]
+            torch.testing.assert_close(engine.model_state()["0.weight"].norm(dim=1), torch.ones(8))
+        seen.append(losses)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+
+
 def snapshot(step: int) -> Snapshot:
     return Snapshot(step, {"w": torch.full((2,), float(step))}, {"exp_avg|w": torch.ones(2)}, said(), {"r": torch.zeros(1)})
 
@@ -236,6 +277,39 @@ def test_newest_whole_checkpoint_is_found_over_damaged_ones(tmp_path: Path, dama
     again = checkpoint.find_newest(url)
     assert again is not None
     assert again.step == 12
+
+
+def test_a_damaged_newest_one_does_not_take_the_place_of_those_that_are_whole(tmp_path: Path) -> None:
+    """It counted as the newest, so that what was saved after it was removed as soon as it stood: nothing whole was left."""
+    saver = checkpoint.Saver(str(tmp_path / "c"), keep=1)
+    for step in (100, 200):
+        saver.save(snapshot(step))
+    saver.finish()
+    (tmp_path / "c" / "step-00000200" / "model.safetensors").write_bytes(b"damaged")
+    for step in (120, 140):
+        saver.save(snapshot(step))
+    saver.finish()
+    assert storage.listing(saver.url) == ["step-00000140"]
+    found = checkpoint.find_newest(saver.url)
+    assert found is not None
+    assert found.step == 140
+
+
+def test_a_rank_fetches_no_other_ranks_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, fetched = "memory://engine-parts-of-ranks", list[str]()
+    place = save(url, snapshot(1))
+    storage.put(storage.join(place, "rank1.safetensors"), b"of another")
+    found = checkpoint.Found(place, 1)
+    get_file = storage.get_file
+
+    def noted(given: str, local: str | Path) -> None:
+        fetched.append(given.rsplit("/", 1)[-1])
+        get_file(given, local)
+
+    monkeypatch.setattr(storage, "get_file", noted)
+    assert float(checkpoint.load(found).mine["r"][0]) == 0
+    assert {"model.safetensors", "rank0.safetensors"} <= set(fetched)
+    assert not {"rank1.safetensors", "rank0.done"} & set(fetched)
 
 
 def test_last_k_are_kept_on_any_storage(tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_each_verdict_is_raised_by_what_it_is_for_and_by_nothing_else(kind: str)
     assert verdict(made(kind)) == kind
 
 
+def test_a_window_that_began_anew_is_no_collapse_of_dimensions() -> None:
+    """At another number of ranks the window begins anew, and 64 samples span fewer directions than 1,024 did."""
+    found = made("dimensional collapse")
+    shrunk = [row | {"window": 1024 if i < 2 else 64} for i, row in enumerate(found[-4:])]
+    assert verdict([*found[:-4], *shrunk]) == "healthy"
+    assert verdict([row | {"window": 64} for row in found]) == "dimensional collapse"
+
+
 @pytest.mark.parametrize("kind", ["constant", "rank one", "narrow"])
 def test_collapse_is_seen(kind: str) -> None:
     found = judge(rows(kind), chance_loss=6.2, width=64, labelled=False)
@@ -173,6 +181,17 @@ def test_a_run_at_chance_is_seen() -> None:
     assert judge([row | {"contrastive_top1": 0.002} for row in rows()], chance_loss=None, width=64, labelled=False).health == "not learning"
     at_chance = [row | {"contrastive_top1": 0.002, "loss": 6.19} for row in rows()]
     assert judge(at_chance, chance_loss=6.2, width=64, labelled=False).health == "not learning"
+
+
+def test_pairs_that_find_one_another_are_one_case_and_a_loss_over_chance_is_said() -> None:
+    """SimCLR at a rate of 1000: its loss stood over ln 63, twice as many views as by chance found their own, in both directions of few
+    pairs, and the verdict was healthy."""
+    diverged = [row | {"contrastive_top1": 20 / 640, "contrastive_chance": 1 / 63, "loss": 4.9} for row in rows()]
+    found = judge(diverged, chance_loss=4.143, width=64, labelled=False)
+    assert found.health == "not learning"
+    sharp = judge([row | {"contrastive_top1": 0.2} for row in diverged], chance_loss=4.143, width=64, labelled=False)
+    assert sharp.health == "healthy"
+    assert "loss 4.9000 (over the 4.1430 of a network that knows nothing: the rate may be too high)" in sharp.why
 
 
 def test_few_pairs_in_the_last_rows_do_not_make_a_run_that_learns_look_stuck() -> None:

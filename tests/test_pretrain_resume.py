@@ -83,6 +83,8 @@ def at_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trees = [tree(name, shards, name, **SHORT) | ALONE | {"resumed": False} for name in STATELESS]
     stages = {stage: tree("byol", shards, f"stage{stage}", **SHORT, **adamw, zero_stage=stage) | ALONE for stage in (0, 1, 2, 3)}
     trees += [plan | {"resumed": stage > 0} for stage, plan in stages.items()]
+    clusters = [tree("swav", shards, f"swav{stage}", **SHORT, **adamw, zero_stage=stage) | ALONE for stage in (0, 1, 3)]
+    trees += [plan | {"resumed": plan["name"] != "swav0"} for plan in clusters]
     (folder / "configs.json").write_text(json.dumps(trees))
     two_ranks("resumed", folder, timeout=400)
     return folder
@@ -104,6 +106,32 @@ def test_every_zero_stage_trains_alike_and_resumes_bit_identical(at_two: Path, s
         assert all(torch.equal(first[key], other[key]) for key in first), file
     # Adam divides gradients by their size, and so blows rounding up: only the first steps can agree.
     plain, cut_up = ([row["loss"] for row in metrics(at_two / f"whole-stage{kind}")][:4] for kind in (0, stage))
+    assert cut_up == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_trains_in_pieces_as_it_does_whole(method: str, tmp_path: Path) -> None:
+    """ZeRO 3, whose weights have no shape outside of a layer's own pass."""
+    torch.set_num_threads(1)
+    shards = write(tmp_path / "shards")
+    adamw = {"optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01}}
+    short = SHORT | {"max_steps": 2, "checkpoint_every_steps": 0}
+    for stage in (0, 3):
+        plan = tree(method, shards, method, **short, **adamw, zero_stage=stage) | ALONE | {"earlier": []}
+        plan |= {"architecture": "test_vit"} if methods.method_class(method).only == "vit" else {}
+        assert run(config(plan, tmp_path / f"stage{stage}"), LocalContext(dir=str(tmp_path))) is not None
+    whole, cut_up = ([row["loss"] for row in metrics(tmp_path / f"stage{stage}")] for stage in (0, 3))
+    assert cut_up == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_prototypes_keep_their_length_at_every_zero_stage(at_two: Path, stage: int) -> None:
+    """Above stage 0 they grew, losses left those of stage 0 from the third step on, and a resume went on from other prototypes."""
+    last = [at_two / f"{kind}-swav{stage}" / "checkpoints" / "step-00000010" / "model.safetensors" for kind in ("whole", "cut")]
+    first, other = (load_local(str(place)) for place in last)
+    assert all(torch.equal(first[key], other[key]) for key in first)
+    torch.testing.assert_close(first["prototypes.weight"].norm(dim=1), torch.ones(len(first["prototypes.weight"])))
+    plain, cut_up = ([row["loss"] for row in metrics(at_two / f"whole-swav{kind}")][:4] for kind in (0, stage))
     assert cut_up == pytest.approx(plain, rel=1e-4)
 
 

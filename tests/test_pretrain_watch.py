@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from test_pretrain_run import metrics, tree
 from tiny_corpus import write
-from two_ranks import spoil, two_ranks
+from two_ranks import StopAt, spoil, two_ranks
 
 from base.config import parse
 from base.errors import WorkError
 from engine.context import LocalContext
+from engine.schedules import Plateau
 from pretrain.run import PretrainConfig, run
 
 ALONE = {"start_from": None, "start_from_sha256": None, "start_from_name": None}
@@ -58,8 +59,12 @@ def test_one_bad_batch_is_skipped_and_leaves_nothing_behind(method: str, tmp_pat
         assert int(last["model queue.place"]) == 7 * 20 % len(last["model queue.keys_Kd"])
     held = load_file(out / "not-finite" / "step-00000003" / "rank0.safetensors")
     assert held["index_B"].shape == (20,)
-    before = load_file(out / "not-finite" / "step-00000003" / "model.safetensors")
+    place = out / "not-finite" / "step-00000003"
+    before = load_file(place / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in before.values() if value.is_floating_point())
+    teachers = {name for name in last if name.startswith("ema ")}
+    kept = {f"ema {name}" for name in load_file(place / "ema.safetensors")} if teachers else set()
+    assert kept == teachers  # without them the step could not be computed again
 
 
 @pytest.mark.parametrize("kind", ["loss", "images"])
@@ -71,6 +76,31 @@ def test_the_third_in_a_row_ends_the_run_at_its_last_sound_checkpoint(kind: str,
         run(one, LocalContext(dir=str(tmp_path)))
     assert [event["step"] for event in events(Path(one.out))] == [3, 5, 6, 7]
     assert sorted(path.name for path in Path(one.out, "checkpoints").iterdir()) == ["step-00000004"]
+
+
+def test_a_stop_at_a_skipped_step_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch.setattr, {2: "images"})
+    one = config(tmp_path, "simclr", checkpoint_every_steps=100)
+    assert run(one, StopAt(0, 1, tmp_path, 2)) is None
+    assert [path.name for path in Path(one.out, "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_plateau_counts_epochs_whose_last_step_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sum ran into the next epoch, which was then one epoch less to be patient for."""
+    seen: list[float] = []
+    observe = Plateau.observe
+
+    def noted(self: Plateau, loss: float) -> None:
+        seen.append(loss)
+        observe(self, loss)
+
+    plateau = {"name": "adamw", "lr": 1e-3, "schedule": "plateau"}
+    for folder, steps in (("whole", ()), ("spoiled", (4,))):  # 86 images in steps of 20: an epoch ends with its fifth
+        monkeypatch.undo()
+        monkeypatch.setattr(Plateau, "observe", noted)
+        spoil(monkeypatch.setattr, dict.fromkeys(steps, "images"))
+        assert run(config(tmp_path / folder, "simclr", optimizer=plateau, max_steps=10), LocalContext(dir=str(tmp_path))) is not None
+    assert len(seen) == 4
 
 
 def test_micro_batches_before_it_end_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from base.config import Strict
 from base.errors import RequestError
-from engine import ema, ranks
+from engine import ranks, zero
 from pretrain.clusters import check_count, scaled_count, sinkhorn
 from pretrain.memory import check_queue
 from pretrain.methods import Facts, Method, Output
@@ -66,6 +66,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
+        self.count = count  # which the weight does not tell at ZeRO 3
         self.weight = nn.Parameter(F.normalize(torch.randn(count, width)))
 
     def forward(self, z_Bd: Tensor, frozen: bool = False) -> Tensor:
@@ -73,11 +74,9 @@ class Prototypes(nn.Module):
         weight_Kd = self.weight.detach() if frozen else self.weight
         return F.normalize(z_Bd) @ F.normalize(weight_Kd).T
 
-    @torch.no_grad()
     def shorten(self) -> None:
         """Back to length 1, after a step."""
-        with ema.whole([self.weight]):
-            self.weight.copy_(F.normalize(self.weight))
+        zero.change(self.weight, F.normalize)
 
 
 class SwAV(Method):
@@ -134,7 +133,7 @@ class SwAV(Method):
 
     def chance_loss(self, global_batch: int) -> float | None:
         """log K: when every prototype is as likely."""
-        return math.log(len(self.prototypes.weight))
+        return math.log(self.prototypes.count)
 
     @classmethod
     def check(cls, options: SwAVOptions, facts: Facts) -> None:
@@ -155,7 +154,9 @@ def check_views(facts: Facts) -> None:
     """Raises RequestError unless the first two views are of one size (an empty `sizes` is not known yet)."""
     if facts.sizes and (len(facts.sizes) < ASSIGNED or len(set(facts.sizes[:ASSIGNED])) > 1):
         raise RequestError(
-            f"the first two views must be of one size, got {list(facts.sizes)} px", where="recipe: views.crops", hint="crops[0].count=2"
+            f"the first two views must be of one size, got {list(facts.sizes)} px",
+            where="recipe: views.crops",
+            hint="views.crops=[{count: 2, crop_scale: [0.3, 1.0]}]",
         )
 
 
