@@ -18,9 +18,8 @@ from cluster.places import of_trainer
 from cluster.study import Resources
 from pretrain.run import PretrainConfig
 
-COLLECTIVE_S = (
-    2400  # longest wait for another rank: rank 0 alone uploads the export, and waits up to 30 minutes for a checkpoint (engine.checkpoint)
-)
+# Longest wait for another rank: rank 0 alone uploads the export, and waits up to half an hour for a checkpoint (engine.checkpoint).
+COLLECTIVE_S = 2400
 RESIZE_S = 60.0  # how often a run with a range of workers looks whether the cluster has grown or shrunk
 
 
