@@ -14,10 +14,10 @@ class Events:
     def __init__(self, out: str) -> None:
         self.url = storage.join(out, "events.jsonl")
         self._lock = threading.Lock()  # the nodes of a study work side by side
-        self.text = storage.read_bytes(self.url).decode() if storage.exists(self.url) else ""
 
     def add(self, event: str, **facts: Any) -> None:
-        """Append one event; the file is small and written whole, since object stores cannot append."""
+        """Append one event; the file is small and written whole, since object stores cannot append. It is read anew each time: an analysis
+        asked for by hand writes beside a driver."""
         with self._lock:
-            self.text += json.dumps({"time": timestamp(), "event": event, **facts}) + "\n"
-            storage.put(self.url, self.text)
+            held = (storage.read_or_none(self.url) or b"").decode()
+            storage.put(self.url, held + json.dumps({"time": timestamp(), "event": event, **facts}) + "\n")

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,17 +37,18 @@ class DriverLock:
 
     def __init__(self, out: str) -> None:
         self.url = storage.join(out, "driver.lock")
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}:{_processes()}"
         self.lost = False
+        self._beaten = time.time()  # when the lock last said so
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="driver-lock", daemon=True)
 
     def __enter__(self) -> "DriverLock":
         if not storage.create(self.url, self._content()):
-            self._refuse()
+            self.refuse()
             storage.put(self.url, self._content())
             time.sleep(SETTLE_S)  # of two that found it stale the later one has it
-            self._refuse()
+            self.refuse()
         self._thread.start()
         return self
 
@@ -54,12 +56,13 @@ class DriverLock:
         self._stop.set()
         self._thread.join()
         if self.lost:
-            said = f"another driver ({self._read()['owner']}) has taken over, since this one gave no sign for {STALE_S:.0f} s"
+            other = self._read()["owner"] or "gone by now"
+            said = f"another driver ({other}) has taken over, since this one gave no sign for {STALE_S:.0f} s"
             raise WorkError(said, where=self.url, hint="leave the study to that one") from error
         if self._read()["owner"] == self.owner:
             storage.remove(self.url)
 
-    def _refuse(self) -> None:
+    def refuse(self) -> None:
         """Raises RequestError where another driver holds it that may be alive."""
         held = self._read()
         if not held["owner"]:  # it is just being written
@@ -86,7 +89,9 @@ class DriverLock:
                 owner = self._read()["owner"]
                 if owner == self.owner:
                     storage.put(self.url, self._content())
-                elif owner or not storage.create(self.url, self._content()):  # removed by hand, it is made anew
+                    self._beaten = time.time()
+                # Removed by hand, it is made anew; after a long sleep, another driver may have come and gone.
+                elif owner or time.time() - self._beaten > STALE_S or not storage.create(self.url, self._content()):
                     self.lost = True
                     # Ctrl-C, which a job in the background of a shell ignores.
                     stop = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
@@ -98,6 +103,12 @@ def _dead(owner: str) -> bool:
     """True when the owner was a process of this host that no longer runs: no need to wait for its heartbeat to age."""
     import psutil
 
-    host, _, rest = owner.partition(":")
-    pid = rest.partition(":")[0]
-    return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))
+    host, pid, _, processes = [*owner.split(":"), *[""] * 4][:4]
+    return (host, processes) == (socket.gethostname(), _processes()) and pid.isdigit() and not psutil.pid_exists(int(pid))
+
+
+def _processes() -> str:
+    """What process numbers mean anything in: this start of this machine and its namespace. Two containers may share a host's name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    space = Path("/proc/self/ns/pid")
+    return f"{boot.read_text()[:8] if boot.exists() else ''}-{os.readlink(space).strip('pid:[]') if space.is_symlink() else ''}"

@@ -8,6 +8,7 @@ client = connect(uri)
 import json
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from base.errors import RequestError
 
@@ -40,6 +41,9 @@ def require_server(uri: str) -> None:
 
     if not uri.startswith(("http://", "https://")):
         return
+    if urlsplit(uri).username:
+        hint = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the driver runs"
+        raise RequestError("the address of the MLflow server holds a login, which logs would show", where="tracking", hint=hint)
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=_login()), timeout=PATIENCE_S) as reply:

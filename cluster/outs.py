@@ -44,6 +44,7 @@ def refuse_other_out(study: "Study") -> None:
         if held != study.study:
             raise RequestError(f"this folder holds the study '{held}', not '{study.study}'", where=study.out, hint="give another out=")
     elif not is_url(study.out):
-        others = [name for name in storage.listing(study.out) if name not in {"shards", "driver.lock"}]
+        ours = {"shards", "driver.lock"}
+        others = [name for name in storage.listing(study.out) if name not in ours and not name.startswith(".doctor-")]
         if others:
             raise RequestError(f"not empty and not a study ({', '.join(others[:3])})", where=study.out, hint="give another out=")

@@ -71,11 +71,11 @@ class Projection:
             key = name.rsplit("-", 1)[-1]
             self._pretraining(storage.join(root, name), key, ended.get(key, RUNNING))
 
-    def close(self, ok: bool, words: str = "") -> None:
+    def close(self, ok: bool | None, words: str = "") -> None:
         """End the study's parent run, with the report and the tables as its artifacts and the answer as its description.
 
         Args:
-            ok: whether nothing failed; where the diary says how the study ended, that counts.
+            ok: whether nothing failed; None where nobody works on it any more. Where the diary says how the study ended, that counts.
         """
         self._describe(words)
         for name in ("study.yaml", "report/index.html", "report/results.csv", "report/significance.csv"):
@@ -84,7 +84,8 @@ class Projection:
                 self._artifact(self.parent, url, name)
         showcase.show(self.client, self.out, self.parent, self.encoders, self.cells())
         told = endings(self.out).get("", RUNNING)
-        self.end(("FINISHED" if ok else "FAILED") if told == RUNNING else told.status)
+        unended = "KILLED" if ok is None else "FINISHED" if ok else "FAILED"
+        self.end(unended if told == RUNNING else told.status)
 
     def end(self, status: str) -> None:
         """The study's run gets its status."""

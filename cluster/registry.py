@@ -151,9 +151,10 @@ def resolve(client: Any, reference: str) -> Any:
     name, _, alias = reference.partition("@")
     name, _, version = name.partition("/")
     alias, version = ("", alias) if alias.isdigit() else (alias, version)
-    known = [model.name for model in client.search_registered_models()]
-    if name not in known:
-        raise unknown("registered encoder", name, known)
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        raise unknown("registered encoder", name, [model.name for model in client.search_registered_models()]) from error
     try:
         return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias or CHAMPION)
     except MlflowException as error:

@@ -240,18 +240,19 @@ def sync(out: str, tracking: str | None = None) -> tuple[int, str | None]:
         The number of finished runs in the view, and the champion in words.
 
     Raises:
-        RequestError: no study there.
+        RequestError: no study there, or a driver at work in it.
     """
     from analysis.evidence import gather
     from cluster.registry import register
 
     study = study_at(out)
+    DriverLock(out).refuse()  # which brings its own runs into MLflow
     projection = Projection(out, study.study, tracking_uri(out, tracking or study.tracking))
     projection.update()
     _, champion = register(projection, study)
     projection.write_runs()
     with gather(out) as evidence:
-        projection.close(ok=True, words=evidence.answer())
+        projection.close(ok=None, words=evidence.answer())
     return len(projection.finished), champion
 
 

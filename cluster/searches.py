@@ -102,6 +102,7 @@ class Searches:
     def __init__(self, settings: Iterable[Setting], keep: bool = True) -> None:
         self.keep = keep
         self.held: dict[str, Outcome] = {}  # trials by their keys
+        self.looked_for: set[str] = set()  # trials whose result was asked for in storage
         self.waiting: dict[str, list[Chosen]] = {}  # who waits for a trial
         self.broken: dict[str, str] = {}  # trials that failed, and why
         self.kept = 0  # cells that stood when they became known
@@ -207,8 +208,8 @@ class Searches:
     def _missing_of(self, cells: Iterable[CellConfig]) -> list[CellConfig]:
         """Those without a result; the others are counted."""
         held = list(cells)
-        stand = finished(held[0].out.rpartition("/")[0]) if len(held) > MANY else None
-        missing = [config for config in held if (config.key not in stand if stand is not None else not done(config.out))]
+        stand = finished(held[0].out.rpartition("/")[0]) if len(held) > MANY else {config.key for config in held if done(config.out)}
+        missing = [config for config in held if config.key not in stand or not _keeps_all(config)]
         self.kept += len(held) - len(missing)
         return missing
 
@@ -252,8 +253,10 @@ class Searches:
             missing: dict[str, Trial] = {}
             for trial in trials:
                 config = self._trial(one, trial)
-                if config.key not in self.held and done(config.out):
-                    self.held[config.key] = outcome(config)
+                if config.key not in self.looked_for:  # once: what ends later is told
+                    self.looked_for.add(config.key)
+                    if done(config.out):
+                        self.held[config.key] = outcome(config)
                 if config.key in self.broken:
                     one.failed = self.broken[config.key]
                 elif config.key in self.held:
@@ -323,6 +326,11 @@ def most(settings: Iterable[Setting]) -> tuple[int, int, int]:
     """How many searches, the trials that they take at most, and those of trying everything."""
     found = [search_of(setting, step) for setting in settings for step in steps_of(setting)]
     return len(found), sum(map(most_trials, found)), sum(len(search.candidates) * len(search.seeds) for search in found)
+
+
+def _keeps_all(config: CellConfig) -> bool:
+    """Whether a finished cell kept what is asked of it, which may have come later."""
+    return config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
 
 
 def _with(one: Chosen, **changes: Any) -> Task:

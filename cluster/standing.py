@@ -60,6 +60,7 @@ def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Pack
         RequestError: shards that the study names are not there, or are another dataset's.
     """
     from shards import manifest
+    from shards.pack import made_of
 
     entry, url = study.data[name], shards_url(study, name)
     stands = storage.exists(storage.join(url, manifest.MANIFEST))
@@ -69,7 +70,7 @@ def standing_corpus(study: Study, name: str, jobs: "Sequence[ShardJob]") -> Pack
     read = manifest.read(url) if stands else None
     if read and read.dataset != name:
         raise RequestError(f"these shards are {read.dataset}, not {name}", where=f"data.{name}.shards = {url}")
-    return Packed(url, read) if read and (entry.shards or read.raw_digest == jobs[0].origin.raw_digest) else None
+    return Packed(url, read) if read and (entry.shards or made_of(jobs, url)) else None
 
 
 def shards_url(study: Study, dataset: str) -> str:

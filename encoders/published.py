@@ -114,7 +114,7 @@ def export_timm(tag: str, dir: str | Path, *, revision: str, file: str | None = 
     encoder = build(found.architecture, len(found.mean), found.mean, found.std, image_size=found.image_size)
     where = file or f"timm:{tag}"
     filled = _fill(encoder, timm_names(encoder.net, found.state, where), where, allow_partial)
-    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": []} | filled
+    step = {"name": f"timm:{tag}", "method": "timm", "datasets": [], "labelled": labelled_of_tag(tag.partition(".")[2])} | filled
     data = [{"dataset": corpus, "digest": "not ours", "licence": found.licence} for corpus in corpora_of_tag(tag.partition(".")[2])]
     name = f"timm-{tag}"
     return export(encoder, dir, name=name, method="timm", lineage=[step], data=data, revision=revision, image_size=found.image_size)
@@ -208,12 +208,23 @@ CORPORA = {
     "laion400m": ("laion-400m",),
     "lvd142m": ("lvd-142m", "imagenet-1k", "imagenet-21k"),
     "yfcc": ("yfcc-100m",),
+    "ig1b": ("ig-1b",),
+    "dino": ("imagenet-1k",),
+    "mae": ("imagenet-1k",),
 }
+LABELLED = {"imagenet-1k", "imagenet-21k", "inat2021"}  # corpora of classes
+UNLABELLED = ("dino", "mae", "ijepa", "lvd142m")  # marks of methods without labels
 
 
 def corpora_of_tag(tag: str) -> list[str]:
     """The corpora that weights have seen, by timm's name for them (`augreg_in21k_ft_in1k`: two); the tag itself where it names none."""
     return sorted({corpus for mark, corpora in CORPORA.items() if mark in tag for corpus in corpora}) or [tag]
+
+
+def labelled_of_tag(tag: str) -> list[str]:
+    """Those whose labels the weights have seen, by the name again: of a method without labels what came after it (`mae_ft_in1k`)."""
+    last = tag.partition("ft_")[2] if any(mark in tag for mark in UNLABELLED) else tag
+    return sorted(LABELLED & set(corpora_of_tag(last))) if last else []
 
 
 def _read(card: ZooCard, file: Path) -> tuple[State, str]:

@@ -9,6 +9,7 @@ Equation (Ioffe and Szegedy 2015, arXiv 1502.03167): y = (x - mean) / sqrt(var +
 Gradient: dx = weight * invstd * (dy - mean_N(dy) - xhat * mean_N(dy * xhat)).
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -126,7 +127,13 @@ def convert(module: nn.Module) -> nn.Module:
     if any(parameter.is_cuda for parameter in module.parameters()) or torch.cuda.is_available():
         from timm.layers import convert_sync_batchnorm
 
-        return cast(nn.Module, convert_sync_batchnorm(module))
+        tails: dict[str, Any] = {
+            name: layer.act for name, layer in module.named_modules() if isinstance(layer, nn.BatchNorm3d) and hasattr(layer, "act")
+        }
+        converted = cast(nn.Module, convert_sync_batchnorm(module))
+        for name, act in tails.items():  # encoders.volumes', which timm does not know
+            converted.get_submodule(name).register_forward_hook(partial(_then, act))
+        return converted
     return _convert(module)
 
 
@@ -139,6 +146,10 @@ def statistics(module: nn.Module) -> list[Tensor]:
     """Running means and variances of all its batch norms: the very tensors."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     return [value for layer in norms for value in (layer.running_mean, layer.running_var) if value is not None]
+
+
+def _then(act: nn.Module, _layer: nn.Module, _given: Any, out: Tensor) -> Any:
+    return act(out)
 
 
 def _convert(module: nn.Module) -> nn.Module:

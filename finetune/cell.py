@@ -8,7 +8,7 @@ from base.config import Strict
 from finetune.task import Task
 
 # Raised by whoever changes a cell's numbers; it is part of every cell's key, and a golden test of one cell forces it.
-CELL_VERSION = 5
+CELL_VERSION = 6
 
 
 class CellConfig(Strict):

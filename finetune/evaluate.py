@@ -65,6 +65,7 @@ class Evaluator:
             tensor.data = _in_layout(tensor.data)
         self.frozen = self.module.frozen
         self.rate = "linear.lr" if transplant.views == "evaluation" else "recipe.lr"
+        self.trains = bool(transplant.groups)  # of kNN nothing does
         self.size = (config.resolution, config.resolution)
         self._arrays: dict[str, data.Arrays] = {}
         self._features: dict[str, Features | None] = {}  # None: they would take too much room
@@ -120,15 +121,21 @@ class Evaluator:
         whole = self.load(split, self.config.resolution) if split == "train" else self.arrays(split)
         rows = self._rows(whole)
         images = whole if self.config.source_kind == "weights" and len(rows) >= SHARED_FRACTION * len(whole) else whole.take(rows)
-        folder = self._folder(images) if self.config.source_kind == "weights" else None
-        maps = None
-        self.module.eval()
-        if folder or split != "test":  # the test split of a source that no other cell has is read once
-            maps = features.keep(lambda index: [x.float().cpu() for x in self._embed(images, index)], len(images), self.chunk, folder)
+        maps = self._mapped(split, images)
+        if maps is None and images is whole and len(rows) < len(whole):  # what all cells could share has no room, this one's may
+            images = whole.take(rows)
+            maps = self._mapped(split, images)
         self._features[split] = None if maps is None else Features(maps, rows if images is whole else np.arange(len(rows)))
         if split == "train":
             # Pixels that are not read again are not copied either.
             self._arrays[split] = self._of_cell(whole if maps is None else dataclasses.replace(whole, image=whole.image[:, :0]), rows)
+
+    def _mapped(self, split: str, images: data.Arrays) -> list[Tensor] | None:
+        folder = self._folder(images) if self.config.source_kind == "weights" else None
+        self.module.eval()
+        if folder is None and split == "test":  # that of a source that no other cell has is read once
+            return None
+        return features.keep(lambda index: [x.float().cpu() for x in self._embed(images, index)], len(images), self.chunk, folder)
 
     def _folder(self, images: data.Arrays) -> Path:
         """Where in the node's cache: named by all that decides the numbers, to the bit."""
@@ -206,7 +213,7 @@ class Evaluator:
 
     def diverged(self, what: str) -> Diverged:
         """The error for numbers that are not finite."""
-        return Diverged(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {self.rate}")
+        return Diverged(what, where=f"cell {self.config.key}, task {self.task.task}", hint=f"lower {self.rate}" if self.trains else None)
 
     def _answers(self, maps: list[Tensor]) -> Tensor:
         levels = len(self.module.encoder.pyramid_channels) if self.module.pyramid else 1

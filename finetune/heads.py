@@ -88,10 +88,11 @@ class PooledHead(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        z = maps[0]
-        for norm in self.norms:
-            z = norm(z)
-        logits: Tensor = self.linear(z)
+        with torch.autocast(maps[0].device.type, enabled=False):  # logits in bf16 would be a few hundred values, and thresholds ties
+            z = maps[0].float()
+            for norm in self.norms:
+                z = norm(z)
+            logits: Tensor = self.linear(z)
         return logits
 
 

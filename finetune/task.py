@@ -76,7 +76,7 @@ class Augmentation(Strict):
 
 
 class Plateau(Strict):
-    """The rate times `factor` after `patience` epochs without a better validation loss; training ends once it is under `stop_below`."""
+    """The rate times `factor` after more than `patience` epochs without a better loss (by 0.01 %); training ends under `stop_below`."""
 
     patience: int = Field(5, ge=0)
     factor: float = Field(0.5, gt=0, lt=1)

@@ -93,9 +93,9 @@ class Run:
         """Restarts so far. A file of its own: a worker killed before its first checkpoint counts too."""
         place = self._at("attempts.json")
         before = int(storage.read_json(place)["attempts"]) if storage.exists(place) else 0
-        storage.put(place, json.dumps({"attempts": before + 1, "at": timestamp()}))
-        if before == 0:
+        if not storage.exists(self._at("config.yaml")):  # first: who counts is known
             storage.put(self._at("config.yaml"), to_yaml(self.config))
+        storage.put(place, json.dumps({"attempts": before + 1, "at": timestamp()}))
         return before
 
     def _build(self) -> None:

@@ -69,8 +69,9 @@ def local(shard_url: str, sha256: str, size: int | None, cache_dir: str | None =
     return path
 
 
-def renew(shard_url: str, sha256: str, cache_dir: str | None = None) -> bool:
-    """Compare a copy whose parts do not fit their checksums with its sha256; if it differs, fetch it again. True when it was fetched.
+def renew(shard_url: str, sha256: str, inode: int, cache_dir: str | None = None) -> bool:
+    """Compare a copy whose parts do not fit their checksums with its sha256; if it differs, fetch it again. True when it was fetched, by
+    this process or since `inode` was opened by another: then it is to be opened again.
 
     A local shard is nobody's copy: False. Raises as `local`.
     """
@@ -80,7 +81,7 @@ def renew(shard_url: str, sha256: str, cache_dir: str | None = None) -> bool:
     with locked(path):
         with suppress(FileNotFoundError), open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                return False
+                return os.fstat(file.fileno()).st_ino != inode
         _write(path, _fetch(shard_url, sha256))
     return True
 
@@ -135,8 +136,17 @@ def evict(folder: str, keep: str) -> None:
             break
         if path != keep:
             with suppress(FileNotFoundError):  # another process may be removing it too
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+                discard(path) if os.path.isdir(path) else os.remove(path)
             total -= size
+
+
+def discard(folder: str) -> None:
+    """Remove an entry that is a folder: out of its place at once, so that a removal cut short leaves nothing that looks whole."""
+    aside = tempfile.mkdtemp(prefix=".tmp-", dir=os.path.dirname(folder))
+    try:
+        os.rename(folder, os.path.join(aside, "gone"))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _entries(folder: str) -> Iterator[tuple[float, int, str]]:

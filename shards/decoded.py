@@ -10,7 +10,7 @@ a key of all that decides them, and make room for others like shards do.
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,7 +69,9 @@ def decode_all(corpus: Corpus, size: int, labels: Sequence[str] | None = None, p
             images = np.load(folder / "images.npy", mmap_mode="c")
             seg = np.load(folder / "seg.npy", mmap_mode="c") if corpus.has_masks else None
             rows = json.loads((folder / "rows.json").read_bytes())
-        except FileNotFoundError:  # another process made room just now
+        except FileNotFoundError:  # another process made room just now, or was ended while it did
+            with suppress(FileNotFoundError):
+                cache.discard(str(folder))
             continue
         names = list(corpus.labels if labels is None else labels)
         return Decoded(images, seg, *targets(rows["raw"], corpus.card, names), labels=names, **rows)

@@ -49,7 +49,10 @@ SECONDARY_CAPTURE = ("1.2.840.10008.5.1.4.1.1.7",)
 
 def keyed(secret: bytes, text: str, digits: int) -> str:
     """The first hex digits of HMAC-SHA256(secret, text)."""
-    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:digits]
+    try:
+        return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:digits]
+    except UnicodeEncodeError:
+        raise RequestError("a name that is not UTF-8", where=ascii(text.rpartition("\x1f")[2]), hint="rename the file") from None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +28,7 @@ from pathlib import Path
 from base import storage
 from base.config import Strict, canonical_json, digest, parse
 from base.errors import RequestError, WorkError
-from base.paths import is_url
+from base.paths import absolute, is_url
 from shards import in_place, readers
 from shards.card import SPLITS, Card, Split
 from shards.deidentify import FINGERPRINT, PUBLIC, Names, keyed
@@ -36,6 +39,7 @@ from shards.samples import index_of_tar, write_tar
 
 PACK_VERSION = 3  # raised when a change moves a byte of a shard
 QUARANTINE = "quarantine.jsonl"
+READERS = 16  # receipts that are read at once
 
 
 class Origin(Strict):
@@ -80,6 +84,7 @@ class ShardJob:
                 self.name,
                 self.card.model_dump(mode="json", by_alias=True),
                 [asdict(record) for record in self.records],
+                *([absolute(self.raw)] if self.card.in_place else []),  # where the images stay
             ]
         )
 
@@ -115,6 +120,20 @@ def plan(card: Card, raw: str, secret: bytes | None = None, shard_samples: int =
         for number, held in enumerate(parts):
             jobs.append(ShardJob(f"{card.dataset}-{split}-{number:05d}", split, raw, card, held, origin))  # type: ignore[arg-type]
     return jobs
+
+
+def made_of(jobs: Sequence[ShardJob], out_url: str) -> bool:
+    """Whether the shards at `out_url` are those of these very jobs, by their receipts: a card, a patient or a file may have changed since.
+    Reads no shard."""
+
+    def same(job: ShardJob) -> bool:
+        text = storage.read_or_none(storage.join(out_url, f"{job.name}.entry.json"))
+        with suppress(ValueError, RequestError):
+            return text is not None and parse(json.loads(text), Receipt, job.name).fingerprint == job.fingerprint
+        return False
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return all(pool.map(same, jobs))
 
 
 def refuse_another_secret(card: Card, out_url: str, secret: bytes | None = None) -> None:

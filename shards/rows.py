@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base import storage
-from base.errors import RequestError
+from base.errors import RequestError, WorkError
 from shards import cells, containers
 from shards.card import Card, Layout, Part
 from shards.containers import Inside
@@ -196,7 +196,7 @@ class _Patients:
     def of(self, row: Row) -> tuple[str, str | None]:
         layout = self.layout
         tags = [tag for tag in (layout.patient_tag, layout.study_tag) if tag]
-        header = _tags(self.raw, row.file, tags) if tags else {}
+        header = _tags(self.raw, row.file, tags) if tags else None
         if layout.patient_groups is not None:
             identity = self._group(row)
         else:
@@ -212,16 +212,18 @@ class _Patients:
         raise RequestError(f"'{row.said}' has no patient in the table of patients", where=row.where)
 
     @staticmethod
-    def _text(row: Row, what: str, column: str | None, tag: str | None, pattern: str | None, header: dict[str, str]) -> str | None:
+    def _text(row: Row, what: str, column: str | None, tag: str | None, pattern: str | None, header: dict[str, str] | None) -> str | None:
         text: str | None = None
         if column is not None:
             text = row.cells[column]
             if not text:
                 raise RequestError(f"no {what}", where=f"{row.where}, column {column}")
         elif tag is not None:
+            if header is None:  # no DICOM: packing quarantines it
+                return None
             text = header.get(tag)
             if text is None:
-                return None
+                raise RequestError(f"no {what}", where=f"{row.file}, tag {tag}")
         if pattern is None:
             return text
         match = re.search(pattern, bare(row.file) if text is None else text)
@@ -230,8 +232,13 @@ class _Patients:
         return str(match.group(1))
 
 
-def _tags(raw: str, file: str, tags: list[str]) -> dict[str, str]:
-    """Those attributes of a DICOM file (of a folder: of its first); none of a file that is no DICOM, which packing will quarantine."""
+def _tags(raw: str, file: str, tags: list[str]) -> dict[str, str] | None:
+    """Those attributes of a DICOM file (of a folder: of its first); None of a file that is no DICOM or not there, which packing will
+    quarantine.
+
+    Raises:
+        WorkError: it is there and cannot be read now: an image must not become a patient of its own by a fault of the disk.
+    """
     import pydicom
     from fsspec import open as fs_open
     from pydicom.errors import InvalidDicomError
@@ -243,8 +250,10 @@ def _tags(raw: str, file: str, tags: list[str]) -> dict[str, str]:
         with fs_open(url, "rb") as stream:
             header: Any = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags)
             return {tag: str(header[tag].value).strip() for tag in tags if tag in header and str(header[tag].value or "").strip()}
-    except (InvalidDicomError, OSError, ValueError, KeyError, EOFError, NotImplementedError, AttributeError):
-        return {}
+    except (FileNotFoundError, InvalidDicomError, ValueError, KeyError, EOFError, NotImplementedError, AttributeError):
+        return None
+    except OSError as error:
+        raise WorkError(f"cannot be read: {error}", where=url, hint="run the same command again") from error
 
 
 class _Masks:

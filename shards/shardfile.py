@@ -53,8 +53,8 @@ class ShardFile:
 
     def __init__(self, entry: ShardEntry, url: str, cache_dir: str | None) -> None:
         self._entry, self._url, self._cache_dir = entry, url, cache_dir
-        self._tar: _Mapped | None = None
-        self._images: _Mapped | None = None
+        self.tar: _Mapped | None = None
+        self.images: _Mapped | None = None
         self._index, self._first = _map_index(entry, storage.join(url, f"{entry.name}.idx"), cache_dir)
 
     def row(self, n: int) -> Row:
@@ -76,23 +76,23 @@ class ShardFile:
         return parts
 
     def _elsewhere(self, images: Elsewhere, offset: int, length: int) -> memoryview:
-        if self._images is None:
-            self._images = _Mapped(images.url, _open(images.url, images.sha256, images.bytes, self._cache_dir))
-        return self._images.read(offset, length)
+        if self.images is None:
+            self.images = _Mapped(images.url, _open(images.url, images.sha256, images.bytes, self._cache_dir))
+        return self.images.read(offset, length)
 
     def read(self, offset: int, length: int) -> memoryview:
         """That part of the tar, which stays in the page cache; shorter only at the tar's end. Raises WorkError where the tar was cut."""
-        if self._tar is None:
+        if self.tar is None:
             url = storage.join(self._url, f"{self._entry.name}.tar")
-            self._tar = _Mapped(url, _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir))
-        return self._tar.read(offset, length)
+            self.tar = _Mapped(url, _open(url, self._entry.sha256, self._entry.bytes, self._cache_dir))
+        return self.tar.read(offset, length)
 
 
 class _Mapped:
     """A file in the address space: a read costs no system call and no copy. Takes the descriptor."""
 
     def __init__(self, url: str, file: int) -> None:
-        self._url = url
+        self._url, self.inode = url, os.fstat(file).st_ino
         try:
             self._map = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
         finally:
@@ -120,12 +120,12 @@ def _map_index(entry: ShardEntry, url: str, cache_dir: str | None) -> tuple[mmap
     while True:
         file = _open(url, entry.index_sha256, len(header) + entry.samples * _ROW.size, cache_dir)
         try:
-            mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+            mapped, inode = mmap.mmap(file, 0, access=mmap.ACCESS_READ), os.fstat(file).st_ino
         finally:
             os.close(file)
         if hashlib.sha256(mapped).hexdigest() == entry.index_sha256:
             break
-        if not cache.renew(url, entry.index_sha256, cache_dir):
+        if not cache.renew(url, entry.index_sha256, inode, cache_dir):
             raise WorkError("the index is damaged, or that of another shard", where=url, hint="pack the dataset again")
     if mapped[: len(header)] != header:
         raise WorkError(f"not an index of this version with {entry.samples} rows", where=url, hint="pack the dataset again")
@@ -155,9 +155,10 @@ def opened(entry: ShardEntry, url: str, cache_dir: str | None) -> ShardFile:
 
 def renewed(entry: ShardEntry, url: str, cache_dir: str | None) -> bool:
     """Whether the shard was fetched again because its local copy is not what was fetched (see cache.renew); then it is opened anew."""
-    tars = [(storage.join(url, f"{entry.name}.tar"), entry.sha256)]
-    tars += [(entry.images.url, entry.images.sha256)] if entry.images else []
-    fetched = [cache.renew(tar, sha256, cache_dir) for tar, sha256 in tars]
+    held = _opened[url, entry.name, entry.sha256, cache_dir]
+    tars = [(storage.join(url, f"{entry.name}.tar"), entry.sha256, held.tar)]
+    tars += [(entry.images.url, entry.images.sha256, held.images)] if entry.images else []
+    fetched = [cache.renew(place, sha256, mapped.inode, cache_dir) for place, sha256, mapped in tars if mapped is not None]
     if not any(fetched):
         return False
     del _opened[url, entry.name, entry.sha256, cache_dir]

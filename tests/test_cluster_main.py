@@ -17,6 +17,8 @@ import tiny_study
 from base import storage
 from base.errors import RequestError
 from cluster.load import load_study
+from cluster.lock import DriverLock
+from cluster.mlflow_store import connect, tracking_uri
 from cluster.run import Summary, run, sync
 from cluster.study import Study
 
@@ -128,6 +130,16 @@ def test_mlflow_is_rebuilt_from_storage_also_of_a_moved_study(finished: tuple[St
     check_store(moved)
     sync(out)
     check_store(moved)
+    # The diary of a driver that was killed has no end: nobody works on it, and nothing says that it finished.
+    diary = Path(out, "events.jsonl")
+    diary.write_text("".join(line + "\n" for line in diary.read_text().splitlines() if json.loads(line)["event"] != "end"))
+    sync(out)
+    client = connect(tracking_uri(out, moved.tracking))
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.`allograft.key` = 'study:tiny'")
+    assert parent.info.status == "KILLED"
+    with DriverLock(out), pytest.raises(RequestError, match="another driver"):
+        sync(out)
 
 
 def test_the_second_run_starts_nothing(finished: tuple[Study, Summary, list[int]]) -> None:

@@ -1,6 +1,7 @@
 """Studies: what is checked before anything starts."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -20,9 +21,12 @@ from base.config import to_yaml
 from base.errors import RequestError, WorkError
 from base.paths import ROOT, named
 from cluster import lock, plan, stages
+from cluster.events import Events
 from cluster.load import load_study
 from cluster.lock import DriverLock
+from cluster.mlflow_store import require_server
 from cluster.outlook import outlook
+from cluster.outs import refuse_other_out
 from cluster.pack import check_place
 from cluster.registry import champion_score
 from cluster.single import as_typed, finetune_study, pretrain_study, spelled
@@ -353,6 +357,25 @@ def test_data_of_ones_own_are_planned_and_packed(
     assert made_of == {"random": (url, False, []), "simclr": (url, True, ["my-ward"])}
 
 
+def test_shards_of_a_card_or_of_files_that_have_changed_since_do_not_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another card, other patients, or another image of the same size under the same name: the study said that all of it stood."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALLOGRAFT_SECRET", "s" * 32)
+    study = load_study(tiny_study.write(tmp_path, tiny_study.own(tmp_path)))
+    raw = Path(str(study.data["my-ward"].raw))
+    pack(study.card("my-ward"), str(raw), shards_url(study, "my-ward"))
+    assert standing_corpora(study).keys() == {"my-ward"}
+    file = next(path for path in raw.rglob("*") if path.suffix in {".png", ".jpg", ".jpeg", ".bmp"})
+    held = file.stat()
+    os.utime(file, ns=(held.st_atime_ns, held.st_mtime_ns + 10**9))
+    assert standing_corpora(study) == {}
+    os.utime(file, ns=(held.st_atime_ns, held.st_mtime_ns))
+    assert standing_corpora(study).keys() == {"my-ward"}
+    card = study.card("my-ward")
+    monkeypatch.setattr(Study, "card", lambda self, name: card.model_copy(update={"max_side": 16}))
+    assert standing_corpora(study) == {}
+
+
 def test_two_cards_of_one_dataset_and_a_card_of_another_name_are_refused(tmp_path: Path, ward: dict[str, Any]) -> None:
     (tmp_path / "mine.yaml").write_text((tmp_path / "cards" / "mine.yaml").read_text())
     wrong = [
@@ -549,6 +572,54 @@ def test_a_lock_that_was_removed_by_hand_is_made_anew(tmp_path: Path, monkeypatc
         time.sleep(0.5)
         assert storage.read_json(url)["owner"] == held.owner
     assert not storage.exists(url)
+
+
+def test_a_driver_that_slept_through_another_ones_life_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other took the lock over, finished and removed it: nothing was left to be seen, and the first wrote over what it had done."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def sleep(held: DriverLock) -> None:
+        held._beaten = time.time() - 2 * lock.STALE_S
+        storage.remove(held.url)
+        time.sleep(30)
+
+    try:
+        with pytest.raises(WorkError, match=r"another driver \(gone by now\) has taken over"), DriverLock(str(tmp_path)) as held:
+            sleep(held)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not storage.exists(str(tmp_path / "driver.lock"))
+
+
+def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
+    """Two containers may share the name of their host, and no process number."""
+    with DriverLock(str(tmp_path)) as held:
+        host, _, made, processes = held.owner.split(":")
+    assert processes.strip("-")
+    assert lock._dead(f"{host}:{2**22 + 1}:{made}:{processes}")
+    assert not lock._dead(f"{host}:{2**22 + 1}:{made}:another")
+    assert not lock._dead(f"{host}:{2**22 + 1}:{made}")
+
+
+def test_events_of_two_writers_are_all_kept(tmp_path: Path) -> None:
+    """An analysis asked for by hand beside a driver cut the diary back to what it had read at its start."""
+    first, second = Events(str(tmp_path)), Events(str(tmp_path))
+    for events, name in ((first, "start"), (second, "analysed"), (first, "claim"), (second, "analysed"), (first, "end")):
+        events.add(name)
+    rows = storage.read_rows(str(tmp_path / "events.jsonl"))
+    assert [row["event"] for row in rows] == ["start", "analysed", "claim", "analysed", "end"]
+
+
+def test_what_a_probe_of_the_folder_left_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".doctor-0123abcd").mkdir(parents=True)
+    refuse_other_out(load_study(tiny_study.write(tmp_path, tiny_study.SMALLER)))
+
+
+def test_a_login_in_the_address_of_mlflow_is_refused_and_not_shown() -> None:
+    with pytest.raises(RequestError, match="holds a login") as refused:
+        require_server("https://somebody:secret@example.org")
+    assert "secret" not in str(refused.value)
 
 
 def test_of_two_drivers_that_find_a_lock_stale_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from base.paths import ROOT, names
 from encoders import published
 from encoders.build import build
 from encoders.export import read_export
-from encoders.published import ZooCard, export_own, export_timm, export_zoo, load_zoo
+from encoders.published import ZooCard, corpora_of_tag, export_own, export_timm, export_zoo, labelled_of_tag, load_zoo
 from encoders.weights import load_local, sha256_of
 
 CARDS = {name: load_zoo(name) for name in names("weights")}
@@ -286,3 +286,20 @@ def test_no_network_is_said_with_the_way_around_it(tmp_path: Path, monkeypatch: 
 def test_json_schema_is_committed() -> None:
     schema = json.dumps(ZooCard.model_json_schema(by_alias=True), indent=1) + "\n"
     assert (ROOT / "docs" / "schemas" / "weights.json").read_text() == schema
+
+
+@pytest.mark.parametrize(
+    ("tag", "corpora", "labelled"),
+    [
+        ("a1_in1k", ["imagenet-1k"], ["imagenet-1k"]),
+        ("augreg_in21k_ft_in1k", ["imagenet-1k", "imagenet-21k"], ["imagenet-1k", "imagenet-21k"]),
+        ("fb_swsl_ig1b_ft_in1k", ["ig-1b", "imagenet-1k"], ["imagenet-1k"]),
+        ("dino", ["imagenet-1k"], []),
+        ("mae", ["imagenet-1k"], []),
+        ("fcmae_ft_in1k", ["imagenet-1k"], ["imagenet-1k"]),
+        ("in22k_ijepa", ["imagenet-21k"], []),
+        ("lvd142m", ["imagenet-1k", "imagenet-21k", "lvd-142m"], []),
+    ],
+)
+def test_what_timms_weights_have_seen_and_whose_labels(tag: str, corpora: list[str], labelled: list[str]) -> None:
+    assert (corpora_of_tag(tag), labelled_of_tag(tag)) == (corpora, labelled)

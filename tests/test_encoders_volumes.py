@@ -1,5 +1,7 @@
 """Inflated encoders: equal slices give the image's features, at the ends too; depth matters otherwise."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from encoders.build import Encoder, build
 from encoders.cuts import architectures, family
 from encoders.truncate import truncate
 from encoders.volumes import CANNOT, inflate
+from engine import norm
 
 # One of each family, with a cut in it, and what differs inside of ResNets.
 OF_FAMILIES = {
@@ -98,3 +101,16 @@ def test_what_cannot_be_inflated_is_said() -> None:
         inflate(build("test_resnet", 1))(torch.zeros(1, 1, 32, 32))
     with pytest.raises(RequestError, match="flat features of volumes"):
         inflate(truncate(build("test_resnet", 1), "layer1", flat=32))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0"])
+def test_batch_norms_with_an_activation_keep_it_as_synchronised_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs and several workers they lost it: timm converts the kind that it knows, which those over slices are not."""
+    volumes = inflate(moved(name)).eval()
+    x = pixels(name, 1, 4)
+    with torch.no_grad():
+        expected = volumes(x)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        converted = norm.convert(copy.deepcopy(volumes)).eval()
+        assert any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in converted.modules())
+        torch.testing.assert_close(converted(x), expected)

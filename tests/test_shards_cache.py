@@ -14,6 +14,7 @@ from tiny_corpus import write
 from base.errors import RequestError, WorkError
 from shards import cache, prefetch, shardfile
 from shards.corpus import Corpus
+from shards.decoded import decode_all
 
 
 def _fill(url: str, sha256: str, folder: str, results: "multiprocessing.Queue[tuple[str, str]]") -> None:
@@ -127,6 +128,30 @@ def test_a_copy_that_went_bad_is_fetched_again(tmp_path: Path) -> None:
     index.write_bytes(bytes(index.stat().st_size))
     shardfile.forget()
     assert np.array_equal(Corpus(url, cache_dir=str(tmp_path / "cache"))[3].image, local[3].image)
+
+
+def test_a_copy_that_another_process_renewed_is_opened_again(tmp_path: Path) -> None:
+    """The file was good by then, and this process went on reading the one that it had mapped: a healthy sample was called damaged."""
+    local = Corpus(write(tmp_path / "local", (6, 5)))
+    corpus = Corpus(in_memory(local.url, tmp_path.name), cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(corpus[3].image, local[3].image)
+    (copy,) = (tmp_path / "cache").rglob("*.tar")
+    good, row = copy.read_bytes(), local.stored(3)[0]
+    with open(copy, "r+b") as file:
+        file.seek(row.image_off + 20)
+        file.write(b"other bytes")
+    (tmp_path / "renewed").write_bytes(good)
+    os.replace(tmp_path / "renewed", copy)
+    assert np.array_equal(corpus[3].image, local[3].image)
+
+
+def test_decoded_images_whose_removal_was_cut_short_are_made_again(tmp_path: Path) -> None:
+    """Whoever asked for them looked for ever."""
+    corpus = Corpus(write(tmp_path / "local", (6,)), cache_dir=str(tmp_path / "cache"))
+    first = decode_all(corpus, 24).images.copy()
+    (held,) = (tmp_path / "cache" / "decoded").glob("[!.]*/images.npy")
+    held.unlink()
+    assert np.array_equal(decode_all(corpus, 24).images, first)
 
 
 def test_what_the_store_itself_damaged_is_named_and_not_fetched_for_ever(tmp_path: Path) -> None:

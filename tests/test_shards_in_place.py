@@ -106,6 +106,15 @@ def test_they_are_indexed_once(tars: Path, tmp_path: Path, monkeypatch: pytest.M
     assert Corpus(out, ("test",))[0].labels["newt"] == 1
 
 
+def test_tars_that_were_moved_are_pointed_to_anew(tars: Path, tmp_path: Path) -> None:
+    """Packing again kept the old address, and said to pack again."""
+    shutil.copytree(tars, tmp_path / "raw")
+    pack(CARD, str(tmp_path / "raw"), str(tmp_path / "out"))
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    pack(CARD, str(tmp_path / "moved"), str(tmp_path / "out"))
+    assert Corpus(str(tmp_path / "out"), ("train",))[0].image.shape[2] == 3
+
+
 def test_they_come_from_a_store_through_the_node_s_cache(tars: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     out, cache_dir = f"file://{tmp_path}/out", tmp_path / "cache"

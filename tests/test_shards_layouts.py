@@ -560,7 +560,8 @@ def test_run_lengths_of_several_rows_are_one_mask_and_one_label(raw: Path, tmp_p
 # Patients
 
 
-def test_patients_by_dicom_header_and_by_a_table_of_groups(raw: Path, tmp_path: Path) -> None:
+def test_patients_by_dicom_header_and_by_a_table_of_groups(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
 
@@ -577,6 +578,14 @@ def test_patients_by_dicom_header_and_by_a_table_of_groups(raw: Path, tmp_path: 
     studies = {record.meta["study"] for record in found.records if "study" in record.meta}
     assert len(studies) == 4
     assert all(isinstance(study, str) and len(study) == 16 for study in studies)
+    with monkeypatch.context() as patch:
+        patch.setattr(pydicom, "dcmread", lambda *given, **named: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(WorkError, match=r"\.dcm: cannot be read: .*Input/output error"):  # and not a patient of its own
+            find(card(MASKED | tags, kind="unlabelled", labels=[], split={"val": 0, "test": 0}), tmp_path)
+    header.PatientID = ""
+    header.save_as(tmp_path / "3.dcm", enforce_file_format=False)
+    with pytest.raises(RequestError, match=r"3\.dcm, tag PatientID: no patient"):
+        find(card(MASKED | tags, kind="unlabelled", labels=[], split={"val": 0, "test": 0}), tmp_path)
     write(raw, "pairs.csv", "\n".join(["left;right", *(f"{n};{n + 1}.png" for n in range(0, 12, 2))]))
     groups = {"patient_groups": {"table": "pairs.csv", "sep": ";", "columns": ["left", "right"]}}
     grouped = find(card(layout(**groups), split={"val": 0, "test": 0}), raw)

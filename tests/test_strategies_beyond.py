@@ -131,6 +131,20 @@ def test_knn_is_that_of_scikit_learn_with_the_papers_weights(k: int) -> None:
     assert all(logits.isfinite().all() for logits in found.values())
 
 
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "ordinal"])
+def test_knn_votes_in_float32_under_bf16(kind: Any) -> None:
+    """In bf16 neighbours are ties, and where all agree the share is 1 and its logit infinite."""
+    generator = torch.Generator().manual_seed(0)
+    z_ND, x_BD = (torch.rand(200, 64, generator=generator) + 2 for _ in range(2))
+    target_NL = torch.nn.functional.one_hot(torch.arange(200) // 190, 2).float()
+    head = KnnHead(kind, 5, 0.07)
+    head.fit(z_ND, target_NL, torch.ones_like(target_NL))
+    plain = head([x_BD], (1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head([x_BD], (1, 1)), plain)
+    assert bool(torch.isfinite(plain).all())
+
+
 def test_knn_lets_only_those_vote_who_know() -> None:
     draw = torch.Generator().manual_seed(0)
     z, x, target = (

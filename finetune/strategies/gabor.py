@@ -35,7 +35,8 @@ def check(architecture: str, task: Task, options: Strict) -> None:
         count, _, side, _ = _first(build(architecture, 1))[1].shape
     if count < ORIENTATIONS * PHASES or side < SMALLEST:
         what = f"{architecture} begins with {count} filters of {side} px, too small for Gabor filters"
-        raise RequestError(what, hint=f"{SMALLEST} px at least have resnet18 to resnet152, densenet*, cbr_*, convnext_*, swin_*, vit_*")
+        hint = f"{SMALLEST} px at least have resnet18 to resnet152, densenet*, cbr_*, convnext_*, swin_*, vit_*, alexnet"
+        raise RequestError(what, hint=hint)
 
 
 def transplant(spec: EncoderSpec, weights: Mapping[str, Tensor] | None, task: Task, options: Strict, seed: int) -> Transplant:

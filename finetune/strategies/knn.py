@@ -56,6 +56,11 @@ class KnnHead(nn.Module):
         self.z_ND, self.target_NL, self.known_NL = F.normalize(z_ND.float(), dim=1), target_NL.float(), known_NL.float()
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        # In bf16 neighbours are ties, and a share of nearly 1 is 1, whose logit is infinite.
+        with torch.autocast(self.z_ND.device.type, enabled=False):
+            return self._answer(maps)
+
+    def _answer(self, maps: Sequence[Tensor]) -> Tensor:
         similarity_BN = F.normalize(maps[0].float(), dim=1) @ self.z_ND.T
         if bool((self.known_NL > 0).all()):
             share_BL = self._vote(similarity_BN, self.target_NL)
