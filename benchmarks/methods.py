@@ -164,11 +164,13 @@ def table(out: str) -> None:
     for name in names:
         mine = [row for row in rows if row["method"] == name]
         gain = np.array([row["pretrained"] - row["random"] for row in mine])
-        half = float(t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else float("inf")
-        passed += [name] if gain.mean() - half > 0 else []
+        half = float(t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else None
+        passed += [name] if half is not None and gain.mean() - half > 0 else []
         before, after = (np.mean([row[key] for row in mine]) for key in ("random", "pretrained"))
         health = ", ".join(sorted({row["health"] for row in mine}))
-        interval = f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]{'' if name in passed else ' not passed'}"
+        interval = f"{gain.mean():+.3f}"
+        if half is not None:
+            interval += f" [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]{'' if name in passed else ' not passed'}"
         seconds = np.median([row["seconds"] for row in mine])
         facts = (
             name,

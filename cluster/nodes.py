@@ -34,9 +34,11 @@ CELLS = "cells"
 class Making:
     """The graph of a study, and what its nodes hand on to each other."""
 
-    def __init__(self, study: Study, uri: str, progress: Progress, events: Events) -> None:
+    def __init__(self, study: Study, uri: str, progress: Progress, events: Events, lost: Callable[[], bool] = lambda: False) -> None:
+        """lost: whether another driver has taken over, so that nothing may be written any more."""
         import ray
 
+        self.lost = lost
         self.study, self.uri, self.progress, self.events = study, uri, progress, events
         self.graph = Graph(lambda: {what: size for what, size in ray.cluster_resources().items() if what in ("CPU", "GPU")})
         self.feed = Feed()
@@ -69,8 +71,9 @@ class Making:
             self.graph.run()
             ended = True
         finally:  # also where a finding ends the study
-            leakage.summarise(self.study, self._packed())
-            write_plan(self.study.out, self.searches, ended)
+            if not self.lost():
+                leakage.summarise(self.study, self._packed())
+                write_plan(self.study.out, self.searches, ended)
 
     def failed(self) -> dict[str, str]:
         """Reasons by piece of work."""

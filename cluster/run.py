@@ -81,12 +81,12 @@ def run(study: Study, progress: Progress | None = None, *, typed: bool = False) 
 
     before = held(study.out)
 
-    def work(events: Events) -> dict[str, Any]:
+    def work(events: Events, lock: DriverLock) -> dict[str, Any]:
         register_claims(study, events)
         register_family(study, searches.rows(), events)
         for line in changes(study, before, checked, searches, typed=typed):
             progress.say(line)
-        return _standing(study, corpora, searches, progress, events) if stands else _made(study, uri, progress, events)
+        return _standing(study, corpora, searches, progress, events) if stands else _made(study, uri, progress, events, lock)
 
     # A finished study needs no cluster: looking at storage is enough.
     return _drive(study, uri, progress, work, cluster=not stands, file=to_yaml(study))
@@ -113,7 +113,7 @@ def go_on(study: Study, config: PretrainConfig, progress: Progress | None = None
     uri = tracking_uri(study.out, study.tracking)
     require_server(uri)
 
-    def work(events: Events) -> dict[str, Any]:
+    def work(events: Events, lock: DriverLock) -> dict[str, Any]:
         _, restarts = stages.pretrain(study, config, f"pretrain {config.name}", progress, events)
         return {"kept": 0, "restarts": restarts}
 
@@ -121,7 +121,13 @@ def go_on(study: Study, config: PretrainConfig, progress: Progress | None = None
 
 
 def _drive(
-    study: Study, uri: str, progress: Progress, work: Callable[[Events], dict[str, Any]], *, cluster: bool, file: str | None = None
+    study: Study,
+    uri: str,
+    progress: Progress,
+    work: Callable[[Events, DriverLock], dict[str, Any]],
+    *,
+    cluster: bool,
+    file: str | None = None,
 ) -> Summary:
     """The frame of all work: the lock, Ray where it needs a cluster, and once that is there what is written; then the report.
 
@@ -145,7 +151,7 @@ def _drive(
         try:
             if cluster:
                 events.add("ray", dashboard=observe.note_dashboard(study.out))
-            told = work(events)
+            told = work(events, lock)
             ray.close()  # the report needs no cluster
             summary = _finish(study, projector, progress, **told)
         except BaseException as error:
@@ -173,11 +179,11 @@ def _standing(study: Study, corpora: dict[str, Packed], searches: Searches, prog
     return {"kept": searches.kept}
 
 
-def _made(study: Study, uri: str, progress: Progress, events: Events) -> dict[str, Any]:
+def _made(study: Study, uri: str, progress: Progress, events: Events, lock: DriverLock) -> dict[str, Any]:
     """What is missing, made on Ray."""
     from cluster.nodes import Making
 
-    making = Making(study, uri, progress, events)
+    making = Making(study, uri, progress, events, lambda: lock.lost)
     making.run()
     made = making.fanned
     counts = {"kept": making.searches.kept, "new": made.new, "lost": len(made.failed), "restarts": making.restarts, "deaths": made.deaths}

@@ -30,6 +30,7 @@ from cluster.closing import closing
 from cluster.events import Events
 from cluster.graph import Graph, Node, Stopped
 from cluster.load import load_study
+from cluster.lock import DriverLock
 from cluster.nodes import Making
 from cluster.plan import Packed, settings
 from cluster.progress import Progress
@@ -295,6 +296,15 @@ def known(study: Study) -> Searches:
     return Searches(settings(study, standing_corpora(study), {}))
 
 
+def test_a_driver_that_lost_its_lock_leaves_the_plan_of_the_other(packed: Study) -> None:
+    other = [{"key": "of the other"}]
+    found = making(packed, Node("work", lambda: storage.put(f"{packed.out}/plan.json", json.dumps(other))))
+    found.lost = lambda: True
+    found.run()
+    assert storage.read_json(f"{packed.out}/plan.json") == other
+    assert not storage.exists(f"{packed.out}/leakage.json")
+
+
 def test_a_report_knows_what_is_asked_for_while_the_study_goes_on(packed: Study) -> None:
     found: list[list[str]] = []
     making(packed, Node("look", lambda: found.append(keys(packed.out)))).run()
@@ -330,7 +340,7 @@ def test_a_study_that_ends_early_ends_its_view_and_its_lines(packed: Study, caps
         client = connect(uri)
         return list(client.search_runs([one.experiment_id for one in client.search_experiments()]))
 
-    def work(events: Events) -> dict[str, Any]:
+    def work(events: Events, lock: DriverLock) -> dict[str, Any]:
         progress.say("begun")
         deadline = time.monotonic() + 60
         while not (Path(packed.out, "mlflow.db").exists() and runs()) and time.monotonic() < deadline:
