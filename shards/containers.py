@@ -131,7 +131,7 @@ def read(raw: str, inside: Inside, stamp: str, slices: bool = False) -> bytes:
     url = storage.join(raw, inside.container)
     try:
         if inside.array is None:
-            with opened(url) as stream:
+            with opened(url, max(1, inside.length)) as stream:  # s3fs would read 50 MB ahead of each image
                 stream.seek(inside.start)
                 data: bytes = stream.read(inside.length)
             return data

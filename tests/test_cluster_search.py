@@ -337,6 +337,18 @@ def test_cells_keep_their_encoders_where_the_study_asks_and_trials_never(keep: s
     assert {config.keep for config in searches.cells} == {keep}
 
 
+def test_encoders_that_are_asked_for_once_cells_have_finished_are_made(tmp_path: Path, phantom_chest: str) -> None:
+    """A finished study said that all of it stood, and the analyses went on asking for `cells.keep: encoder`."""
+    cells = {"strategies": ["full"], "sources": ["random"], "seeds": [0, 1], "tune": None}
+    drive(planned(written(tmp_path, phantom_chest, **cells), phantom_chest), likes)
+    assert not planned(written(tmp_path, phantom_chest, **cells), phantom_chest).ready()
+    asked = planned(written(tmp_path, phantom_chest, keep="encoder", **cells), phantom_chest).ready()
+    assert [config.seed for config in asked] == [0, 1]
+    storage.put(f"{asked[0].out}/encoder/allograft.json", "{}")
+    asked = planned(written(tmp_path, phantom_chest, keep="encoder", **cells), phantom_chest).ready()
+    assert [config.seed for config in asked] == [1]
+
+
 def test_a_search_shares_the_trials_of_another(tmp_path: Path, phantom_chest: str) -> None:
     both = [{"name": "fat", "cut": "auto", "search": "exhaustive"}, {"name": "fat", "cut": "auto", "search": "two-stage"}]
     study = written(tmp_path, phantom_chest, strategies=both, tune=None, sources=["random"], seeds=[0])

@@ -78,6 +78,15 @@ def test_the_third_in_a_row_ends_the_run_at_its_last_sound_checkpoint(kind: str,
     assert sorted(path.name for path in Path(one.out, "checkpoints").iterdir()) == ["step-00000004"]
 
 
+def test_a_run_that_was_killed_before_it_said_what_it_is_says_so_later(tmp_path: Path) -> None:
+    """Between its two first files: it was never shown, registered or gone on with by its own configuration."""
+    one = config(tmp_path, "simclr", max_steps=2)
+    Path(one.out).mkdir(parents=True)
+    Path(one.out, "attempts.json").write_text('{"attempts": 1, "at": "2026-01-01T00:00:00Z"}')
+    assert run(one, LocalContext(dir=str(tmp_path))) is not None
+    assert Path(one.out, "config.yaml").exists()
+
+
 def test_a_stop_at_a_skipped_step_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch.setattr, {2: "images"})
     one = config(tmp_path, "simclr", checkpoint_every_steps=100)

@@ -18,7 +18,8 @@ from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 from raw_files import card, dicom, item
 
-from shards.deidentify import clean_metadata
+from base.errors import RequestError
+from shards.deidentify import clean_metadata, keyed
 from shards.pack import pack
 from shards.raster import strip_jpeg
 
@@ -222,3 +223,8 @@ def test_the_planted_file_covers_every_value_representation() -> None:
     assert io.BytesIO(whole).read(132)[128:] == b"DICM"
     for vr in TEXT + BYTES + list(NUMBERS) + list(DATED) + ["SQ", "UI"]:
         assert f"{vr}".encode() in whole, vr
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match=r"scan-\\udcff\.png'?: a name that is not UTF-8 \(rename the file\)"):
+        keyed(b"s" * 32, "key\x1fward\x1fscan-\udcff.png", 16)
