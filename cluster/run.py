@@ -4,6 +4,7 @@ What waits for what is in cluster.nodes. Every piece of work looks first at what
 is missing.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def require_done(summary: Summary) -> None:
     if summary.failed:
         failed = [name for name, reason in summary.failed.items() if not reason.startswith(NOT_TRIED)]
         rest = f", {len(summary.failed) - len(failed)} not tried" if len(failed) < len(summary.failed) else ""
-        lines = "\n".join(f"  {name}: {reason.removeprefix(f'{name}: ')}" for name, reason in summary.failed.items())
+        lines = "\n".join(f"  {name}: {re.sub(f'^({re.escape(name)}: )+', '', reason)}" for name, reason in summary.failed.items())
         raise WorkError(
             f"{count(len(failed), 'piece')} of work failed{rest}:\n{lines}", hint="with that mended, the same command does what is missing"
         )

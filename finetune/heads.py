@@ -14,6 +14,7 @@ Legend: B batch, C channels, D features, L labels, H W pixels; /r: a map whose s
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -88,7 +89,8 @@ class PooledHead(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        with torch.autocast(maps[0].device.type, enabled=False):  # logits in bf16 would be a few hundred values, and thresholds ties
+        # Logits in bf16 would be a few hundred values, and thresholds ties.
+        with nullcontext() if maps[0].is_meta else torch.autocast(maps[0].device.type, enabled=False):  # meta has no autocast
             z = maps[0].float()
             for norm in self.norms:
                 z = norm(z)
