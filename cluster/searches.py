@@ -23,7 +23,7 @@ from cluster import plan
 from cluster.plan import KEY_DIGITS, Setting
 from cluster.standing import done, finished
 from finetune.catalogue import STRATEGIES
-from finetune.cell import CellConfig
+from finetune.cell import CellConfig, kept_all
 from finetune.search import (
     Answer,
     Outcome,
@@ -209,7 +209,7 @@ class Searches:
         """Those without a result; the others are counted."""
         held = list(cells)
         stand = finished(held[0].out.rpartition("/")[0]) if len(held) > MANY else {config.key for config in held if done(config.out)}
-        missing = [config for config in held if config.key not in stand or not _keeps_all(config)]
+        missing = [config for config in held if config.key not in stand or not kept_all(config)]
         self.kept += len(held) - len(missing)
         return missing
 
@@ -326,11 +326,6 @@ def most(settings: Iterable[Setting]) -> tuple[int, int, int]:
     """How many searches, the trials that they take at most, and those of trying everything."""
     found = [search_of(setting, step) for setting in settings for step in steps_of(setting)]
     return len(found), sum(map(most_trials, found)), sum(len(search.candidates) * len(search.seeds) for search in found)
-
-
-def _keeps_all(config: CellConfig) -> bool:
-    """Whether a finished cell kept what is asked of it, which may have come later."""
-    return config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
 
 
 def _with(one: Chosen, **changes: Any) -> Task:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from base import storage
 from base.config import Strict
 from finetune.task import Task
 
@@ -57,6 +58,11 @@ class CellConfig(Strict):
     keep: Literal["nothing", "encoder"] = "nothing"
     out: str
     cache_dir: str | None = None
+
+
+def kept_all(config: CellConfig) -> bool:
+    """Whether a cell that finished kept what is asked of it, which may have come later."""
+    return config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
 
 
 class MetricRow(Strict):

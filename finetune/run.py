@@ -28,7 +28,7 @@ from encoders.weights import State, load_local, sha256_of
 from engine import ranks
 from engine.context import Context
 from finetune import data, keep, predict
-from finetune.cell import CELL_VERSION, CellConfig, Result, Selection
+from finetune.cell import CELL_VERSION, CellConfig, Result, Selection, kept_all
 from finetune.efficiency import cost
 from finetune.explain import heat_maps
 from finetune.jackknife import error_row
@@ -110,13 +110,12 @@ def run(config: CellConfig, ctx: Context) -> dict[str, Any]:
 def _standing(config: CellConfig) -> dict[str, Any] | None:
     """The result that stands at its place, with all that the cell keeps; None where there is none. Raises RequestError: another cell's."""
     where = storage.join(config.out, RESULT)
-    kept = config.keep == "nothing" or storage.exists(storage.join(config.out, "encoder", "allograft.json"))
     if not ranks.share(storage.exists(where)):
         return None
     standing = parse(storage.read_json(where), Result, where)
     if standing.key != config.key:
         raise RequestError(f"the result that stands here is that of cell {standing.key}, not of {config.key}", where=where)
-    return _plain(standing) if ranks.share(kept) else None
+    return _plain(standing) if ranks.share(kept_all(config)) else None
 
 
 def _measured(trainer: Trainer, folder: Path, share_images: bool) -> list[Row]:
